@@ -1,0 +1,204 @@
+"""Frequency tagging during training, for any LightningModule."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from freqprune.errors import InputError
+from freqprune.importance import Evidence, Verdict, check_judgement, judge, scores
+from freqprune.stimulus import Stimulus
+from freqprune.tagging import TagResponse, tag
+
+
+class FrequencyTagging(pl.Callback):
+    """Tag the network at the end of every N-th epoch and count its important filters.
+
+    Works in any LightningModule whose forward takes images and whose validation batches are ``(images, ...)`` or a dict with
+    ``"image"``. Logs ``important/<layer>``, their sum ``important/total``, and the time it took; writes ``importance.csv``; keeps the latest SNR and
+    verdict in the checkpoint (`latest`).
+
+    Args:
+        stimulus: the tags; left and right half at 6 and 7.5 Hz if left out.
+        n_images: validation images, the first of the validation loader.
+        every_n_epochs: tag every so many epochs, counted from the first; 0 for never.
+        network: attribute of the LightningModule that holds the network; the module itself if left out.
+        layers: layer patterns; all convolutions if left out.
+        where: where the filters are read, see `freqprune.tagging.tag`.
+        noise_std: pixel noise, part of every SNR.
+        average: average over images of this, see `freqprune.tagging.tag`.
+        components: components of the score and the verdict.
+        criterion: score written to ``importance.csv``.
+        important_by: ``"significance"`` or ``"threshold"``, see `freqprune.importance.judge`.
+        alpha: false discovery rate.
+        threshold: SNR above which a filter is important.
+        mean: channel means that validation batches are normalised with; the data module's ``mean`` if left out, none if it has none.
+        std: channel standard deviations, likewise.
+        folder: where ``importance.csv`` goes; the trainer's ``default_root_dir`` if left out.
+        seed: seed of the noise, the same every epoch.
+    """
+
+    def __init__(
+        self,
+        stimulus: Stimulus | None = None,
+        *,
+        n_images: int = 32,
+        every_n_epochs: int = 1,
+        network: str | None = None,
+        layers: Sequence[str] | str | None = None,
+        where: str = "activation",
+        noise_std: float = 0.02,
+        average: str = "amplitude",
+        components: Sequence[str] | str = "fundamentals",
+        criterion: str = "snr",
+        important_by: str = "significance",
+        alpha: float = 0.001,
+        threshold: float | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        folder: str | Path | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if n_images < 1:
+            raise InputError(f"n_images must be at least 1, got {n_images}")
+        if every_n_epochs < 0:
+            raise InputError(f"every_n_epochs must be 0 (never) or more, got {every_n_epochs}")
+        if noise_std <= 0:
+            raise InputError(f"noise_std must be above 0 to judge filters by signal against noise, got {noise_std}")
+        check_judgement(important_by, alpha, threshold)
+        self.stimulus = stimulus or Stimulus()
+        self.n_images, self.every_n_epochs, self.network = n_images, every_n_epochs, network
+        self.tag_settings = {"layers": layers, "where": where, "noise_std": noise_std, "average": average, "seed": seed}
+        self.components, self.criterion = components, criterion
+        self.verdict_settings = {"by": important_by, "alpha": alpha, "threshold": threshold}
+        self.mean, self.std, self.folder = mean, std, folder
+        self.latest: dict[str, Any] = {}
+        self.seconds = 0.0
+        self._epoch_start = time.perf_counter()
+
+    @property
+    def state_key(self) -> str:
+        return "FrequencyTagging"
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.latest)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.latest = dict(state_dict)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and self.every_n_epochs and trainer.world_size > 1:
+            raise InputError("FrequencyTagging runs on one process; set trainer.devices=1, or tagging.every_n_epochs=0 and tag the checkpoint afterwards")
+        self._network(pl_module)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._epoch_start = time.perf_counter()
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Inside the validation stage batches come without augmentation, and this runs before checkpoints are written.
+        due = self.every_n_epochs and not trainer.sanity_checking and trainer.state.fn == "fit"
+        if not due or (trainer.current_epoch + 1) % self.every_n_epochs:
+            return
+        start = time.perf_counter()
+        mean, std = self._normalization(trainer)
+        network = self._network(pl_module)
+        images = _pixels(self._validation_images(trainer), mean, std)
+        response = tag(network, images, self.stimulus, mean=mean, std=std, **self.tag_settings)  # type: ignore[arg-type]
+        verdict = judge(response, self.components, **self.verdict_settings)  # type: ignore[arg-type]
+        score = scores(self.criterion, Evidence(network, response, self.components), list(response.layers))
+        self.latest = {
+            "epoch": trainer.current_epoch,
+            "layers": list(response.layers),
+            "components": [c.name for c in response.components("all")],
+            "noise_std": response.noise_std,
+            "n_images": response.n_images,
+            "snr": {layer: response.snr(layer, "all") for layer in response.layers},
+            "score": score,
+            "important": verdict.important,
+        }
+        if trainer.is_global_zero:
+            folder = Path(self.folder or trainer.default_root_dir)
+            write_importance(folder / "importance.csv", trainer.current_epoch, response, score, verdict)
+        self.seconds = time.perf_counter() - start
+        counts = {f"important/{layer}": float(count) for layer, count in verdict.counts.items()}
+        share = self.seconds / max(1e-9, time.perf_counter() - self._epoch_start)
+        pl_module.log_dict({**counts, "important/total": sum(counts.values()), "tagging/seconds": self.seconds, "tagging/share": share})
+
+    def _network(self, pl_module: pl.LightningModule) -> nn.Module:
+        if self.network is None:
+            return pl_module
+        network = getattr(pl_module, self.network, None)
+        if not isinstance(network, nn.Module):
+            children = ", ".join(name for name, _ in pl_module.named_children())
+            raise InputError(f"network = {self.network!r} is no module of {type(pl_module).__name__}; it has {children}")
+        return network
+
+    def _normalization(self, trainer: pl.Trainer) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+        if self.mean is not None:
+            return self.mean, self.std
+        data = getattr(trainer, "datamodule", None)
+        return getattr(data, "mean", None), getattr(data, "std", None)
+
+    def _validation_images(self, trainer: pl.Trainer) -> Tensor:
+        loaders = trainer.val_dataloaders
+        loader: Iterable[Any] = loaders[0] if isinstance(loaders, list | tuple) else loaders  # type: ignore[assignment]
+        found: list[Tensor] = []
+        for batch in loader:
+            found.append(_images_of(trainer.strategy.batch_to_device(batch)))
+            if sum(map(len, found)) >= self.n_images:
+                break
+        return torch.cat(found)[: self.n_images]
+
+
+def _images_of(batch: Any) -> Tensor:
+    images = batch.get("image", batch.get("images")) if isinstance(batch, Mapping) else batch[0] if isinstance(batch, list | tuple) else batch
+    if not isinstance(images, Tensor) or images.dim() != 4:
+        raise InputError("FrequencyTagging expects validation batches (images, ...), {'image': images, ...} or images of shape (n_images, n_channels, height, width)")
+    return images.float()
+
+
+def _pixels(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
+    """Undo the normalisation; rounding that leaves [0, 1] by less than 1e-3 is clipped, more means that mean and std are wrong."""
+    if mean is not None and std is not None:
+        shift, scale = (torch.tensor([float(v) for v in value], device=images.device).view(1, -1, 1, 1) for value in (mean, std))
+        images = images * scale + shift
+    low, high = images.amin().item(), images.amax().item()
+    if low < -1e-3 or high > 1 + 1e-3:
+        raise InputError(
+            f"validation images hold values from {low:.3g} to {high:.3g} after undoing the normalisation (mean {mean}, std {std}), expected pixels "
+            "in [0, 1]; give FrequencyTagging the mean and std that the batches are normalised with"
+        )
+    return images.clamp(0, 1)
+
+
+def write_importance(path: Path, epoch: int, response: TagResponse, score: Mapping[str, Tensor], verdict: Verdict) -> None:
+    """Append an epoch's rows to ``importance.csv``; rows of this and later epochs, left by an interrupted run, are replaced.
+
+    Columns: epoch, layer_index, layer, filter, ``snr_<component>`` for every component, score, important.
+    """
+    components = response.components("all")
+    header = ["epoch", "layer_index", "layer", "filter", *(f"snr_{c.name}" for c in components), "score", "important"]
+    earlier: list[list[str]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            rows = list(csv.reader(file))
+        earlier = [row for row in rows[1:] if len(row) == len(header) and int(row[0]) < epoch] if rows and rows[0] == header else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(earlier)
+        for index, layer in enumerate(response.layers):
+            values = response.snr(layer, "all").tolist()
+            for number, (snrs, s, flag) in enumerate(zip(values, score[layer].tolist(), verdict.important[layer].tolist(), strict=True)):
+                writer.writerow([epoch, index, layer, number, *(f"{v:.6g}" for v in snrs), f"{s:.6g}", int(flag)])
+    partial.replace(path)

@@ -1,0 +1,85 @@
+"""What `train.py` and `prune.py` share on the command line: run folders, and errors that a person can act on."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from freqprune.config import register
+from freqprune.errors import InputError, closest
+
+
+def run(main: Callable[[], Any], config_dir: Path, config_name: str) -> None:
+    """Call a Hydra main function; bad input ends with one clear message and exit status 2 instead of a traceback."""
+    register()
+    # One name for the run folder, also for the further processes of a distributed run.
+    os.environ.setdefault("FREQPRUNE_RUN_ID", time.strftime("%Y-%m-%d_%H-%M-%S"))
+    # Hydra would print its own shortened traceback; with this set, exceptions come through to here.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        main()
+    except InputError as error:
+        fail(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(_explain(error, config_dir, config_name))
+    except OSError as error:
+        if error.errno is None:
+            raise
+        fail(f"{error.strerror}: {error.filename or 'while writing'}; check the free space and the permissions of the output folder")
+
+
+def fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _explain(error: Exception, config_dir: Path, config_name: str) -> str:
+    cause = error.__cause__
+    reasons = [str(error).strip()]
+    while cause is not None:
+        if str(cause).strip() not in reasons[-1]:
+            reasons.append(str(cause).strip())
+        cause = cause.__cause__
+    message = "\n".join(" ".join(line for line in reason.splitlines() if not line.strip().startswith(("object_type", "full_key"))) for reason in reasons)
+    hint = _near_key(str(error), config_dir, config_name)
+    return message + (f"\n{hint}" if hint else "")
+
+
+def _near_key(message: str, config_dir: Path, config_name: str) -> str:
+    """Name the keys that look like the one of a failed override."""
+    if "not in struct" not in message and "not in '" not in message and "Could not override" not in message:
+        return ""
+    given = next((a.lstrip("+~").split("=")[0] for a in sys.argv[1:] if "=" in a and a.lstrip("+~").split("=")[0] in message), "")
+    if not given:
+        return ""
+    from hydra import compose, initialize_config_dir
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir=str(config_dir.resolve()), version_base="1.3"):
+        keys = _keys(compose(config_name))
+    last = given.rsplit(".", 1)[-1]
+    # The same last word elsewhere in the tree beats a similar spelling.
+    same = [key for key in keys if key.rsplit(".", 1)[-1] == last] or [key for key in keys if key.rsplit(".", 1)[-1].endswith("_" + last)]
+    hint = f"; did you mean {' or '.join(same[:3])}?" if same else closest(given, keys) or closest(last, [k.rsplit(".", 1)[-1] for k in keys])
+    return f"{given} is not a setting{hint or f'; --cfg job lists all of them'}"
+
+
+def _keys(cfg: DictConfig, prefix: str = "") -> list[str]:
+    found = []
+    for key in cfg:
+        name = f"{prefix}{key}"
+        found.append(name)
+        if not OmegaConf.is_missing(cfg, key) and isinstance(cfg._get_node(key), DictConfig):
+            node = cfg._get_node(key)
+            if node is not None and not node._is_none():  # type: ignore[union-attr]
+                found += _keys(node, f"{name}.")  # type: ignore[arg-type]
+    return found

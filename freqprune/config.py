@@ -1,0 +1,166 @@
+"""Types of the configuration and the checks that need the whole of it. Values live in conf/; imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from freqprune.errors import InputError
+
+
+@dataclass
+class OptimizerSchema:
+    lr: float = MISSING
+    momentum: float = MISSING
+    nesterov: bool = MISSING
+    weight_decay: float = MISSING
+    warmup_epochs: float = MISSING
+    label_smoothing: float = MISSING
+
+
+@dataclass
+class FinetuneSchema(OptimizerSchema):
+    epochs: int = MISSING
+
+
+@dataclass
+class TaggingSchema:
+    parts: str = MISSING
+    tag_freqs: list[float] = MISSING
+    frame_rate: float = MISSING
+    n_frames: int = MISSING
+    mode: str = MISSING
+    pivot: str = MISSING
+    depth: float = MISSING
+    phases: list[float] | None = None
+    gap: int = MISSING
+    max_order: int = MISSING
+    layers: Any = None
+    where: str = MISSING
+    noise_std: float = MISSING
+    average: str = MISSING
+    n_images: int = MISSING
+    every_n_epochs: int = MISSING
+
+
+@dataclass
+class ImportanceSchema:
+    criterion: str = MISSING
+    components: Any = MISSING
+    important_by: str = MISSING
+    alpha: float = MISSING
+    threshold: float | None = None
+
+
+@dataclass
+class PruningSchema:
+    enabled: bool = MISSING
+    ratio: float | None = None
+    threshold: float | None = None
+    macs_cut: float | None = None
+    default_macs_cut: float | None = None
+    scope: str = MISSING
+    normalize: bool = MISSING
+    min_filters: int = MISSING
+    layers: Any = None
+    exclude: Any = None
+    bn_images: int = MISSING
+
+
+@dataclass
+class LatencySchema:
+    batch_size: int = MISSING
+    n_runs: int = MISSING
+
+
+@dataclass
+class Schema:
+    """Every key of the configuration; groups whose keys depend on the choice are free dicts."""
+
+    data: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    tagging: TaggingSchema = field(default_factory=TaggingSchema)
+    importance: ImportanceSchema = field(default_factory=ImportanceSchema)
+    pruning: PruningSchema = field(default_factory=PruningSchema)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    logger: dict[str, Any] = field(default_factory=dict)
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    optimizer: OptimizerSchema = field(default_factory=OptimizerSchema)
+    finetune: FinetuneSchema = field(default_factory=FinetuneSchema)
+    latency: LatencySchema = field(default_factory=LatencySchema)
+    seed: int = MISSING
+    output_dir: str = MISSING
+    ckpt: str | None = None
+    ckpt_path: str | None = None
+    compile: bool = MISSING
+    matmul_precision: str = MISSING
+
+
+def register() -> None:
+    """Put the schema where Hydra finds it as ``schema``."""
+    ConfigStore.instance().store(name="schema", node=Schema)
+
+
+def plain(section: Any) -> Any:
+    """A config section as plain dicts and lists, interpolations resolved."""
+    return OmegaConf.to_container(section, resolve=True, throw_on_missing=True)
+
+
+def stimulus_arguments(cfg: DictConfig) -> dict[str, Any]:
+    """Arguments of `freqprune.stimulus.Stimulus` from the tagging section."""
+    names = ("tag_freqs", "parts", "frame_rate", "n_frames", "mode", "pivot", "depth", "phases", "gap", "max_order")
+    return {name: plain(cfg.tagging)[name] for name in names}
+
+
+def amount_arguments(cfg: DictConfig) -> dict[str, Any]:
+    """Arguments of `freqprune.selection.Amount` from the pruning section; `default_macs_cut` counts if no other amount is given."""
+    section = plain(cfg.pruning)
+    arguments = {name: section[name] for name in ("ratio", "threshold", "macs_cut", "scope", "normalize", "min_filters")}
+    if all(arguments[name] is None for name in ("ratio", "threshold", "macs_cut")):
+        arguments["macs_cut"] = section["default_macs_cut"]
+    return arguments
+
+
+def validate(cfg: DictConfig) -> None:
+    """Check every range that can be checked before data are read or a network is built.
+
+    Raises:
+        InputError: names the key, what is allowed and what came.
+    """
+    from freqprune.components import find_components
+    from freqprune.importance import check_judgement, needs_tags
+    from freqprune.recording import WHERE
+    from freqprune.selection import Amount
+    from freqprune.stimulus import Stimulus
+    from freqprune.tagging import AVERAGES
+
+    stimulus = Stimulus(**stimulus_arguments(cfg))
+    find_components(plain(cfg.importance)["components"], stimulus.components)
+    for key, value, allowed in (("where", cfg.tagging.where, WHERE), ("average", cfg.tagging.average, AVERAGES)):
+        if value not in allowed:
+            raise InputError(f"tagging.{key} must be one of {', '.join(allowed)}, got {value!r}")
+    for name, value, low in (
+        ("tagging.n_images", cfg.tagging.n_images, 1),
+        ("tagging.every_n_epochs", cfg.tagging.every_n_epochs, 0),
+        ("finetune.epochs", cfg.finetune.epochs, 0),
+        ("pruning.bn_images", cfg.pruning.bn_images, 0),
+        ("latency.batch_size", cfg.latency.batch_size, 1),
+        ("latency.n_runs", cfg.latency.n_runs, 1),
+        ("seed", cfg.seed, 0),
+    ):
+        if value < low:
+            raise InputError(f"{name} must be at least {low}, got {value}")
+    if not 0 <= cfg.tagging.noise_std <= 1:
+        raise InputError(f"tagging.noise_std must lie in [0, 1] (pixel units), got {cfg.tagging.noise_std}")
+    for section in ("optimizer", "finetune"):
+        if cfg[section].lr <= 0:
+            raise InputError(f"{section}.lr must be above 0, got {cfg[section].lr}")
+    if cfg.matmul_precision not in ("highest", "high", "medium"):
+        raise InputError(f"matmul_precision must be highest, high or medium, got {cfg.matmul_precision!r}")
+    needs_tags(cfg.importance.criterion)
+    check_judgement(cfg.importance.important_by, cfg.importance.alpha, cfg.importance.threshold)
+    if cfg.pruning.enabled:
+        Amount(**amount_arguments(cfg))

@@ -1,0 +1,132 @@
+"""The LightningModule that trains and fine-tunes classifiers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from freqprune.errors import InputError
+from freqprune.models import build_model
+
+
+class Classifier(pl.LightningModule):
+    """Cross-entropy training with SGD (Nesterov) and a cosine schedule to zero, one update of the rate a step.
+
+    Args:
+        model: config for `freqprune.models.build_model`, or a network. Only the config is saved in the checkpoint: to load a checkpoint of
+            another network, pass the network again.
+        lr: peak learning rate.
+        momentum: momentum of SGD.
+        nesterov: Nesterov's form of it.
+        weight_decay: L2 penalty, on weights of convolutions and linear layers and on batch norms alike.
+        warmup_epochs: epochs of linear warm-up.
+        label_smoothing: of the training loss.
+        num_classes: classes, for the metrics; read off the config's ``num_classes`` if left out.
+        normalization: ``{"mean": [...], "std": [...]}`` of the inputs, kept with the weights.
+    """
+
+    def __init__(
+        self,
+        model: Mapping[str, Any] | nn.Module,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        nesterov: bool = True,
+        weight_decay: float = 5e-4,
+        warmup_epochs: float = 0.0,
+        label_smoothing: float = 0.0,
+        num_classes: int | None = None,
+        normalization: Mapping[str, list[float]] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, low in (("lr", lr, 0.0), ("momentum", momentum, 0.0), ("weight_decay", weight_decay, 0.0), ("warmup_epochs", warmup_epochs, 0.0)):
+            if not (math.isfinite(value) and value >= low):
+                raise InputError(f"optimizer.{name} must be a finite number of at least {low:g}, got {value}")
+        if momentum >= 1 or (nesterov and momentum == 0):
+            raise InputError(f"optimizer.momentum must lie in [0, 1), and above 0 for nesterov, got {momentum}")
+        if not 0 <= label_smoothing < 1:
+            raise InputError(f"optimizer.label_smoothing must lie in [0, 1), got {label_smoothing}")
+        is_network = isinstance(model, nn.Module)
+        config = None if is_network else dict(model)  # type: ignore[call-overload]
+        num_classes = num_classes or (config or {}).get("num_classes", 10)
+        # Plain numbers, strings, lists and dicts only, so that the checkpoint loads under weights_only=True.
+        self.save_hyperparameters(
+            {
+                "model": config,
+                "lr": lr,
+                "momentum": momentum,
+                "nesterov": nesterov,
+                "weight_decay": weight_decay,
+                "warmup_epochs": warmup_epochs,
+                "label_smoothing": label_smoothing,
+                "num_classes": num_classes,
+                "normalization": {key: list(value) for key, value in (normalization or {}).items()},
+            }
+        )
+        self.net = model if is_network else build_model(config or {})
+        self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        self.train_accuracy, self.val_accuracy, self.test_accuracy = (MulticlassAccuracy(num_classes, average="micro") for _ in range(3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images ``(n_images, n_channels, height, width)`` to logits ``(n_images, num_classes)``."""
+        logits = self.net(images)
+        assert isinstance(logits, Tensor)
+        return logits
+
+    def on_fit_start(self) -> None:
+        self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        logits = self(images)
+        loss = self.loss(logits, labels)
+        self._check_finite(loss, batch_idx)
+        self.train_accuracy(logits, labels)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
+        self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True, batch_size=len(labels))
+        assert isinstance(loss, Tensor)
+        return loss
+
+    def _check_finite(self, loss: Tensor, batch_idx: int) -> None:
+        # Reading the loss makes an accelerator wait: there, look at every 50th step and at the last, before a checkpoint is written.
+        if loss.device.type != "cpu" and batch_idx % 50 and not self.trainer.is_last_batch:
+            return
+        if not torch.isfinite(loss):
+            raise InputError(
+                f"the training loss became {loss.item()} in epoch {self.current_epoch}, step {batch_idx}: lower the learning rate (now "
+                f"{self.hparams['lr']:g}) or add warm-up; the checkpoints of earlier epochs are intact"
+            )
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate("val", self.val_accuracy, batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate("test", self.test_accuracy, batch)
+
+    def _evaluate(self, stage: str, accuracy: MulticlassAccuracy, batch: tuple[Tensor, Tensor]) -> None:
+        images, labels = batch
+        logits = self(images)
+        accuracy(logits, labels)
+        self.log(f"{stage}/loss", nn.functional.cross_entropy(logits, labels), prog_bar=stage == "val", batch_size=len(labels))
+        self.log(f"{stage}/accuracy", accuracy, prog_bar=stage == "val", batch_size=len(labels))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        settings = self.hparams
+        optimizer = torch.optim.SGD(
+            self.net.parameters(), lr=settings["lr"], momentum=settings["momentum"], nesterov=settings["nesterov"], weight_decay=settings["weight_decay"]
+        )
+        total = max(1, int(self.trainer.estimated_stepping_batches))
+        warmup = round(settings["warmup_epochs"] * total / max(1, self.trainer.max_epochs or 1))
+
+        def rate(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,0 +1,93 @@
+"""What a run tells: one table on the terminal, metrics.json and the CSV of every filter."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from freqprune.importance import Verdict
+from freqprune.tagging import TagResponse
+
+STAGES = ("dense", "pruned", "recalibrated", "finetuned")
+
+
+def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
+    """Write ``metrics.json``, complete or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(metrics, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def stage_table(metrics: Mapping[str, Any], title: str = "", latency: str = "latency, ms") -> Table:
+    """Table of the stages that ran: accuracy, MACs, parameters and latency.
+
+    Args:
+        metrics: as in ``metrics.json``; see the README.
+        title: line above the table.
+        latency: heading of the latency column, which says how it was measured.
+    """
+    table = Table(title=title, title_justify="left")
+    table.add_column("stage")
+    for heading in ("test accuracy, %", "MACs, M", "parameters, k", latency):
+        table.add_column(heading, justify="right")
+    dense = metrics["dense"]
+    for stage in STAGES:
+        if stage not in metrics:
+            continue
+        row = metrics[stage]
+        cells = [stage, f"{100 * row['test_accuracy']:.2f}"]
+        for key, unit, digits in (("macs", 1e6, 2), ("params", 1e3, 1), ("latency_ms", 1, 2)):
+            if key not in row:
+                cells.append("")
+                continue
+            change = "" if stage == "dense" else f" ({100 * (row[key] / dense[key] - 1):+.1f} %)"
+            cells.append(f"{row[key] / unit:.{digits}f}{change}")
+        table.add_row(*cells)
+    return table
+
+
+def show(*items: Any) -> None:
+    """Print to the terminal; wide enough for the tables when piped."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    for item in items:
+        console.print(item, highlight=False, markup=False) if isinstance(item, str) else console.print(item)
+
+
+def write_filters(path: Path, response: TagResponse, verdict: Verdict | None) -> None:
+    """CSV of every filter and component.
+
+    Columns: layer_index, layer, recorded_at (module and stage), filter, component, frequency (Hz), amplitude, snr, p_value (not adjusted),
+    important (of the filter), noise_std (pixel units), undefined (why an SNR is missing).
+    """
+    components = response.components("all")
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            "layer_index layer recorded_at filter component frequency amplitude snr p_value important noise_std undefined".split()
+        )
+        for index, (layer, recorded) in enumerate(response.layers.items()):
+            amplitude, snr, why = response.amplitude(layer, "all"), response.snr(layer, "all"), response.why_no_snr(layer, "all")
+            p_values = response.p_values(layer, "all") if response.noise_std else None
+            where = f"{recorded.site.module} ({recorded.site.stage})"
+            for number in range(len(amplitude)):
+                flag = "" if verdict is None else int(verdict.important[layer][number])
+                for i, component in enumerate(components):
+                    writer.writerow(
+                        [index, layer, where, number, component.name, component.freq, f"{amplitude[number, i]:.6g}", f"{snr[number, i]:.6g}",
+                         "" if p_values is None else f"{p_values[number, i]:.3g}", flag, response.noise_std, why[number]]
+                    )  # fmt: skip
+
+
+def kept_counts(kept: Mapping[str, Tensor]) -> dict[str, int]:
+    """Number of filters kept a layer."""
+    return {layer: len(indices) for layer, indices in kept.items()}

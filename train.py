@@ -1,0 +1,22 @@
+"""Train a classifier and tag it at the end of every epoch: python train.py data=cifar10 model=resnet32 [key=value ...]"""
+
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from freqprune import cli
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(cfg: DictConfig) -> None:
+    # torch and Lightning take seconds to import: only once the configuration is known to be sound.
+    from freqprune import workflow
+
+    metrics, objects = workflow.train(cfg)
+    if cfg.pruning.enabled:
+        workflow.prune(cfg, dense=objects["classifier"].net, data=objects["data"])
+
+
+if __name__ == "__main__":
+    cli.run(main, Path(__file__).parent / "conf", "train")
