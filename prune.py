@@ -16,7 +16,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.ckpt is not None:
         workflow.prune(cfg)
     else:
-        metrics, objects = workflow.train(cfg)
+        _, objects = workflow.train(cfg)
         workflow.prune(cfg, dense=objects["classifier"].net, data=objects["data"])
 
 

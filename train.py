@@ -13,7 +13,7 @@ def main(cfg: DictConfig) -> None:
     # torch and Lightning take seconds to import: only once the configuration is known to be sound.
     from freqprune import workflow
 
-    metrics, objects = workflow.train(cfg)
+    _, objects = workflow.train(cfg)
     if cfg.pruning.enabled:
         workflow.prune(cfg, dense=objects["classifier"].net, data=objects["data"])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.importance import Evidence, Verdict, check_judgement, judge, scores
+from freqprune.importance import Evidence, check_judgement, judge, scores
+from freqprune.report import write_importance
 from freqprune.stimulus import Stimulus
-from freqprune.tagging import TagResponse, tag
+from freqprune.tagging import tag
 
 
 class FrequencyTagging(pl.Callback):
@@ -161,7 +161,9 @@ class FrequencyTagging(pl.Callback):
 def _images_of(batch: Any) -> Tensor:
     images = batch.get("image", batch.get("images")) if isinstance(batch, Mapping) else batch[0] if isinstance(batch, list | tuple) else batch
     if not isinstance(images, Tensor) or images.dim() != 4:
-        raise InputError("FrequencyTagging expects validation batches (images, ...), {'image': images, ...} or images of shape (n_images, n_channels, height, width)")
+        raise InputError(
+            "FrequencyTagging expects validation batches (images, ...), {'image': images, ...} or images of shape (n_images, n_channels, height, width)"
+        )
     return images.float()
 
 
@@ -177,28 +179,3 @@ def _pixels(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] |
             "in [0, 1]; give FrequencyTagging the mean and std that the batches are normalised with"
         )
     return images.clamp(0, 1)
-
-
-def write_importance(path: Path, epoch: int, response: TagResponse, score: Mapping[str, Tensor], verdict: Verdict) -> None:
-    """Append an epoch's rows to ``importance.csv``; rows of this and later epochs, left by an interrupted run, are replaced.
-
-    Columns: epoch, layer_index, layer, filter, ``snr_<component>`` for every component, score, important.
-    """
-    components = response.components("all")
-    header = ["epoch", "layer_index", "layer", "filter", *(f"snr_{c.name}" for c in components), "score", "important"]
-    earlier: list[list[str]] = []
-    if path.exists():
-        with path.open(newline="") as file:
-            rows = list(csv.reader(file))
-        earlier = [row for row in rows[1:] if len(row) == len(header) and int(row[0]) < epoch] if rows and rows[0] == header else []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(earlier)
-        for index, layer in enumerate(response.layers):
-            values = response.snr(layer, "all").tolist()
-            for number, (snrs, s, flag) in enumerate(zip(values, score[layer].tolist(), verdict.important[layer].tolist(), strict=True)):
-                writer.writerow([epoch, index, layer, number, *(f"{v:.6g}" for v in snrs), f"{s:.6g}", int(flag)])
-    partial.replace(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,7 +49,10 @@ def read(path: str | Path) -> dict[str, Any]:
         nearby = sorted(str(p) for p in path.parent.glob("*.ckpt"))[:3] if path.parent.is_dir() else []
         raise InputError(f"ckpt = {path} does not exist" + (f"; in that folder: {', '.join(nearby)}" if nearby else ""))
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # A remark about pickle protocols, printed before the file is refused anyway.
+            warnings.simplefilter("ignore", UserWarning)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error)
         if "Unsupported global" in reason or "GLOBAL" in reason or "Unsupported class" in reason:
@@ -124,7 +128,9 @@ def _load(net: nn.Module, state: Mapping[str, Any], path: str | Path, config: Ma
     net.load_state_dict(dict(state), strict=False)
 
 
-def save_pruned(path: str | Path, net: nn.Module, kept: Mapping[str, Tensor | Sequence[int]], normalization: Mapping[str, Sequence[float]] | None = None) -> None:
+def save_pruned(
+    path: str | Path, net: nn.Module, kept: Mapping[str, Tensor | Sequence[int]], normalization: Mapping[str, Sequence[float]] | None = None
+) -> None:
     """Write a pruned network as plain tensors, lists and numbers; the file appears complete or not at all.
 
     Args:

@@ -70,16 +70,16 @@ def _near_key(message: str, config_dir: Path, config_name: str) -> str:
     # The same last word elsewhere in the tree beats a similar spelling.
     same = [key for key in keys if key.rsplit(".", 1)[-1] == last] or [key for key in keys if key.rsplit(".", 1)[-1].endswith("_" + last)]
     hint = f"; did you mean {' or '.join(same[:3])}?" if same else closest(given, keys) or closest(last, [k.rsplit(".", 1)[-1] for k in keys])
-    return f"{given} is not a setting{hint or f'; --cfg job lists all of them'}"
+    return f"{given} is not a setting{hint or '; --cfg job lists all of them'}"
 
 
 def _keys(cfg: DictConfig, prefix: str = "") -> list[str]:
     found = []
-    for key in cfg:
+    for key in map(str, cfg):
         name = f"{prefix}{key}"
         found.append(name)
         if not OmegaConf.is_missing(cfg, key) and isinstance(cfg._get_node(key), DictConfig):
             node = cfg._get_node(key)
-            if node is not None and not node._is_none():  # type: ignore[union-attr]
-                found += _keys(node, f"{name}.")  # type: ignore[arg-type]
+            if isinstance(node, DictConfig) and not node._is_none():
+                found += _keys(node, f"{name}.")
     return found

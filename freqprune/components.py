@@ -131,9 +131,7 @@ def find_components(names: Sequence[str] | str, available: Sequence[Component]) 
     for name in [names] if isinstance(names, str) else names:
         if name not in sets and name not in by_name:
             choices = [*sets, *by_name]
-            raise InputError(
-                f"components must name {', '.join(sets)} or any of {', '.join(c.name for c in available)}, got {name!r}{closest(name, choices)}"
-            )
+            raise InputError(f"components must name {', '.join(sets)} or any of {', '.join(c.name for c in available)}, got {name!r}{closest(name, choices)}")
         picked += [c for c in sets.get(name, [by_name.get(name)]) if c is not None and c not in picked]
     if not picked:
         raise InputError(f"components = {names!r} picks none; raise max_order or name others")

@@ -132,8 +132,8 @@ def validate(cfg: DictConfig) -> None:
     """
     from freqprune.components import find_components
     from freqprune.importance import check_judgement, needs_tags
-    from freqprune.recording import WHERE
     from freqprune.selection import Amount
+    from freqprune.sites import WHERE
     from freqprune.stimulus import Stimulus
     from freqprune.tagging import AVERAGES
 

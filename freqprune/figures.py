@@ -14,8 +14,8 @@ from freqprune.components import Component
 from freqprune.tagging import TagResponse
 
 matplotlib.use("Agg")
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.lines import Line2D  # noqa: E402
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 # Okabe & Ito's palette: told apart with every common form of colour blindness; kinds differ in marker as well.
 RED, GREEN, BLUE, GREY, ORANGE, PURPLE = "#D55E00", "#009E73", "#0072B2", "#777777", "#E69F00", "#CC79A7"

@@ -197,6 +197,7 @@ def judge(
     if response.noise_std == 0:
         raise InputError("noise_std = 0: whether a filter is important is a question of signal against noise; tag with noise_std above 0")
     if by == "threshold":
+        assert threshold is not None
         evidence = Evidence(nn.Module(), response, components)
         return Verdict({layer: snr_score(evidence, layer) > threshold for layer in response.layers})
     raw = {layer: response.p_values(layer, components) for layer in response.layers}
@@ -250,6 +251,7 @@ class TagImportance:
         import torch_pruning as tp
 
         size = len(group[0].idxs)
+        position = {channel: at for at, channel in enumerate(group[0].idxs)}
         rows = []
         for i in range(len(group)):
             dependency, idxs = group[i].dep, group[i].idxs
@@ -258,7 +260,8 @@ class TagImportance:
                 continue
             if len(score) != dependency.target.module.weight.shape[0]:
                 raise InputError("the scores are of the unpruned network, but this layer has been pruned since; tag again, or prune in one step")
-            roots = group[i].root_idxs or range(size)
+            # root_idxs are channels of the root layer; a partial group starts anywhere.
+            roots = [position[channel] for channel in group[i].root_idxs] if group[i].root_idxs else range(size)
             row = torch.full((size,), torch.nan, dtype=torch.float64)
             row[torch.tensor(list(roots))] = score[torch.tensor(list(idxs))]
             rows.append(row)

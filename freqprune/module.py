@@ -8,6 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -51,8 +52,7 @@ class Classifier(pl.LightningModule):
             raise InputError(f"optimizer.momentum must lie in [0, 1), and above 0 for nesterov, got {momentum}")
         if not 0 <= label_smoothing < 1:
             raise InputError(f"optimizer.label_smoothing must lie in [0, 1), got {label_smoothing}")
-        is_network = isinstance(model, nn.Module)
-        config = None if is_network else dict(model)  # type: ignore[call-overload]
+        config = None if isinstance(model, nn.Module) else dict(model)
         num_classes = num_classes or (config or {}).get("num_classes", 10)
         # Plain numbers, strings, lists and dicts only, so that the checkpoint loads under weights_only=True.
         self.save_hyperparameters(
@@ -68,7 +68,7 @@ class Classifier(pl.LightningModule):
                 "normalization": {key: list(value) for key, value in (normalization or {}).items()},
             }
         )
-        self.net = model if is_network else build_model(config or {})
+        self.net: nn.Module = model if isinstance(model, nn.Module) else build_model(config or {})
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         self.train_accuracy, self.val_accuracy, self.test_accuracy = (MulticlassAccuracy(num_classes, average="micro") for _ in range(3))
 
@@ -79,7 +79,7 @@ class Classifier(pl.LightningModule):
         return logits
 
     def on_fit_start(self) -> None:
-        self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.net.to(memory_format=torch.channels_last)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
@@ -115,7 +115,7 @@ class Classifier(pl.LightningModule):
         self.log(f"{stage}/loss", nn.functional.cross_entropy(logits, labels), prog_bar=stage == "val", batch_size=len(labels))
         self.log(f"{stage}/accuracy", accuracy, prog_bar=stage == "val", batch_size=len(labels))
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         settings = self.hparams
         optimizer = torch.optim.SGD(
             self.net.parameters(), lr=settings["lr"], momentum=settings["momentum"], nesterov=settings["nesterov"], weight_decay=settings["weight_decay"]

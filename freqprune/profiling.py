@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from freqprune.recording import evaluating
+from freqprune.hooks import evaluating
 
 
 def macs_by_layer(model: nn.Module, example: Tensor) -> dict[str, int]:
@@ -27,9 +27,7 @@ def macs_by_layer(model: nn.Module, example: Tensor) -> dict[str, int]:
     counts = counter.get_flop_counts()
     leaves = {name for name, module in model.named_modules() if isinstance(module, nn.modules.conv._ConvNd | nn.Linear)}
     # A fused multiply-add is two operations.
-    return {
-        name.removeprefix(prefix): sum(operations.values()) // 2 for name, operations in counts.items() if name.removeprefix(prefix) in leaves
-    }
+    return {name.removeprefix(prefix): sum(operations.values()) // 2 for name, operations in counts.items() if name.removeprefix(prefix) in leaves}
 
 
 def count_macs(model: nn.Module, example: Tensor) -> int:

@@ -73,7 +73,7 @@ def write_filters(path: Path, response: TagResponse, verdict: Verdict | None) ->
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(
-            "layer_index layer recorded_at filter component frequency amplitude snr p_value important noise_std undefined".split()
+            ["layer_index", "layer", "recorded_at", "filter", "component", "frequency", "amplitude", "snr", "p_value", "important", "noise_std", "undefined"]
         )
         for index, (layer, recorded) in enumerate(response.layers.items()):
             amplitude, snr, why = response.amplitude(layer, "all"), response.snr(layer, "all"), response.why_no_snr(layer, "all")
@@ -86,6 +86,31 @@ def write_filters(path: Path, response: TagResponse, verdict: Verdict | None) ->
                         [index, layer, where, number, component.name, component.freq, f"{amplitude[number, i]:.6g}", f"{snr[number, i]:.6g}",
                          "" if p_values is None else f"{p_values[number, i]:.3g}", flag, response.noise_std, why[number]]
                     )  # fmt: skip
+
+
+def write_importance(path: Path, epoch: int, response: TagResponse, score: Mapping[str, Tensor], verdict: Verdict) -> None:
+    """Append an epoch's rows to ``importance.csv``; rows of this and later epochs, left by an interrupted run, are replaced.
+
+    Columns: epoch, layer_index, layer, filter, ``snr_<component>`` for every component, score, important.
+    """
+    components = response.components("all")
+    header = ["epoch", "layer_index", "layer", "filter", *(f"snr_{c.name}" for c in components), "score", "important"]
+    earlier: list[list[str]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            rows = list(csv.reader(file))
+        earlier = [row for row in rows[1:] if len(row) == len(header) and int(row[0]) < epoch] if rows and rows[0] == header else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(earlier)
+        for index, layer in enumerate(response.layers):
+            values = response.snr(layer, "all").tolist()
+            for number, (snrs, s, flag) in enumerate(zip(values, score[layer].tolist(), verdict.important[layer].tolist(), strict=True)):
+                writer.writerow([epoch, index, layer, number, *(f"{v:.6g}" for v in snrs), f"{s:.6g}", int(flag)])
+    partial.replace(path)
 
 
 def kept_counts(kept: Mapping[str, Tensor]) -> dict[str, int]:

@@ -95,9 +95,7 @@ def is_noise_free(spectrum: Tensor, floor: Tensor, precision: torch.dtype) -> Te
     return floor <= relative * spectrum.amax(-1, keepdim=True)
 
 
-def snr(
-    spectrum: Tensor, bins: Sequence[int], neighbours: Sequence[int] = NEIGHBOURS, precision: torch.dtype = torch.float32
-) -> Tensor:
+def snr(spectrum: Tensor, bins: Sequence[int], neighbours: Sequence[int] = NEIGHBOURS, precision: torch.dtype = torch.float32) -> Tensor:
     """Signal-to-noise ratio: amplitude of a bin over the mean amplitude of its noise bins.
 
     ``amplitude[i] / mean(amplitude[i-2], amplitude[i-1], amplitude[i+1], amplitude[i+2])`` (Böge et al. 2024, arXiv 2411.10084). Of one spectrum of

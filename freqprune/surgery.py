@@ -14,7 +14,7 @@ from torch.optim.swa_utils import update_bn
 from freqprune.errors import InputError, closest
 from freqprune.models import IndexShortcut
 from freqprune.profiling import macs_by_layer
-from freqprune.recording import match_layers
+from freqprune.sites import match_layers
 
 _OUT = (tp.prune_conv_out_channels, tp.prune_linear_out_channels)
 _IN = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
@@ -86,9 +86,13 @@ class Plan:
             if not isinstance(module, nn.modules.conv._ConvNd) or layer not in self._macs or module.groups > 1:
                 continue
             group = graph.get_pruning_group(module, tp.prune_conv_out_channels, idxs=[0])
-            partners = [names[d.target.module] for d, _ in group if d.handler in _OUT and d.target.module is not module]
+            partners = [
+                names.get(d.target.module, "a sum")
+                for d, _ in group
+                if (d.handler in _OUT or isinstance(d.target.module, IndexShortcut) or "AddBackward" in d.target.name) and d.target.module is not module
+            ]
             if partners:
-                self.coupled[layer] = partners
+                self.coupled[layer] = list(dict.fromkeys(partners))
                 continue
             self.layers.append(layer)
             self._widths[layer] = module.out_channels

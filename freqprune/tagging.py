@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from freqprune.components import Component, find_components
 from freqprune.errors import InputError, closest
-from freqprune.recording import Recorder, Site, default_layers, find_sites, map_mean, match_layers
-from freqprune.spectrum import frame_transform, frequencies, is_noise_free, baseline, significance, snr
+from freqprune.recording import Recorder, map_mean
+from freqprune.sites import Site, find_sites, pick_layers
+from freqprune.spectrum import baseline, frame_transform, frequencies, is_noise_free, significance, snr
 from freqprune.stimulus import Stimulus, check_pixels
 
 FRAMES_A_BATCH = 512
@@ -201,8 +202,7 @@ def tag(
     device = images.device if parameter is None else parameter.device
     precision = torch.float32 if parameter is None else parameter.dtype
     prepare = _normalizer(images, mean, std, device, precision)
-    names = default_layers(model) if layers is None else match_layers([name for name, _ in model.named_modules() if name], layers)
-    sites = find_sites(model, prepare(images[:1]), names, where)
+    sites = find_sites(model, prepare(images[:1]), pick_layers(model, layers), where)
 
     bins = [c.bin for c in stimulus.components]
     clean = {site.layer: _Average(bins, "amplitude", precision) for site in sites}
@@ -246,7 +246,15 @@ def _spectra(course: Tensor, transform: Tensor) -> Tensor:
 
 
 def _time_courses(
-    recorder: Recorder, images: Tensor, stimulus: Stimulus, which: Tensor, prepare: Callable[[Tensor], Tensor], limit: int, noise_std: float, seed: int, start: int
+    recorder: Recorder,
+    images: Tensor,
+    stimulus: Stimulus,
+    which: Tensor,
+    prepare: Callable[[Tensor], Tensor],
+    limit: int,
+    noise_std: float,
+    seed: int,
+    start: int,
 ) -> dict[str, Tensor]:
     """Responses of each layer to the frames `which` of `images`, ``(n_images, n_frames, n_filters)``."""
     pieces: dict[str, list[Tensor]] = {}

@@ -4,29 +4,41 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from freqprune import figures, report
+from freqprune.assembly import (
+    accuracy_of,
+    check_match,
+    device_of,
+    fit,
+    load_data,
+    make_trainer,
+    metric,
+    model_config,
+    normalization_of,
+    prepare_output,
+    quiet,
+    tested,
+    with_classes,
+)
 from freqprune.callbacks import FrequencyTagging
 from freqprune.checkpoint import load_network, read, save_pruned
 from freqprune.config import amount_arguments, plain, stimulus_arguments, validate
 from freqprune.data import ImageData
 from freqprune.errors import InputError
 from freqprune.importance import Evidence, Verdict, judge, needs_tags, scores
-from freqprune.models import build_model
 from freqprune.module import Classifier
 from freqprune.profiling import count_macs, count_parameters, latency_ms
-from freqprune.recording import default_layers, match_layers
 from freqprune.selection import Amount, select
+from freqprune.sites import pick_layers
 from freqprune.stimulus import Stimulus
 from freqprune.surgery import Plan, recalibrate_batch_norm
 from freqprune.tagging import TagResponse, rounds, tag
@@ -48,8 +60,8 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         InputError: for a bad setting, before any work; for a loss that is not finite.
     """
     validate(cfg)
-    _quiet()
-    out = _output(cfg)
+    quiet()
+    out = prepare_output(cfg)
     if cfg.ckpt_path is not None:
         stored = read(cfg.ckpt_path)
         if "state_dict" not in stored or "optimizer_states" not in stored:
@@ -57,10 +69,10 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         del stored
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision(cfg.matmul_precision)
-    config = _model_config(cfg)
-    data = _data(cfg)
-    config = _with_classes(config, data)
-    classifier = Classifier(config, **plain(cfg.optimizer), num_classes=len(data.classes), normalization=_normalization(data))
+    config = model_config(cfg)
+    data = load_data(cfg)
+    config = with_classes(config, data)
+    classifier = Classifier(config, **plain(cfg.optimizer), num_classes=len(data.classes), normalization=normalization_of(data))
     tagging = FrequencyTagging(
         Stimulus(**stimulus_arguments(cfg)),
         network="net",
@@ -69,16 +81,16 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         **{name: plain(cfg.tagging)[name] for name in ("n_images", "every_n_epochs", "layers", "where", "noise_std", "average")},
         **plain(cfg.importance),
     )
-    _check_layers(classifier.net, plain(cfg.tagging)["layers"])
-    trainer = _trainer(cfg, out, [tagging])
+    pick_layers(classifier.net, plain(cfg.tagging)["layers"])
+    trainer = make_trainer(cfg, out, [tagging])
     if cfg.compile:
         classifier.net.compile()
     start = time.perf_counter()
-    _fit(trainer, classifier, data, cfg.ckpt_path, out)
+    fit(trainer, classifier, data, cfg.ckpt_path, out)
     seconds = time.perf_counter() - start
     metrics = {
-        "val_accuracy": _metric(trainer, "val/accuracy"),
-        "test_accuracy": _test(trainer, classifier, data),
+        "val_accuracy": metric(trainer, "val/accuracy"),
+        "test_accuracy": tested(trainer, classifier, data),
         "epochs": trainer.current_epoch,
         "seconds": round(seconds, 2),
     }
@@ -108,8 +120,8 @@ def prune(cfg: DictConfig, dense: nn.Module | None = None, data: ImageData | Non
         InputError: for a bad setting, before any work is done or lost.
     """
     validate(cfg)
-    _quiet()
-    out = _output(cfg)
+    quiet()
+    out = prepare_output(cfg)
     stimulus = Stimulus(**stimulus_arguments(cfg))
     if dense is None:
         if cfg.ckpt is None:
@@ -119,19 +131,19 @@ def prune(cfg: DictConfig, dense: nn.Module | None = None, data: ImageData | Non
         net, normalization = stored.net, stored.normalization
     else:
         net, normalization = dense, {}
-    _check_layers(net, plain(cfg.tagging)["layers"])
+    pick_layers(net, plain(cfg.tagging)["layers"])
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision(cfg.matmul_precision)
-    data = data or _data(cfg)
-    _check_fit(net, data, normalization)
-    device = _device(cfg)
-    net = net.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    data = data or load_data(cfg)
+    check_match(net, data, normalization)
+    device = device_of(cfg)
+    net = net.to(device).to(memory_format=torch.channels_last).eval()
     example = data.normalize(data.pixels("val", 1)).to(device)
     plan = Plan(net, example) if cfg.pruning.enabled else None
     layers = plan.choose(plain(cfg.pruning)["layers"], plain(cfg.pruning)["exclude"]) if plan is not None else []
 
     metrics: dict[str, Any] = {"dense": _cost(net, example)}
-    metrics["dense"]["test_accuracy"] = _accuracy(cfg, net, data)
+    metrics["dense"]["test_accuracy"] = accuracy_of(cfg, net, data)
     response, verdict = _tagged(cfg, net, data, stimulus)
     _write_response(out, response, verdict)
     if plan is None:
@@ -142,163 +154,30 @@ def prune(cfg: DictConfig, dense: nn.Module | None = None, data: ImageData | Non
 
     evidence = Evidence(net, response, plain(cfg.importance)["components"], cfg.seed)
     kept = select(scores(cfg.importance.criterion, evidence, layers), Amount(**amount_arguments(cfg)), plan.macs)
-    small = plan.apply(kept).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    small = plan.apply(kept).to(memory_format=torch.channels_last)
     latencies = _latency(cfg, data, {"dense": net, "pruned": small}, device)
     metrics["dense"]["latency_ms"] = latencies["dense"]
-    metrics["pruned"] = {**_cost(small, example), "latency_ms": latencies["pruned"], "test_accuracy": _accuracy(cfg, small, data)}
+    metrics["pruned"] = {**_cost(small, example), "latency_ms": latencies["pruned"], "test_accuracy": accuracy_of(cfg, small, data)}
     metrics["kept"] = report.kept_counts(kept)
 
     def keep_result() -> None:
-        save_pruned(out / "pruned.ckpt", small, kept, _normalization(data))
+        save_pruned(out / "pruned.ckpt", small, kept, normalization_of(data))
         report.write_metrics(out / "metrics.json", metrics)
 
     keep_result()
     if cfg.pruning.bn_images:
         recalibrate_batch_norm(small, _recalibration_batches(cfg, data), device)
-        metrics["recalibrated"] = {"test_accuracy": _accuracy(cfg, small, data)}
+        metrics["recalibrated"] = {"test_accuracy": accuracy_of(cfg, small, data)}
         keep_result()
     if cfg.finetune.epochs:
         small = _finetune(cfg, small, data, out)
-        metrics["finetuned"] = {"test_accuracy": _accuracy(cfg, small, data)}
+        metrics["finetuned"] = {"test_accuracy": accuracy_of(cfg, small, data)}
         keep_result()
     if cfg.finetune.epochs or cfg.pruning.bn_images:
         log.debug("final weights in pruned.ckpt")
     cut = 1 - metrics["pruned"]["macs"] / metrics["dense"]["macs"]
     _tell(cfg, metrics, out, f"{_name(net)}, filters kept by {cfg.importance.criterion}, {100 * cut:.1f} % of the MACs cut, seed {cfg.seed}", verdict)
     return metrics, {"response": response, "verdict": verdict, "kept": kept, "net": small}
-
-
-def _quiet() -> None:
-    """Silence remarks of Lightning that do not apply here; its real warnings stay."""
-    for logger in ("pytorch_lightning.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(logger).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*The number of training batches .* is smaller than the logging interval.*")
-    warnings.filterwarnings("ignore", ".*LeafSpec.*")
-    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
-    warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists and is not empty.*")
-
-
-def _output(cfg: DictConfig) -> Path:
-    out = Path(cfg.output_dir)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"output_dir = {out} cannot be written to ({error.strerror}); choose another with hydra.run.dir=FOLDER") from None
-    return out
-
-
-def _model_config(cfg: DictConfig) -> dict[str, Any]:
-    config: dict[str, Any] = plain(cfg.model)
-    if config["name"] is None:
-        config = {"name": config["fallback"]}
-        report.show(f"no ckpt given: training a dense {config['name']} first")
-    build_model(config)
-    return config
-
-
-def _with_classes(config: Mapping[str, Any], data: ImageData) -> dict[str, Any]:
-    given = config.get("num_classes")
-    if given is not None and given != len(data.classes):
-        raise InputError(f"model.num_classes = {given}, but the data have {len(data.classes)} classes; leave it out")
-    return {**config, "num_classes": len(data.classes)}
-
-
-def _data(cfg: DictConfig) -> ImageData:
-    settings = {key: value for key, value in plain(cfg.data).items()}
-    data = instantiate(settings)
-    if not isinstance(data, ImageData):
-        raise InputError(f"data._target_ must be a freqprune.data.ImageData, got {type(data).__name__}")
-    data.setup()
-    return data
-
-
-def _normalization(data: ImageData) -> dict[str, list[float]]:
-    assert data.mean is not None and data.std is not None
-    return {"mean": data.mean, "std": data.std}
-
-
-def _check_layers(net: nn.Module, patterns: Any) -> None:
-    if patterns is None:
-        default_layers(net)
-    else:
-        match_layers([name for name, _ in net.named_modules() if name], patterns)
-
-
-def _check_fit(net: nn.Module, data: ImageData, normalization: Mapping[str, list[float]]) -> None:
-    config = getattr(net, "config", {})
-    classes = config.get("num_classes")
-    if classes is not None and classes != len(data.classes):
-        raise InputError(f"the network tells {classes} classes apart, the data have {len(data.classes)}; use the data it was trained on (data=...)")
-    for name, value in normalization.items():
-        here = getattr(data, name)
-        if max(abs(a - b) for a, b in zip(value, here, strict=True)) > 1e-3:
-            pair = " ".join(f"data.{key}={[round(v, 4) for v in values]}".replace(" ", "") for key, values in normalization.items())
-            raise InputError(f"the network was trained with {name} {value}, the data are normalised with {here}; use {pair}")
-
-
-def _trainer(cfg: DictConfig, folder: Path, callbacks: list[pl.Callback], max_epochs: int | None = None) -> pl.Trainer:
-    settings = plain(cfg.trainer)
-    if max_epochs is not None:
-        settings["max_epochs"] = max_epochs
-    configured = {name: dict(spec) for name, spec in plain(cfg.callbacks).items() if spec}
-    for spec in configured.values():
-        if "dirpath" in spec:
-            spec["dirpath"] = str(folder / "checkpoints")
-    logger_settings = plain(cfg.logger)
-    logger = instantiate({**logger_settings, "save_dir": str(folder)}) if logger_settings.get("_target_") else False
-    trainer = instantiate(
-        settings, callbacks=[*callbacks, *(instantiate(spec) for spec in configured.values())], logger=logger, default_root_dir=str(folder)
-    )
-    assert isinstance(trainer, pl.Trainer)
-    return trainer
-
-
-def _fit(trainer: pl.Trainer, classifier: Classifier, data: ImageData, ckpt_path: str | None, out: Path) -> None:
-    try:
-        trainer.fit(classifier, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-    except (KeyboardInterrupt, SystemExit):
-        _tell_how_to_resume(out)
-        raise
-    if trainer.interrupted:
-        _tell_how_to_resume(out)
-        raise SystemExit(130)
-
-
-def _tell_how_to_resume(out: Path) -> None:
-    last = out / "checkpoints" / "last.ckpt"
-    report.show(
-        f"interrupted; to go on: ckpt_path={last}" if last.exists() else "interrupted before the first epoch was complete: there is no checkpoint to resume from"
-    )
-
-
-def _evaluator(cfg: DictConfig) -> pl.Trainer:
-    settings = {key: value for key, value in plain(cfg.trainer).items() if key in ("_target_", "accelerator", "precision")}
-    trainer = instantiate(settings, devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    assert isinstance(trainer, pl.Trainer)
-    return trainer
-
-
-def _test(trainer: pl.Trainer, classifier: Classifier, data: ImageData) -> float:
-    found = trainer.test(classifier, datamodule=data, verbose=False)
-    return float(found[0]["test/accuracy"])
-
-
-def _accuracy(cfg: DictConfig, net: nn.Module, data: ImageData) -> float:
-    return _test(_evaluator(cfg), Classifier(net, num_classes=len(data.classes)), data)
-
-
-def _metric(trainer: pl.Trainer, name: str) -> float:
-    value = trainer.callback_metrics.get(name)
-    return float("nan") if value is None else float(value)
-
-
-def _device(cfg: DictConfig) -> torch.device:
-    strategy = _evaluator(cfg).strategy
-    return strategy.root_device
 
 
 def _cost(net: nn.Module, example: Tensor) -> dict[str, Any]:
@@ -359,10 +238,10 @@ def _finetune(cfg: DictConfig, small: nn.Module, data: ImageData, out: Path) -> 
     settings = plain(cfg.finetune)
     epochs = settings.pop("epochs")
     config = getattr(small, "config", None)
-    classifier = Classifier(dict(config) if config else small, **settings, num_classes=len(data.classes), normalization=_normalization(data))
+    classifier = Classifier(dict(config) if config else small, **settings, num_classes=len(data.classes), normalization=normalization_of(data))
     classifier.net.load_state_dict(small.state_dict())
-    trainer = _trainer(cfg, out / "finetune", [], epochs)
-    _fit(trainer, classifier, data, None, out / "finetune")
+    trainer = make_trainer(cfg, out / "finetune", [], epochs)
+    fit(trainer, classifier, data, None, out / "finetune")
     return classifier.net.eval()
 
 
@@ -371,11 +250,13 @@ def _name(net: nn.Module) -> str:
 
 
 def _tell(cfg: DictConfig, metrics: Mapping[str, Any], out: Path, title: str, verdict: Verdict | None) -> None:
-    device, threads = _device(cfg).type, torch.get_num_threads()
+    device, threads = device_of(cfg).type, torch.get_num_threads()
     heading = f"latency, ms (batch {cfg.latency.batch_size}, {device}{f', {threads} threads' if device == 'cpu' else ''})"
     report.show(report.stage_table(metrics, title, heading))
     if verdict is not None:
         counts = verdict.counts
         everything = sum(len(flags) for flags in verdict.important.values())
-        report.show(f"{sum(counts.values())} of {everything} recorded filters answer the tags ({cfg.importance.important_by}), pixel noise sd {cfg.tagging.noise_std:g}")
+        report.show(
+            f"{sum(counts.values())} of {everything} recorded filters answer the tags ({cfg.importance.important_by}), pixel noise sd {cfg.tagging.noise_std:g}"
+        )
     report.show(f"everything in {out}")

@@ -65,7 +65,12 @@ class ImageData(pl.LightningDataModule):
         limit_test: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value, low in (("batch_size", batch_size, 1), ("crop_padding", crop_padding, 0), ("limit_train", limit_train, 1), ("limit_test", limit_test, 1)):
+        for name, value, low in (
+            ("batch_size", batch_size, 1),
+            ("crop_padding", crop_padding, 0),
+            ("limit_train", limit_train, 1),
+            ("limit_test", limit_test, 1),
+        ):
             if value is not None and value < low:
                 raise InputError(f"data.{name} must be at least {low}, got {value}")
         if not 0 < val_fraction < 1:

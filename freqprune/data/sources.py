@@ -97,10 +97,11 @@ def _read_tree(folder: Path, image_size: int | None) -> tuple[Images, tuple[str,
         raise InputError(f"{folder} holds no images, or a class folder in it is empty: {error}") from None
     if len(tree.classes) < 2:
         raise InputError(f"{folder} holds one class ({tree.classes[0]}); a classifier needs at least two class folders")
+
     def read(path: str) -> Tensor:
         try:
-            with Image.open(path) as image:
-                image = image.convert("RGB")
+            with Image.open(path) as file:
+                image = file.convert("RGB")
                 if image_size is not None and image.size != (image_size, image_size):
                     image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
                 return torch.from_numpy(np.array(image))

@@ -135,6 +135,7 @@ class CifarResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(stream)
         self.relu1 = nn.ReLU(inplace=True)
         dense_stream = stage_widths[0]
+        stages = []
         for stage, dense in enumerate(stage_widths, start=1):
             blocks = []
             for block in range(n_blocks):
@@ -155,7 +156,8 @@ class CifarResNet(nn.Module):
                         raise InputError(f"shortcut_index[{name}.shortcut] has {way.n_out} channels, but {name}.conv2 has {out} filters")
                 blocks.append(BasicBlock(stream, inner, out, stride, way))
                 stream, dense_stream = out, dense
-            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
+            stages.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3 = stages
         self.linear = nn.Linear(stream, num_classes)
         unknown = sorted([*widths, *indices])
         if unknown:
@@ -167,9 +169,7 @@ class CifarResNet(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """Feature map before the pooling, ``(n_images, width, height / 4, width / 4)``."""
         x = self.relu1(self.bn1(self.conv1(x)))
-        for stage in (self.layer1, self.layer2, self.layer3):
-            x = stage(x)
-        return x
+        return self.layer3(self.layer2(self.layer1(x)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.features(x).mean(dim=(2, 3)))

@@ -1,0 +1,148 @@
+"""Configuration → the objects of a run: output folder, data, network, Lightning trainers."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import nn
+
+from freqprune import report
+from freqprune.config import plain
+from freqprune.data import ImageData
+from freqprune.errors import InputError
+from freqprune.models import build_model
+from freqprune.module import Classifier
+
+
+def quiet() -> None:
+    """Silence remarks of Lightning that do not apply here; its real warnings stay."""
+    for logger in ("pytorch_lightning.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(logger).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*The number of training batches .* is smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists and is not empty.*")
+
+
+def prepare_output(cfg: DictConfig) -> Path:
+    out = Path(cfg.output_dir)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"output_dir = {out} cannot be written to ({error.strerror}); choose another with hydra.run.dir=FOLDER") from None
+    return out
+
+
+def model_config(cfg: DictConfig) -> dict[str, Any]:
+    config: dict[str, Any] = plain(cfg.model)
+    if config["name"] is None:
+        config = {"name": config["fallback"]}
+        report.show(f"no ckpt given: training a dense {config['name']} first")
+    build_model(config)
+    return config
+
+
+def with_classes(config: Mapping[str, Any], data: ImageData) -> dict[str, Any]:
+    given = config.get("num_classes")
+    if given is not None and given != len(data.classes):
+        raise InputError(f"model.num_classes = {given}, but the data have {len(data.classes)} classes; leave it out")
+    return {**config, "num_classes": len(data.classes)}
+
+
+def load_data(cfg: DictConfig) -> ImageData:
+    data = instantiate(plain(cfg.data))
+    if not isinstance(data, ImageData):
+        raise InputError(f"data._target_ must be a freqprune.data.ImageData, got {type(data).__name__}")
+    data.setup()
+    return data
+
+
+def normalization_of(data: ImageData) -> dict[str, list[float]]:
+    assert data.mean is not None
+    assert data.std is not None
+    return {"mean": data.mean, "std": data.std}
+
+
+def check_match(net: nn.Module, data: ImageData, normalization: Mapping[str, list[float]]) -> None:
+    config = getattr(net, "config", {})
+    classes = config.get("num_classes")
+    if classes is not None and classes != len(data.classes):
+        raise InputError(f"the network tells {classes} classes apart, the data have {len(data.classes)}; use the data it was trained on (data=...)")
+    for name, value in normalization.items():
+        here = getattr(data, name)
+        if max(abs(a - b) for a, b in zip(value, here, strict=True)) > 1e-3:
+            pair = " ".join(f"data.{key}={[round(v, 4) for v in values]}".replace(" ", "") for key, values in normalization.items())
+            raise InputError(f"the network was trained with {name} {value}, the data are normalised with {here}; use {pair}")
+
+
+def make_trainer(cfg: DictConfig, folder: Path, callbacks: list[pl.Callback], max_epochs: int | None = None) -> pl.Trainer:
+    settings = plain(cfg.trainer)
+    if max_epochs is not None:
+        settings["max_epochs"] = max_epochs
+    configured = {name: dict(spec) for name, spec in plain(cfg.callbacks).items() if spec}
+    for spec in configured.values():
+        if "dirpath" in spec:
+            spec["dirpath"] = str(folder / "checkpoints")
+    logger_settings = plain(cfg.logger)
+    logger = instantiate({**logger_settings, "save_dir": str(folder)}) if logger_settings.get("_target_") else False
+    trainer = instantiate(settings, callbacks=[*callbacks, *(instantiate(spec) for spec in configured.values())], logger=logger, default_root_dir=str(folder))
+    assert isinstance(trainer, pl.Trainer)
+    return trainer
+
+
+def fit(trainer: pl.Trainer, classifier: Classifier, data: ImageData, ckpt_path: str | None, out: Path) -> None:
+    try:
+        trainer.fit(classifier, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    except (KeyboardInterrupt, SystemExit):
+        _tell_how_to_resume(out)
+        raise
+    if trainer.interrupted:
+        _tell_how_to_resume(out)
+        raise SystemExit(130)
+
+
+def _tell_how_to_resume(out: Path) -> None:
+    last = out / "checkpoints" / "last.ckpt"
+    report.show(
+        f"interrupted; to go on: ckpt_path={last}"
+        if last.exists()
+        else "interrupted before the first epoch was complete: there is no checkpoint to resume from"
+    )
+
+
+def evaluator(cfg: DictConfig) -> pl.Trainer:
+    settings = {key: value for key, value in plain(cfg.trainer).items() if key in ("_target_", "accelerator", "precision")}
+    trainer = instantiate(settings, devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    assert isinstance(trainer, pl.Trainer)
+    return trainer
+
+
+def tested(trainer: pl.Trainer, classifier: Classifier, data: ImageData) -> float:
+    found = trainer.test(classifier, datamodule=data, verbose=False)
+    return float(found[0]["test/accuracy"])
+
+
+def accuracy_of(cfg: DictConfig, net: nn.Module, data: ImageData) -> float:
+    return tested(evaluator(cfg), Classifier(net, num_classes=len(data.classes)), data)
+
+
+def metric(trainer: pl.Trainer, name: str) -> float:
+    value = trainer.callback_metrics.get(name)
+    return float("nan") if value is None else float(value)
+
+
+def device_of(cfg: DictConfig) -> torch.device:
+    strategy = evaluator(cfg).strategy
+    return strategy.root_device

@@ -1,0 +1,36 @@
+"""Hooks and modes that never outlive their block. The only place in the package that registers hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; every module's own mode is restored after it, also after an error."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextmanager
+def hooked(wanted: Sequence[tuple[nn.Module, Callable[..., Any] | None, Callable[..., Any]]]) -> Iterator[None]:
+    """Forward pre-hooks and forward hooks ``(module, before, after)`` inside the block, removed after it, also after an error."""
+    handles = []
+    try:
+        for module, before, after in wanted:
+            if before is not None:
+                handles.append(module.register_forward_pre_hook(before))
+            handles.append(module.register_forward_hook(after))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

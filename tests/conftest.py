@@ -1,0 +1,44 @@
+"""Shared fixtures. Tests run on one thread: beside other processes torch's spinning threads cost more than they bring."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """Four smooth random images, pixels in [0.2, 0.9]."""
+    coarse = torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    return nn.functional.interpolate(coarse, size=(16, 16), mode="bilinear") * 0.7 + 0.2
+
+
+@pytest.fixture(scope="session")
+def cifar10() -> Path:
+    """CIFAR-10 as an image folder."""
+    folder = os.environ.get("FREQPRUNE_CIFAR10")
+    if not folder:
+        pytest.skip("set FREQPRUNE_CIFAR10 to an image folder of CIFAR-10 (train/<class>/*.png, test/<class>/*.png)")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def public_weights() -> Path:
+    """A trained ResNet-32 with option A shortcuts: a plain state dict, keys prefixed ``module.``."""
+    path = os.environ.get("FREQPRUNE_RESNET32")
+    if not path:
+        pytest.skip("set FREQPRUNE_RESNET32 to a state dict of a CIFAR-10 ResNet-32 (option A, ImageNet mean and std)")
+    return Path(path)

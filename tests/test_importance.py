@@ -1,0 +1,136 @@
+import pytest
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from freqprune.errors import InputError
+from freqprune.importance import Evidence, TagImportance, criterion, criterion_names, judge, scores
+from freqprune.models import build_model
+from freqprune.tagging import tag
+from tests.test_tagging import WHITE, Affine
+
+
+def test_significance_finds_the_filters_that_answer() -> None:
+    response = tag(Affine(), WHITE.expand(20, -1, -1, -1))
+    verdict = judge(response)
+    assert verdict.important["conv"].tolist() == [True, True, True, False]
+    assert verdict.counts == {"conv": 3}
+    assert judge(response, ["f1"]).important["conv"].tolist() == [True, False, True, False]
+
+
+def test_threshold_is_on_the_mean_snr() -> None:
+    response = tag(Affine(), WHITE.expand(20, -1, -1, -1))
+    snr = response.snr("conv").nan_to_num(0).mean(-1)
+    cut = snr.sort().values[2].item()
+    assert judge(response, by="threshold", threshold=cut).important["conv"].tolist() == (snr > cut).tolist()
+    assert judge(response, by="threshold", threshold=cut).counts == {"conv": 1}
+
+
+def test_noise_alone_is_rarely_important() -> None:
+    # Filters that see a part without light: their answer is noise. At a false discovery rate of 5 % no more than a few of 400 may pass.
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 400, 16, bias=False, dtype=torch.float64))
+    response = tag(net, WHITE * 0, noise_std=0.02)
+    assert judge(response, "all", alpha=0.05).counts["0"] <= 3
+
+
+@pytest.mark.parametrize("name", criterion_names())
+def test_every_criterion_scores_every_filter(name: str, images: Tensor) -> None:
+    net = build_model({"name": "resnet8"})
+    response = tag(net, images[:2])
+    layers = ["layer1.0.conv1", "layer3.0.conv1"]
+    table = scores(name, Evidence(net, response), layers)
+    assert {layer: score.shape for layer, score in table.items()} == {"layer1.0.conv1": (16,), "layer3.0.conv1": (64,)}
+    assert all(score.isfinite().all() and score.dtype == torch.float64 for score in table.values())
+    assert len(torch.unique(table["layer3.0.conv1"])) > 32
+
+
+def test_scores_by_hand() -> None:
+    response = tag(Affine(), WHITE.expand(5, -1, -1, -1))
+    evidence = Evidence(Affine(), response)
+    torch.testing.assert_close(scores("amplitude", evidence, ["conv"])["conv"], torch.tensor([0.25, 0.25, 0.25, 0], dtype=torch.float64))
+    snr = response.snr("conv").nan_to_num(0.0)
+    torch.testing.assert_close(scores("snr", evidence, ["conv"])["conv"], snr.mean(1))
+    assert scores("snr", evidence, ["conv"])["conv"][3] == 0
+    torch.testing.assert_close(scores("snr_db", evidence, ["conv"])["conv"][:3], (20 * snr[:3].log10()).mean(1))
+    torch.testing.assert_close(scores("l1", evidence, ["conv"])["conv"], torch.tensor([1, 1, 1, 0], dtype=torch.float64))
+    torch.testing.assert_close(scores("l2", evidence, ["conv"])["conv"], torch.tensor([128**-0.5, 128**-0.5, 1 / 16, 0], dtype=torch.float64))
+
+
+def test_an_own_criterion() -> None:
+    @criterion("bias")
+    def bias(evidence: Evidence, layer: str) -> Tensor:
+        return evidence.model.get_submodule(layer).bias.detach()
+
+    assert scores("bias", Evidence(Affine()), ["conv"])["conv"].tolist() == [0, 0, -0.75, 0]
+
+
+@pytest.mark.parametrize(("name", "message"), [("snrr", "did you mean snr"), ("snr", "needs the response of other"), ("random", "")])
+def test_scores_refuse(name: str, message: str) -> None:
+    response = tag(Affine(), WHITE)
+    if name == "random":
+        with pytest.raises(InputError, match="pass Evidence"):
+            scores("snr", Evidence(Affine()), ["conv"])
+    else:
+        with pytest.raises(InputError, match=message):
+            scores(name, Evidence(Affine(), response), ["other"])
+
+
+def test_noise_free_snr_is_no_score() -> None:
+    response = tag(Affine(), WHITE, noise_std=0.0)
+    with pytest.raises(InputError, match="hold rounding error only"):
+        scores("snr", Evidence(Affine(), response), ["conv"])
+    with pytest.raises(InputError, match="tag with noise_std above 0"):
+        judge(response)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"by": "p"}, "significance or threshold"),
+        ({"alpha": 0.0}, "alpha must lie between"),
+        ({"by": "threshold"}, "threshold must be a positive SNR"),
+        ({"by": "threshold", "threshold": -1.0}, "threshold must be a positive SNR"),
+    ],
+)
+def test_judge_refuses(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        judge(tag(Affine(), WHITE), **settings)  # type: ignore[arg-type]
+
+
+def test_fits_the_pruners_of_torch_pruning(images: Tensor) -> None:
+    net = build_model({"name": "resnet8", "shortcut": "B"}).eval()
+    layers = ["layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1"]
+    table = scores("random", Evidence(net), layers)
+    importance = TagImportance(net, table)
+    ignored = [m for n, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and n not in layers]
+    pruner = tp.pruner.BasePruner(net, images[:1], importance=importance, pruning_ratio=0.5, ignored_layers=ignored)
+    kept_before = {layer: net.get_submodule(layer).weight.detach().clone() for layer in layers}
+    pruner.step()
+    for layer in layers:
+        best = table[layer].argsort(descending=True)[: len(table[layer]) // 2].sort().values
+        now = net.get_submodule(layer).weight.detach()
+        torch.testing.assert_close(now, kept_before[layer][best])
+
+
+def test_coupled_layers_share_one_score(images: Tensor) -> None:
+    net = build_model({"name": "resnet8"}).eval()
+    table = {"conv1": torch.arange(16.0), "layer1.0.conv2": torch.arange(16.0).flip(0)}
+    graph = tp.DependencyGraph().build_dependency(net.layer1, torch.rand(1, 16, 8, 8))
+    group = graph.get_pruning_group(net.layer1[0].conv2, tp.prune_conv_out_channels, idxs=[2, 5])
+    assert TagImportance(net, table)(group).tolist() == [13, 10]
+    group = graph.get_pruning_group(net.layer1[0].conv1, tp.prune_conv_out_channels, idxs=[2, 5])
+    assert TagImportance(net, table)(group) is None
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"nope": torch.ones(16)}, "does not have: 'nope'"),
+        ({"conv1": torch.ones(15)}, r"must have the shape \(16,\), got \(15,\)"),
+        ({"conv1": torch.full((16,), torch.nan)}, "hold NaN"),
+    ],
+)
+def test_tag_importance_refuses(table: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TagImportance(build_model({"name": "resnet8"}), table)

@@ -1,0 +1,77 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from freqprune.errors import InputError
+from freqprune.models import build_model
+from freqprune.recording import Recorder, every_position, map_mean
+from freqprune.sites import find_sites
+
+
+def test_reads_what_the_network_computes(images: Tensor) -> None:
+    net = build_model({"name": "resnet8"}).eval()
+    with Recorder(net, find_sites(net, images[:1], ["conv1", "layer1.0.conv2"])) as recorder:
+        found = recorder(images)
+    with torch.no_grad():
+        x = net.relu1(net.bn1(net.conv1(images)))
+        block = net.layer1[0]
+        y = block.bn2(block.conv2(block.relu1(block.bn1(block.conv1(x)))))
+    torch.testing.assert_close(found["conv1"], x.mean((2, 3)))
+    torch.testing.assert_close(found["layer1.0.conv2"], y.mean((2, 3)))
+
+
+def test_reductions() -> None:
+    maps = torch.randn(2, 3, 4, 5)
+    torch.testing.assert_close(every_position(maps, 1).mean(-1), map_mean(maps, 1))
+    tokens = torch.randn(2, 7, 3)
+    assert map_mean(tokens, 2).shape == (2, 3)
+    assert every_position(tokens, 2).shape == (2, 3, 7)
+    assert every_position(torch.randn(2, 3), 1).shape == (2, 3, 1)
+
+
+def test_the_forward_stops_after_the_last_site(images: Tensor) -> None:
+    class Never(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise AssertionError("ran past the last site")
+
+    net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Identity())
+    sites = find_sites(net, images[:1])
+    net[2] = Never()
+    with Recorder(net, sites) as recorder:
+        assert recorder(images)["0"].shape == (4, 2)
+
+
+def test_a_crash_in_the_forward_leaves_nothing_behind(images: Tensor) -> None:
+    class Fuse(nn.Module):
+        blown = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.blown:
+                raise RuntimeError("fuse")
+            return x
+
+    net = nn.Sequential(nn.Conv2d(3, 2, 3), Fuse(), nn.ReLU(), nn.Conv2d(2, 2, 3)).train()
+    net[2].eval()
+    sites = find_sites(net, images[:1])
+    net[1].blown = True
+    with pytest.raises(RuntimeError, match="fuse"), Recorder(net, sites) as recorder:
+        recorder(images)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+    assert [m.training for m in net] == [True, True, False, True]
+    assert all(p.grad is None and p.requires_grad for p in net.parameters())
+
+
+def test_a_site_that_is_not_reached_is_named(images: Tensor) -> None:
+    class Fork(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.right = nn.Conv2d(3, 2, 3), nn.Conv2d(3, 2, 3), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(x) if self.right else self.a(x)
+
+    net = Fork()
+    sites = find_sites(net, images[:1], ["a"])
+    net.right = True
+    with pytest.raises(InputError, match="did not reach a"), Recorder(net, sites) as recorder:
+        recorder(images)

@@ -1,0 +1,179 @@
+"""The pruned network equals the dense one with the same channels silenced after their activation: on every model and policy."""
+
+import copy
+
+import pytest
+import torch
+import torch_pruning as tp
+import torchvision
+from torch import Tensor, nn
+
+from freqprune.errors import InputError
+from freqprune.importance import Evidence, scores
+from freqprune.models import IndexShortcut, build_model
+from freqprune.profiling import count_macs, count_parameters, latency_ms, macs_by_layer
+from freqprune.selection import Amount, select
+from freqprune.surgery import Plan, _IndexShortcutPruner, recalibrate_batch_norm
+
+X = torch.rand(2, 3, 32, 32)
+AMOUNTS = [Amount(ratio=0.5), Amount(ratio=0.3, scope="layer"), Amount(macs_cut=0.4), Amount(macs_cut=0.4, scope="layer"), Amount(ratio=0.6, normalize=True)]
+
+
+def shaken(net: nn.Module) -> nn.Module:
+    """Eval mode with batch norms that are not the identity, so that a wrong channel shows."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return net.eval()
+
+
+def masked(net: nn.Module, kept: dict[str, Tensor], read: dict[str, str]) -> nn.Module:
+    """The dense network with removed channels set to zero after their activation."""
+    net = copy.deepcopy(net)
+    for layer, indices in kept.items():
+        flags = torch.zeros(net.get_submodule(layer).out_channels)
+        flags[indices] = 1
+        net.get_submodule(read[layer]).register_forward_hook(lambda m, a, out, flags=flags: out * flags.view(1, -1, 1, 1))
+    return net
+
+
+@pytest.mark.parametrize("amount", AMOUNTS, ids=str)
+@pytest.mark.parametrize(("name", "shortcut"), [("resnet8", "A"), ("resnet20", "A"), ("resnet14", "B")])
+def test_masked_equivalence(name: str, shortcut: str, amount: Amount) -> None:
+    net = shaken(build_model({"name": name, "shortcut": shortcut}))
+    plan = Plan(net, X)
+    kept = select(scores("random", Evidence(net), plan.layers), amount, plan.macs)
+    small = plan.apply(kept)
+    reference = masked(net, kept, {layer: layer.replace("conv1", "relu1") for layer in kept})
+    with torch.no_grad():
+        torch.testing.assert_close(small(X), reference(X), rtol=1e-5, atol=1e-5)
+    assert {layer: small.get_submodule(layer).out_channels for layer in kept} == {layer: len(i) for layer, i in kept.items()}
+
+
+@pytest.mark.parametrize("name", ["vgg11_bn", "mobilenet_v2"])
+def test_torchvision_networks_shrink_as_planned(name: str) -> None:
+    net = shaken(torchvision.models.get_model(name, num_classes=10))
+    plan = Plan(net, X)
+    kept = select(scores("l2", Evidence(net), plan.layers), Amount(macs_cut=0.3), plan.macs)
+    small = plan.apply(kept)
+    assert small(X).shape == (2, 10)
+    assert count_macs(small, X) == pytest.approx(plan.macs({layer: len(i) for layer, i in kept.items()}), rel=1e-9)
+
+
+def test_inner_layers_are_found() -> None:
+    plan = Plan(build_model({"name": "resnet20"}), X)
+    assert plan.layers == [f"layer{s}.{b}.conv1" for s in (1, 2, 3) for b in range(3)]
+    assert "layer1.1.conv2" in plan.coupled["conv1"]
+
+
+def test_choose() -> None:
+    plan = Plan(build_model({"name": "resnet20"}), X)
+    assert plan.choose("layer3.*.conv1") == [f"layer3.{b}.conv1" for b in range(3)]
+    assert plan.choose(exclude="layer[12].*") == [f"layer3.{b}.conv1" for b in range(3)]
+    for patterns, message in (
+        (("layer9*", None), "matches none of"),
+        (("*.conv2", None), r"share their channels with other layers .*pruning.layers='\*.conv1'"),
+        ((None, "*.conv1"), "leave no layer to prune"),
+        ((None, "nope"), "matches none of"),
+    ):
+        with pytest.raises(InputError, match=message):
+            plan.choose(*patterns)
+
+
+@pytest.mark.parametrize("shortcut", ["A", "B"])
+def test_planned_macs_are_the_counted_ones(shortcut: str) -> None:
+    net = build_model({"name": "resnet14", "shortcut": shortcut})
+    plan = Plan(net, X)
+    widths = {layer: 3 + i for i, layer in enumerate(plan.layers)}
+    assert plan.macs({}) == count_macs(net, X)
+    assert plan.macs(widths) == pytest.approx(count_macs(plan.apply({layer: torch.arange(w) for layer, w in widths.items()}), X), rel=1e-9)
+
+
+def test_the_network_itself_is_left_alone() -> None:
+    net = build_model({"name": "resnet8"}).train()
+    net.conv1.weight.requires_grad_(False)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    small = Plan(net, X).apply({"layer1.0.conv1": torch.tensor([1, 2])})
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert net.training
+    assert small.training
+    assert not small.conv1.weight.requires_grad
+    assert small.layer1[0].conv1.weight.requires_grad
+    assert small.config["widths"] == {"layer1.0.conv1": 2}
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ({"layer1.0.conv1": torch.tensor([], dtype=torch.long)}, "would keep no filter"),
+        ({"layer1.0.conv1": torch.tensor([1, 1])}, "must be distinct indices"),
+        ({"layer1.0.conv1": torch.tensor([16])}, r"in \[0, 15\]"),
+        ({"layer1.0.conv2": torch.tensor([1])}, "shares its channels"),
+        ({"layer1.0.conv3": torch.tensor([1])}, "no prunable layer"),
+    ],
+)
+def test_wrong_cuts_are_refused(kept: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Plan(build_model({"name": "resnet8"}), X).apply(kept)
+
+
+def test_index_shortcut_loses_channels_on_either_side() -> None:
+    shortcut = IndexShortcut([-1, 0, 1, 2, -1], 3, 1)
+    x = torch.randn(1, 3, 2, 2)
+    whole = shortcut(x)
+    pruner = _IndexShortcutPruner()
+    narrow = pruner.prune_out_channels(copy.deepcopy(shortcut), [0, 2])
+    assert torch.equal(narrow(x), whole[:, [1, 3, 4]])
+    fewer = pruner.prune_in_channels(copy.deepcopy(shortcut), [1])
+    silent = x.clone()
+    silent[:, 1] = 0
+    assert torch.equal(fewer(x[:, [0, 2]]), shortcut(silent))
+
+
+def test_index_shortcut_decouples_the_stages() -> None:
+    net = build_model({"name": "resnet14"})
+    graph = tp.DependencyGraph().build_dependency(net, X, customized_pruners={IndexShortcut: _IndexShortcutPruner()})
+    group = graph.get_pruning_group(net.layer2[0].conv2, tp.prune_conv_out_channels, idxs=[3])
+    touched = {module for dependency, _ in group for module in [dependency.target.module]}
+    assert net.layer1[0].conv2 not in touched
+    assert net.layer3[0].conv2 not in touched
+    assert net.layer2[1].conv2 in touched
+
+
+def test_recalibration_is_the_plain_average() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    batches = [torch.randn(8, 3, 6, 6) for _ in range(3)]
+    recalibrate_batch_norm(net, batches)
+    with torch.no_grad():
+        means = torch.stack([net[0](batch).mean((0, 2, 3)) for batch in batches]).mean(0)
+    torch.testing.assert_close(net[1].running_mean, means)
+    assert not net.training
+    assert net[1].momentum == 0.1
+
+
+def test_profile_of_a_layer_by_hand() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(8 * 6 * 6, 5))
+    x = torch.zeros(4, 3, 8, 8)
+    assert macs_by_layer(net, x) == {"0": 8 * 3 * 9 * 64, "2": 8 * 9 * 36, "4": 8 * 36 * 5}
+    assert count_parameters(net) == 8 * 27 + 8 + 8 * 9 + 8 + 8 * 36 * 5 + 5
+
+
+def test_latency_measures_every_network() -> None:
+    calls: list[str] = []
+
+    class Counted(nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(self.name)
+            return x
+
+    found = latency_ms({"a": Counted("a"), "b": Counted("b")}, X, n_runs=3, n_warmup=1)
+    assert set(found) == {"a", "b"}
+    assert min(found.values()) > 0
+    assert calls == ["a", "b"] * 4
