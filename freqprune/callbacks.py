@@ -9,6 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
@@ -99,6 +100,10 @@ class FrequencyTagging(pl.Callback):
             raise InputError("FrequencyTagging runs on one process; set trainer.devices=1, or tagging.every_n_epochs=0 and tag the checkpoint afterwards")
         self._network(pl_module)
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.every_n_epochs and not trainer.enable_validation:
+            raise InputError("FrequencyTagging needs a validation loader: it tags validation images; pass val_dataloaders, or every_n_epochs=0")
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._epoch_start = time.perf_counter()
 
@@ -110,8 +115,10 @@ class FrequencyTagging(pl.Callback):
         start = time.perf_counter()
         mean, std = self._normalization(trainer)
         network = self._network(pl_module)
-        images = _pixels(self._validation_images(trainer), mean, std)
-        response = tag(network, images, self.stimulus, mean=mean, std=std, **self.tag_settings)  # type: ignore[arg-type]
+        # A loader draws from the global generators as it starts: training must not notice that tags were shown.
+        with isolate_rng():
+            images = _pixels(self._validation_images(trainer), mean, std)
+            response = tag(network, images, self.stimulus, mean=mean, std=std, **self.tag_settings)  # type: ignore[arg-type]
         verdict = judge(response, self.components, **self.verdict_settings)  # type: ignore[arg-type]
         score = scores(self.criterion, Evidence(network, response, self.components), list(response.layers))
         self.latest = {

@@ -66,6 +66,10 @@ def test_torchvision_networks_shrink_as_planned(name: str) -> None:
 def test_inner_layers_are_found() -> None:
     plan = Plan(build_model({"name": "resnet20"}), X)
     assert plan.layers == [f"layer{s}.{b}.conv1" for s in (1, 2, 3) for b in range(3)]
+    # One block a stage: no other convolution shares the stream, the shortcut does.
+    small = Plan(build_model({"name": "resnet8"}), X)
+    assert small.layers == [f"layer{s}.0.conv1" for s in (1, 2, 3)]
+    assert "layer3.0.shortcut" in small.coupled["layer2.0.conv2"]
     assert "layer1.1.conv2" in plan.coupled["conv1"]
 
 

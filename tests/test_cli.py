@@ -1,0 +1,82 @@
+"""The command line from outside: messages, exit status, interrupts, sweeps."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.test_workflow import SMALL
+
+
+def call(script: str, *arguments: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(ROOT / script), *arguments], capture_output=True, text=True, cwd=cwd, check=False, timeout=timeout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["epochs=3"], "epochs is not a setting; did you mean finetune.epochs"),
+        (["+epochs=3"], "epochs is not a setting; did you mean finetune.epochs"),
+        (["optimizer.lrr=3"], "optimizer.lrr is not a setting; did you mean optimizer.lr?"),
+        (["trainer.max_epoch=3"], "did you mean trainer.max_epochs?"),
+        (["data=cifar"], "Could not find 'data/cifar'"),
+        (["optimizer.lr=fast"], "Value 'fast' of type 'str' could not be converted to Float"),
+        (["seed"], "seed"),
+        (["tagging.tag_freqs=[6,7.3]"], "tag_freqs[1] = 7.3 Hz is not on a bin (1 / duration = 0.5 Hz); use 7 or 7.5"),
+        (["data=image_folder"], "data.root"),
+    ],
+)
+def test_errors_are_messages(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = call("train.py", *arguments, f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ")
+
+
+def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
+    code = (
+        f"import sys, runpy; sys.argv = ['train.py', '--help']\ntry: runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\nexcept SystemExit: pass\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code + "print('torch' in sys.modules)"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.stdout.strip().endswith("False"), done.stderr
+    assert "tagging: " in done.stdout
+
+
+def test_sweep_leaves_each_job_its_figures(tmp_path: Path) -> None:
+    done = call(
+        "prune.py", "-m", *SMALL, "pruning.ratio=0.2,0.4", "seed=0,1", "finetune.epochs=0", f"hydra.sweep.dir={tmp_path / 'sweep'}", cwd=tmp_path, timeout=500
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = [json.loads((tmp_path / "sweep" / str(job) / "metrics.json").read_text()) for job in range(4)]
+    cuts = [1 - m["pruned"]["macs"] / m["dense"]["macs"] for m in found]
+    assert cuts[0] == pytest.approx(cuts[1], abs=0.02)
+    assert cuts[0] < cuts[2]
+    assert all((tmp_path / "sweep" / str(job) / "pruned.ckpt").exists() for job in range(4))
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_leaves_a_checkpoint_that_resumes(how: signal.Signals, tmp_path: Path) -> None:
+    arguments = [*SMALL, "tagging.every_n_epochs=0", "trainer.max_epochs=400", f"hydra.run.dir={tmp_path / 'run'}"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not last.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.2)
+    os.kill(process.pid, how)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert last.exists(), said
+    assert f"ckpt_path={last}" in " ".join(said.split()).replace(" /", "/").replace("= ", "=") or str(last) in said.replace("\n", "")
+    import torch
+
+    done_epochs = torch.load(last, weights_only=True)["epoch"] + 1
+    again = call("train.py", *arguments, f"ckpt_path={last}", f"trainer.max_epochs={done_epochs + 1}", f"hydra.run.dir={tmp_path / 'again'}", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "again" / "metrics.json").read_text())["epochs"] == done_epochs + 1

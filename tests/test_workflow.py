@@ -1,0 +1,252 @@
+"""The two jobs from a composed configuration, small: what they write, what they refuse, and that every experiment still composes and runs."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from freqprune import load_pruned, workflow
+from freqprune.config import register
+from freqprune.errors import InputError
+from freqprune.models import build_model
+from freqprune.profiling import count_macs, count_parameters
+from tests.conftest import ROOT
+
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+SMALL = (
+    "data=digits", "data.limit_train=96", "data.limit_test=40", "data.batch_size=32", "model=resnet8", "trainer=cpu", "trainer.max_epochs=1",
+    "+trainer.enable_progress_bar=false", "callbacks.progress=null", "tagging.n_images=2", "finetune.epochs=1", "pruning.bn_images=64", "latency.n_runs=2",
+)  # fmt: skip
+
+
+def config(name: str, out: Path, *overrides: str, base: Sequence[str] = SMALL) -> DictConfig:
+    register()
+    with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
+        return compose(name, [*base, f"output_dir={out}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("train")
+    metrics, _ = workflow.train(config("train", out))
+    return out, metrics
+
+
+def test_train_writes_what_it_says(trained: tuple[Path, dict[str, Any]]) -> None:
+    out, metrics = trained
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    assert set(metrics) == {"val_accuracy", "test_accuracy", "epochs", "seconds"}
+    assert metrics["epochs"] == 1
+    assert {"best.ckpt", "last.ckpt"} <= {path.name for path in (out / "checkpoints").iterdir()}
+    with (out / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    logged = {key for row in rows for key, value in row.items() if value}
+    assert {"train/loss", "val/accuracy", "important/layer1.0.conv1", "tagging/share"} <= logged
+    with (out / "importance.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == sum(m.out_channels for m in build_model({"name": "resnet8"}).modules() if isinstance(m, torch.nn.Conv2d))
+    assert (out / "figures" / "important_filters.png").stat().st_size > 5000
+
+
+def test_resume_continues_to_the_last_epoch(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    last = trained[0] / "checkpoints" / "last.ckpt"
+    metrics, _ = workflow.train(config("train", tmp_path, f"ckpt_path={last}", "trainer.max_epochs=2"))
+    assert metrics["epochs"] == 2
+
+
+@pytest.fixture(scope="module")
+def pruned(trained: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    out = tmp_path_factory.mktemp("prune")
+    cfg = config("prune", out, "model=auto", f"ckpt={trained[0] / 'checkpoints' / 'last.ckpt'}", "pruning.macs_cut=0.4", "importance=snr")
+    return (out, *workflow.prune(cfg))
+
+
+def test_prune_writes_what_it_says(pruned: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
+    out, metrics, objects = pruned
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    assert set(metrics) == {"dense", "pruned", "recalibrated", "finetuned", "kept"}
+    assert set(metrics["dense"]) == set(metrics["pruned"]) == {"test_accuracy", "macs", "params", "latency_ms"}
+    assert set(metrics["recalibrated"]) == set(metrics["finetuned"]) == {"test_accuracy"}
+    x = torch.rand(2, 3, 32, 32)
+    assert metrics["dense"]["macs"] == count_macs(build_model({"name": "resnet8"}), x)
+    assert metrics["pruned"]["macs"] <= 0.6 * metrics["dense"]["macs"]
+    net = load_pruned(out / "pruned.ckpt")
+    assert count_macs(net, x) == metrics["pruned"]["macs"]
+    assert count_parameters(net) == metrics["pruned"]["params"]
+    assert {layer: net.get_submodule(layer).out_channels for layer in metrics["kept"]} == metrics["kept"]
+    # The file holds the fine-tuned weights.
+    torch.testing.assert_close(net(x), objects["net"](x))
+    names = {path.name for path in (out / "figures").iterdir()}
+    assert names == {"spectra_layer1.png", f"spectra_layer{min(10, len(objects['response'].layers))}.png", "important_filters.png"}
+
+
+def test_filters_csv_holds_every_filter_and_component(pruned: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
+    out, _, objects = pruned
+    with (out / "filters.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    response = objects["response"]
+    n_filters = sum(len(r.amplitude) for r in response.layers.values())
+    assert len(rows) == n_filters * len(response.components("all"))
+    row = next(r for r in rows if (r["layer"], r["filter"], r["component"]) == ("layer1.0.conv1", "3", "f1"))
+    assert float(row["snr"]) == pytest.approx(response.snr("layer1.0.conv1", ["f1"])[3, 0].item(), rel=1e-4)
+    assert row["recorded_at"] == "layer1.0.relu1 (activation)"
+    assert row["noise_std"] == "0.02"
+
+
+def test_removes_the_filters_with_the_lowest_snr(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    ckpt = trained[0] / "checkpoints" / "last.ckpt"
+    cfg = config("prune", tmp_path, "model=auto", f"ckpt={ckpt}", "pruning.ratio=0.5", "finetune.epochs=0", "pruning.bn_images=0")
+    metrics, objects = workflow.prune(cfg)
+    assert set(metrics) == {"dense", "pruned", "kept"}
+    for layer, kept in objects["kept"].items():
+        snr = objects["response"].snr(layer).nan_to_num(0).mean(-1)
+        assert kept.tolist() == sorted(snr.argsort(descending=True)[: len(snr) // 2].tolist())
+
+
+def test_threshold_keeps_what_is_above_it(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    common = ("model=auto", f"ckpt={trained[0] / 'checkpoints' / 'last.ckpt'}", "finetune.epochs=0", "pruning.bn_images=0")
+    _, objects = workflow.prune(config("prune", tmp_path, *common, "pruning=none"))
+    layers = [f"layer{s}.0.conv1" for s in (1, 2, 3)]
+    snr = {layer: objects["response"].snr(layer).nan_to_num(0).mean(-1) for layer in layers}
+    threshold = torch.cat(list(snr.values())).median().item()
+    metrics, _ = workflow.prune(config("prune", tmp_path, *common, f"pruning.threshold={threshold}"))
+    assert metrics["kept"] == {layer: max(1, int((values > threshold).sum())) for layer, values in snr.items()}
+
+
+def test_pruning_none_only_tags_and_tests(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    cfg = config("prune", tmp_path, "model=auto", f"ckpt={trained[0] / 'checkpoints' / 'last.ckpt'}", "pruning=none")
+    metrics, _ = workflow.prune(cfg)
+    assert set(metrics) == {"dense"}
+    assert metrics["dense"]["test_accuracy"] == pytest.approx(trained[1]["test_accuracy"])
+    assert not (tmp_path / "pruned.ckpt").exists()
+    assert (tmp_path / "filters.csv").exists()
+
+
+def test_a_pruned_network_can_be_pruned_again(pruned: tuple[Path, dict[str, Any], dict[str, Any]], tmp_path: Path) -> None:
+    cfg = config("prune", tmp_path, "model=auto", f"ckpt={pruned[0] / 'pruned.ckpt'}", "pruning.ratio=0.2", "finetune.epochs=0")
+    metrics, _ = workflow.prune(cfg)
+    assert metrics["dense"]["macs"] == pruned[1]["pruned"]["macs"]
+    assert metrics["pruned"]["macs"] < metrics["dense"]["macs"]
+
+
+def test_a_pruned_network_resumes_training_its_widths(pruned: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
+    content = torch.load(pruned[0] / "finetune" / "checkpoints" / "last.ckpt", weights_only=True)
+    widths = content["hyper_parameters"]["model"]["widths"]
+    assert widths == {layer: n for layer, n in pruned[1]["kept"].items() if n != content["hyper_parameters"]["model"]["stage_widths"][int(layer[5]) - 1]}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("job", ["train", "prune"])
+def test_every_experiment_runs_small(experiment: str, job: str, tmp_path: Path) -> None:
+    base = [item for item in SMALL if not item.startswith(("model=", "tagging"))]
+    cfg = config(job, tmp_path, f"experiment={experiment}", "model=resnet8", "tagging.n_images=2", "tagging.every_n_epochs=1", base=base)
+    metrics, objects = workflow.train(cfg)
+    assert metrics["epochs"] == 1
+    if cfg.pruning.enabled:
+        workflow.prune(cfg, objects["classifier"].net, objects["data"])
+        assert (tmp_path / "pruned.ckpt").exists()
+
+
+def test_the_experiment_has_the_last_word(tmp_path: Path) -> None:
+    assert config("train", tmp_path, "experiment=quickstart", base=[]).trainer.max_epochs != config("train", tmp_path, base=[]).trainer.max_epochs
+
+
+@pytest.mark.parametrize("group", ["data", "model", "tagging", "importance", "pruning", "trainer", "logger"])
+def test_every_choice_of_every_group_is_valid(group: str, tmp_path: Path) -> None:
+    from freqprune.config import plain, validate
+
+    for path in (ROOT / "conf" / group).glob("*.yaml"):
+        if path.stem != "common":
+            cfg = config("prune", tmp_path, f"{group}={path.stem}", *(["data.root=x"] if path.stem == "image_folder" else []), base=[])
+            validate(cfg)
+            assert plain(cfg[group]) is not None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["tagging.tag_freqs=[6.0,7.3]"], "7.3 Hz is not on a bin"),
+        (["tagging.tag_freqs=[6.0,61.0]"], "Nyquist"),
+        (["tagging.tag_freqs=[6.0,6.0]"], "also the frequency of part 1"),
+        (["tagging.where=relu"], "tagging.where must be one of"),
+        (["tagging.average=max"], "tagging.average must be one of"),
+        (["tagging.n_images=0"], "tagging.n_images must be at least 1"),
+        (["tagging.noise_std=2"], "tagging.noise_std must lie"),
+        (["importance.criterion=loudness"], "importance.criterion must be one of"),
+        (["importance.components=f7"], "got 'f7'"),
+        (["importance.alpha=0"], "importance.alpha"),
+        (["importance.important_by=threshold"], "importance.threshold must be a positive SNR"),
+        (["pruning=filters", "pruning.ratio=1.0"], "pruning.ratio must lie between"),
+        (["pruning=filters", "pruning.ratio=0.5", "pruning.threshold=3"], "set exactly one"),
+        (["finetune.epochs=-1"], "finetune.epochs must be at least 0"),
+        (["finetune.lr=0"], "finetune.lr must be above 0"),
+        (["optimizer.lr=0"], "optimizer.lr must be above 0"),
+        (["matmul_precision=low"], "matmul_precision must be"),
+        (["seed=-1"], "seed must be at least 0"),
+        (["model.name=resnet33"], "model.name must be one of"),
+        (["+model.num_classes=7"], "the data have 10 classes"),
+        (["data.val_fraction=2"], "val_fraction must lie"),
+        (["ckpt_path=none.ckpt"], "none.ckpt does not exist"),
+        (["tagging.layers='block*'"], "matches none of"),
+        (["data=image_folder", "data.root=nowhere"], "nowhere is not a folder"),
+    ],
+)
+def test_train_refuses_before_any_work(overrides: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        workflow.train(config("train", tmp_path, *overrides))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["pruning.layers='layer9*'"], "matches none of"),
+        (["pruning.layers='*.conv2'"], "share their channels"),
+        (["pruning.ratio=0.001"], "removes nothing"),
+        (["pruning.threshold=1e9"], "would remove every filter"),
+        (["pruning.threshold=1e-9"], "would remove nothing"),
+        (["pruning.macs_cut=0.99"], "cannot be reached"),
+        (["tagging.layers=conv1"], "which tagging.layers leaves out"),
+        (["tagging.noise_std=0"], "hold rounding error only"),
+        (["data.mean=[0,0,0]", "data.std=[1,1,1]"], r"trained with mean .* use data.mean=\["),
+        (["model=resnet14"], "holds a resnet8, but model.name = resnet14"),
+        (["ckpt=nowhere.ckpt"], "nowhere.ckpt does not exist"),
+    ],
+)
+def test_prune_refuses(overrides: list[str], message: str, trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    ckpt = trained[0] / "checkpoints" / "last.ckpt"
+    with pytest.raises(InputError, match=message):
+        workflow.prune(config("prune", tmp_path, "model=auto", f"ckpt={ckpt}", *overrides))
+    assert not (tmp_path / "pruned.ckpt").exists()
+
+
+def test_output_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written to"):
+        workflow.train(config("train", tmp_path / "file" / "out"))
+
+
+def test_training_checkpoint_of_something_else_does_not_resume(tmp_path: Path) -> None:
+    torch.save(build_model({"name": "resnet8"}).state_dict(), tmp_path / "w.pt")
+    with pytest.raises(InputError, match="is no training checkpoint"):
+        workflow.train(config("train", tmp_path, f"ckpt_path={tmp_path / 'w.pt'}"))
+
+
+def test_public_weights_reach_their_published_accuracy(public_weights: Path, cifar10: Path, tmp_path: Path) -> None:
+    base = [
+        "data=image_folder", f"data.root={cifar10}", "data.mean=[0.485,0.456,0.406]", "data.std=[0.229,0.224,0.225]", "data.batch_size=500",
+        "data.limit_test=1000", "model=resnet32", f"ckpt={public_weights}", "pruning=none", "tagging.n_images=4", "trainer=cpu", "latency.n_runs=2",
+    ]  # fmt: skip
+    metrics, objects = workflow.prune(config("prune", tmp_path, base=base))
+    # 92.63 % on all 10,000 images; of 1,000 drawn ones the standard error is 0.8 %.
+    assert metrics["dense"]["test_accuracy"] == pytest.approx(0.9263, abs=0.025)
+    assert (metrics["dense"]["macs"], metrics["dense"]["params"]) == (68_862_592, 464_154)
+    response = objects["response"]
+    # conv1 read before any non-linearity is affine: its intermodulation is noise. After it, deeper layers integrate.
+    assert response.snr("layer3.4.conv2", ["f1+f2"]).nanmedian() > 1.5
