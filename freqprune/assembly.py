@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import nn
 
 from freqprune import report
@@ -30,6 +33,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*The number of training batches .* is smaller than the logging interval.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+    # Resuming into a new run folder: the best checkpoint is then looked for among the epochs to come.
+    warnings.filterwarnings("ignore", ".*The dirpath has changed from.*")
     warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists and is not empty.*")
 
 
@@ -62,7 +67,12 @@ def with_classes(config: Mapping[str, Any], data: ImageData) -> dict[str, Any]:
 
 
 def load_data(cfg: DictConfig) -> ImageData:
-    data = instantiate(plain(cfg.data))
+    try:
+        data = instantiate(plain(cfg.data))
+    except InstantiationException as error:
+        if isinstance(error.__cause__, InputError):
+            raise error.__cause__ from None
+        raise
     if not isinstance(data, ImageData):
         raise InputError(f"data._target_ must be a freqprune.data.ImageData, got {type(data).__name__}")
     data.setup()
@@ -105,12 +115,12 @@ def make_trainer(cfg: DictConfig, folder: Path, callbacks: list[pl.Callback], ma
 def fit(trainer: pl.Trainer, classifier: Classifier, data: ImageData, ckpt_path: str | None, out: Path) -> None:
     try:
         trainer.fit(classifier, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    except SIGTERMException:
+        _tell_how_to_resume(out)
+        raise SystemExit(128 + signal.SIGTERM) from None
     except (KeyboardInterrupt, SystemExit):
         _tell_how_to_resume(out)
         raise
-    if trainer.interrupted:
-        _tell_how_to_resume(out)
-        raise SystemExit(130)
 
 
 def _tell_how_to_resume(out: Path) -> None:

@@ -11,11 +11,10 @@ from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from freqprune.config import register
-from freqprune.errors import InputError, closest
+from freqprune.config import no_such_key, register
+from freqprune.errors import InputError
 
 
 def run(main: Callable[[], Any], config_dir: Path, config_name: str) -> None:
@@ -65,21 +64,4 @@ def _near_key(message: str, config_dir: Path, config_name: str) -> str:
 
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(config_dir.resolve()), version_base="1.3"):
-        keys = _keys(compose(config_name))
-    last = given.rsplit(".", 1)[-1]
-    # The same last word elsewhere in the tree beats a similar spelling.
-    same = [key for key in keys if key.rsplit(".", 1)[-1] == last] or [key for key in keys if key.rsplit(".", 1)[-1].endswith("_" + last)]
-    hint = f"; did you mean {' or '.join(same[:3])}?" if same else closest(given, keys) or closest(last, [k.rsplit(".", 1)[-1] for k in keys])
-    return f"{given} is not a setting{hint or '; --cfg job lists all of them'}"
-
-
-def _keys(cfg: DictConfig, prefix: str = "") -> list[str]:
-    found = []
-    for key in map(str, cfg):
-        name = f"{prefix}{key}"
-        found.append(name)
-        if not OmegaConf.is_missing(cfg, key) and isinstance(cfg._get_node(key), DictConfig):
-            node = cfg._get_node(key)
-            if isinstance(node, DictConfig) and not node._is_none():
-                found += _keys(node, f"{name}.")
-    return found
+        return no_such_key(given, compose(config_name))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from freqprune.errors import InputError
+from freqprune.errors import InputError, closest
 
 
 @dataclass
@@ -124,12 +124,44 @@ def amount_arguments(cfg: DictConfig) -> dict[str, Any]:
     return arguments
 
 
+def no_such_key(given: str, cfg: DictConfig) -> str:
+    """Message for a key that does not exist, with those that look like it."""
+    keys = _keys(cfg)
+    last = given.rsplit(".", 1)[-1]
+    # The same last word elsewhere in the tree beats a similar spelling.
+    same = [key for key in keys if key != given and key.rsplit(".", 1)[-1] == last]
+    same += [key for key in keys if key.rsplit(".", 1)[-1].endswith(f"_{last}")]
+    hint = f"; did you mean {' or '.join(same[:3])}?" if same else closest(given, keys)
+    return f"{given} is not a setting{hint or '; --cfg job lists all of them'}"
+
+
+def _keys(cfg: DictConfig, prefix: str = "") -> list[str]:
+    found = []
+    for key in map(str, cfg):
+        found.append(f"{prefix}{key}")
+        node = cfg._get_node(key)
+        if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
+            found += _keys(node, f"{prefix}{key}.")
+    return found
+
+
+def _check_keys(cfg: DictConfig) -> None:
+    known = {entry.name for entry in fields(Schema)}
+    for key in map(str, cfg):
+        if key not in known:
+            raise InputError(no_such_key(key, cfg))
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise InputError(f"{missing[0]} is not set; give {missing[0]}=VALUE")
+
+
 def validate(cfg: DictConfig) -> None:
     """Check every range that can be checked before data are read or a network is built.
 
     Raises:
         InputError: names the key, what is allowed and what came.
     """
+    _check_keys(cfg)
     from freqprune.components import find_components
     from freqprune.importance import check_judgement, needs_tags
     from freqprune.selection import Amount

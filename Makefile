@@ -1,0 +1,46 @@
+# make quickstart: install into .venv, train, tag, prune and fine-tune on embedded data.
+# make test:       install into .venv, run the tests.
+# Uses uv where it is present, pip otherwise.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+UV := $(shell command -v uv 2>/dev/null)
+
+ifdef UV
+  CREATE := $(UV) venv --quiet --allow-existing --python $(PYTHON) $(VENV)
+  INSTALL := $(UV) pip install --quiet --python $(BIN)/python
+else
+  CREATE := $(PYTHON) -m venv $(VENV)
+  INSTALL := $(BIN)/python -m pip install --quiet
+endif
+
+.PHONY: install install-dev quickstart test lint clean
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+$(VENV)/.installed: pyproject.toml
+	$(CREATE)
+	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml
+	$(CREATE)
+	$(INSTALL) --editable '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+quickstart: install
+	$(BIN)/python train.py experiment=quickstart
+
+# One thread a process: torch's spinning threads and parallel tests do not go together.
+test: install-dev
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadscope
+
+lint: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) outputs multirun .pytest_cache .mypy_cache .ruff_cache
