@@ -5,12 +5,13 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from freqprune import cli
+from freqprune import cli, config
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="prune")
 def main(cfg: DictConfig) -> None:
-    # torch and Lightning take seconds to import: only once the configuration is known to be sound.
+    config.validate(cfg)
+    # Lightning takes seconds to import: only once the configuration is known to be sound.
     from freqprune import workflow
 
     if cfg.ckpt is not None:

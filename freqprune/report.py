@@ -60,7 +60,7 @@ def show(*items: Any) -> None:
     if not console.is_terminal:
         console = Console(width=120)
     for item in items:
-        console.print(item, highlight=False, markup=False) if isinstance(item, str) else console.print(item)
+        console.print(item, highlight=False, markup=False, soft_wrap=True) if isinstance(item, str) else console.print(item)
 
 
 def write_filters(path: Path, response: TagResponse, verdict: Verdict | None) -> None:

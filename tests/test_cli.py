@@ -29,7 +29,7 @@ def call(script: str, *arguments: str, cwd: Path, timeout: float = 300) -> subpr
         (["optimizer.lr=fast"], "Value 'fast' of type 'str' could not be converted to Float"),
         (["seed"], "seed"),
         (["tagging.tag_freqs=[6,7.3]"], "tag_freqs[1] = 7.3 Hz is not on a bin (1 / duration = 0.5 Hz); use 7 or 7.5"),
-        (["data=image_folder"], "data.root"),
+        (["data=image_folder"], "data.root is not set; give data.root=VALUE"),
     ],
 )
 def test_errors_are_messages(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -37,13 +37,12 @@ def test_errors_are_messages(arguments: list[str], message: str, tmp_path: Path)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-    assert done.stderr.startswith("error: ")
+    assert "\nerror: " in "\n" + done.stderr
 
 
 def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
-    code = (
-        f"import sys, runpy; sys.argv = ['train.py', '--help']\ntry: runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\nexcept SystemExit: pass\n"
-    )
+    script = str(ROOT / "train.py")
+    code = f"import sys, runpy; sys.argv = [{script!r}, '--help']\ntry: runpy.run_path({script!r}, run_name='__main__')\nexcept SystemExit: pass\n"
     done = subprocess.run([sys.executable, "-c", code + "print('torch' in sys.modules)"], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.stdout.strip().endswith("False"), done.stderr
     assert "tagging: " in done.stdout
@@ -71,9 +70,9 @@ def test_interrupt_leaves_a_checkpoint_that_resumes(how: signal.Signals, tmp_pat
         time.sleep(0.2)
     os.kill(process.pid, how)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode != 0
+    assert process.returncode == (1 if how == signal.SIGINT else 128 + signal.SIGTERM), said
     assert last.exists(), said
-    assert f"ckpt_path={last}" in " ".join(said.split()).replace(" /", "/").replace("= ", "=") or str(last) in said.replace("\n", "")
+    assert f"to go on: ckpt_path={last}" in said
     import torch
 
     done_epochs = torch.load(last, weights_only=True)["epoch"] + 1
