@@ -11,15 +11,16 @@ if TYPE_CHECKING:
     from freqprune.errors import InputError
     from freqprune.importance import Evidence, TagImportance, criterion, judge, scores
     from freqprune.models import build_model, register_model
+    from freqprune.response import TagResponse
     from freqprune.selection import Amount, select
     from freqprune.stimulus import Stimulus
     from freqprune.surgery import Plan
-    from freqprune.tagging import TagResponse, tag
+    from freqprune.tagging import tag
 
 # Imported on first use: the command line answers --help and typos without waiting for torch.
 _HOME = {
     "Amount": "selection", "Evidence": "importance", "FrequencyTagging": "callbacks", "InputError": "errors", "Plan": "surgery",
-    "Stimulus": "stimulus", "TagImportance": "importance", "TagResponse": "tagging", "build_model": "models", "criterion": "importance",
+    "Stimulus": "stimulus", "TagImportance": "importance", "TagResponse": "response", "build_model": "models", "criterion": "importance",
     "judge": "importance", "load_network": "checkpoint", "load_pruned": "checkpoint", "register_model": "models", "save_pruned": "checkpoint",
     "scores": "importance", "select": "selection", "tag": "tagging",
 }  # fmt: skip

@@ -22,9 +22,9 @@ from freqprune.tagging import tag
 class FrequencyTagging(pl.Callback):
     """Tag the network at the end of every N-th epoch and count its important filters.
 
-    Works in any LightningModule whose forward takes images and whose validation batches are ``(images, ...)`` or a dict with
-    ``"image"``. Logs ``important/<layer>``, their sum ``important/total``, and the time it took; writes ``importance.csv``; keeps the latest SNR and
-    verdict in the checkpoint (`latest`).
+    Works in any LightningModule whose forward takes images and whose validation batches are ``(images, ...)`` or a dict with ``"image"``.
+    With several processes each tags its share of the images. Logs ``important/<layer>``, their sum ``important/total`` and the time it took;
+    writes ``importance.csv``; keeps the latest SNR and verdict in the checkpoint (`latest`).
 
     Args:
         stimulus: the tags; left and right half at 6 and 7.5 Hz if left out.
@@ -35,6 +35,7 @@ class FrequencyTagging(pl.Callback):
         where: where the filters are read, see `freqprune.tagging.tag`.
         noise_std: pixel noise, part of every SNR.
         average: average over images of this, see `freqprune.tagging.tag`.
+        spatial: mean of the map or every position, see `freqprune.tagging.tag`.
         components: components of the score and the verdict.
         criterion: score written to ``importance.csv``.
         important_by: ``"significance"`` or ``"threshold"``, see `freqprune.importance.judge`.
@@ -57,6 +58,7 @@ class FrequencyTagging(pl.Callback):
         where: str = "activation",
         noise_std: float = 0.02,
         average: str = "amplitude",
+        spatial: str = "mean",
         components: Sequence[str] | str = "fundamentals",
         criterion: str = "snr",
         important_by: str = "significance",
@@ -77,7 +79,7 @@ class FrequencyTagging(pl.Callback):
         check_judgement(important_by, alpha, threshold)
         self.stimulus = stimulus or Stimulus()
         self.n_images, self.every_n_epochs, self.network = n_images, every_n_epochs, network
-        self.tag_settings = {"layers": layers, "where": where, "noise_std": noise_std, "average": average, "seed": seed}
+        self.tag_settings = {"layers": layers, "where": where, "noise_std": noise_std, "average": average, "spatial": spatial, "seed": seed}
         self.components, self.criterion = components, criterion
         self.verdict_settings = {"by": important_by, "alpha": alpha, "threshold": threshold}
         self.mean, self.std, self.folder = mean, std, folder
@@ -96,8 +98,6 @@ class FrequencyTagging(pl.Callback):
         self.latest = dict(state_dict)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit" and self.every_n_epochs and trainer.world_size > 1:
-            raise InputError("FrequencyTagging runs on one process; set trainer.devices=1, or tagging.every_n_epochs=0 and tag the checkpoint afterwards")
         self._network(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -118,7 +118,10 @@ class FrequencyTagging(pl.Callback):
         # A loader draws from the global generators as it starts: training must not notice that tags were shown.
         with isolate_rng():
             images = _pixels(self._validation_images(trainer), mean, std)
-            response = tag(network, images, self.stimulus, mean=mean, std=std, **self.tag_settings)  # type: ignore[arg-type]
+            # Lightning's sampler deals the images out in turn: image i of this process is number rank + i * world_size of all.
+            numbers = [trainer.global_rank + i * trainer.world_size for i in range(len(images))]
+            together = trainer.world_size > 1
+            response = tag(network, images, self.stimulus, mean=mean, std=std, numbers=numbers, share=together, **self.tag_settings)  # type: ignore[arg-type]
         verdict = judge(response, self.components, **self.verdict_settings)  # type: ignore[arg-type]
         score = scores(self.criterion, Evidence(network, response, self.components), list(response.layers))
         self.latest = {
@@ -157,12 +160,13 @@ class FrequencyTagging(pl.Callback):
     def _validation_images(self, trainer: pl.Trainer) -> Tensor:
         loaders = trainer.val_dataloaders
         loader: Iterable[Any] = loaders[0] if isinstance(loaders, list | tuple) else loaders  # type: ignore[assignment]
+        wanted = len(range(trainer.global_rank, self.n_images, trainer.world_size))
         found: list[Tensor] = []
         for batch in loader:
             found.append(_images_of(trainer.strategy.batch_to_device(batch)))
-            if sum(map(len, found)) >= self.n_images:
+            if sum(map(len, found)) >= wanted:
                 break
-        return torch.cat(found)[: self.n_images]
+        return torch.cat(found)[:wanted]
 
 
 def _images_of(batch: Any) -> Tensor:

@@ -6,7 +6,7 @@ A component is n·f1 + m·f2 + ...: a harmonic of one tag or an intermodulation 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from freqprune.errors import InputError, closest
@@ -138,10 +138,25 @@ def find_components(names: Sequence[str] | str, available: Sequence[Component]) 
     return picked
 
 
-def noise_bins(bins: Sequence[int], n_freqs: int, neighbours: Sequence[int] = NEIGHBOURS) -> list[list[int]]:
-    """Noise bins of each bin: those at the given distances on either side that exist and are not 0 Hz.
+def noise_bins(bins: Sequence[int], n_freqs: int, neighbours: Sequence[int] = NEIGHBOURS, avoid: Collection[int] = ()) -> list[list[int]]:
+    """Noise bins of each bin: those at the given distances on either side that exist, are not 0 Hz and are not to be avoided.
+
+    Args:
+        bins: the bins to be measured.
+        n_freqs: bins of the spectrum.
+        neighbours: distances in bins.
+        avoid: bins that hold predicted responses.
+
+    Raises:
+        InputError: if a bin is left without noise bins.
 
     >>> noise_bins([12, 120], 121)
     [[10, 11, 13, 14], [118, 119]]
+    >>> noise_bins([12], 121, neighbours=(1, 2, 3), avoid={12, 15})
+    [[9, 10, 11, 13, 14]]
     """
-    return [[b for b in sorted(where + sign * d for d in neighbours for sign in (-1, 1)) if 0 < b < n_freqs] for where in bins]
+    found = [[b for b in sorted(where + sign * d for d in neighbours for sign in (-1, 1)) if 0 < b < n_freqs and b not in avoid] for where in bins]
+    for where, around in zip(bins, found, strict=True):
+        if not around:
+            raise InputError(f"bin {where} has no noise bins at the distances {list(neighbours)}; use others, or a longer recording (n_frames)")
+    return found

@@ -42,6 +42,9 @@ class TaggingSchema:
     where: str = MISSING
     noise_std: float = MISSING
     average: str = MISSING
+    spatial: str = MISSING
+    control: str = MISSING
+    per_class: bool = MISSING
     n_images: int = MISSING
     every_n_epochs: int = MISSING
 
@@ -111,7 +114,7 @@ def plain(section: Any) -> Any:
 
 def stimulus_arguments(cfg: DictConfig) -> dict[str, Any]:
     """Arguments of `freqprune.stimulus.Stimulus` from the tagging section."""
-    names = ("tag_freqs", "parts", "frame_rate", "n_frames", "mode", "pivot", "depth", "phases", "gap", "max_order")
+    names = ("tag_freqs", "parts", "frame_rate", "n_frames", "mode", "pivot", "depth", "phases", "gap", "max_order", "control")
     return {name: plain(cfg.tagging)[name] for name in names}
 
 
@@ -167,11 +170,13 @@ def validate(cfg: DictConfig) -> None:
     from freqprune.selection import Amount
     from freqprune.sites import WHERE
     from freqprune.stimulus import Stimulus
-    from freqprune.tagging import AVERAGES
+    from freqprune.tagging import AVERAGES, SPATIAL
 
     stimulus = Stimulus(**stimulus_arguments(cfg))
     find_components(plain(cfg.importance)["components"], stimulus.components)
-    for key, value, allowed in (("where", cfg.tagging.where, WHERE), ("average", cfg.tagging.average, AVERAGES)):
+    choices = {"where": WHERE, "average": AVERAGES, "spatial": tuple(SPATIAL)}
+    for key, allowed in choices.items():
+        value = cfg.tagging[key]
         if value not in allowed:
             raise InputError(f"tagging.{key} must be one of {', '.join(allowed)}, got {value!r}")
     for name, value, low in (

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError, closest
+from freqprune.response import TagResponse
 from freqprune.spectrum import benjamini_hochberg
-from freqprune.tagging import TagResponse
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,24 @@ def snr_db_score(evidence: Evidence, layer: str) -> Tensor:
 def amplitude_score(evidence: Evidence, layer: str) -> Tensor:
     """Sum over the components of the clean amplitude of the mean response."""
     return evidence.tags().amplitude(layer, evidence.components).sum(-1)
+
+
+@criterion("z", needs_tags=True)
+def z_criterion(evidence: Evidence, layer: str) -> Tensor:
+    """Mean over the components of the amplitude in standard deviations of ten noise bins a side; 0 for a dead filter."""
+    return evidence.tags().z_score(layer, evidence.components).nan_to_num(nan=0.0).mean(-1)
+
+
+@criterion("corrected_amplitude", needs_tags=True)
+def corrected_amplitude_score(evidence: Evidence, layer: str) -> Tensor:
+    """Baseline-corrected amplitude summed over all harmonics (Retter, Rossion & Schiltz 2021)."""
+    return evidence.tags().corrected_amplitude(layer, "harmonics")
+
+
+@criterion("integration", needs_tags=True)
+def integration_score(evidence: Evidence, layer: str) -> Tensor:
+    """Intermodulation over fundamentals: how much a filter combines the parts, whatever its gain; 0 for a dead filter."""
+    return evidence.tags().integration(layer).nan_to_num(nan=0.0)
 
 
 @criterion("intermodulation", needs_tags=True)

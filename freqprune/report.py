@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from freqprune.importance import Verdict
-from freqprune.tagging import TagResponse
+from freqprune.response import TagResponse
 
 STAGES = ("dense", "pruned", "recalibrated", "finetuned")
 
@@ -111,6 +111,31 @@ def write_importance(path: Path, epoch: int, response: TagResponse, score: Mappi
             for number, (snrs, s, flag) in enumerate(zip(values, score[layer].tolist(), verdict.important[layer].tolist(), strict=True)):
                 writer.writerow([epoch, index, layer, number, *(f"{v:.6g}" for v in snrs), f"{s:.6g}", int(flag)])
     partial.replace(path)
+
+
+def important_shares(path: Path) -> dict[int, dict[str, float]]:
+    """Share of important filters of each layer at each epoch, from an ``importance.csv``."""
+    flags: dict[int, dict[str, list[int]]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            flags.setdefault(int(row["epoch"]), {}).setdefault(row["layer"], []).append(int(row["important"]))
+    return {epoch: {layer: sum(values) / len(values) for layer, values in layers.items()} for epoch, layers in flags.items()}
+
+
+def write_layers(path: Path, responses: Mapping[str, TagResponse]) -> None:
+    """CSV of what drives each filter and how much it combines the parts, by group of images.
+
+    Columns: group (``all`` or a class), layer_index, layer, filter, part_preference ((A1 - A2) / (A1 + A2) at the first two fundamentals),
+    integration (intermodulation over fundamentals); empty where a filter does not answer.
+    """
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["group", "layer_index", "layer", "filter", "part_preference", "integration"])
+        for group, response in responses.items():
+            for index, layer in enumerate(response.layers):
+                values = zip(response.part_preference(layer).tolist(), response.integration(layer).tolist(), strict=True)
+                for number, pair in enumerate(values):
+                    writer.writerow([group, index, layer, number, *("" if v != v else f"{v:.6g}" for v in pair)])
 
 
 def kept_counts(kept: Mapping[str, Tensor]) -> dict[str, int]:

@@ -5,7 +5,7 @@ Amplitudes are single-sided: a sine of amplitude a on an exact bin reads a. Freq
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import scipy.stats
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from freqprune.components import NEIGHBOURS, noise_bins
+from freqprune.errors import InputError
 
 
 def complex_spectrum(x: Tensor) -> Tensor:
@@ -75,9 +76,9 @@ def frequencies(n_times: int, sfreq: float) -> Tensor:
     return torch.arange(n_times // 2 + 1, dtype=torch.float64) * sfreq / n_times
 
 
-def baseline(spectrum: Tensor, bins: Sequence[int], neighbours: Sequence[int] = NEIGHBOURS) -> Tensor:
+def baseline(spectrum: Tensor, bins: Sequence[int], neighbours: Sequence[int] = NEIGHBOURS, avoid: Collection[int] = ()) -> Tensor:
     """Mean over the noise bins, ``(..., n_freqs)`` to ``(..., n_bins)``."""
-    around = noise_bins(bins, spectrum.shape[-1], neighbours)
+    around = noise_bins(bins, spectrum.shape[-1], neighbours, avoid)
     return torch.stack([spectrum[..., b].mean(-1) for b in around], dim=-1)
 
 
@@ -113,6 +114,71 @@ def snr(spectrum: Tensor, bins: Sequence[int], neighbours: Sequence[int] = NEIGH
     floor = baseline(spectrum, bins, neighbours)
     ratio = spectrum[..., list(bins)] / floor
     return torch.where(is_noise_free(spectrum, floor, precision), torch.nan, ratio)
+
+
+def power_ratio(power: Tensor, bins: Sequence[int], n_neighbours: int = 2, skip: int = 0, avoid: Collection[int] = ()) -> Tensor:
+    """Power of a bin over the mean power of its noise bins, the SNR of MNE-Python's frequency-tagging tutorial.
+
+    Args:
+        power: squared amplitudes ``(..., n_freqs)``.
+        bins: bins to read.
+        n_neighbours: noise bins on each side.
+        skip: bins left out on each side before the noise bins begin.
+        avoid: bins that hold predicted responses; they are left out of the noise.
+
+    Returns:
+        ``(..., n_bins)``; NaN where all noise bins are zero.
+
+    Raises:
+        InputError: for ``n_neighbours`` below 1 or ``skip`` below 0, or a bin left without noise bins.
+    """
+    if n_neighbours < 1 or skip < 0:
+        raise InputError(f"n_neighbours must be at least 1 and skip at least 0, got {n_neighbours} and {skip}")
+    floor = baseline(power, bins, range(skip + 1, skip + n_neighbours + 1), avoid)
+    return torch.where(floor > 0, power[..., list(bins)] / floor, torch.nan)
+
+
+def z_score(spectrum: Tensor, bins: Sequence[int], neighbours: Sequence[int] = NEIGHBOURS, avoid: Collection[int] = ()) -> Tensor:
+    """Amplitude of a bin in standard deviations of its noise bins, ``(a - mean) / sd`` with the unbiased sd.
+
+    Args:
+        spectrum: amplitudes ``(..., n_freqs)``.
+        bins: bins to read.
+        neighbours: distances of the noise bins.
+        avoid: bins that hold predicted responses; they are left out of the noise.
+
+    Returns:
+        ``(..., n_bins)``; NaN where the noise bins do not vary.
+    """
+    around = noise_bins(bins, spectrum.shape[-1], neighbours, avoid)
+    mean = torch.stack([spectrum[..., b].mean(-1) for b in around], -1)
+    sd = torch.stack([spectrum[..., b].std(-1) for b in around], -1)
+    return torch.where(sd > 0, (spectrum[..., list(bins)] - mean) / sd, torch.nan)
+
+
+def corrected_amplitude(spectrum: Tensor, bins: Sequence[int], neighbours: Sequence[int] = NEIGHBOURS, avoid: Collection[int] = ()) -> Tensor:
+    """Baseline-corrected amplitude: amplitude of a bin less the mean of its noise bins, ``(..., n_bins)``.
+
+    Summed over the harmonics of a tag it quantifies the whole response (Retter, Rossion & Schiltz 2021, doi 10.1162/jocn_a_01763).
+    """
+    return spectrum[..., list(bins)] - baseline(spectrum, bins, neighbours, avoid)
+
+
+def expected_noisy_amplitude(amplitude: Tensor, noise_sd: Tensor, n_times: int) -> Tensor:
+    """Mean amplitude of a tone in white noise, the mean of Rice's distribution.
+
+    Real and imaginary part of a single-sided amplitude have variance ``2 noise_sd**2 / n_times`` each.
+
+    Args:
+        amplitude: amplitude of the tone without noise.
+        noise_sd: standard deviation of the noise in the time course, broadcast against `amplitude`.
+        n_times: frames of the recording.
+    """
+    s = (noise_sd * (2 / n_times) ** 0.5).clamp(min=torch.finfo(amplitude.dtype).tiny)
+    x = amplitude.square() / (4 * s.square())
+    # sqrt(pi/2) s L_{1/2}(-2x), with the exponentially scaled Bessel functions, which do not overflow.
+    laguerre = (1 + 2 * x) * torch.special.i0e(x) + 2 * x * torch.special.i1e(x)
+    return (torch.pi / 2) ** 0.5 * s * laguerre
 
 
 def significance(power: Tensor, bins: Sequence[int], n_images: int, neighbours: Sequence[int] = NEIGHBOURS) -> Tensor:

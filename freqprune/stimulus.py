@@ -21,6 +21,7 @@ from freqprune.parts import LAYOUTS, part_masks
 
 MODES = ("luminance", "contrast")
 PIVOTS = ("image", "gray")
+CONTROLS = ("none", "shuffled", "static")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Stimulus:
         phases: one phase a part in radians; zero if left out.
         gap: pixels left untagged between the parts of a layout.
         max_order: highest |n| + |m| + ... of the response components.
+        control: ``"none"``; ``"shuffled"``: the same frames in random order, so that no part follows its frequency; ``"static"``: one frame,
+            every part at its mean scale.
 
     Raises:
         InputError: a tag frequency off its bin, at or above Nyquist, or given twice; noise bins that hold a predicted response;
@@ -58,6 +61,7 @@ class Stimulus:
     phases: Sequence[float] | None = None
     gap: int = 0
     max_order: int = 4
+    control: str = "none"
     part_names: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -74,6 +78,8 @@ class Stimulus:
             raise InputError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}{closest(self.mode, MODES)}")
         if isinstance(self.pivot, str) and self.pivot not in PIVOTS:
             raise InputError(f"pivot must be one of {', '.join(PIVOTS)} or the data set's channel means in [0, 1], got {self.pivot!r}")
+        if self.control not in CONTROLS:
+            raise InputError(f"control must be one of {', '.join(CONTROLS)}, got {self.control!r}{closest(self.control, CONTROLS)}")
         if self.max_order < 1:
             raise InputError(f"max_order must be at least 1, got {self.max_order}")
         if self.gap < 0:
@@ -164,7 +170,12 @@ class Stimulus:
             _sine(cycles, self.n_frames) if phase == 0 else np.sin(2 * np.pi * (cycles * np.arange(self.n_frames) % self.n_frames) / self.n_frames + phase)
             for cycles, phase in zip(self.cycles, phases, strict=True)
         ]
-        return torch.from_numpy(1 - self.depth + self.depth * (1 + np.stack(rows)) / 2)
+        sines = np.stack(rows)
+        if self.control == "shuffled":
+            sines = sines[:, np.random.default_rng(0).permutation(self.n_frames)]
+        elif self.control == "static":
+            sines = np.zeros_like(sines)
+        return torch.from_numpy(1 - self.depth + self.depth * (1 + sines) / 2)
 
     @cached_property
     def distinct_frames(self) -> tuple[Tensor, Tensor]:
@@ -206,8 +217,11 @@ class Stimulus:
         Raises:
             InputError: for images of the wrong shape or dtype, or pixels outside [0, 1].
         """
+        return self.render(images, self.scale if which is None else self.scale[:, which.cpu()])
+
+    def render(self, images: Tensor, scale: Tensor) -> Tensor:
+        """Frames with given scales of the parts, ``(n_parts, n)``; otherwise as `frames`."""
         check_pixels(images)
-        scale = self.scale if which is None else self.scale[:, which.cpu()]
         masks = self.masks(*images.shape[-2:]).to(images.device)
         scale = scale.to(images)
         # Per frame and pixel: the scale of the part it lies in, 1 outside every part.

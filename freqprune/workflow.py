@@ -37,11 +37,12 @@ from freqprune.errors import InputError
 from freqprune.importance import Evidence, Verdict, judge, needs_tags, scores
 from freqprune.module import Classifier
 from freqprune.profiling import count_macs, count_parameters, latency_ms
+from freqprune.response import TagResponse
 from freqprune.selection import Amount, select
 from freqprune.sites import pick_layers
 from freqprune.stimulus import Stimulus
 from freqprune.surgery import Plan, recalibrate_batch_norm
-from freqprune.tagging import TagResponse, rounds, tag
+from freqprune.tagging import rounds, tag
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         network="net",
         folder=out,
         seed=cfg.seed,
-        **{name: plain(cfg.tagging)[name] for name in ("n_images", "every_n_epochs", "layers", "where", "noise_std", "average")},
+        **{name: plain(cfg.tagging)[name] for name in ("n_images", "every_n_epochs", "layers", "where", "noise_std", "average", "spatial")},
         **plain(cfg.importance),
     )
     pick_layers(classifier.net, plain(cfg.tagging)["layers"])
@@ -145,7 +146,7 @@ def prune(cfg: DictConfig, dense: nn.Module | None = None, data: ImageData | Non
     metrics: dict[str, Any] = {"dense": _cost(net, example)}
     metrics["dense"]["test_accuracy"] = accuracy_of(cfg, net, data)
     response, verdict = _tagged(cfg, net, data, stimulus)
-    _write_response(out, response, verdict)
+    _write_response(out, response, verdict, data.pixels("val", 1)[0], _by_class(cfg, net, data, stimulus))
     if plan is None:
         metrics["dense"]["latency_ms"] = _latency(cfg, data, {"dense": net}, device)["dense"]
         report.write_metrics(out / "metrics.json", metrics)
@@ -173,8 +174,6 @@ def prune(cfg: DictConfig, dense: nn.Module | None = None, data: ImageData | Non
         small = _finetune(cfg, small, data, out)
         metrics["finetuned"] = {"test_accuracy": accuracy_of(cfg, small, data)}
         keep_result()
-    if cfg.finetune.epochs or cfg.pruning.bn_images:
-        log.debug("final weights in pruned.ckpt")
     cut = 1 - metrics["pruned"]["macs"] / metrics["dense"]["macs"]
     _tell(cfg, metrics, out, f"{_name(net)}, filters kept by {cfg.importance.criterion}, {100 * cut:.1f} % of the MACs cut, seed {cfg.seed}", verdict)
     return metrics, {"response": response, "verdict": verdict, "kept": kept, "net": small}
@@ -197,7 +196,7 @@ def _tagged(cfg: DictConfig, net: nn.Module, data: ImageData, stimulus: Stimulus
         net,
         images.to(next(net.parameters()).device),
         stimulus,
-        **{name: settings[name] for name in ("layers", "where", "noise_std", "average")},
+        **{name: settings[name] for name in ("layers", "where", "noise_std", "average", "spatial")},
         mean=data.mean,
         std=data.std,
         seed=cfg.seed,
@@ -211,21 +210,44 @@ def _tagged(cfg: DictConfig, net: nn.Module, data: ImageData, stimulus: Stimulus
     return response, judge(response, by=cfg.importance.important_by, **judgement)
 
 
-def _write_response(out: Path, response: TagResponse, verdict: Verdict | None) -> None:
+def _by_class(cfg: DictConfig, net: nn.Module, data: ImageData, stimulus: Stimulus) -> dict[str, TagResponse]:
+    """Clean responses to the validation images of each class, if asked for."""
+    if not cfg.tagging.per_class:
+        return {}
+    settings = plain(cfg.tagging)
+    images = data.split("val")
+    device = next(net.parameters()).device
+    found = {}
+    for number, name in enumerate(data.classes):
+        chosen = images.pixels[images.labels == number][: settings["n_images"]].float() / 255
+        arguments = {key: settings[key] for key in ("layers", "where", "average", "spatial")}
+        found[name] = tag(net, chosen.to(device), stimulus, **arguments, noise_std=0.0, mean=data.mean, std=data.std, seed=cfg.seed)
+    return found
+
+
+def _write_response(out: Path, response: TagResponse, verdict: Verdict | None, image: Tensor, classes: Mapping[str, TagResponse]) -> None:
     report.write_filters(out / "filters.csv", response, verdict)
-    names = list(response.layers)
+    report.write_layers(out / "layers.csv", {"all": response, **classes})
+    folder, names = out / "figures", list(response.layers)
+    figures.save(figures.stimulus_figure(response.stimulus, image), folder / "stimulus.png")
+    figures.save(figures.part_preference_over_depth(response, classes), folder / "part_preference.png")
+    figures.save(figures.integration_over_depth(response, classes), folder / "integration.png")
     if verdict is None:
         return
+    figures.save(figures.snr_bins(response, names[0], int(response.snr(names[0], ["f1"])[:, 0].nan_to_num(0).argmax())), folder / "snr_bins.png")
     for number in sorted({1, min(10, len(names))}):
-        figures.save(figures.snr_spectra(response, names[number - 1]), out / "figures" / f"spectra_layer{number}.png")
+        figures.save(figures.snr_spectra(response, names[number - 1]), folder / f"spectra_layer{number}.png")
     title = f"Important filters, {response.n_images} images, pixel noise sd {response.noise_std:g}"
-    figures.save(figures.important_per_layer(verdict.important, title), out / "figures" / "important_filters.png")
+    figures.save(figures.important_per_layer(verdict.important, title), folder / "important_filters.png")
 
 
 def _figures_of_training(tagging: FrequencyTagging, out: Path) -> None:
     if tagging.latest:
-        title = f"Important filters after epoch {tagging.latest['epoch'] + 1}, pixel noise sd {tagging.latest['noise_std']:g}"
+        noise = f"pixel noise sd {tagging.latest['noise_std']:g}"
+        title = f"Important filters after epoch {tagging.latest['epoch'] + 1}, {noise}"
         figures.save(figures.important_per_layer(tagging.latest["important"], title), out / "figures" / "important_filters.png")
+        shares = report.important_shares(out / "importance.csv")
+        figures.save(figures.important_over_epochs(shares, f"Important filters over training, {noise}"), out / "figures" / "important_over_epochs.png")
 
 
 def _recalibration_batches(cfg: DictConfig, data: ImageData) -> list[Tensor]:

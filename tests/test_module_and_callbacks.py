@@ -61,7 +61,8 @@ def test_checkpoint_is_plain_and_resumes(tmp_path: Path) -> None:
     assert state["snr"]["conv1"].shape == (16, 20)
     tagging = FrequencyTagging(n_images=2, network="net", every_n_epochs=0)
     again = trainer(tmp_path, pl.callbacks.ModelCheckpoint(tmp_path / "again", save_last=True), tagging, max_epochs=2, enable_checkpointing=True)
-    again.fit(Classifier({"name": "resnet8"}), datamodule=data, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    with pytest.warns(UserWarning, match="The dirpath has changed"):
+        again.fit(Classifier({"name": "resnet8"}), datamodule=data, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
     assert again.current_epoch == 2
     assert torch.equal(tagging.latest["snr"]["conv1"], state["snr"]["conv1"])
 
@@ -164,6 +165,7 @@ class _Fake:
     def __init__(self, loader: Any) -> None:
         self.val_dataloaders = loader
         self.strategy = self
+        self.global_rank, self.world_size = 0, 1
 
     def batch_to_device(self, batch: Any) -> Any:
         return batch

@@ -51,7 +51,7 @@ def test_train_writes_what_it_says(trained: tuple[Path, dict[str, Any]]) -> None
     with (out / "importance.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == sum(m.out_channels for m in build_model({"name": "resnet8"}).modules() if isinstance(m, torch.nn.Conv2d))
-    assert (out / "figures" / "important_filters.png").stat().st_size > 5000
+    assert {path.name for path in (out / "figures").iterdir()} == {"important_filters.png", "important_over_epochs.png"}
 
 
 def test_resume_continues_to_the_last_epoch(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -83,7 +83,10 @@ def test_prune_writes_what_it_says(pruned: tuple[Path, dict[str, Any], dict[str,
     # The file holds the fine-tuned weights.
     torch.testing.assert_close(net(x), objects["net"](x))
     names = {path.name for path in (out / "figures").iterdir()}
-    assert names == {"spectra_layer1.png", f"spectra_layer{min(10, len(objects['response'].layers))}.png", "important_filters.png"}
+    assert names == {
+        "stimulus.png", "snr_bins.png", "spectra_layer1.png", f"spectra_layer{min(10, len(objects['response'].layers))}.png", "important_filters.png",
+        "part_preference.png", "integration.png",
+    }  # fmt: skip
 
 
 def test_filters_csv_holds_every_filter_and_component(pruned: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
@@ -120,8 +123,13 @@ def test_threshold_keeps_what_is_above_it(trained: tuple[Path, dict[str, Any]], 
 
 
 def test_pruning_none_only_tags_and_tests(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    cfg = config("prune", tmp_path, "model=auto", f"ckpt={trained[0] / 'checkpoints' / 'last.ckpt'}", "pruning=none")
-    metrics, _ = workflow.prune(cfg)
+    cfg = config("prune", tmp_path, "model=auto", f"ckpt={trained[0] / 'checkpoints' / 'last.ckpt'}", "pruning=none", "tagging.per_class=true")
+    metrics, objects = workflow.prune(cfg)
+    with (tmp_path / "layers.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["group"] for row in rows} == {"all", *map(str, range(10))}
+    first = next(row for row in rows if (row["group"], row["layer"], row["filter"]) == ("all", "conv1", "2"))
+    assert float(first["part_preference"]) == pytest.approx(objects["response"].part_preference("conv1")[2].item(), rel=1e-4)
     assert set(metrics) == {"dense"}
     assert metrics["dense"]["test_accuracy"] == pytest.approx(trained[1]["test_accuracy"])
     assert not (tmp_path / "pruned.ckpt").exists()

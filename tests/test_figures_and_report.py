@@ -1,0 +1,108 @@
+"""Figures hold what they should: drawn values, labels that do not overlap, marks told apart without colour."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from freqprune import figures, report
+from freqprune.importance import judge
+from freqprune.models import build_model
+from freqprune.response import TagResponse
+from freqprune.stimulus import Stimulus
+from freqprune.tagging import tag
+
+
+@pytest.fixture(scope="module")
+def response() -> TagResponse:
+    torch.manual_seed(0)
+    return tag(build_model({"name": "resnet8"}), torch.rand(4, 3, 16, 16))
+
+
+def overlaps(figure: Figure) -> list[tuple[str, str]]:
+    """Pairs of visible texts whose boxes overlap."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    def drawn(axis: Any) -> bool:
+        return axis is None or axis.get_visible()
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    boxes = [
+        (text.get_text(), text.get_window_extent(canvas.get_renderer()).shrunk(0.9, 0.8))
+        for text in figure.findobj(Text)
+        if text.get_visible() and text.get_text().strip() and (text.axes is None or text.axes.axison or text is text.axes.title) and drawn(text.axes)
+    ]
+    # Rotated tick labels lie side by side by construction; every other pair must be apart.
+    return [(a, b) for i, (a, x) in enumerate(boxes) for b, y in boxes[i + 1 :] if x.overlaps(y) and not (a.startswith("layer") and b.startswith("layer"))]
+
+
+def test_no_figure_has_overlapping_text(response: TagResponse, tmp_path: Path) -> None:
+    important = judge(response).important
+    shares = {epoch: dict.fromkeys(important, 0.5) for epoch in range(30)}
+    drawn = {
+        "stimulus": figures.stimulus_figure(Stimulus(), torch.rand(3, 16, 16)),
+        "stimulus4": figures.stimulus_figure(Stimulus(parts="quadrants", tag_freqs=(8.5, 15.5, 19.0, 20.5), max_order=2), torch.rand(1, 16, 16)),
+        "bins": figures.snr_bins(response, "conv1", 0),
+        "spectra": figures.snr_spectra(response, "conv1"),
+        "spectra3": figures.snr_spectra(response, "conv1", filters=[1, 5, 7]),
+        "important": figures.important_per_layer(important, "a title"),
+        "epochs": figures.important_over_epochs(shares, "a title"),
+        "preference": figures.part_preference_over_depth(response),
+        "integration": figures.integration_over_depth(response, {"cat": response, "dog": response}),
+    }
+    for name, figure in drawn.items():
+        assert overlaps(figure) == [], name
+        assert figures.save(figure, tmp_path / f"{name}.png").stat().st_size > 3000
+
+
+def test_spectra_draw_the_snr_and_cut_it(response: TagResponse) -> None:
+    figure = figures.snr_spectra(response, "conv1", filters=[3], ceiling=5.0)
+    (axis,) = [a for a in figure.axes if a.get_visible()]
+    drawn = {float(line.get_xdata()[0]): float(line.get_ydata()[0]) for line in axis.lines if line.get_marker() != "None" and len(line.get_xdata()) == 1}
+    snr = response.snr("conv1", "all")[3]
+    for component, value in zip(response.components("all"), snr.tolist(), strict=True):
+        # The lowest component lacks two noise bins on its left and is drawn from the spectrum.
+        if component.bin >= 3:
+            assert drawn[component.freq] == pytest.approx(min(value, 5.0))
+
+
+def test_kinds_differ_in_marker_and_colour() -> None:
+    handles = figures._legend(Stimulus())
+    assert len({h.get_marker() for h in handles}) == len({h.get_color() for h in handles}) == 3
+
+
+def test_dead_filters_are_said_to_be(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU())
+    with torch.no_grad():
+        net[0].weight.zero_()
+        net[0].bias.fill_(-1)
+    dead = tag(net, torch.rand(2, 3, 16, 16))
+    figure = figures.snr_spectra(dead, "0")
+    assert [t.get_text() for a in figure.axes for t in a.texts] == ["no response"] * 2
+    assert overlaps(figures.part_preference_over_depth(dead)) == []
+    figures.save(figures.integration_over_depth(dead), tmp_path / "i.png")
+
+
+def test_table_tells_the_changes() -> None:
+    metrics = {
+        "dense": {"test_accuracy": 0.9, "macs": 2_000_000, "params": 1000, "latency_ms": 2.0},
+        "pruned": {"test_accuracy": 0.1, "macs": 1_000_000, "params": 500, "latency_ms": 1.5},
+        "finetuned": {"test_accuracy": 0.85},
+    }
+    table = report.stage_table(metrics)
+    rows = list(zip(*(list(column.cells) for column in table.columns), strict=True))
+    assert rows[1] == ("pruned", "10.00", "1.00 (-50.0 %)", "0.5 (-50.0 %)", "1.50 (-25.0 %)")
+    assert [row[0] for row in rows] == ["dense", "pruned", "finetuned"]
+
+
+def test_metrics_appear_complete_or_not_at_all(tmp_path: Path) -> None:
+    report.write_metrics(tmp_path / "metrics.json", {"a": 1})
+    with pytest.raises(TypeError):
+        report.write_metrics(tmp_path / "metrics.json", {"a": object()})
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"a": 1}
