@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,18 +24,19 @@ def response() -> TagResponse:
 
 def overlaps(figure: Figure) -> list[tuple[str, str]]:
     """Pairs of visible texts whose boxes overlap."""
+    from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
 
-    def drawn(axis: Any) -> bool:
-        return axis is None or axis.get_visible()
-
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
+    # Axes that are switched off draw their title and nothing else.
+    off = [axis for axis in figure.findobj(Axes) if not (axis.axison and axis.get_visible())]
+    hidden = {id(text) for axis in off for text in axis.findobj(Text) if text is not axis.title or not axis.get_visible()}
     boxes = [
         (text.get_text(), text.get_window_extent(canvas.get_renderer()).shrunk(0.9, 0.8))
         for text in figure.findobj(Text)
-        if text.get_visible() and text.get_text().strip() and (text.axes is None or text.axes.axison or text is text.axes.title) and drawn(text.axes)
+        if text.get_visible() and text.get_text().strip() and id(text) not in hidden
     ]
     # Rotated tick labels lie side by side by construction; every other pair must be apart.
     return [(a, b) for i, (a, x) in enumerate(boxes) for b, y in boxes[i + 1 :] if x.overlaps(y) and not (a.startswith("layer") and b.startswith("layer"))]

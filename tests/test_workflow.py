@@ -257,5 +257,22 @@ def test_public_weights_reach_their_published_accuracy(public_weights: Path, cif
     assert metrics["dense"]["test_accuracy"] == pytest.approx(0.9263, abs=0.025)
     assert (metrics["dense"]["macs"], metrics["dense"]["params"]) == (68_862_592, 464_154)
     response = objects["response"]
-    # conv1 read before any non-linearity is affine: its intermodulation is noise. After it, deeper layers integrate.
+    # Deep layers combine the halves.
     assert response.snr("layer3.4.conv2", ["f1+f2"]).nanmedian() > 1.5
+
+
+def test_intermodulation_appears_with_the_first_nonlinearity(public_weights: Path, cifar10: Path) -> None:
+    from freqprune.checkpoint import load_network
+    from freqprune.data import ImageFolderData
+    from freqprune.tagging import tag
+
+    net = load_network(public_weights, {"name": "resnet32"}).net
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    images = ImageFolderData(cifar10, mean=mean, std=std).pixels("val", 20)
+    before = tag(net, images, layers="conv1", where="convolution", mean=mean, std=std)
+    after = tag(net, images, layers="conv1", where="activation", mean=mean, std=std)
+    # Noise alone: 20 images leave the SNR a standard deviation of 0.58 / sqrt(20) = 0.13; 16 filters x 13 components.
+    assert before.snr("conv1", "intermodulation").mean().item() == pytest.approx(1.0, abs=0.05)
+    assert before.snr("conv1", "intermodulation").max() < 1.7
+    assert before.snr("conv1", "fundamentals").min() > 10
+    assert after.snr("conv1", ["f1+f2"]).nanmedian() > 1.7
