@@ -112,24 +112,16 @@ def make_trainer(cfg: DictConfig, folder: Path, callbacks: list[pl.Callback], ma
     return trainer
 
 
-def fit(trainer: pl.Trainer, classifier: Classifier, data: ImageData, ckpt_path: str | None, out: Path) -> None:
+def fit(trainer: pl.Trainer, classifier: Classifier, data: ImageData, ckpt_path: str | None, if_interrupted: str) -> None:
+    """Fit; after Ctrl-C or SIGTERM say `if_interrupted` and exit with the usual status."""
     try:
         trainer.fit(classifier, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     except SIGTERMException:
-        _tell_how_to_resume(out)
+        report.show(if_interrupted)
         raise SystemExit(128 + signal.SIGTERM) from None
     except (KeyboardInterrupt, SystemExit):
-        _tell_how_to_resume(out)
+        report.show(if_interrupted)
         raise
-
-
-def _tell_how_to_resume(out: Path) -> None:
-    last = out / "checkpoints" / "last.ckpt"
-    report.show(
-        f"interrupted; to go on: ckpt_path={last}"
-        if last.exists()
-        else "interrupted before the first epoch was complete: there is no checkpoint to resume from"
-    )
 
 
 def evaluator(cfg: DictConfig) -> pl.Trainer:

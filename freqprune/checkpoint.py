@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import struct
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -61,7 +62,7 @@ def read(path: str | Path) -> dict[str, Any]:
                 "torch.save(model.state_dict(), path)"
             ) from None
         raise InputError(f"ckpt = {path} is damaged or is no PyTorch checkpoint ({reason.splitlines()[0]}); copy or download it again") from None
-    except (EOFError, RuntimeError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (EOFError, RuntimeError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"ckpt = {path} is truncated, damaged, or no PyTorch checkpoint ({reason}); copy or download it again") from None
     if not isinstance(content, Mapping):
@@ -80,14 +81,22 @@ def load_network(path: str | Path, model: Mapping[str, Any] | None = None) -> St
         InputError: for a file that cannot be read (see `read`) or holds another architecture.
     """
     content = read(path)
+    for key in ("model", "state_dict", "kept", "normalization", "hyper_parameters"):
+        if not isinstance(content.get(key, {}), Mapping):
+            raise InputError(f"ckpt = {path}: {key} is a {type(content[key]).__name__}, expected a dict; the file was not written by this package")
     if content.get("format") == PRUNED_FORMAT:
+        gone = [key for key in ("model", "state_dict", "kept", "normalization") if key not in content]
+        if gone:
+            raise InputError(f"ckpt = {path} is incomplete: it has no {', '.join(gone)}; write it again with save_pruned")
         config, state = dict(content["model"]), content["state_dict"]
         extra = {"normalization": dict(content["normalization"]), "kept": dict(content["kept"])}
     elif "hyper_parameters" in content and "state_dict" in content:
-        config = content["hyper_parameters"].get("model")
-        if config is None and model is None:
+        named = content["hyper_parameters"].get("model")
+        if not isinstance(named, Mapping | None):
+            raise InputError(f"ckpt = {path}: its hyper-parameter model is a {type(named).__name__}, expected a dict; say which network with model=...")
+        if named is None and model is None:
             raise InputError(f"ckpt = {path} does not name its network; say which with model=..., one of {', '.join(model_names())}")
-        config = dict(config or model or {})
+        config = dict(named or model or {})
         state = {key.removeprefix("net."): value for key, value in content["state_dict"].items() if key.startswith("net.")}
         extra = {"normalization": dict(content["hyper_parameters"].get("normalization") or {})}
     else:
@@ -97,9 +106,37 @@ def load_network(path: str | Path, model: Mapping[str, Any] | None = None) -> St
         state = _strip_prefix(content.get("state_dict", content))
     if model is not None and model.get("name") != config.get("name"):
         raise InputError(f"ckpt = {path} holds a {config.get('name')}, but model.name = {model.get('name')}; use model={config.get('name')} or leave it out")
+    for key, value in (model or {}).items():
+        if value is not None and key in config and config[key] != value:
+            raise InputError(f"ckpt = {path} holds a {config.get('name')} with {key} = {config[key]}, but model.{key} = {value}; leave model out")
     net = build_model(config)
     _load(net, state, path, config)
     return Stored(net.eval(), config, **extra)
+
+
+def check_resumable(path: str | Path, model: Mapping[str, Any]) -> None:
+    """Raise InputError unless `path` is a training checkpoint of the network that `model` describes."""
+    content = read(path)
+    if "state_dict" not in content or "optimizer_states" not in content:
+        raise InputError(f"ckpt_path = {path} is no training checkpoint; resume from checkpoints/last.ckpt of a run folder")
+    stored = dict(content.get("hyper_parameters", {}).get("model") or {})
+    for key in sorted({*stored, *model}):
+        if stored.get(key) != model.get(key):
+            raise InputError(
+                f"ckpt_path = {path} trains a network with {key} = {stored.get(key)}, but model.{key} = {model.get(key)}; resume with the same model"
+            )
+
+
+def of_the_dense(kept: Mapping[str, Tensor], earlier: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """Filters kept of the dense network, when `kept` counts in a network of which only the `earlier` ones were left.
+
+    >>> of_the_dense({"a": torch.tensor([0, 2])}, {"a": [1, 5, 9], "b": [3]})
+    {'a': [1, 9], 'b': [3]}
+    """
+    found = {layer: [int(i) for i in indices] for layer, indices in earlier.items()}
+    for layer, indices in kept.items():
+        found[layer] = [found[layer][i] if layer in found else int(i) for i in indices.tolist()]
+    return found
 
 
 def _strip_prefix(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -57,7 +58,8 @@ def _near_key(message: str, config_dir: Path, config_name: str) -> str:
     """Name the keys that look like the one of a failed override."""
     if "not in struct" not in message and "not in '" not in message and "Could not override" not in message:
         return ""
-    given = next((a.lstrip("+~").split("=")[0] for a in sys.argv[1:] if "=" in a and a.lstrip("+~").split("=")[0] in message), "")
+    keys = [argument.lstrip("+~").split("=")[0] for argument in sys.argv[1:] if "=" in argument]
+    given = next((key for key in keys if re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", message)), "")
     if not given:
         return ""
     from hydra import compose, initialize_config_dir

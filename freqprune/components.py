@@ -103,14 +103,21 @@ def components(cycles: Sequence[int], n_times: int, sfreq: float, max_order: int
     return found
 
 
-def colliding_bins(cycles: Sequence[int], n_times: int, max_order: int, neighbours: Sequence[int] = NEIGHBOURS) -> tuple[str, str] | None:
-    """Names of two components of which the second lies on a noise bin of the first, or None if all noise bins are clear."""
-    found = {c.bin: c.name for c in components(cycles, n_times, 1.0, max_order)}
+def collision(cycles: Sequence[int], n_times: int, max_order: int, neighbours: Sequence[int] = NEIGHBOURS) -> str | None:
+    """What makes a set of tags unreadable, in words; None if they can be told apart.
+
+    Either another combination up to `max_order` falls on a tag itself, or on the noise bins of a response.
+    """
+    every = components(cycles, n_times, 1.0, max_order)
+    for component in every:
+        if component.order == 1 and component.aliases:
+            return f"{component.aliases[0]} falls on {component.name} itself"
+    found = {c.bin: c.name for c in every}
     for where, name in found.items():
         for distance in neighbours:
             for other in (where - distance, where + distance):
                 if other in found:
-                    return name, found[other]
+                    return f"the noise bins of {name} hold the response {found[other]}"
     return None
 
 

@@ -33,7 +33,7 @@ class TaggingSchema:
     frame_rate: float = MISSING
     n_frames: int = MISSING
     mode: str = MISSING
-    pivot: str = MISSING
+    pivot: Any = MISSING
     depth: float = MISSING
     phases: list[float] | None = None
     gap: int = MISSING

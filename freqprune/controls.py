@@ -21,7 +21,7 @@ def swapped(stimulus: Stimulus) -> Stimulus:
 
 
 def shuffled(stimulus: Stimulus) -> Stimulus:
-    """The same frames in random order: nothing may stand out at the tag frequencies."""
+    """The same frames in one random order: responses at the tag frequencies fall to the level of all others. p-values do not hold."""
     return replace(stimulus, control="shuffled")
 
 

@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; every module's own mode is restored after it, also after an error."""
+    """Eval mode inside the block, compiled networks run uncompiled so that hooks see them; all is restored after it, also after an error."""
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module, mode in training.items():
             module.training = mode

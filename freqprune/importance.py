@@ -52,16 +52,17 @@ Criterion = Callable[[Evidence, str], Tensor]
 class _Entry:
     score: Criterion
     needs_tags: bool
+    needs_noise: bool
 
 
 _CRITERIA: dict[str, _Entry] = {}
 
 
-def criterion(name: str, needs_tags: bool = False) -> Callable[[Criterion], Criterion]:
+def criterion(name: str, needs_tags: bool = False, needs_noise: bool = False) -> Callable[[Criterion], Criterion]:
     """Register a function ``(evidence, layer) -> (n_filters,)`` as ``importance.criterion=<name>``."""
 
     def register(score: Criterion) -> Criterion:
-        _CRITERIA[name] = _Entry(score, needs_tags)
+        _CRITERIA[name] = _Entry(score, needs_tags, needs_noise)
         return score
 
     return register
@@ -81,6 +82,11 @@ def needs_tags(name: str) -> bool:
     if name not in _CRITERIA:
         raise InputError(f"importance.criterion must be one of {', '.join(_CRITERIA)}, got {name!r}{closest(name, _CRITERIA)}")
     return _CRITERIA[name].needs_tags
+
+
+def needs_noise(name: str) -> bool:
+    """Whether a criterion compares with noise, so that tags shown without noise leave it undefined."""
+    return needs_tags(name) and _CRITERIA[name].needs_noise
 
 
 def scores(name: str, evidence: Evidence, layers: Sequence[str]) -> dict[str, Tensor]:
@@ -107,7 +113,7 @@ def _defined_snr(evidence: Evidence, layer: str) -> Tensor:
     """SNR with dead filters at 0."""
     response = evidence.tags()
     why = response.why_no_snr(layer, evidence.components)
-    if "noise-free" in why:
+    if response.noise_std == 0 or why.count("noise-free") > len(why) / 2:
         raise InputError(
             f"the SNR of {why.count('noise-free')} filters of {layer!r} is undefined: their noise bins hold rounding error only (noise_std = "
             f"{response.noise_std:g}); tag with more noise (the default is 0.02) or use importance=amplitude"
@@ -115,13 +121,13 @@ def _defined_snr(evidence: Evidence, layer: str) -> Tensor:
     return response.snr(layer, evidence.components).nan_to_num(nan=0.0)
 
 
-@criterion("snr", needs_tags=True)
+@criterion("snr", needs_tags=True, needs_noise=True)
 def snr_score(evidence: Evidence, layer: str) -> Tensor:
     """Mean SNR over the components (Böge et al. 2024); 0 for a dead filter."""
     return _defined_snr(evidence, layer).mean(-1)
 
 
-@criterion("snr_db", needs_tags=True)
+@criterion("snr_db", needs_tags=True, needs_noise=True)
 def snr_db_score(evidence: Evidence, layer: str) -> Tensor:
     """Mean over the components of 20 log10 SNR in decibels; a dead filter counts as -120 dB."""
     return (20 * _defined_snr(evidence, layer).clamp(min=1e-6).log10()).mean(-1)
@@ -133,13 +139,13 @@ def amplitude_score(evidence: Evidence, layer: str) -> Tensor:
     return evidence.tags().amplitude(layer, evidence.components).sum(-1)
 
 
-@criterion("z", needs_tags=True)
+@criterion("z", needs_tags=True, needs_noise=True)
 def z_criterion(evidence: Evidence, layer: str) -> Tensor:
     """Mean over the components of the amplitude in standard deviations of ten noise bins a side; 0 for a dead filter."""
     return evidence.tags().z_score(layer, evidence.components).nan_to_num(nan=0.0).mean(-1)
 
 
-@criterion("corrected_amplitude", needs_tags=True)
+@criterion("corrected_amplitude", needs_tags=True, needs_noise=True)
 def corrected_amplitude_score(evidence: Evidence, layer: str) -> Tensor:
     """Baseline-corrected amplitude summed over all harmonics (Retter, Rossion & Schiltz 2021)."""
     return evidence.tags().corrected_amplitude(layer, "harmonics")
@@ -240,7 +246,8 @@ class TagImportance:
     Only the convolutions' output filters of a group are scored; filters coupled by a residual are reduced to one score.
 
     Args:
-        model: the network the scores belong to.
+        model: the network the scores belong to. Networks of this package need ``customized_pruners=freqprune.surgery.CUSTOM_PRUNERS`` in the
+            pruner, which else takes channel i of one stage for channel i of the next.
         table: scores by layer name, ``(n_filters,)`` each, of the unpruned network.
         reduce: ``"max"`` or ``"mean"`` over the layers of a coupled group.
 

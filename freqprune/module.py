@@ -16,6 +16,20 @@ from freqprune.errors import InputError
 from freqprune.models import build_model
 
 
+def check_optimizer(
+    section: str, lr: float, momentum: float, nesterov: bool, weight_decay: float, warmup_epochs: float, label_smoothing: float, epochs: int = 0
+) -> None:
+    """Raise InputError unless the settings of an optimizer are in range; `section` is the part of the configuration they come from."""
+    settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "warmup_epochs": warmup_epochs, "epochs": epochs}
+    for name, value in settings.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise InputError(f"{section}.{name} must be a finite number of at least 0, got {value}")
+    if momentum >= 1 or (nesterov and momentum == 0):
+        raise InputError(f"{section}.momentum must lie in [0, 1), and above 0 for nesterov, got {momentum}")
+    if not 0 <= label_smoothing < 1:
+        raise InputError(f"{section}.label_smoothing must lie in [0, 1), got {label_smoothing}")
+
+
 class Classifier(pl.LightningModule):
     """Cross-entropy training with SGD (Nesterov) and a cosine schedule to zero, one update of the rate a step.
 
@@ -45,13 +59,7 @@ class Classifier(pl.LightningModule):
         normalization: Mapping[str, list[float]] | None = None,
     ) -> None:
         super().__init__()
-        for name, value, low in (("lr", lr, 0.0), ("momentum", momentum, 0.0), ("weight_decay", weight_decay, 0.0), ("warmup_epochs", warmup_epochs, 0.0)):
-            if not (math.isfinite(value) and value >= low):
-                raise InputError(f"optimizer.{name} must be a finite number of at least {low:g}, got {value}")
-        if momentum >= 1 or (nesterov and momentum == 0):
-            raise InputError(f"optimizer.momentum must lie in [0, 1), and above 0 for nesterov, got {momentum}")
-        if not 0 <= label_smoothing < 1:
-            raise InputError(f"optimizer.label_smoothing must lie in [0, 1), got {label_smoothing}")
+        check_optimizer("optimizer", lr, momentum, nesterov, weight_decay, warmup_epochs, label_smoothing)
         config = None if isinstance(model, nn.Module) else dict(model)
         num_classes = num_classes or (config or {}).get("num_classes", 10)
         # Plain numbers, strings, lists and dicts only, so that the checkpoint loads under weights_only=True.

@@ -11,26 +11,26 @@ from torch import Tensor
 from freqprune.errors import InputError, closest
 
 
-def _halves(y: Tensor, x: Tensor, gap: float) -> list[Tensor]:
-    return [(x < -gap) & (y < 2), (x > gap) & (y < 2)]
+def _halves(y: Tensor, x: Tensor, gap: tuple[float, float]) -> list[Tensor]:
+    return [(x < -gap[1]) & (y < 2), (x > gap[1]) & (y < 2)]
 
 
-def _top_bottom(y: Tensor, x: Tensor, gap: float) -> list[Tensor]:
-    return [(y < -gap) & (x < 2), (y > gap) & (x < 2)]
+def _top_bottom(y: Tensor, x: Tensor, gap: tuple[float, float]) -> list[Tensor]:
+    return [(y < -gap[0]) & (x < 2), (y > gap[0]) & (x < 2)]
 
 
-def _quadrants(y: Tensor, x: Tensor, gap: float) -> list[Tensor]:
-    return [(y < -gap) & (x < -gap), (y < -gap) & (x > gap), (y > gap) & (x < -gap), (y > gap) & (x > gap)]
+def _quadrants(y: Tensor, x: Tensor, gap: tuple[float, float]) -> list[Tensor]:
+    return [vertical & horizontal for vertical in (y < -gap[0], y > gap[0]) for horizontal in (x < -gap[1], x > gap[1])]
 
 
-def _centre_surround(y: Tensor, x: Tensor, gap: float) -> list[Tensor]:
+def _centre_surround(y: Tensor, x: Tensor, gap: tuple[float, float]) -> list[Tensor]:
     # A disc of half the image's area against the rest.
     radius = torch.sqrt(y**2 + x**2)
     boundary = math.sqrt(2 / math.pi)
-    return [radius < boundary - gap, radius > boundary + gap]
+    return [radius < boundary - max(gap), radius > boundary + max(gap)]
 
 
-LAYOUTS: dict[str, tuple[tuple[str, ...], Callable[[Tensor, Tensor, float], list[Tensor]]]] = {
+LAYOUTS: dict[str, tuple[tuple[str, ...], Callable[[Tensor, Tensor, tuple[float, float]], list[Tensor]]]] = {
     "halves": (("left", "right"), _halves),
     "top_bottom": (("top", "bottom"), _top_bottom),
     "quadrants": (("top left", "top right", "bottom left", "bottom right"), _quadrants),
@@ -64,7 +64,7 @@ def part_masks(layout: str, height: int, width: int, gap: int = 0) -> Tensor:
         (torch.arange(width, dtype=torch.float64) + 0.5) * 2 / width - 1,
         indexing="ij",
     )
-    masks = torch.stack(LAYOUTS[layout][1](y, x, gap / min(height, width)))
+    masks = torch.stack(LAYOUTS[layout][1](y, x, (gap / height, gap / width)))
     for name, mask in zip(LAYOUTS[layout][0], masks, strict=True):
         if not mask.any():
             raise InputError(f"gap = {gap} pixels leaves the part {name!r} of a {height} x {width} image empty; use a smaller gap")

@@ -77,7 +77,10 @@ class Recorder:
                 tensor = first_tensor(output) if site.call == call else None
                 if tensor is not None:
                     response = site.then(tensor) if site.then is not None else tensor
-                    self._read[site.layer] = self.reduce(response.detach(), site.channel_dim)
+                    reading = self.reduce(response.detach(), site.channel_dim)
+                    # What shares the output's memory would change with the next operation in place.
+                    shared = reading.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+                    self._read[site.layer] = reading.clone() if shared else reading
             if len(self._read) == len(self.sites):
                 raise _Enough
 

@@ -121,7 +121,8 @@ class TagResponse:
         0 for an affine filter; NaN for a filter that does not answer the fundamentals. ``(n_filters,)``.
         """
         fundamentals = self.amplitude(layer, "fundamentals").sum(-1)
-        mixed = self.amplitude(layer, "intermodulation").sum(-1)
+        bins = [c.bin for c in self.stimulus.components if c.kind == "intermodulation"]
+        mixed = self.layers[layer].amplitude[:, bins].sum(-1)
         return torch.where(fundamentals > self._rounding(layer), mixed / fundamentals, torch.nan)
 
     def _bins(self, which: Sequence[str] | str) -> list[int]:
@@ -162,5 +163,6 @@ class TagResponse:
         spectrum = response.amplitude if response.noisy_amplitude is None else response.noisy_amplitude
         floor = baseline(spectrum, [c.bin for c in self.components(which)])
         undefined = is_noise_free(spectrum, floor, self.precision).any(-1)
-        dead = spectrum[:, 1:].amax(-1) <= 1e-12 * spectrum.amax().clamp(min=1e-30)
+        # A filter that the tags themselves move by no more than rounding answers nothing, whatever its mean.
+        dead = response.amplitude[:, 1:].amax(-1) <= self._rounding(layer)
         return ["" if not u else "dead" if d else "noise-free" for u, d in zip(undefined.tolist(), dead.tolist(), strict=True)]

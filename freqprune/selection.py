@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -48,6 +49,8 @@ class Amount:
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise InputError(f"pruning.{name} must lie between 0 (removes nothing) and 1 (removes everything), both excluded, got {value}")
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise InputError(f"pruning.threshold must be a finite score, got {self.threshold}")
         if self.scope not in SCOPES:
             raise InputError(f"pruning.scope must be one of {', '.join(SCOPES)}, got {self.scope!r}")
         if self.min_filters < 1:

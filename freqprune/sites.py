@@ -120,9 +120,21 @@ class _Trace(TorchFunctionMode):
         out = func(*args, **kwargs)
         self.alive += [args, kwargs, out]
         if isinstance(out, Tensor) and inputs:
-            replay = (lambda x: func(x, *args[1:], **{**kwargs, "inplace": False} if "inplace" in kwargs else kwargs)) if args else None
-            self.calls.append(_Call("function", func, inputs, _stamp(out), replay=replay))
+            self.calls.append(_Call("function", func, inputs, _stamp(out), replay=_replay(func, args, kwargs)))
         return out
+
+
+def _replay(func: Any, args: Any, kwargs: Any) -> Callable[[Tensor], Tensor] | None:
+    """The call again on another tensor, which is left as it is."""
+    if not args:
+        return None
+    settings = {**kwargs, "inplace": False} if "inplace" in kwargs else kwargs
+
+    def again(x: Tensor) -> Tensor:
+        # A name that ends in _ works in place.
+        return func(x.clone() if func.__name__.endswith("_") else x, *args[1:], **settings)
+
+    return again
 
 
 def _stamp(tensor: Tensor) -> tuple[int, int]:
@@ -202,8 +214,9 @@ def find_sites(model: nn.Module, example: Tensor, layers: Sequence[str] | None =
         return hook
 
     followed = [(n, m) for n, m in modules.items() if n and (n in wanted or not any(True for _ in m.children()))]
-    with evaluating(model), torch.no_grad(), hooked([(m, enter(n), leave(n)) for n, m in followed]), trace:
-        model(example)
+    # Outside inference mode, where tensors count the changes made to them in place.
+    with torch.inference_mode(False), evaluating(model), torch.no_grad(), hooked([(m, enter(n), leave(n)) for n, m in followed]), trace:
+        model(example.clone())
 
     missing = [name for name in wanted if name not in produced]
     if missing:

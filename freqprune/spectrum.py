@@ -164,23 +164,6 @@ def corrected_amplitude(spectrum: Tensor, bins: Sequence[int], neighbours: Seque
     return spectrum[..., list(bins)] - baseline(spectrum, bins, neighbours, avoid)
 
 
-def expected_noisy_amplitude(amplitude: Tensor, noise_sd: Tensor, n_times: int) -> Tensor:
-    """Mean amplitude of a tone in white noise, the mean of Rice's distribution.
-
-    Real and imaginary part of a single-sided amplitude have variance ``2 noise_sd**2 / n_times`` each.
-
-    Args:
-        amplitude: amplitude of the tone without noise.
-        noise_sd: standard deviation of the noise in the time course, broadcast against `amplitude`.
-        n_times: frames of the recording.
-    """
-    s = (noise_sd * (2 / n_times) ** 0.5).clamp(min=torch.finfo(amplitude.dtype).tiny)
-    x = amplitude.square() / (4 * s.square())
-    # sqrt(pi/2) s L_{1/2}(-2x), with the exponentially scaled Bessel functions, which do not overflow.
-    laguerre = (1 + 2 * x) * torch.special.i0e(x) + 2 * x * torch.special.i1e(x)
-    return (torch.pi / 2) ** 0.5 * s * laguerre
-
-
 def significance(power: Tensor, bins: Sequence[int], n_images: int, neighbours: Sequence[int] = NEIGHBOURS) -> Tensor:
     """p-values of the power ratio r of a bin over the mean of its K noise bins, power summed or averaged over M images.
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freqprune.components import NEIGHBOURS, Component, colliding_bins, components
+from freqprune.components import NEIGHBOURS, Component, collision, components
 from freqprune.errors import InputError, closest
 from freqprune.parts import LAYOUTS, part_masks
 
@@ -43,7 +43,8 @@ class Stimulus:
         phases: one phase a part in radians; zero if left out.
         gap: pixels left untagged between the parts of a layout.
         max_order: highest |n| + |m| + ... of the response components.
-        control: ``"none"``; ``"shuffled"``: the same frames in random order, so that no part follows its frequency; ``"static"``: one frame,
+        control: ``"none"``; ``"shuffled"``: the same frames in one random order for all images, so that no part follows its frequency
+            (what little light that order leaves at a tag is the same in every image: no p-value holds); ``"static"``: one frame,
             every part at its mean scale.
 
     Raises:
@@ -130,12 +131,12 @@ class Stimulus:
                     f"tag_freqs[{i}] = {freq:g} Hz is also the frequency of part {self.tag_freqs.index(freq) + 1}; a shared tag cannot be told "
                     f"apart: use another, such as {freq + 3 * resolution:g} Hz"
                 )
-        clash = colliding_bins(self.cycles, self.n_frames, self.max_order)
+        clash = collision(self.cycles, self.n_frames, self.max_order)
         if clash:
             legal = self._nearest_clear_freqs()
             hint = f"; nearest legal: tag_freqs = {list(legal)}" if legal else ""
             raise InputError(
-                f"tag_freqs = {list(self.tag_freqs)} Hz: the noise bins of {clash[0]} hold the response {clash[1]} (bins {resolution:g} Hz apart, "
+                f"tag_freqs = {list(self.tag_freqs)} Hz: {clash} (bins {resolution:g} Hz apart, "
                 f"{max(NEIGHBOURS)} on each side are noise, max_order = {self.max_order}){hint}; or a longer recording (n_frames), or a smaller max_order"
             )
 
@@ -148,7 +149,7 @@ class Stimulus:
         for shift in grid[np.argsort(np.abs(grid).sum(1), kind="stable")]:
             cycles = tuple(int(c + s) for c, s in zip(self.cycles, shift, strict=True))
             legal = min(cycles) > 0 and 2 * max(cycles) < self.n_frames and len(set(cycles)) == len(cycles)
-            if legal and not colliding_bins(cycles, self.n_frames, self.max_order):
+            if legal and not collision(cycles, self.n_frames, self.max_order):
                 return tuple(c * resolution for c in cycles)
         return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from freqprune.errors import InputError, closest
+from freqprune.hooks import evaluating
 from freqprune.models import IndexShortcut
 from freqprune.profiling import macs_by_layer
 from freqprune.sites import match_layers
 
 _OUT = (tp.prune_conv_out_channels, tp.prune_linear_out_channels)
 _IN = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
+_ARITHMETIC = {"AddBackward": "sum", "SubBackward": "difference", "MulBackward": "product", "DivBackward": "quotient"}
 
 
 class _IndexShortcutPruner(tp.BasePruningFunc):
@@ -48,15 +51,48 @@ class _IndexShortcutPruner(tp.BasePruningFunc):
         return layer.n_in
 
 
+CUSTOM_PRUNERS: dict[Any, Any] = {IndexShortcut: _IndexShortcutPruner()}
+"""Pruners of this package's own layers, for the ``customized_pruners`` argument of torch-pruning."""
+
+
 def _graph(model: nn.Module, example: Tensor) -> tuple[nn.Module, tp.DependencyGraph]:
     """A private copy of the model and the dependency graph of that copy."""
     # torch-pruning needs gradients and unfrozen parameters to trace, and leaves the model in eval mode: let it have a copy.
     twin = copy.deepcopy(model)
     for parameter in twin.parameters():
         parameter.requires_grad_(True)
-    with torch.enable_grad():
-        graph = tp.DependencyGraph().build_dependency(twin, example_inputs=example[:1], customized_pruners={IndexShortcut: _IndexShortcutPruner()})
+    try:
+        with torch.enable_grad():
+            graph = tp.DependencyGraph().build_dependency(twin, example_inputs=example[:1], customized_pruners=CUSTOM_PRUNERS)
+    except Exception as error:
+        what = f"{type(model).__name__} ({type(error).__name__}: {error})"
+        raise InputError(f"torch-pruning {version('torch-pruning')} cannot trace {what}; does the network run on the example?") from error
     return twin, graph
+
+
+def _group(graph: tp.DependencyGraph, module: nn.Module, idxs: list[int], layer: str) -> Any:
+    try:
+        return graph.get_pruning_group(module, tp.prune_conv_out_channels, idxs=idxs)
+    except Exception as error:
+        # torch-pruning raises whatever it trips over, down to ZeroDivisionError.
+        raise InputError(f"torch-pruning {version('torch-pruning')} cannot follow the channels of {layer!r} ({type(error).__name__}: {error})") from error
+
+
+def _partners(group: Any, module: nn.Module, names: Mapping[nn.Module, str]) -> list[str]:
+    """What else a filter of `module` would take along: other layers, sums, norms over channels, the output; empty for an inner filter."""
+    found: list[str] = []
+    operations: list[str] = []
+    for dependency, _ in group:
+        target = dependency.target.module
+        arithmetic = next((word for word in _ARITHMETIC if word in dependency.target.name), None)
+        if target is not module and (dependency.handler in _OUT or isinstance(target, IndexShortcut | nn.GroupNorm | nn.LayerNorm)):
+            found.append(names.get(target, type(target).__name__))
+        elif arithmetic:
+            operations.append(f"a {_ARITHMETIC[arithmetic]}")
+    found += operations
+    if not any(dependency.handler in _IN for dependency, _ in group):
+        found.append("the output of the network")
+    return list(dict.fromkeys(found))
 
 
 class Plan:
@@ -85,18 +121,13 @@ class Plan:
         for module, layer in names.items():
             if not isinstance(module, nn.modules.conv._ConvNd) or layer not in self._macs or module.groups > 1:
                 continue
-            group = graph.get_pruning_group(module, tp.prune_conv_out_channels, idxs=[0])
-            partners = [
-                names.get(d.target.module, "a sum")
-                for d, _ in group
-                if (d.handler in _OUT or isinstance(d.target.module, IndexShortcut) or "AddBackward" in d.target.name) and d.target.module is not module
-            ]
+            partners = _partners(_group(graph, module, [0], layer), module, names)
             if partners:
-                self.coupled[layer] = list(dict.fromkeys(partners))
+                self.coupled[layer] = partners
                 continue
             self.layers.append(layer)
             self._widths[layer] = module.out_channels
-            for dependency, idxs in group:
+            for dependency, idxs in _group(graph, module, [0], layer):
                 name = names.get(dependency.target.module)
                 if name not in self._macs:
                     continue
@@ -118,7 +149,7 @@ class Plan:
         shared = [name for name in chosen if name in self.coupled]
         if shared:
             raise InputError(
-                f"pruning.layers picks {', '.join(shared)}, which share their channels with other layers through a residual connection; leave them out, "
+                f"pruning.layers picks {', '.join(shared)}, which share their channels with {', '.join(self.coupled[shared[0]][:3])}; leave them out, "
                 f"for example with pruning.layers={self._pattern()}"
             )
         if not chosen:
@@ -160,12 +191,15 @@ class Plan:
             removed = sorted(set(range(self._widths[layer])) - set(indices.tolist()))
             if not removed:
                 continue
-            group = graph.get_pruning_group(modules[layer], tp.prune_conv_out_channels, idxs=removed)
+            group = _group(graph, modules[layer], removed, layer)
             if not graph.check_pruning_group(group):
                 raise InputError(f"keeping {len(indices)} filters of {layer!r} would empty a layer that is coupled to it")
             group.prune()
             width = modules[layer].weight.shape[0]
             assert width == len(indices), f"{layer}: {width} filters after surgery, {len(indices)} asked for"
+        with evaluating(self.model), evaluating(twin), torch.no_grad():
+            dense, small = self.model(self.example), twin(self.example)
+        assert getattr(dense, "shape", None) == getattr(small, "shape", None), f"surgery changed the output from {dense.shape} to {small.shape}"
         for (_, old), (_, new) in zip(self.model.named_parameters(), twin.named_parameters(), strict=True):
             new.requires_grad_(old.requires_grad)
         for name, module in self.model.named_modules():

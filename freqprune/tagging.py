@@ -154,12 +154,23 @@ class _Average:
         if self.average == "snr":
             new["snr"] = snr(amplitude, self.bins, precision=self.precision)
         for name, value in new.items():
-            total = (value.mean(2) if value.dim() == 4 else value).sum(0)
+            # An image that leaves a filter silent has no SNR; the others have.
+            total = self._over_positions(name, value).nansum(0) if name == "snr" else self._over_positions(name, value).sum(0)
             self.sums[name] = self.sums[name] + total if name in self.sums else total
+        if "snr" in new:
+            defined = self._over_positions("snr", new["snr"]).isfinite().sum(0).double()
+            self.sums["snr_defined"] = self.sums["snr_defined"] + defined if "snr_defined" in self.sums else defined
         self.n_images += len(spectra)
 
+    @staticmethod
+    def _over_positions(name: str, value: Tensor) -> Tensor:
+        if value.dim() == 3:
+            return value
+        return value.nanmean(2) if name == "snr" else value.mean(2)
+
     def mean(self, name: str) -> Tensor:
-        return (self.sums[name] / self.n_images).cpu()
+        # 0 / 0 is NaN: no image defines this SNR.
+        return (self.sums[name] / (self.sums["snr_defined"] if name == "snr" else self.n_images)).cpu()
 
     def amplitude(self) -> Tensor:
         if self.average == "power":
@@ -188,8 +199,9 @@ class _Pass:
         for some in self.which.split(max(1, limit // len(images))):
             frames = self.stimulus.frames(images, some)
             if generators:
-                # Drawn image by image on the CPU: the same numbers for every batch size and device.
-                noise = torch.stack([torch.randn(frames.shape[1:], generator=g) for g in generators])
+                # Drawn frame by frame on the CPU: the same numbers for every batch size and device.
+                shape = frames.shape[2:]
+                noise = torch.stack([torch.stack([torch.randn(shape, generator=g) for _ in some]) for g in generators])
                 frames = frames + self.noise_std * noise.to(frames)
             for layer, response in recorder(prepare(frames.flatten(0, 1))).items():
                 pieces.setdefault(layer, []).append(response.unflatten(0, (len(images), len(some))))

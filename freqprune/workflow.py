@@ -30,12 +30,12 @@ from freqprune.assembly import (
     with_classes,
 )
 from freqprune.callbacks import FrequencyTagging
-from freqprune.checkpoint import load_network, read, save_pruned
+from freqprune.checkpoint import check_resumable, load_network, of_the_dense, save_pruned
 from freqprune.config import amount_arguments, plain, stimulus_arguments, validate
 from freqprune.data import ImageData
 from freqprune.errors import InputError
-from freqprune.importance import Evidence, Verdict, judge, needs_tags, scores
-from freqprune.module import Classifier
+from freqprune.importance import Evidence, Verdict, judge, needs_noise, needs_tags, scores
+from freqprune.module import Classifier, check_optimizer
 from freqprune.profiling import count_macs, count_parameters, latency_ms
 from freqprune.response import TagResponse
 from freqprune.selection import Amount, select
@@ -55,27 +55,32 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Returns:
         Metrics (``val_accuracy`` and ``test_accuracy`` of the last epoch as fractions, ``epochs``, ``seconds``), which are also written to
-        ``metrics.json``, and the objects: ``data``, ``classifier``, ``trainer``, ``tagging``.
+        ``training.json``, and the objects: ``data``, ``classifier``, ``trainer``, ``tagging``.
 
     Raises:
         InputError: for a bad setting, before any work; for a loss that is not finite.
     """
     validate(cfg)
+    check_optimizer("optimizer", **plain(cfg.optimizer))
+    check_optimizer("finetune", **plain(cfg.finetune))
     quiet()
     out = prepare_output(cfg)
-    if cfg.ckpt_path is not None:
-        stored = read(cfg.ckpt_path)
-        if "state_dict" not in stored or "optimizer_states" not in stored:
-            raise InputError(f"ckpt_path = {cfg.ckpt_path} is no training checkpoint; resume from checkpoints/last.ckpt of a run folder")
-        del stored
+    if cfg.ckpt is not None:
+        raise InputError(f"ckpt = {cfg.ckpt} is the network that prune.py prunes; to resume training use ckpt_path={cfg.ckpt}")
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision(cfg.matmul_precision)
     config = model_config(cfg)
     data = load_data(cfg)
     config = with_classes(config, data)
+    if cfg.ckpt_path is not None:
+        check_resumable(cfg.ckpt_path, config)
+    stimulus = Stimulus(**stimulus_arguments(cfg))
+    stimulus.masks(*data.split("val").pixels.shape[-2:])
     classifier = Classifier(config, **plain(cfg.optimizer), num_classes=len(data.classes), normalization=normalization_of(data))
+    if cfg.pruning.enabled:
+        _planned(cfg, classifier.net, data.normalize(data.pixels("val", 1)))
     tagging = FrequencyTagging(
-        Stimulus(**stimulus_arguments(cfg)),
+        stimulus,
         network="net",
         folder=out,
         seed=cfg.seed,
@@ -87,7 +92,8 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     if cfg.compile:
         classifier.net.compile()
     start = time.perf_counter()
-    fit(trainer, classifier, data, cfg.ckpt_path, out)
+    last = out / "checkpoints" / "last.ckpt"
+    fit(trainer, classifier, data, cfg.ckpt_path, f"interrupted; to go on, if an epoch was complete: ckpt_path={last}")
     seconds = time.perf_counter() - start
     metrics = {
         "val_accuracy": metric(trainer, "val/accuracy"),
@@ -96,7 +102,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         "seconds": round(seconds, 2),
     }
     if trainer.is_global_zero:
-        report.write_metrics(out / "metrics.json", metrics)
+        report.write_metrics(out / "training.json", metrics)
         _figures_of_training(tagging, out)
         total = sum(int(flags.sum()) for flags in tagging.latest.get("important", {}).values())
         report.show(
@@ -121,15 +127,20 @@ def prune(cfg: DictConfig, dense: nn.Module | None = None, data: ImageData | Non
         InputError: for a bad setting, before any work is done or lost.
     """
     validate(cfg)
+    check_optimizer("optimizer", **plain(cfg.optimizer))
+    check_optimizer("finetune", **plain(cfg.finetune))
     quiet()
     out = prepare_output(cfg)
     stimulus = Stimulus(**stimulus_arguments(cfg))
+    earlier: dict[str, list[int]] = {}
     if dense is None:
         if cfg.ckpt is None:
             raise InputError("ckpt is not set: give the network to prune, ckpt=FILE")
+        if cfg.ckpt_path is not None:
+            raise InputError("ckpt_path resumes training and has no part in pruning a checkpoint; leave it out, or leave ckpt out to train first")
         config = plain(cfg.model)
         stored = load_network(cfg.ckpt, None if config["name"] is None else config)
-        net, normalization = stored.net, stored.normalization
+        net, normalization, earlier = stored.net, stored.normalization, stored.kept
     else:
         net, normalization = dense, {}
     pick_layers(net, plain(cfg.tagging)["layers"])
@@ -137,11 +148,11 @@ def prune(cfg: DictConfig, dense: nn.Module | None = None, data: ImageData | Non
     torch.set_float32_matmul_precision(cfg.matmul_precision)
     data = data or load_data(cfg)
     check_match(net, data, normalization)
+    stimulus.masks(*data.split("val").pixels.shape[-2:])
     device = device_of(cfg)
     net = net.to(device).to(memory_format=torch.channels_last).eval()
     example = data.normalize(data.pixels("val", 1)).to(device)
-    plan = Plan(net, example) if cfg.pruning.enabled else None
-    layers = plan.choose(plain(cfg.pruning)["layers"], plain(cfg.pruning)["exclude"]) if plan is not None else []
+    plan, layers = _planned(cfg, net, example) if cfg.pruning.enabled else (None, [])
 
     metrics: dict[str, Any] = {"dense": _cost(net, example)}
     metrics["dense"]["test_accuracy"] = accuracy_of(cfg, net, data)
@@ -162,7 +173,7 @@ def prune(cfg: DictConfig, dense: nn.Module | None = None, data: ImageData | Non
     metrics["kept"] = report.kept_counts(kept)
 
     def keep_result() -> None:
-        save_pruned(out / "pruned.ckpt", small, kept, normalization_of(data))
+        save_pruned(out / "pruned.ckpt", small, of_the_dense(kept, earlier), normalization_of(data))
         report.write_metrics(out / "metrics.json", metrics)
 
     keep_result()
@@ -177,6 +188,23 @@ def prune(cfg: DictConfig, dense: nn.Module | None = None, data: ImageData | Non
     cut = 1 - metrics["pruned"]["macs"] / metrics["dense"]["macs"]
     _tell(cfg, metrics, out, f"{_name(net)}, filters kept by {cfg.importance.criterion}, {100 * cut:.1f} % of the MACs cut, seed {cfg.seed}", verdict)
     return metrics, {"response": response, "verdict": verdict, "kept": kept, "net": small}
+
+
+def _planned(cfg: DictConfig, net: nn.Module, example: Tensor) -> tuple[Plan, list[str]]:
+    """What may be removed, after checking that the tags will tell what the criterion asks for."""
+    plan = Plan(net, example)
+    layers = plan.choose(plain(cfg.pruning)["layers"], plain(cfg.pruning)["exclude"])
+    if needs_tags(cfg.importance.criterion):
+        recorded = pick_layers(net, plain(cfg.tagging)["layers"])
+        unread = [layer for layer in layers if layer not in recorded]
+        if unread:
+            raise InputError(f"importance.criterion = {cfg.importance.criterion} needs the response of {', '.join(unread)}, which tagging.layers leaves out")
+        if cfg.tagging.noise_std == 0 and needs_noise(cfg.importance.criterion):
+            raise InputError(
+                f"importance.criterion = {cfg.importance.criterion} compares with noise, but tagging.noise_std = 0; use the default 0.02, or "
+                "importance=amplitude"
+            )
+    return plan, layers
 
 
 def _cost(net: nn.Module, example: Tensor) -> dict[str, Any]:
@@ -245,7 +273,7 @@ def _figures_of_training(tagging: FrequencyTagging, out: Path) -> None:
     if tagging.latest:
         noise = f"pixel noise sd {tagging.latest['noise_std']:g}"
         title = f"Important filters after epoch {tagging.latest['epoch'] + 1}, {noise}"
-        figures.save(figures.important_per_layer(tagging.latest["important"], title), out / "figures" / "important_filters.png")
+        figures.save(figures.important_per_layer(tagging.latest["important"], title), out / "figures" / "important_last_epoch.png")
         shares = report.important_shares(out / "importance.csv")
         figures.save(figures.important_over_epochs(shares, f"Important filters over training, {noise}"), out / "figures" / "important_over_epochs.png")
 
@@ -263,7 +291,7 @@ def _finetune(cfg: DictConfig, small: nn.Module, data: ImageData, out: Path) -> 
     classifier = Classifier(dict(config) if config else small, **settings, num_classes=len(data.classes), normalization=normalization_of(data))
     classifier.net.load_state_dict(small.state_dict())
     trainer = make_trainer(cfg, out / "finetune", [], epochs)
-    fit(trainer, classifier, data, None, out / "finetune")
+    fit(trainer, classifier, data, None, f"interrupted while fine-tuning; {out / 'pruned.ckpt'} holds the network from before it")
     return classifier.net.eval()
 
 

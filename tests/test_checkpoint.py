@@ -119,3 +119,37 @@ def test_every_public_name_resolves() -> None:
     assert all(getattr(freqprune, name) is not None for name in freqprune.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nope'"):
         _ = freqprune.nope
+
+
+def test_no_damage_ends_in_anything_but_a_message(pruned: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
+    import random
+
+    torch.save({"a": torch.arange(4), "b": [1, "x", {"y": 2.0}]}, tmp_path / "small.pt")
+    refused = 0
+    for whole in ((tmp_path / "small.pt").read_bytes(), pruned[0].read_bytes()):
+        for seed in range(150):
+            draw = random.Random(seed)
+            damaged = bytearray(whole)
+            for _ in range(draw.choice([1, 5, 50])):
+                damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+            (tmp_path / "damaged.ckpt").write_bytes(damaged)
+            try:
+                read(tmp_path / "damaged.ckpt")
+            except InputError:
+                refused += 1
+    assert refused > 50
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"state_dict": {}, "hyper_parameters": {"model": "resnet8"}}, "its hyper-parameter model is a str"),
+        ({"state_dict": 3, "hyper_parameters": {}}, "state_dict is a int, expected a dict"),
+        ({"format": "freqprune.pruned/1", "model": {}}, "is incomplete: it has no state_dict, kept, normalization"),
+        ({"state_dict": {}, "hyper_parameters": {}}, "does not name its network"),
+    ],
+)
+def test_foreign_files(content: dict[str, object], message: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "x.ckpt")
+    with pytest.raises(InputError, match=message):
+        load_network(tmp_path / "x.ckpt")

@@ -25,6 +25,7 @@ def call(script: str, *arguments: str, cwd: Path, timeout: float = 300) -> subpr
         (["+epochs=3"], "epochs is not a setting; did you mean finetune.epochs"),
         (["optimizer.lrr=3"], "optimizer.lrr is not a setting; did you mean optimizer.lr?"),
         (["trainer.max_epoch=3"], "did you mean trainer.max_epochs?"),
+        (["model=resnet32", "model.depht=5"], "model.depht is not a setting"),
         (["data=cifar"], "Could not find 'data/cifar'"),
         (["optimizer.lr=fast"], "Value 'fast' of type 'str' could not be converted to Float"),
         (["seed"], "seed"),
@@ -72,10 +73,10 @@ def test_interrupt_leaves_a_checkpoint_that_resumes(how: signal.Signals, tmp_pat
     said, _ = process.communicate(timeout=60)
     assert process.returncode == (1 if how == signal.SIGINT else 128 + signal.SIGTERM), said
     assert last.exists(), said
-    assert f"to go on: ckpt_path={last}" in said
+    assert f"ckpt_path={last}" in said
     import torch
 
     done_epochs = torch.load(last, weights_only=True)["epoch"] + 1
     again = call("train.py", *arguments, f"ckpt_path={last}", f"trainer.max_epochs={done_epochs + 1}", f"hydra.run.dir={tmp_path / 'again'}", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert json.loads((tmp_path / "again" / "metrics.json").read_text())["epochs"] == done_epochs + 1
+    assert json.loads((tmp_path / "again" / "training.json").read_text())["epochs"] == done_epochs + 1

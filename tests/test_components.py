@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from freqprune.components import colliding_bins, component_name, components, find_components, noise_bins
+from freqprune.components import collision, component_name, components, find_components, noise_bins
 from freqprune.errors import InputError
 
 
@@ -54,8 +54,9 @@ def test_three_tags() -> None:
 
 
 def test_collision_names_both_responses() -> None:
-    assert colliding_bins((12, 13), 240, 2) is not None
-    assert colliding_bins((12, 15), 240, 6) is None
+    assert "the noise bins of f1 hold the response f2" in str(collision((12, 13), 240, 1))
+    assert collision((12, 24), 240, 4) == "f2-f1 falls on f1 itself"
+    assert collision((12, 15), 240, 6) is None
 
 
 def test_noise_bins_stay_inside() -> None:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from freqprune.errors import InputError
 from freqprune.importance import Evidence, TagImportance, criterion, criterion_names, judge, scores
 from freqprune.models import build_model
+from freqprune.surgery import CUSTOM_PRUNERS
 from freqprune.tagging import tag
 from tests.test_tagging import WHITE, Affine
 
@@ -134,3 +135,26 @@ def test_coupled_layers_share_one_score(images: Tensor) -> None:
 def test_tag_importance_refuses(table: dict[str, Tensor], message: str) -> None:
     with pytest.raises(InputError, match=message):
         TagImportance(build_model({"name": "resnet8"}), table)
+
+
+def test_one_dead_filter_does_not_stop_the_others(images: Tensor) -> None:
+    net = build_model({"name": "resnet8"})
+    with torch.no_grad():
+        net.bn1.weight[2] = 1e-9
+        net.bn1.bias.fill_(1.0)
+    response = tag(net, images[:2])
+    assert scores("snr", Evidence(net, response), ["conv1"])["conv1"][2] == 0
+    assert not judge(response, by="threshold", threshold=0.1).important["conv1"][2]
+
+
+def test_fits_the_pruners_of_torch_pruning_on_option_a() -> None:
+    net, x = build_model({"name": "resnet20"}).eval(), torch.rand(1, 3, 32, 32)
+    layers = [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d)]
+    importance = TagImportance(net, scores("random", Evidence(net), layers))
+    pruner = tp.pruner.BasePruner(
+        net, x, importance=importance, pruning_ratio=0.5, ignored_layers=[net.linear], customized_pruners=CUSTOM_PRUNERS, root_module_types=[nn.Conv2d]
+    )
+    pruner.step()
+    assert net.conv1.out_channels == 8
+    assert net.layer3[2].conv2.out_channels == 32
+    assert net(x).shape == (1, 10)

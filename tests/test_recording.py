@@ -75,3 +75,37 @@ def test_a_site_that_is_not_reached_is_named(images: Tensor) -> None:
     net.right = True
     with pytest.raises(InputError, match="did not reach a"), Recorder(net, sites) as recorder:
         recorder(images)
+
+
+@pytest.mark.parametrize("reduce", [map_mean, every_position])
+def test_later_operations_in_place_do_not_reach_what_was_read(reduce: object, images: Tensor) -> None:
+    found = []
+    for inplace in (True, False):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace), nn.Flatten(), nn.Linear(784, 5), nn.ReLU(inplace), nn.Linear(5, 2))
+        sites = find_sites(net, images[:1], ["0", "3", "5"], "convolution")
+        with Recorder(net, sites, reduce) as recorder:  # type: ignore[arg-type]
+            found.append(recorder(images))
+    for layer in ("0", "3", "5"):
+        assert torch.equal(found[0][layer], found[1][layer]), layer
+
+
+def test_compiled_networks_are_read_uncompiled(images: Tensor) -> None:
+    net = build_model({"name": "resnet8"}).eval()
+    expected = None
+    for _ in range(2):
+        with Recorder(net, find_sites(net, images[:1])) as recorder:
+            found = recorder(images)
+        expected = expected or found
+        net.compile(backend="eager")
+        net(images)
+    assert all(torch.equal(found[layer], expected[layer]) for layer in expected)
+
+
+def test_works_inside_inference_mode(images: Tensor) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True))
+    with torch.inference_mode():
+        sites = find_sites(net, images[:1])
+        with Recorder(net, sites) as recorder:
+            assert recorder(images)["0"].min() >= 0
+    assert sites[0].module == "1"

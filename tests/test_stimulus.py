@@ -43,7 +43,7 @@ def test_contrast_keeps_the_pivot(images: Tensor, pivot: object, value: float | 
     torch.testing.assert_close(frame[..., 8:], (level + right * (images - level))[..., 8:])
 
 
-@pytest.mark.parametrize(("settings", "count"), [({}, 49), ({"phases": (0.3, 0.0)}, 80), ({"tag_freqs": (6.0, 9.0)}, 39)])
+@pytest.mark.parametrize(("settings", "count"), [({}, 49), ({"phases": (0.3, 0.0)}, 80), ({"tag_freqs": (6.0, 10.5)}, 77)])
 def test_distinct_frames_are_bit_equal_to_the_frames_they_stand_for(images: Tensor, settings: dict[str, object], count: int) -> None:
     stimulus = Stimulus(**settings)  # type: ignore[arg-type]
     first, inverse = stimulus.distinct_frames
@@ -72,6 +72,11 @@ def test_gap_is_counted_in_pixels_and_left_alone(images: Tensor) -> None:
     assert torch.equal(stimulus.frames(images)[..., 6:10], images[:, None, :, :, 6:10].expand(-1, 240, -1, -1, -1))
 
 
+def test_gap_is_in_pixels_on_oblong_images() -> None:
+    assert part_masks("halves", 32, 64, gap=4).any(0)[0].sum() == 60
+    assert part_masks("top_bottom", 32, 64, gap=4).any(0)[:, 0].sum() == 28
+
+
 def test_centre_is_half_of_the_image() -> None:
     assert part_masks("centre_surround", 64, 64)[0].float().mean().item() == pytest.approx(0.5, abs=0.01)
 
@@ -91,6 +96,7 @@ def test_own_masks(images: Tensor) -> None:
         ({"tag_freqs": (6.0, 60.0)}, r"tag_freqs\[1\] = 60 Hz is not below the Nyquist.*use at most 59.5"),
         ({"tag_freqs": (6.0, 6.0)}, r"tag_freqs\[1\] = 6 Hz is also the frequency of part 1"),
         ({"tag_freqs": (6.0, 6.5)}, r"noise bins of .* hold the response .*nearest legal: tag_freqs = \[6.0, 7.5\]"),
+        ({"tag_freqs": (6.0, 12.0)}, r"f2-f1 falls on f1 itself .*nearest legal"),
         ({"tag_freqs": (6.0, -7.5)}, "must be a positive frequency"),
         ({"tag_freqs": (6.0, math.nan)}, "must be a positive frequency"),
         ({"tag_freqs": (6.0,)}, "2 parts .left, right., 1 frequencies"),

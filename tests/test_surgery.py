@@ -79,7 +79,7 @@ def test_choose() -> None:
     assert plan.choose(exclude="layer[12].*") == [f"layer3.{b}.conv1" for b in range(3)]
     for patterns, message in (
         (("layer9*", None), "matches none of"),
-        (("*.conv2", None), r"share their channels with other layers .*pruning.layers='\*.conv1'"),
+        (("*.conv2", None), r"share their channels with .*pruning.layers='\*.conv1'"),
         ((None, "*.conv1"), "leave no layer to prune"),
         ((None, "nope"), "matches none of"),
     ):
@@ -181,3 +181,43 @@ def test_latency_measures_every_network() -> None:
     assert set(found) == {"a", "b"}
     assert min(found.values()) > 0
     assert calls == ["a", "b"] * 4
+
+
+class Odd(nn.Module):
+    """Three convolutions; `how` says what becomes of the second's output."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 5, 3, padding=1)
+        self.norm = nn.GroupNorm(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        y = self.b(x)
+        match self.how:
+            case "difference":
+                y = x - y
+            case "group norm":
+                y = self.norm(y)
+            case "product":
+                y = x * y
+        return self.c(torch.relu(y)).mean((2, 3))
+
+
+@pytest.mark.parametrize(("how", "inner"), [("plain", ["a", "b"]), ("difference", []), ("product", []), ("group norm", ["a"])])
+def test_only_filters_that_are_alone_are_inner(how: str, inner: list[str]) -> None:
+    net = Odd(how).eval()
+    plan = Plan(net, X)
+    assert plan.layers == inner
+    # The classes of a network without a linear layer are its last convolution's filters.
+    assert "the output of the network" in plan.coupled["c"]
+    for layer in inner:
+        kept = {layer: torch.tensor([1, 2, 5])}
+        with torch.no_grad():
+            torch.testing.assert_close(plan.apply(kept)(X), masked(net, kept, {layer: layer})(X), rtol=1e-5, atol=1e-5)
+
+
+def test_networks_that_cannot_be_traced_are_named() -> None:
+    with pytest.raises(InputError, match=r"cannot trace Conv2d .*does the network run on the example"):
+        Plan(nn.Conv2d(7, 2, 3), X)

@@ -164,3 +164,32 @@ def test_weights_that_are_not_finite_are_named(images: Tensor) -> None:
         net.layer2[0].conv1.weight[0] = torch.nan
     with pytest.raises(InputError, match=r"layer 'layer2.0.conv1' answers with NaN"):
         tag(net, images)
+
+
+@pytest.mark.parametrize("size", [9, 30])
+def test_noise_does_not_depend_on_the_batches_for_any_image_size(size: int) -> None:
+    net = nn.Conv2d(3, 2, 3, dtype=torch.float64)
+    net = nn.Sequential(net)
+    images = torch.rand(2, 3, size, size, dtype=torch.float64)
+    one, other = tag(net, images, frames_a_batch=17), tag(net, images, frames_a_batch=240)
+    torch.testing.assert_close(one.snr("0"), other.snr("0"), rtol=1e-9, atol=0)
+
+
+def test_an_image_that_leaves_a_filter_silent_leaves_the_average_to_the_others() -> None:
+    lit = WHITE.expand(3, -1, -1, -1)
+    relu = Affine(nn.ReLU())
+    with torch.no_grad():
+        relu.conv.bias.fill_(-0.1)
+    images = torch.cat([lit, torch.zeros_like(WHITE)])
+    mixed, alone = tag(relu, images, average="snr"), tag(relu, lit, average="snr")
+    torch.testing.assert_close(mixed.snr("conv")[:2, 0], alone.snr("conv")[:2, 0])
+    assert mixed.snr("conv")[3].isnan().all()
+
+
+def test_a_filter_that_is_all_but_dead_is_called_so() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    with torch.no_grad():
+        net[1].weight[2] = 1e-9
+        net[1].bias.fill_(1.0)
+    response = tag(net, torch.rand(3, 3, 16, 16))
+    assert response.why_no_snr("0") == ["", "", "dead", ""]

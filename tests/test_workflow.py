@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from freqprune import load_pruned, workflow
+from freqprune.checkpoint import load_network
 from freqprune.config import register
 from freqprune.errors import InputError
 from freqprune.models import build_model
@@ -40,7 +41,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
 
 def test_train_writes_what_it_says(trained: tuple[Path, dict[str, Any]]) -> None:
     out, metrics = trained
-    assert json.loads((out / "metrics.json").read_text()) == metrics
+    assert json.loads((out / "training.json").read_text()) == metrics
     assert set(metrics) == {"val_accuracy", "test_accuracy", "epochs", "seconds"}
     assert metrics["epochs"] == 1
     assert {"best.ckpt", "last.ckpt"} <= {path.name for path in (out / "checkpoints").iterdir()}
@@ -51,7 +52,7 @@ def test_train_writes_what_it_says(trained: tuple[Path, dict[str, Any]]) -> None
     with (out / "importance.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == sum(m.out_channels for m in build_model({"name": "resnet8"}).modules() if isinstance(m, torch.nn.Conv2d))
-    assert {path.name for path in (out / "figures").iterdir()} == {"important_filters.png", "important_over_epochs.png"}
+    assert {path.name for path in (out / "figures").iterdir()} == {"important_last_epoch.png", "important_over_epochs.png"}
 
 
 def test_resume_continues_to_the_last_epoch(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -140,6 +141,10 @@ def test_a_pruned_network_can_be_pruned_again(pruned: tuple[Path, dict[str, Any]
     cfg = config("prune", tmp_path, "model=auto", f"ckpt={pruned[0] / 'pruned.ckpt'}", "pruning.ratio=0.2", "finetune.epochs=0")
     metrics, _ = workflow.prune(cfg)
     assert metrics["dense"]["macs"] == pruned[1]["pruned"]["macs"]
+    # The file still counts in filters of the dense network.
+    first, second = (load_network(folder / "pruned.ckpt").kept for folder in (pruned[0], tmp_path))
+    assert all(set(second[layer]) <= set(first[layer]) for layer in first)
+    assert second != first
     assert metrics["pruned"]["macs"] < metrics["dense"]["macs"]
 
 
@@ -199,9 +204,12 @@ def test_every_choice_of_every_group_is_valid(group: str, tmp_path: Path) -> Non
         (["matmul_precision=low"], "matmul_precision must be"),
         (["seed=-1"], "seed must be at least 0"),
         (["model.name=resnet33"], "model.name must be one of"),
-        (["+model.num_classes=7"], "the data have 10 classes"),
+        (["model.num_classes=7"], "the data have 10 classes"),
         (["data.val_fraction=2"], "val_fraction must lie"),
         (["ckpt_path=none.ckpt"], "none.ckpt does not exist"),
+        (["ckpt=x.ckpt"], "to resume training use ckpt_path=x.ckpt"),
+        (["pruning=filters", "pruning.layers='layer9*'"], "matches none of"),
+        (["tagging.gap=40"], "leaves the part 'left'"),
         (["tagging.layers='block*'"], "matches none of"),
         (["data=image_folder", "data.root=nowhere"], "nowhere is not a folder"),
     ],
@@ -222,10 +230,14 @@ def test_train_refuses_before_any_work(overrides: list[str], message: str, tmp_p
         (["pruning.threshold=1e-9"], "would remove nothing"),
         (["pruning.macs_cut=0.99"], "cannot be reached"),
         (["tagging.layers=conv1"], "which tagging.layers leaves out"),
-        (["tagging.noise_std=0"], "hold rounding error only"),
+        (["tagging.noise_std=0"], "compares with noise, but tagging.noise_std = 0"),
         (["data.mean=[0,0,0]", "data.std=[1,1,1]"], r"trained with mean .* use data.mean=\["),
         (["model=resnet14"], "holds a resnet8, but model.name = resnet14"),
         (["ckpt=nowhere.ckpt"], "nowhere.ckpt does not exist"),
+        (["ckpt_path=x"], "has no part in pruning"),
+        (["finetune.momentum=2"], "finetune.momentum must lie"),
+        (["model=resnet8", "model.shortcut=B"], "with shortcut = A, but model.shortcut = B"),
+        (["tagging.gap=40"], "leaves the part 'left'"),
     ],
 )
 def test_prune_refuses(overrides: list[str], message: str, trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -239,6 +251,12 @@ def test_output_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written to"):
         workflow.train(config("train", tmp_path / "file" / "out"))
+
+
+def test_training_checkpoint_of_another_network_does_not_resume(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    last = trained[0] / "checkpoints" / "last.ckpt"
+    with pytest.raises(InputError, match=r"with name = resnet8, but model.name = resnet14"):
+        workflow.train(config("train", tmp_path, "model=resnet14", f"ckpt_path={last}"))
 
 
 def test_training_checkpoint_of_something_else_does_not_resume(tmp_path: Path) -> None:
@@ -262,7 +280,6 @@ def test_public_weights_reach_their_published_accuracy(public_weights: Path, cif
 
 
 def test_intermodulation_appears_with_the_first_nonlinearity(public_weights: Path, cifar10: Path) -> None:
-    from freqprune.checkpoint import load_network
     from freqprune.data import ImageFolderData
     from freqprune.tagging import tag
 

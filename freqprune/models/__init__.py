@@ -38,7 +38,7 @@ def model_names() -> list[str]:
 
 
 def build_model(config: Mapping[str, Any]) -> nn.Module:
-    """Build a network from ``{"name": ..., **arguments}``.
+    """Build a network from ``{"name": ..., **arguments}``; arguments that are None count as left out.
 
     >>> sum(p.numel() for p in build_model({"name": "resnet32"}).parameters())
     464154
@@ -46,7 +46,7 @@ def build_model(config: Mapping[str, Any]) -> nn.Module:
     Raises:
         InputError: for an unknown name or argument.
     """
-    arguments = dict(config)
+    arguments = {key: value for key, value in config.items() if value is not None}
     name = arguments.pop("name", None)
     if name not in _BUILDERS:
         raise InputError(f"model.name must be one of {', '.join(_BUILDERS)}, got {name!r}{closest(str(name), _BUILDERS)}")
