@@ -70,8 +70,8 @@ def peak_memory(n_images: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="write the figures here")
-    parser.add_argument("--images", type=int, default=12, help="images a repeat")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--images", type=int, default=24, help="images a repeat")
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     net, stimulus = network(), Stimulus()

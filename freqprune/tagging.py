@@ -140,7 +140,8 @@ def frames_that_fit(n_values: int, device: torch.device) -> int:
 class _Average:
     """Running sums over images of one layer's spectra; nothing is kept per image."""
 
-    def __init__(self, bins: Sequence[int], average: str, precision: torch.dtype) -> None:
+    def __init__(self, bins: Sequence[int], average: str, precision: torch.dtype, with_power: bool) -> None:
+        self.with_power = with_power
         self.bins, self.average, self.precision = list(bins), average, precision
         self.n_images = 0
         self.sums: dict[str, Tensor] = {}
@@ -148,7 +149,9 @@ class _Average:
     def update(self, spectra: Tensor) -> None:
         """Add complex spectra ``(n_images, n_filters, n_freqs)``, or ``(n_images, n_filters, n_positions, n_freqs)``."""
         amplitude = spectra.abs()
-        new = {"amplitude": amplitude, "power": amplitude.square()}
+        new = {"amplitude": amplitude}
+        if self.with_power:
+            new["power"] = amplitude.square()
         if self.average == "complex":
             new["complex"] = spectra
         if self.average == "snr":
@@ -190,7 +193,7 @@ class _Pass:
         # Two real products: complex times real would first copy the time courses into complex numbers.
         self.transform = torch.view_as_real(transform).flatten(1)
         bins = [c.bin for c in stimulus.components]
-        self.averages = {layer: _Average(bins, average, precision) for layer in layers}
+        self.averages = {layer: _Average(bins, average, precision, with_power=noise_std > 0) for layer in layers}
 
     def run(self, recorder: Recorder, images: Tensor, prepare: Callable[[Tensor], Tensor], limit: int, seed: int, numbers: Sequence[int]) -> None:
         """Show a batch of images and add their spectra to the averages."""

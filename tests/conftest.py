@@ -28,7 +28,7 @@ def images() -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def cifar10() -> Path:
-    """CIFAR-10 as an image folder."""
+    """CIFAR-10, or as many images of each class, as an image folder."""
     folder = os.environ.get("FREQPRUNE_CIFAR10")
     if not folder:
         pytest.skip("set FREQPRUNE_CIFAR10 to an image folder of CIFAR-10 (train/<class>/*.png, test/<class>/*.png)")

