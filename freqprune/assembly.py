@@ -126,7 +126,16 @@ def fit(trainer: pl.Trainer, classifier: Classifier, data: ImageData, ckpt_path:
 
 def evaluator(cfg: DictConfig) -> pl.Trainer:
     settings = {key: value for key, value in plain(cfg.trainer).items() if key in ("_target_", "accelerator", "precision")}
-    trainer = instantiate(settings, devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    bar = plain(cfg.callbacks).get("progress")
+    trainer = instantiate(
+        settings,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=bar is not None,
+        enable_model_summary=False,
+        callbacks=[instantiate(bar)] if bar else [],
+    )
     assert isinstance(trainer, pl.Trainer)
     return trainer
 

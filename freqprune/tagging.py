@@ -19,6 +19,8 @@ from freqprune.stimulus import Stimulus, check_pixels
 AVERAGES = ("amplitude", "power", "complex", "snr")
 SPATIAL: dict[str, Reduction] = {"mean": map_mean, "map": every_position}
 
+_TOGETHER = ""
+
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
@@ -117,11 +119,11 @@ def tag(
     found = {}
     for site in sites:
         layer = site.layer
-        response = LayerResponse(site, clean.averages[layer].mean("amplitude"))
+        response = LayerResponse(site, clean.of(layer).mean("amplitude"))
         if noise_std > 0:
-            response.noisy_amplitude = noisy.averages[layer].amplitude()
-            response.noisy_power = noisy.averages[layer].mean("power")
-            response.noisy_snr = noisy.averages[layer].mean("snr") if average == "snr" else None
+            response.noisy_amplitude = noisy.of(layer).amplitude()
+            response.noisy_power = noisy.of(layer).mean("power")
+            response.noisy_snr = noisy.of(layer).mean("snr") if average == "snr" else None
         found[layer] = response
     return TagResponse(stimulus, noise_std, n_images, average, spatial, precision, found)
 
@@ -165,6 +167,13 @@ class _Average:
             self.sums["snr_defined"] = self.sums["snr_defined"] + defined if "snr_defined" in self.sums else defined
         self.n_images += len(spectra)
 
+    def part(self, filters: slice) -> _Average:
+        """The averages of some of the filters."""
+        found = _Average(self.bins, self.average, self.precision, self.with_power)
+        found.n_images = self.n_images
+        found.sums = {name: total[filters] for name, total in self.sums.items()}
+        return found
+
     @staticmethod
     def _over_positions(name: str, value: Tensor) -> Tensor:
         if value.dim() == 3:
@@ -193,7 +202,8 @@ class _Pass:
         # Two real products: complex times real would first copy the time courses into complex numbers.
         self.transform = torch.view_as_real(transform).flatten(1)
         bins = [c.bin for c in stimulus.components]
-        self.averages = {layer: _Average(bins, average, precision, with_power=noise_std > 0) for layer in layers}
+        self.widths: dict[str, int] = {}
+        self.averages = {name: _Average(bins, average, precision, with_power=noise_std > 0) for name in (_TOGETHER, *layers)}
 
     def run(self, recorder: Recorder, images: Tensor, prepare: Callable[[Tensor], Tensor], limit: int, seed: int, numbers: Sequence[int]) -> None:
         """Show a batch of images and add their spectra to the averages."""
@@ -208,13 +218,27 @@ class _Pass:
                 frames = frames + self.noise_std * noise.to(frames)
             for layer, response in recorder(prepare(frames.flatten(0, 1))).items():
                 pieces.setdefault(layer, []).append(response.unflatten(0, (len(images), len(some))))
-        for layer, parts in pieces.items():
-            course = torch.cat(parts, dim=1)
+        courses = {layer: torch.cat(parts, dim=1) for layer, parts in pieces.items()}
+        for layer, course in courses.items():
             if not torch.isfinite(course).all():
                 raise InputError(f"layer {layer!r} answers with NaN or infinite values; check the weights and the normalisation")
+        if all(course.dim() == 3 for course in courses.values()):
+            # One transform for the filters of all layers: many small ones cost more than they compute.
+            self.widths = {layer: course.shape[2] for layer, course in courses.items()}
+            self.averages[_TOGETHER].update(self._spectra(torch.cat(list(courses.values()), dim=2)))
+            return
+        for layer, course in courses.items():
             # Image by image where positions are kept: their spectra are large.
-            for chunk in course.split(1 if course.dim() == 4 else len(course)):
-                self.averages[layer].update(self._spectra(chunk))
+            for image in course.split(1):
+                self.averages[layer].update(self._spectra(image))
+
+    def of(self, layer: str) -> _Average:
+        """The averages of one layer."""
+        if not self.widths:
+            return self.averages[layer]
+        names = list(self.widths)
+        start = sum(self.widths[name] for name in names[: names.index(layer)])
+        return self.averages[_TOGETHER].part(slice(start, start + self.widths[layer]))
 
     def _spectra(self, course: Tensor) -> Tensor:
         """Time courses ``(n_images, n_frames, ...)`` to complex spectra ``(n_images, ..., n_freqs)``."""
@@ -235,7 +259,7 @@ class _Pass:
                 total = average.sums[name].contiguous()
                 dist.all_reduce(torch.view_as_real(total) if total.is_complex() else total)
                 average.sums[name] = total
-        return next(iter(self.averages.values())).n_images
+        return max(average.n_images for average in self.averages.values())
 
 
 def _normalizer(

@@ -262,7 +262,10 @@ def _write_response(out: Path, response: TagResponse, verdict: Verdict | None, i
     figures.save(figures.integration_over_depth(response, classes), folder / "integration.png")
     if verdict is None:
         return
-    figures.save(figures.snr_bins(response, names[0], int(response.snr(names[0], ["f1"])[:, 0].nan_to_num(0).argmax())), folder / "snr_bins.png")
+    # A filter whose SNR is high but leaves its noise bins visible.
+    layer = names[min(10, len(names)) - 1]
+    number = int((response.snr(layer, ["f1"])[:, 0].nan_to_num(0) - 8).abs().argmin())
+    figures.save(figures.snr_bins(response, layer, number), folder / "snr_bins.png")
     for number in sorted({1, min(10, len(names))}):
         figures.save(figures.snr_spectra(response, names[number - 1]), folder / f"spectra_layer{number}.png")
     title = f"Important filters, {response.n_images} images, pixel noise sd {response.noise_std:g}"

@@ -1,12 +1,16 @@
 """Two CPU processes share the images and get what one process gets."""
 
+import csv
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.utils.data import DataLoader, TensorDataset
 
+from freqprune import FrequencyTagging
 from freqprune.errors import InputError
 from freqprune.models import build_model
 from freqprune.tagging import tag
@@ -44,6 +48,49 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
             assert found["n"] == 5
             torch.testing.assert_close(found["snr"], alone.snr("conv1", "all"), rtol=1e-6, atol=0, equal_nan=True)
             torch.testing.assert_close(found["amplitude"], alone.layers["layer3.0.conv2"].amplitude, rtol=1e-6, atol=1e-9)
+
+
+class Shown(pl.LightningModule):
+    """Trains nothing; there to be tagged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return 0 * self(batch[0]).sum()
+
+    def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    def on_train_start(self) -> None:
+        # Batch statistics would differ between the processes; this test is about the tags.
+        self.net.eval()
+
+
+def test_callback_under_ddp_equals_one_process(tmp_path: Path) -> None:
+    found = []
+    for devices in (1, 2):
+        loader = DataLoader(TensorDataset(images()), batch_size=2)
+        torch.set_num_threads(1)
+        run = pl.Trainer(
+            max_epochs=1, accelerator="cpu", devices=devices, strategy="ddp_spawn" if devices == 2 else "auto", logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=True, limit_train_batches=1,
+            callbacks=[FrequencyTagging(n_images=4, network="net", folder=tmp_path / str(devices))],
+        )  # fmt: skip
+        run.fit(Shown(), loader, DataLoader(TensorDataset(images()), batch_size=2))
+        with (tmp_path / str(devices) / "importance.csv").open() as file:
+            found.append(list(csv.DictReader(file)))
+    assert len(found[0]) == len(found[1]) > 200
+    for one, other in zip(*found, strict=True):
+        assert (one["layer"], one["filter"], one["important"]) == (other["layer"], other["filter"], other["important"])
+        assert float(one["snr_f1"]) == pytest.approx(float(other["snr_f1"]), rel=1e-5, nan_ok=True)
 
 
 def test_sharing_without_a_group_is_an_error() -> None:

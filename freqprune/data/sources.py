@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.progress import track
 from torch import Tensor
 
 from freqprune.errors import InputError
@@ -113,7 +114,8 @@ def _read_tree(folder: Path, image_size: int | None) -> tuple[Images, tuple[str,
     pixels = torch.empty(len(paths), shape[2], shape[0], shape[1], dtype=torch.uint8)
     # Decoding releases the interpreter lock, so threads help.
     with ThreadPoolExecutor() as pool:
-        for i, array in enumerate(pool.map(read, paths, chunksize=256)):
+        arrays = pool.map(read, paths, chunksize=256)
+        for i, array in enumerate(track(arrays, description=f"reading {folder}", total=len(paths), transient=True, disable=len(paths) < 5000)):
             if array.shape != shape:
                 raise InputError(
                     f"{paths[i]} has {tuple(array.shape[:2])} pixels, {paths[0]} has {tuple(shape[:2])}; set data.image_size to resize all of them"
