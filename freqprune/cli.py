@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import sys
@@ -25,6 +26,7 @@ def run(main: Callable[[], Any], config_dir: Path, config_name: str) -> None:
     os.environ.setdefault("FREQPRUNE_RUN_ID", time.strftime("%Y-%m-%d_%H-%M-%S"))
     # Hydra would print its own shortened traceback; with this set, exceptions come through to here.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    _keep_freed_memory()
     try:
         main()
     except InputError as error:
@@ -35,6 +37,15 @@ def run(main: Callable[[], Any], config_dir: Path, config_name: str) -> None:
         if error.errno is None:
             raise
         fail(f"{error.strerror}: {error.filename or 'while writing'}; check the free space and the permissions of the output folder")
+
+
+def _keep_freed_memory() -> None:
+    """glibc hands every large block that is freed back to the system and then faults it in anew: about 10 % of a training step on a CPU."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def fail(message: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -91,10 +92,11 @@ def write_filters(path: Path, response: TagResponse, verdict: Verdict | None) ->
 def write_importance(path: Path, epoch: int, response: TagResponse, score: Mapping[str, Tensor], verdict: Verdict) -> None:
     """Append an epoch's rows to ``importance.csv``; rows of this and later epochs, left by an interrupted run, are replaced.
 
-    Columns: epoch, layer_index, layer, filter, ``snr_<component>`` for every component, score, important.
+    Columns: epoch, layer_index, layer, filter, ``snr_<component>`` and ``amplitude_<component>`` for every component, score, important.
     """
     components = response.components("all")
-    header = ["epoch", "layer_index", "layer", "filter", *(f"snr_{c.name}" for c in components), "score", "important"]
+    readings = [f"{kind}_{c.name}" for kind in ("snr", "amplitude") for c in components]
+    header = ["epoch", "layer_index", "layer", "filter", *readings, "score", "important"]
     earlier: list[list[str]] = []
     if path.exists():
         with path.open(newline="") as file:
@@ -107,9 +109,9 @@ def write_importance(path: Path, epoch: int, response: TagResponse, score: Mappi
         writer.writerow(header)
         writer.writerows(earlier)
         for index, layer in enumerate(response.layers):
-            values = response.snr(layer, "all").tolist()
-            for number, (snrs, s, flag) in enumerate(zip(values, score[layer].tolist(), verdict.important[layer].tolist(), strict=True)):
-                writer.writerow([epoch, index, layer, number, *(f"{v:.6g}" for v in snrs), f"{s:.6g}", int(flag)])
+            values = torch.cat([response.snr(layer, "all"), response.amplitude(layer, "all")], dim=1).tolist()
+            for number, (row, s, flag) in enumerate(zip(values, score[layer].tolist(), verdict.important[layer].tolist(), strict=True)):
+                writer.writerow([epoch, index, layer, number, *(f"{v:.6g}" for v in row), f"{s:.6g}", int(flag)])
     partial.replace(path)
 
 

@@ -56,7 +56,11 @@ def cifar10(root: str | Path, download: bool = True) -> Source:
             "the folder; or point data.root at a folder that holds cifar-10-batches-py; or unpack the images as train/<class>/*.png and "
             "test/<class>/*.png and use data=image_folder data.root=<folder>"
         ) from error
-    train, test = (Images(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts)
+    # Sorted by class as a folder tree is, so that both give the same validation split.
+    orders = [np.argsort(p.targets, kind="stable") for p in parts]
+    train, test = (
+        Images(torch.from_numpy(p.data[order]).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)[order]) for p, order in zip(parts, orders, strict=True)
+    )
     return Source(train, test, tuple(parts[0].classes))
 
 
