@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from freqprune import Stimulus, build_model, tag
+from freqprune.cli import keep_freed_memory
 from freqprune.recording import Recorder
 from freqprune.sites import find_sites
 from freqprune.tagging import frames_that_fit
@@ -74,6 +75,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    keep_freed_memory()  # as train.py and prune.py do
     net, stimulus = network(), Stimulus()
     if options.peak:
         # Images as uint8, as the data modules hold them; noise off, so that the clean pass is measured.

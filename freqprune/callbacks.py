@@ -36,6 +36,7 @@ class FrequencyTagging(pl.Callback):
         noise_std: pixel noise, part of every SNR.
         average: average over images of this, see `freqprune.tagging.tag`.
         spatial: mean of the map or every position, see `freqprune.tagging.tag`.
+        half: half precision, see `freqprune.tagging.tag`.
         components: components of the score and the verdict.
         criterion: score written to ``importance.csv``.
         important_by: ``"significance"`` or ``"threshold"``, see `freqprune.importance.judge`.
@@ -59,6 +60,7 @@ class FrequencyTagging(pl.Callback):
         noise_std: float = 0.02,
         average: str = "amplitude",
         spatial: str = "mean",
+        half: str | None = None,
         components: Sequence[str] | str = "fundamentals",
         criterion: str = "snr",
         important_by: str = "significance",
@@ -79,7 +81,7 @@ class FrequencyTagging(pl.Callback):
         check_judgement(important_by, alpha, threshold)
         self.stimulus = stimulus or Stimulus()
         self.n_images, self.every_n_epochs, self.network = n_images, every_n_epochs, network
-        self.tag_settings = {"layers": layers, "where": where, "noise_std": noise_std, "average": average, "spatial": spatial, "seed": seed}
+        self.tag_settings = {"layers": layers, "where": where, "noise_std": noise_std, "average": average, "spatial": spatial, "half": half, "seed": seed}
         self.components, self.criterion = components, criterion
         self.verdict_settings = {"by": important_by, "alpha": alpha, "threshold": threshold}
         self.mean, self.std, self.folder = mean, std, folder

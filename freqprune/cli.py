@@ -26,7 +26,7 @@ def run(main: Callable[[], Any], config_dir: Path, config_name: str) -> None:
     os.environ.setdefault("FREQPRUNE_RUN_ID", time.strftime("%Y-%m-%d_%H-%M-%S"))
     # Hydra would print its own shortened traceback; with this set, exceptions come through to here.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    _keep_freed_memory()
+    keep_freed_memory()
     try:
         main()
     except InputError as error:
@@ -39,7 +39,7 @@ def run(main: Callable[[], Any], config_dir: Path, config_name: str) -> None:
         fail(f"{error.strerror}: {error.filename or 'while writing'}; check the free space and the permissions of the output folder")
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """glibc hands every large block that is freed back to the system and then faults it in anew: about 10 % of a training step on a CPU."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

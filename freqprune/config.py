@@ -44,6 +44,7 @@ class TaggingSchema:
     average: str = MISSING
     spatial: str = MISSING
     control: str = MISSING
+    half: str | None = None
     per_class: bool = MISSING
     n_images: int = MISSING
     every_n_epochs: int = MISSING
@@ -170,7 +171,7 @@ def validate(cfg: DictConfig) -> None:
     from freqprune.selection import Amount
     from freqprune.sites import WHERE
     from freqprune.stimulus import Stimulus
-    from freqprune.tagging import AVERAGES, SPATIAL
+    from freqprune.tagging import AVERAGES, HALF, SPATIAL
 
     stimulus = Stimulus(**stimulus_arguments(cfg))
     find_components(plain(cfg.importance)["components"], stimulus.components)
@@ -190,6 +191,8 @@ def validate(cfg: DictConfig) -> None:
     ):
         if value < low:
             raise InputError(f"{name} must be at least {low}, got {value}")
+    if cfg.tagging.half not in (None, *HALF):
+        raise InputError(f"tagging.half must be null or one of {', '.join(HALF)}, got {cfg.tagging.half!r}")
     if not 0 <= cfg.tagging.noise_std <= 1:
         raise InputError(f"tagging.noise_std must lie in [0, 1] (pixel units), got {cfg.tagging.noise_std}")
     for section in ("optimizer", "finetune"):

@@ -1,8 +1,8 @@
-"""Hooks and modes that never outlive their block. The only place in the package that registers hooks."""
+"""Hooks, modes and stand-ins that never outlive their block. The only place in the package that registers hooks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,3 +36,20 @@ def hooked(wanted: Sequence[tuple[nn.Module, Callable[..., Any] | None, Callable
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def replaced(model: nn.Module, stand_ins: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Other modules in the place of the named ones inside the block, the old ones back after it, also after an error."""
+    places = []
+    for name in stand_ins:
+        parent, _, child = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        places.append((owner, child, owner._modules[child]))
+    try:
+        for (owner, child, _), new in zip(places, stand_ins.values(), strict=True):
+            owner._modules[child] = new
+        yield
+    finally:
+        for owner, child, old in places:
+            owner._modules[child] = old

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from freqprune.errors import InputError
-from freqprune.hooks import evaluating, hooked
+from freqprune.hooks import evaluating, hooked, replaced
 from freqprune.sites import Site, first_tensor
 
 
@@ -24,12 +25,19 @@ Reduction = Callable[[Tensor, int], Tensor]
 def map_mean(output: Tensor, channel_dim: int) -> Tensor:
     """Mean of each filter's map, ``(n_frames, n_filters)``."""
     positions = [d for d in range(1, output.dim()) if d != channel_dim]
+    output = _full(output)
     return output.mean(dim=positions) if positions else output
 
 
 def every_position(output: Tensor, channel_dim: int) -> Tensor:
     """Every position of each filter's map, ``(n_frames, n_filters, n_positions)``."""
+    output = _full(output)
     return output.movedim(channel_dim, 1).flatten(2) if output.dim() > 2 else output.unsqueeze(-1)
+
+
+def _full(output: Tensor) -> Tensor:
+    # The mean of a half-precision map, rounded to half precision again, would be noise in the time course.
+    return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
 
 
 class Recorder:
@@ -43,12 +51,25 @@ class Recorder:
         sites: where to read, from `find_sites`.
         reduce: what to keep of each output: `map_mean` or `every_position`.
 
+        folds: batch norms to fold into the convolutions before them while recording, from `freqprune.sites.find_folds`.
+
+        half: run under autocast in this dtype, ``torch.float16`` or ``torch.bfloat16``.
+
     Raises:
         InputError: if a site is not reached, or a response is not finite.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], reduce: Reduction = map_mean) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        reduce: Reduction = map_mean,
+        folds: Sequence[tuple[str, str]] = (),
+        half: torch.dtype | None = None,
+    ) -> None:
         self.model = model
+        self.half = half
+        self.folds = list(folds)
         self.sites = list(sites)
         self.reduce = reduce
         self._read: dict[str, Tensor] = {}
@@ -59,15 +80,25 @@ class Recorder:
         by_module: dict[str, list[Site]] = {}
         for site in self.sites:
             by_module.setdefault(site.module, []).append(site)
-        modules = dict(self.model.named_modules())
-        self._stack = ExitStack()
-        self._stack.enter_context(evaluating(self.model))
-        self._stack.enter_context(hooked([(modules[name], None, self._hook(name, sites)) for name, sites in by_module.items()]))
+        with ExitStack() as stack:
+            stack.enter_context(evaluating(self.model))
+            stack.enter_context(replaced(self.model, self._folded()))
+            modules = dict(self.model.named_modules())
+            stack.enter_context(hooked([(modules[name], None, self._hook(name, sites)) for name, sites in by_module.items()]))
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
         self._read, self._calls = {}, {}
+
+    def _folded(self) -> dict[str, nn.Module]:
+        modules = dict(self.model.named_modules())
+        stand_ins: dict[str, nn.Module] = {}
+        for convolution, norm in self.folds:
+            stand_ins[convolution] = fuse_conv_bn_eval(modules[convolution], modules[norm])
+            stand_ins[norm] = nn.Identity()
+        return stand_ins
 
     def _hook(self, name: str, sites: list[Site]) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -90,7 +121,7 @@ class Recorder:
     def __call__(self, frames: Tensor) -> dict[str, Tensor]:
         """Responses to a batch of frames ``(n_frames, ...)``, one tensor a layer, first dimension ``n_frames``."""
         self._read, self._calls = {}, {}
-        with suppress(_Enough):
+        with suppress(_Enough), torch.autocast(frames.device.type, dtype=self.half, enabled=self.half is not None):
             self.model(frames)
         missing = [site.layer for site in self.sites if site.layer not in self._read]
         if missing:

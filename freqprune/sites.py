@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ WHERE = ("convolution", "norm", "activation")
 
 NORM_FUNCTIONS = {F.batch_norm, F.group_norm, F.instance_norm, F.layer_norm, torch.batch_norm}
 NORM_MODULES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+FOLDABLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 ACTIVATIONS: set[Any] = {
     F.relu, F.relu_, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.hardtanh, F.hardswish, F.hardsigmoid,
     F.sigmoid, F.tanh, F.softplus, torch.relu, torch.relu_, torch.sigmoid, torch.tanh, Tensor.relu, Tensor.relu_, Tensor.sigmoid, Tensor.tanh,
@@ -106,6 +108,14 @@ class _Call:
     replay: Callable[[Tensor], Tensor] | None = None
 
 
+class _Calls(list[_Call]):
+    """The calls of a forward, with the tensors they speak of: as long as those live, no other tensor gets their identity."""
+
+    def __init__(self, calls: Sequence[_Call], alive: list[Any]) -> None:
+        super().__init__(calls)
+        self.alive = alive
+
+
 class _Trace(TorchFunctionMode):
     """Log every function that takes a tensor during one forward, and hold the tensors so that their identity stays unique."""
 
@@ -188,6 +198,52 @@ def find_sites(model: nn.Module, example: Tensor, layers: Sequence[str] | None =
     if not wanted:
         raise InputError("the network has no convolution and no linear layer; name the layers to record")
 
+    calls, produced = _probe(model, example, wanted)
+    missing = [name for name in wanted if name not in produced]
+    if missing:
+        raise InputError(f"the forward never runs {', '.join(missing)}; leave these layers out")
+    return [_follow(name, modules[name], tensor, start, calls, where) for name, (tensor, start) in sorted(produced.items(), key=lambda p: p[1][1])]
+
+
+def find_folds(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> list[tuple[str, str]]:
+    """Convolutions and the batch norms that can be folded into them without changing what is read at `sites`: ``(convolution, norm)`` names.
+
+    The convolution's output goes to that norm alone and is not read itself, both run once a forward, and neither their weights nor their
+    hooks serve anything else.
+
+    Args:
+        model: network, run in eval mode and restored.
+        example: input batch, one image is enough.
+        sites: what is going to be read.
+    """
+    modules = dict(model.named_modules())
+    plain = [n for n, m in modules.items() if type(m) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and not _hooks(m)]
+    calls, produced = _probe(model, example, plain)
+    read = {site.module for site in sites}
+    runs = Counter(call.module for call in calls if call.kind == "module")
+    uses = Counter(stamp[0] for call in calls if call.kind == "function" for stamp in set(call.inputs))
+    folds = []
+    for name, (_, start) in produced.items():
+        consumers = _consumers(calls[start].output, start, calls)
+        if name in read or runs[name] != 1 or len(consumers) != 1 or uses[id(modules[name].weight)] != 1:
+            continue
+        at, call = consumers[0]
+        owner = next((c for c in calls[at:] if c.kind == "module" and c.output == call.output), None)
+        norm = modules.get("" if owner is None else owner.module)
+        if owner is None or type(norm) not in FOLDABLE or runs[owner.module] != 1 or _hooks(norm):
+            continue
+        if norm.running_mean is not None and modules[name].weight.dtype in (torch.float32, torch.float64):
+            folds.append((name, owner.module))
+    return folds
+
+
+def _hooks(module: nn.Module) -> bool:
+    return any(getattr(module, kind) for kind in ("_forward_hooks", "_forward_pre_hooks")) or hasattr(module, "parametrizations")
+
+
+def _probe(model: nn.Module, example: Tensor, wanted: Sequence[str]) -> tuple[list[_Call], dict[str, tuple[Tensor, int]]]:
+    """One forward in eval mode: every call in order, and of each wanted layer its first output and the number of the call that made it."""
+    modules = dict(model.named_modules())
     trace = _Trace()
     counts: dict[str, int] = {}
     produced: dict[str, tuple[Tensor, int]] = {}
@@ -217,11 +273,7 @@ def find_sites(model: nn.Module, example: Tensor, layers: Sequence[str] | None =
     # Outside inference mode, where tensors count the changes made to them in place.
     with torch.inference_mode(False), evaluating(model), torch.no_grad(), hooked([(m, enter(n), leave(n)) for n, m in followed]), trace:
         model(example.clone())
-
-    missing = [name for name in wanted if name not in produced]
-    if missing:
-        raise InputError(f"the forward never runs {', '.join(missing)}; leave these layers out")
-    return [_follow(name, modules[name], tensor, start, trace.calls, where) for name, (tensor, start) in sorted(produced.items(), key=lambda p: p[1][1])]
+    return _Calls(trace.calls, trace.alive), produced
 
 
 def _follow(name: str, layer: nn.Module, tensor: Tensor, start: int, calls: list[_Call], where: str) -> Site:

@@ -84,7 +84,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         network="net",
         folder=out,
         seed=cfg.seed,
-        **{name: plain(cfg.tagging)[name] for name in ("n_images", "every_n_epochs", "layers", "where", "noise_std", "average", "spatial")},
+        **{name: plain(cfg.tagging)[name] for name in ("n_images", "every_n_epochs", "layers", "where", "noise_std", "average", "spatial", "half")},
         **plain(cfg.importance),
     )
     pick_layers(classifier.net, plain(cfg.tagging)["layers"])
@@ -224,7 +224,7 @@ def _tagged(cfg: DictConfig, net: nn.Module, data: ImageData, stimulus: Stimulus
         net,
         images.to(next(net.parameters()).device),
         stimulus,
-        **{name: settings[name] for name in ("layers", "where", "noise_std", "average", "spatial")},
+        **{name: settings[name] for name in ("layers", "where", "noise_std", "average", "spatial", "half")},
         mean=data.mean,
         std=data.std,
         seed=cfg.seed,
@@ -248,7 +248,7 @@ def _by_class(cfg: DictConfig, net: nn.Module, data: ImageData, stimulus: Stimul
     found = {}
     for number, name in enumerate(data.classes):
         chosen = images.pixels[images.labels == number][: settings["n_images"]].float() / 255
-        arguments = {key: settings[key] for key in ("layers", "where", "average", "spatial")}
+        arguments = {key: settings[key] for key in ("layers", "where", "average", "spatial", "half")}
         found[name] = tag(net, chosen.to(device), stimulus, **arguments, noise_std=0.0, mean=data.mean, std=data.std, seed=cfg.seed)
     return found
 

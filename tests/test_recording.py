@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from freqprune.errors import InputError
 from freqprune.models import build_model
 from freqprune.recording import Recorder, every_position, map_mean
-from freqprune.sites import find_sites
+from freqprune.sites import find_folds, find_sites
 
 
 def test_reads_what_the_network_computes(images: Tensor) -> None:
@@ -109,3 +109,68 @@ def test_works_inside_inference_mode(images: Tensor) -> None:
         with Recorder(net, sites) as recorder:
             assert recorder(images)["0"].min() >= 0
     assert sites[0].module == "1"
+
+
+def shaken(net: nn.Module) -> nn.Module:
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean)
+    return net.eval()
+
+
+@pytest.mark.parametrize("where", ["convolution", "norm", "activation"])
+def test_folded_batch_norms_read_the_same(images: Tensor, where: str) -> None:
+    net = shaken(build_model({"name": "resnet8", "shortcut": "B"})).double()
+    x = images.double()
+    sites = find_sites(net, x[:1], where=where)
+    folds = find_folds(net, x[:1], sites)
+    assert len(folds) == (0 if where == "convolution" else 9)
+    modules = dict(net.named_modules())
+    with Recorder(net, sites) as recorder:
+        plain = recorder(x)
+    with Recorder(net, sites, folds=folds) as recorder:
+        assert isinstance(net.bn1, nn.Identity if folds else nn.BatchNorm2d)
+        folded = recorder(x)
+    for layer, response in plain.items():
+        torch.testing.assert_close(folded[layer], response, rtol=1e-10, atol=1e-10)
+    assert dict(net.named_modules()) == modules
+
+
+def test_what_is_used_twice_is_not_folded(images: Tensor) -> None:
+    class Odd(nn.Module):
+        """Where an output, a weight, a module or a norm serves twice, the norm cannot move into the convolution."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d, self.e = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(5))
+            self.na, self.nb, self.nc, self.nd, self.ne = (nn.BatchNorm2d(3) for _ in range(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            x = self.na(y) + y
+            x = self.nb(self.b(x)) + torch.conv2d(x, self.b.weight, padding=1)
+            x = self.nc(self.c(self.nc(self.c(x))))
+            x = self.nd(self.d(x))
+            return torch.relu(self.ne(self.e(x)))
+
+    net = shaken(Odd())
+    assert find_folds(net, images[:1], []) == [("d", "nd"), ("e", "ne")]
+    net.e.register_forward_hook(lambda m, a, out: None)
+    assert find_folds(net, images[:1], []) == [("d", "nd")]
+    sites = find_sites(net, images[:1], ["d"], "convolution")
+    assert find_folds(net, images[:1], sites) == []
+
+
+def test_folds_are_undone_after_a_crash(images: Tensor) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.ReLU()).eval()
+    before = list(net)
+    sites = find_sites(net, images[:1])
+    with pytest.raises(RuntimeError, match="channels"), Recorder(net, sites, folds=[("0", "1")]) as recorder:
+        recorder(images[:, :2])
+    assert all(a is b for a, b in zip(net, before, strict=True))
+    with pytest.raises(KeyError), Recorder(net.train(), sites, folds=[("gone", "1")]):
+        pass
+    assert net.training
+    assert not any(m._forward_hooks for m in net.modules())

@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.models import build_model
 from freqprune.recording import Recorder, map_mean
+from freqprune.response import TagResponse
 from freqprune.sites import find_sites
 from freqprune.spectrum import amplitude_spectrum
 from freqprune.stimulus import Stimulus
@@ -193,3 +195,15 @@ def test_a_filter_that_is_all_but_dead_is_called_so() -> None:
         net[1].bias.fill_(1.0)
     response = tag(net, torch.rand(3, 3, 16, 16))
     assert response.why_no_snr("0") == ["", "", "dead", ""]
+
+
+@pytest.mark.parametrize(("half", "agreement"), [("float16", 0.995), ("bfloat16", 0.97)])
+def test_half_precision_keeps_the_ranks(half: str, agreement: float) -> None:
+    torch.manual_seed(0)
+    net, images = build_model({"name": "resnet8"}), torch.rand(2, 3, 32, 32)
+    full, fast = tag(net, images), tag(net, images, half=half)
+    assert net.conv1.weight.dtype == torch.float32
+    for layer in full.layers:
+        for value in (TagResponse.amplitude, TagResponse.snr):
+            ranks = spearmanr(value(full, layer).sum(-1).nan_to_num(0), value(fast, layer).sum(-1).nan_to_num(0))
+            assert ranks.statistic > agreement, (layer, value)
