@@ -230,7 +230,7 @@ def find_folds(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> list
         at, call = consumers[0]
         owner = next((c for c in calls[at:] if c.kind == "module" and c.output == call.output), None)
         norm = modules.get("" if owner is None else owner.module)
-        if owner is None or type(norm) not in FOLDABLE or runs[owner.module] != 1 or _hooks(norm):
+        if owner is None or not isinstance(norm, FOLDABLE) or runs[owner.module] != 1 or _hooks(norm):
             continue
         if norm.running_mean is not None and modules[name].weight.dtype in (torch.float32, torch.float64):
             folds.append((name, owner.module))
