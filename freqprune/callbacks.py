@@ -19,7 +19,56 @@ from freqprune.stimulus import Stimulus
 from freqprune.tagging import tag
 
 
-class FrequencyTagging(pl.Callback):
+class _TagsInTraining(pl.Callback):
+    """What callbacks that show tags during training share: the network, and pixels of validation images.
+
+    Args:
+        n_images: validation images, the first of the validation loader.
+        network: attribute of the LightningModule that holds the network.
+        mean: channel means that validation batches are normalised with; the data module's ``mean`` if left out, none if it has none.
+        std: channel standard deviations, likewise.
+    """
+
+    def __init__(self, n_images: int, network: str | None, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+        super().__init__()
+        if n_images < 1:
+            raise InputError(f"n_images must be at least 1, got {n_images}")
+        self.n_images, self.network, self.mean, self.std = n_images, network, mean, std
+
+    def _network(self, pl_module: pl.LightningModule) -> nn.Module:
+        if self.network is None:
+            return pl_module
+        network = getattr(pl_module, self.network, None)
+        if not isinstance(network, nn.Module):
+            children = ", ".join(name for name, _ in pl_module.named_children())
+            raise InputError(f"network = {self.network!r} is no module of {type(pl_module).__name__}; it has {children}")
+        return network
+
+    def _normalization(self, trainer: pl.Trainer) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+        if self.mean is not None:
+            return self.mean, self.std
+        data = getattr(trainer, "datamodule", None)
+        return getattr(data, "mean", None), getattr(data, "std", None)
+
+    def _validation_images(self, trainer: pl.Trainer) -> tuple[Tensor, Tensor | None]:
+        """Images as the loader gives them, and their labels where it gives any."""
+        loaders = trainer.val_dataloaders
+        loader: Iterable[Any] = loaders[0] if isinstance(loaders, list | tuple) else loaders  # type: ignore[assignment]
+        wanted = len(range(trainer.global_rank, self.n_images, trainer.world_size))
+        found: list[Tensor] = []
+        labels: list[Tensor] = []
+        for batch in loader:
+            moved = trainer.strategy.batch_to_device(batch)
+            found.append(_images_of(moved))
+            label = moved.get("label", moved.get("labels")) if isinstance(moved, Mapping) else moved[1] if _is_pair(moved) else None
+            if isinstance(label, Tensor) and label.dim() == 1:
+                labels.append(label)
+            if sum(map(len, found)) >= wanted:
+                break
+        return torch.cat(found)[:wanted], torch.cat(labels)[:wanted] if len(labels) == len(found) else None
+
+
+class FrequencyTagging(_TagsInTraining):
     """Tag the network at the end of every N-th epoch and count its important filters.
 
     Works in any LightningModule whose forward takes images and whose validation batches are ``(images, ...)`` or a dict with ``"image"``.
@@ -71,20 +120,18 @@ class FrequencyTagging(pl.Callback):
         folder: str | Path | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        if n_images < 1:
-            raise InputError(f"n_images must be at least 1, got {n_images}")
+        super().__init__(n_images, network, mean, std)
         if every_n_epochs < 0:
             raise InputError(f"every_n_epochs must be 0 (never) or more, got {every_n_epochs}")
         if noise_std <= 0:
             raise InputError(f"noise_std must be above 0 to judge filters by signal against noise, got {noise_std}")
         check_judgement(important_by, alpha, threshold)
         self.stimulus = stimulus or Stimulus()
-        self.n_images, self.every_n_epochs, self.network = n_images, every_n_epochs, network
+        self.every_n_epochs = every_n_epochs
         self.tag_settings = {"layers": layers, "where": where, "noise_std": noise_std, "average": average, "spatial": spatial, "half": half, "seed": seed}
         self.components, self.criterion = components, criterion
         self.verdict_settings = {"by": important_by, "alpha": alpha, "threshold": threshold}
-        self.mean, self.std, self.folder = mean, std, folder
+        self.folder = folder
         self.latest: dict[str, Any] = {}
         self.seconds = 0.0
         self._epoch_start = time.perf_counter()
@@ -119,7 +166,8 @@ class FrequencyTagging(pl.Callback):
         network = self._network(pl_module)
         # A loader draws from the global generators as it starts: training must not notice that tags were shown.
         with isolate_rng():
-            images = _pixels(self._validation_images(trainer), mean, std)
+            images, _ = self._validation_images(trainer)
+            images = _pixels(images, mean, std)
             # Lightning's sampler deals the images out in turn: image i of this process is number rank + i * world_size of all.
             numbers = [trainer.global_rank + i * trainer.world_size for i in range(len(images))]
             together = trainer.world_size > 1
@@ -144,31 +192,9 @@ class FrequencyTagging(pl.Callback):
         share = self.seconds / max(1e-9, time.perf_counter() - self._epoch_start)
         pl_module.log_dict({**counts, "important/total": sum(counts.values()), "tagging/seconds": self.seconds, "tagging/share": share})
 
-    def _network(self, pl_module: pl.LightningModule) -> nn.Module:
-        if self.network is None:
-            return pl_module
-        network = getattr(pl_module, self.network, None)
-        if not isinstance(network, nn.Module):
-            children = ", ".join(name for name, _ in pl_module.named_children())
-            raise InputError(f"network = {self.network!r} is no module of {type(pl_module).__name__}; it has {children}")
-        return network
 
-    def _normalization(self, trainer: pl.Trainer) -> tuple[Sequence[float] | None, Sequence[float] | None]:
-        if self.mean is not None:
-            return self.mean, self.std
-        data = getattr(trainer, "datamodule", None)
-        return getattr(data, "mean", None), getattr(data, "std", None)
-
-    def _validation_images(self, trainer: pl.Trainer) -> Tensor:
-        loaders = trainer.val_dataloaders
-        loader: Iterable[Any] = loaders[0] if isinstance(loaders, list | tuple) else loaders  # type: ignore[assignment]
-        wanted = len(range(trainer.global_rank, self.n_images, trainer.world_size))
-        found: list[Tensor] = []
-        for batch in loader:
-            found.append(_images_of(trainer.strategy.batch_to_device(batch)))
-            if sum(map(len, found)) >= wanted:
-                break
-        return torch.cat(found)[:wanted]
+def _is_pair(batch: Any) -> bool:
+    return isinstance(batch, list | tuple) and len(batch) > 1
 
 
 def _images_of(batch: Any) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.models import build_model, model_names
+from freqprune.models import build_model, model_names, resize
 
 PRUNED_FORMAT = "freqprune.pruned/1"
 _PREFIXES = ("module.", "net.", "model.")
@@ -110,6 +110,8 @@ def load_network(path: str | Path, model: Mapping[str, Any] | None = None) -> St
         if value is not None and key in config and config[key] != value:
             raise InputError(f"ckpt = {path} holds a {config.get('name')} with {key} = {config[key]}, but model.{key} = {value}; leave model out")
     net = build_model(config)
+    if content.get("format") == PRUNED_FORMAT:
+        resize(net, state)
     _load(net, state, path, config)
     return Stored(net.eval(), config, **extra)
 
@@ -166,19 +168,34 @@ def _load(net: nn.Module, state: Mapping[str, Any], path: str | Path, config: Ma
 
 
 def save_pruned(
-    path: str | Path, net: nn.Module, kept: Mapping[str, Tensor | Sequence[int]], normalization: Mapping[str, Sequence[float]] | None = None
+    path: str | Path,
+    net: nn.Module,
+    kept: Mapping[str, Tensor | Sequence[int]],
+    normalization: Mapping[str, Sequence[float]] | None = None,
+    model: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a pruned network as plain tensors, lists and numbers; the file appears complete or not at all.
 
     Args:
         path: the file.
-        net: a network with a `config` that rebuilds it, such as `freqprune.models.CifarResNet`.
+        net: the pruned network.
         kept: filters kept of the dense network, by layer.
         normalization: channel mean and std of its inputs.
+        model: config for `freqprune.build_model` that builds the dense network, e.g. ``{"name": "torchvision/resnet18", "num_classes": 10}``; the
+            network's own `config`, which everything from `build_model` has, if left out.
+
+    Raises:
+        InputError: if there is no config, or it does not rebuild this network.
     """
-    config = getattr(net, "config", None)
+    config = model if model is not None else getattr(net, "config", None)
     if not isinstance(config, Mapping):
-        raise InputError(f"{type(net).__name__} has no config to rebuild it from; give it a property config and register it with register_model")
+        raise InputError(
+            f"{type(net).__name__} has no config to rebuild it from: pass save_pruned(model={{'name': ...}}), a torchvision/<name> or a name given "
+            "to register_model"
+        )
+    twin = build_model(config)
+    resize(twin, net.state_dict())
+    _load(twin, net.state_dict(), path, config)
     content = {
         "format": PRUNED_FORMAT,
         "model": dict(config),

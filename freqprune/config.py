@@ -24,6 +24,14 @@ class OptimizerSchema:
 @dataclass
 class FinetuneSchema(OptimizerSchema):
     epochs: int = MISSING
+    distill: float = MISSING
+    temperature: float = MISSING
+
+
+@dataclass
+class ExportSchema:
+    onnx: bool = MISSING
+    torch_export: bool = MISSING
 
 
 @dataclass
@@ -57,6 +65,7 @@ class ImportanceSchema:
     important_by: str = MISSING
     alpha: float = MISSING
     threshold: float | None = None
+    labelled_images: int = MISSING
 
 
 @dataclass
@@ -69,14 +78,23 @@ class PruningSchema:
     scope: str = MISSING
     normalize: bool = MISSING
     min_filters: int = MISSING
+    multiple_of: int = MISSING
     layers: Any = None
     exclude: Any = None
+    streams: bool = MISSING
+    steps: int = MISSING
+    step_epochs: int = MISSING
+    compensation: str = MISSING
+    calibrate_on: str = MISSING
+    calibration_images: int = MISSING
+    frames_an_image: int = MISSING
     bn_images: int = MISSING
+    bn_when: str = MISSING
 
 
 @dataclass
 class LatencySchema:
-    batch_size: int = MISSING
+    batch_sizes: list[int] = MISSING
     n_runs: int = MISSING
 
 
@@ -95,10 +113,12 @@ class Schema:
     optimizer: OptimizerSchema = field(default_factory=OptimizerSchema)
     finetune: FinetuneSchema = field(default_factory=FinetuneSchema)
     latency: LatencySchema = field(default_factory=LatencySchema)
+    export: ExportSchema = field(default_factory=ExportSchema)
     seed: int = MISSING
     output_dir: str = MISSING
     ckpt: str | None = None
     ckpt_path: str | None = None
+    resume: str | None = None
     compile: bool = MISSING
     matmul_precision: str = MISSING
 
@@ -122,10 +142,26 @@ def stimulus_arguments(cfg: DictConfig) -> dict[str, Any]:
 def amount_arguments(cfg: DictConfig) -> dict[str, Any]:
     """Arguments of `freqprune.selection.Amount` from the pruning section; `default_macs_cut` counts if no other amount is given."""
     section = plain(cfg.pruning)
-    arguments = {name: section[name] for name in ("ratio", "threshold", "macs_cut", "scope", "normalize", "min_filters")}
+    arguments = {name: section[name] for name in ("ratio", "threshold", "macs_cut", "scope", "normalize", "min_filters", "multiple_of")}
     if all(arguments[name] is None for name in ("ratio", "threshold", "macs_cut")):
         arguments["macs_cut"] = section["default_macs_cut"]
     return arguments
+
+
+def recipe_arguments(cfg: DictConfig) -> dict[str, Any]:
+    """Arguments of `freqprune.pruning.Recipe` from the pruning, importance and tagging sections."""
+    from freqprune.selection import Amount
+
+    section, tagging = plain(cfg.pruning), plain(cfg.tagging)
+    names = ("layers", "exclude", "streams", "compensation", "calibrate_on", "frames_an_image")
+    return {
+        "amount": Amount(**amount_arguments(cfg)),
+        "criterion": cfg.importance.criterion,
+        "components": plain(cfg.importance)["components"],
+        "tagging": {name: tagging[name] for name in ("layers", "where", "noise_std", "average", "spatial", "half")},
+        "seed": cfg.seed,
+        **{name: section[name] for name in names},
+    }
 
 
 def no_such_key(given: str, cfg: DictConfig) -> str:
@@ -167,8 +203,8 @@ def validate(cfg: DictConfig) -> None:
     """
     _check_keys(cfg)
     from freqprune.components import find_components
-    from freqprune.importance import check_judgement, needs_tags
-    from freqprune.selection import Amount
+    from freqprune.importance import check_judgement, needs
+    from freqprune.pruning import Recipe
     from freqprune.sites import WHERE
     from freqprune.stimulus import Stimulus
     from freqprune.tagging import AVERAGES, HALF, SPATIAL
@@ -185,7 +221,11 @@ def validate(cfg: DictConfig) -> None:
         ("tagging.every_n_epochs", cfg.tagging.every_n_epochs, 0),
         ("finetune.epochs", cfg.finetune.epochs, 0),
         ("pruning.bn_images", cfg.pruning.bn_images, 0),
-        ("latency.batch_size", cfg.latency.batch_size, 1),
+        ("pruning.steps", cfg.pruning.steps, 1),
+        ("pruning.step_epochs", cfg.pruning.step_epochs, 0),
+        ("pruning.calibration_images", cfg.pruning.calibration_images, 1),
+        ("importance.labelled_images", cfg.importance.labelled_images, 1),
+        ("latency.batch_sizes", min(cfg.latency.batch_sizes, default=0), 1),
         ("latency.n_runs", cfg.latency.n_runs, 1),
         ("seed", cfg.seed, 0),
     ):
@@ -198,9 +238,11 @@ def validate(cfg: DictConfig) -> None:
     for section in ("optimizer", "finetune"):
         if cfg[section].lr <= 0:
             raise InputError(f"{section}.lr must be above 0, got {cfg[section].lr}")
+    if cfg.pruning.bn_when not in ("before", "after"):
+        raise InputError(f"pruning.bn_when must be before or after (the compensation), got {cfg.pruning.bn_when!r}")
     if cfg.matmul_precision not in ("highest", "high", "medium"):
         raise InputError(f"matmul_precision must be highest, high or medium, got {cfg.matmul_precision!r}")
-    needs_tags(cfg.importance.criterion)
+    needs(cfg.importance.criterion)
     check_judgement(cfg.importance.important_by, cfg.importance.alpha, cfg.importance.threshold)
     if cfg.pruning.enabled:
-        Amount(**amount_arguments(cfg))
+        Recipe(**recipe_arguments(cfg))

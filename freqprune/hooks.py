@@ -24,14 +24,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def hooked(wanted: Sequence[tuple[nn.Module, Callable[..., Any] | None, Callable[..., Any]]]) -> Iterator[None]:
+def hooked(wanted: Sequence[tuple[nn.Module, Callable[..., Any] | None, Callable[..., Any] | None]]) -> Iterator[None]:
     """Forward pre-hooks and forward hooks ``(module, before, after)`` inside the block, removed after it, also after an error."""
     handles = []
     try:
         for module, before, after in wanted:
             if before is not None:
                 handles.append(module.register_forward_pre_hook(before))
-            handles.append(module.register_forward_hook(after))
+            if after is not None:
+                handles.append(module.register_forward_hook(after))
         yield
     finally:
         for handle in handles:

@@ -6,15 +6,22 @@ with `criterion`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+import torch_pruning as tp
 from torch import Tensor, nn
 
 from freqprune.errors import InputError, closest
+from freqprune.graph import ChannelGraph
+from freqprune.moments import columns_of, elimination_errors
+from freqprune.recording import Recorder, map_mean
 from freqprune.response import TagResponse
+from freqprune.sites import find_sites
 from freqprune.spectrum import benjamini_hochberg
 
 
@@ -27,12 +34,18 @@ class Evidence:
         response: its response to the tags; None for criteria that do not need one.
         components: response components that the tag criteria read, see `freqprune.components.find_components`.
         seed: for criteria that draw.
+        graph: what depends on which filters, for criteria that look at more than a layer's own weights.
+        moments: second moments of the inputs of the layers that read the filters, see `freqprune.moments.input_moments`.
+        labelled: batches of network inputs and class labels, for criteria that need gradients or activations.
     """
 
     model: nn.Module
     response: TagResponse | None = None
     components: Sequence[str] | str = "fundamentals"
     seed: int = 0
+    graph: ChannelGraph | None = None
+    moments: Mapping[str, Tensor] | None = None
+    labelled: Sequence[tuple[Tensor, Tensor]] = ()
 
     def weight(self, layer: str) -> Tensor:
         """Weight of a layer as ``(n_filters, n_weights)``."""
@@ -44,25 +57,59 @@ class Evidence:
         assert self.response is not None, "criteria that need tags are checked before they run"
         return self.response
 
+    def members(self, layer: str) -> tuple[str, ...]:
+        """Layers whose filters go together with those of `layer`; the layer alone without a graph."""
+        units = {} if self.graph is None else self.graph.units
+        return units[layer].members if layer in units else (layer,)
+
+    @cached_property
+    def gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of every parameter, over the labelled images: gradient of the mean loss, and mean squared gradient of the single losses."""
+        first: dict[str, Tensor] = {}
+        second: dict[str, Tensor] = {}
+        twin = copy.deepcopy(self.model).eval().requires_grad_(True)
+        n_images = sum(len(labels) for _, labels in self.labelled)
+        for images, labels in self.labelled:
+            for image, label in zip(images, labels, strict=True):
+                twin.zero_grad()
+                nn.functional.cross_entropy(twin(image[None]), label[None]).backward()
+                for name, parameter in twin.named_parameters():
+                    if parameter.grad is not None:
+                        gradient = parameter.grad / n_images
+                        first[name] = first[name] + gradient if name in first else gradient.clone()
+                        square = gradient.square() * n_images
+                        second[name] = second[name] + square if name in second else square
+        return {name: (first[name], second[name]) for name in first}
+
 
 Criterion = Callable[[Evidence, str], Tensor]
+
+NEEDS = ("tags", "noise", "graph", "moments", "labels")
 
 
 @dataclass(frozen=True)
 class _Entry:
     score: Criterion
-    needs_tags: bool
-    needs_noise: bool
+    needs: frozenset[str]
 
 
 _CRITERIA: dict[str, _Entry] = {}
 
 
-def criterion(name: str, needs_tags: bool = False, needs_noise: bool = False) -> Callable[[Criterion], Criterion]:
-    """Register a function ``(evidence, layer) -> (n_filters,)`` as ``importance.criterion=<name>``."""
+def criterion(name: str, *needs: str) -> Callable[[Criterion], Criterion]:
+    """Register a function ``(evidence, layer) -> (n_filters,)`` as ``importance.criterion=<name>``.
+
+    Args:
+        name: the name.
+        needs: what it reads of the `Evidence` beside the network: ``"tags"`` (the response), ``"noise"`` (a response measured with noise),
+            ``"graph"``, ``"moments"``, ``"labels"``.
+    """
+    unknown = sorted(set(needs) - set(NEEDS))
+    if unknown:
+        raise InputError(f"criterion {name!r} needs {unknown[0]!r}, expected some of {', '.join(NEEDS)}")
 
     def register(score: Criterion) -> Criterion:
-        _CRITERIA[name] = _Entry(score, needs_tags, needs_noise)
+        _CRITERIA[name] = _Entry(score, frozenset(needs) | ({"tags"} if "noise" in needs else set()) | ({"graph"} if "moments" in needs else set()))
         return score
 
     return register
@@ -73,39 +120,47 @@ def criterion_names() -> list[str]:
     return list(_CRITERIA)
 
 
-def needs_tags(name: str) -> bool:
-    """Whether a criterion reads the response to the tags.
+def needs(name: str) -> frozenset[str]:
+    """What a criterion reads, some of `NEEDS`.
 
     Raises:
         InputError: for an unknown name.
     """
     if name not in _CRITERIA:
         raise InputError(f"importance.criterion must be one of {', '.join(_CRITERIA)}, got {name!r}{closest(name, _CRITERIA)}")
-    return _CRITERIA[name].needs_tags
-
-
-def needs_noise(name: str) -> bool:
-    """Whether a criterion compares with noise, so that tags shown without noise leave it undefined."""
-    return needs_tags(name) and _CRITERIA[name].needs_noise
+    return _CRITERIA[name].needs
 
 
 def scores(name: str, evidence: Evidence, layers: Sequence[str]) -> dict[str, Tensor]:
     """Score of every filter of `layers` by a named criterion, float64 ``(n_filters,)`` a layer.
 
+    Where the filters of several layers go together (a residual stream), a filter scores the largest of theirs.
+
     Raises:
-        InputError: for an unknown criterion, a tag criterion without a response or on layers that were not recorded, or scores that are
-            undefined (an SNR measured without noise).
+        InputError: for an unknown criterion, evidence that it lacks, layers that were not recorded, or scores that are undefined (an SNR measured
+            without noise).
     """
-    if needs_tags(name):
-        if evidence.response is None:
-            raise InputError(f"criterion {name!r} reads the response to the tags: pass Evidence(response=tag(...))")
-        unread = [layer for layer in layers if layer not in evidence.response.layers]
+    wanted = needs(name)
+    for what, there, way in (
+        ("tags", evidence.response is not None, "reads the response to the tags: pass Evidence(response=tag(...))"),
+        ("graph", evidence.graph is not None, "looks at all weights that go with a filter: pass Evidence(graph=ChannelGraph(model, example))"),
+        ("moments", evidence.moments is not None, "reads what the next layers read: pass Evidence(moments=input_moments(...))"),
+        ("labels", bool(evidence.labelled), "reads labelled images: pass Evidence(labelled=[(images, labels), ...])"),
+    ):
+        if what in wanted and not there:
+            raise InputError(f"criterion {name!r} {way}")
+    if evidence.response is not None and "tags" in wanted:
+        unread = [member for layer in layers for member in evidence.members(layer) if member not in evidence.response.layers]
         if unread:
             raise InputError(f"criterion {name!r} needs the response of {', '.join(unread)}, which tagging.layers leaves out")
-    found = {layer: _CRITERIA[name].score(evidence, layer).double() for layer in layers}
-    for layer, score in found.items():
-        if not torch.isfinite(score).all():
-            raise InputError(f"criterion {name!r} is undefined for {int((~torch.isfinite(score)).sum())} of {len(score)} filters of {layer!r}")
+    score = _CRITERIA[name].score
+    found = {}
+    for layer in layers:
+        members = [layer] if wanted & {"graph", "moments"} else list(evidence.members(layer))
+        found[layer] = torch.stack([score(evidence, member).double() for member in members]).amax(0)
+    for layer, values in found.items():
+        if not torch.isfinite(values).all():
+            raise InputError(f"criterion {name!r} is undefined for {int((~torch.isfinite(values)).sum())} of {len(values)} filters of {layer!r}")
     return found
 
 
@@ -121,43 +176,43 @@ def _defined_snr(evidence: Evidence, layer: str) -> Tensor:
     return response.snr(layer, evidence.components).nan_to_num(nan=0.0)
 
 
-@criterion("snr", needs_tags=True, needs_noise=True)
+@criterion("snr", "noise")
 def snr_score(evidence: Evidence, layer: str) -> Tensor:
     """Mean SNR over the components (Böge et al. 2024); 0 for a dead filter."""
     return _defined_snr(evidence, layer).mean(-1)
 
 
-@criterion("snr_db", needs_tags=True, needs_noise=True)
+@criterion("snr_db", "noise")
 def snr_db_score(evidence: Evidence, layer: str) -> Tensor:
     """Mean over the components of 20 log10 SNR in decibels; a dead filter counts as -120 dB."""
     return (20 * _defined_snr(evidence, layer).clamp(min=1e-6).log10()).mean(-1)
 
 
-@criterion("amplitude", needs_tags=True)
+@criterion("amplitude", "tags")
 def amplitude_score(evidence: Evidence, layer: str) -> Tensor:
     """Sum over the components of the clean amplitude of the mean response."""
     return evidence.tags().amplitude(layer, evidence.components).sum(-1)
 
 
-@criterion("z", needs_tags=True, needs_noise=True)
+@criterion("z", "noise")
 def z_criterion(evidence: Evidence, layer: str) -> Tensor:
     """Mean over the components of the amplitude in standard deviations of ten noise bins a side; 0 for a dead filter."""
     return evidence.tags().z_score(layer, evidence.components).nan_to_num(nan=0.0).mean(-1)
 
 
-@criterion("corrected_amplitude", needs_tags=True, needs_noise=True)
+@criterion("corrected_amplitude", "noise")
 def corrected_amplitude_score(evidence: Evidence, layer: str) -> Tensor:
     """Baseline-corrected amplitude summed over all harmonics (Retter, Rossion & Schiltz 2021)."""
     return evidence.tags().corrected_amplitude(layer, "harmonics")
 
 
-@criterion("integration", needs_tags=True)
+@criterion("integration", "tags")
 def integration_score(evidence: Evidence, layer: str) -> Tensor:
     """Intermodulation over fundamentals: how much a filter combines the parts, whatever its gain; 0 for a dead filter."""
     return evidence.tags().integration(layer).nan_to_num(nan=0.0)
 
 
-@criterion("intermodulation", needs_tags=True)
+@criterion("intermodulation", "tags")
 def intermodulation_score(evidence: Evidence, layer: str) -> Tensor:
     """Sum of the clean amplitudes at all intermodulation components, whatever components are chosen: how much a filter integrates."""
     return evidence.tags().amplitude(layer, "intermodulation").sum(-1)
@@ -181,6 +236,86 @@ def random_score(evidence: Evidence, layer: str) -> Tensor:
     names = [name for name, _ in evidence.model.named_modules()]
     generator = torch.Generator().manual_seed(evidence.seed * 1_000_003 + names.index(layer))
     return torch.rand(len(evidence.weight(layer)), generator=generator, dtype=torch.float64)
+
+
+@criterion("activation", "labels")
+def activation_score(evidence: Evidence, layer: str) -> Tensor:
+    """Mean absolute activation over images and positions, after the activation function."""
+    images = torch.cat([images for images, _ in evidence.labelled])
+    total: Tensor | float = 0.0
+    with Recorder(evidence.model, find_sites(evidence.model, images[:1], [layer]), lambda output, dim: map_mean(output.abs(), dim)) as recorder:
+        for batch in images.split(64):
+            total = total + recorder(batch)[layer].double().sum(0).cpu()
+    assert isinstance(total, Tensor)
+    return total / len(images)
+
+
+@criterion("redundancy", "moments")
+def redundancy_score(evidence: Evidence, layer: str) -> Tensor:
+    """What the other filters cannot make up for in the layers that read this one, see `freqprune.moments.elimination_errors`."""
+    assert evidence.graph is not None
+    assert evidence.moments is not None
+    modules = dict(evidence.model.named_modules())
+    n_filters = evidence.graph.units[layer].n_filters
+    readers = {}
+    for reader in evidence.graph.units[layer].readers:
+        if reader not in evidence.moments:
+            raise InputError(f"no moments of {reader!r}, which reads the filters of {layer!r}; take them with input_moments")
+        channels = torch.tensor(evidence.graph.read_channels(layer, range(n_filters))[reader]).view(n_filters, -1)
+        columns = torch.stack([columns_of(modules[reader], row.tolist()) for row in channels])
+        readers[reader] = (evidence.model.get_parameter(f"{reader}.weight").detach().flatten(1).cpu(), evidence.moments[reader], columns)
+    return elimination_errors(readers)
+
+
+def _by_torch_pruning(evidence: Evidence, layer: str, importance: Callable[[Any], Any], order: int | None = None) -> Tensor:
+    """Score by one of torch-pruning's importances over everything that goes with a filter; `order` 0 or 1 of the gradients it needs."""
+    assert evidence.graph is not None
+    parameters = dict(evidence.graph.twin.named_parameters())
+    for name, parameter in parameters.items():
+        parameter.grad = None if order is None or name not in evidence.gradients else evidence.gradients[name][order].to(parameter)
+    found = importance(evidence.graph.group(layer))
+    for parameter in parameters.values():
+        parameter.grad = None
+    if not isinstance(found, Tensor):
+        raise InputError(f"this criterion finds nothing to score in {layer!r}; use another, e.g. importance=l2")
+    return found.detach().cpu()
+
+
+@criterion("group_l2", "graph")
+def group_l2_score(evidence: Evidence, layer: str) -> Tensor:
+    """Mean L2 norm of all weights that go with the filter (DepGraph, Fang et al. 2023), by torch-pruning."""
+    return _by_torch_pruning(evidence, layer, tp.importance.GroupMagnitudeImportance(p=2, normalizer=None))
+
+
+@criterion("bn_scale", "graph")
+def bn_scale_score(evidence: Evidence, layer: str) -> Tensor:
+    """Absolute scale of the batch norms that the filter passes (Network Slimming, Liu et al. 2017), by torch-pruning."""
+    return _by_torch_pruning(evidence, layer, tp.importance.BNScaleImportance(normalizer=None))
+
+
+@criterion("lamp", "graph")
+def lamp_score(evidence: Evidence, layer: str) -> Tensor:
+    """Layer-adaptive magnitude (LAMP, Lee et al. 2021), by torch-pruning; compares across layers as it is."""
+    return _by_torch_pruning(evidence, layer, tp.importance.LAMPImportance())
+
+
+@criterion("fpgm", "graph")
+def fpgm_score(evidence: Evidence, layer: str) -> Tensor:
+    """Distance from the geometric median of the layer's filters (FPGM, He et al. 2019), by torch-pruning."""
+    return _by_torch_pruning(evidence, layer, tp.importance.FPGMImportance(normalizer=None))
+
+
+@criterion("taylor", "graph", "labels")
+def taylor_score(evidence: Evidence, layer: str) -> Tensor:
+    """Absolute weight times gradient of the loss (Molchanov et al. 2019), by torch-pruning."""
+    return _by_torch_pruning(evidence, layer, tp.importance.GroupTaylorImportance(normalizer=None), 0)
+
+
+@criterion("hessian", "graph", "labels")
+def hessian_score(evidence: Evidence, layer: str) -> Tensor:
+    """Squared weight times squared gradient of single losses, the diagonal of the Fisher matrix (Optimal Brain Damage), by torch-pruning."""
+    # torch-pruning's own accumulation keeps the last image's gradients only: hand it the mean.
+    return _by_torch_pruning(evidence, layer, tp.importance.GroupHessianImportance(normalizer=None), 1)
 
 
 @dataclass(frozen=True)
@@ -273,8 +408,6 @@ class TagImportance:
 
     def __call__(self, group: Any, **_: Any) -> Tensor | None:
         """Scores of the group's prunable channels, as long as ``group[0].idxs``; None if no layer of the group has scores."""
-        import torch_pruning as tp
-
         size = len(group[0].idxs)
         position = {channel: at for at, channel in enumerate(group[0].idxs)}
         rows = []

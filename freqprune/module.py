@@ -17,7 +17,16 @@ from freqprune.models import build_model
 
 
 def check_optimizer(
-    section: str, lr: float, momentum: float, nesterov: bool, weight_decay: float, warmup_epochs: float, label_smoothing: float, epochs: int = 0
+    section: str,
+    lr: float,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+    warmup_epochs: float,
+    label_smoothing: float,
+    epochs: int = 0,
+    distill: float = 0.0,
+    temperature: float = 4.0,
 ) -> None:
     """Raise InputError unless the settings of an optimizer are in range; `section` is the part of the configuration they come from."""
     settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "warmup_epochs": warmup_epochs, "epochs": epochs}
@@ -26,6 +35,10 @@ def check_optimizer(
             raise InputError(f"{section}.{name} must be a finite number of at least 0, got {value}")
     if momentum >= 1 or (nesterov and momentum == 0):
         raise InputError(f"{section}.momentum must lie in [0, 1), and above 0 for nesterov, got {momentum}")
+    if not 0 <= distill <= 1:
+        raise InputError(f"{section}.distill is the dense network's share of the loss; it must lie in [0, 1], got {distill}")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise InputError(f"{section}.temperature must be above 0, got {temperature}")
     if not 0 <= label_smoothing < 1:
         raise InputError(f"{section}.label_smoothing must lie in [0, 1), got {label_smoothing}")
 
@@ -44,6 +57,9 @@ class Classifier(pl.LightningModule):
         label_smoothing: of the training loss.
         num_classes: classes, for the metrics; read off the config's ``num_classes`` if left out.
         normalization: ``{"mean": [...], "std": [...]}`` of the inputs, kept with the weights.
+        teacher: network to learn from; not saved with the checkpoint.
+        distill: the teacher's share of the loss, 0 for none.
+        temperature: softens both networks' outputs for that part.
     """
 
     def __init__(
@@ -57,9 +73,17 @@ class Classifier(pl.LightningModule):
         label_smoothing: float = 0.0,
         num_classes: int | None = None,
         normalization: Mapping[str, list[float]] | None = None,
+        teacher: nn.Module | None = None,
+        distill: float = 0.0,
+        temperature: float = 4.0,
     ) -> None:
         super().__init__()
-        check_optimizer("optimizer", lr, momentum, nesterov, weight_decay, warmup_epochs, label_smoothing)
+        check_optimizer("optimizer", lr, momentum, nesterov, weight_decay, warmup_epochs, label_smoothing, distill=distill, temperature=temperature)
+        if distill and teacher is None:
+            raise InputError(f"distill = {distill} needs a teacher to learn from; pass the dense network, or distill = 0")
+        # In a list, so that its weights are no part of this module's parameters, checkpoints or train mode.
+        self._teacher = [teacher] if teacher is not None and distill else []
+        self.distill, self.temperature = distill, temperature
         config = None if isinstance(model, nn.Module) else dict(model)
         num_classes = num_classes or (config or {}).get("num_classes", 10)
         # Plain numbers, strings, lists and dicts only, so that the checkpoint loads under weights_only=True.
@@ -88,11 +112,23 @@ class Classifier(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         self.net.to(memory_format=torch.channels_last)
+        for teacher in self._teacher:
+            teacher.to(device=self.device).to(memory_format=torch.channels_last).eval()
+
+    def _distillation(self, logits: Tensor, images: Tensor) -> Tensor:
+        """Distance of the softened outputs from the teacher's (Hinton, Vinyals & Dean 2015, arXiv 1503.02531)."""
+        with torch.no_grad():
+            target = nn.functional.log_softmax(self._teacher[0](images) / self.temperature, dim=1)
+        own = nn.functional.log_softmax(logits / self.temperature, dim=1)
+        # Gradients of the softened outputs shrink with the square of the temperature.
+        return nn.functional.kl_div(own, target, reduction="batchmean", log_target=True) * self.temperature**2
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         logits = self(images)
         loss = self.loss(logits, labels)
+        if self._teacher:
+            loss = (1 - self.distill) * loss + self.distill * self._distillation(logits, images)
         self._check_finite(loss, batch_idx)
         self.train_accuracy(logits, labels)
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import statistics
 import time
 from collections.abc import Mapping
+from typing import Any
+from weakref import WeakSet, finalize
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from freqprune.hooks import evaluating
@@ -43,6 +48,60 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
 def count_parameters(model: nn.Module) -> int:
     """Number of parameters; buffers do not count."""
     return sum(p.numel() for p in model.parameters())
+
+
+def cost(model: nn.Module, batch: Tensor) -> dict[str, Any]:
+    """MACs for one image, parameters, bytes of the saved weights, and peak memory of a forward of `batch`."""
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    return {
+        "macs": count_macs(model, batch[:1]),
+        "params": count_parameters(model),
+        "file_bytes": file.getbuffer().nbytes,
+        "memory_bytes": {str(len(batch)): peak_memory(model, batch)},
+    }
+
+
+class _LiveTensors(TorchDispatchMode):
+    """Count the bytes of the tensors that operations make, as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: WeakSet[torch.UntypedStorage] = WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._seen:
+            return
+        size = storage.nbytes()
+        self._seen.add(storage)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+
+def peak_memory(model: nn.Module, batch: Tensor) -> int:
+    """Bytes of parameters, buffers and, at the worst moment of one inference forward, of the input and all tensors the network makes.
+
+    What a library allocates inside an operation does not count.
+    """
+    own = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers(), batch])
+    counter = _LiveTensors()
+    with evaluating(model), torch.no_grad(), counter:
+        for tensor in [*model.parameters(), *model.buffers(), batch]:
+            counter._seen.add(tensor.untyped_storage())
+        model(batch)
+    return own + counter.peak
 
 
 def latency_ms(models: Mapping[str, nn.Module], example: Tensor, n_runs: int = 20, n_warmup: int = 5) -> dict[str, float]:

@@ -27,30 +27,32 @@ def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def stage_table(metrics: Mapping[str, Any], title: str = "", latency: str = "latency, ms") -> Table:
-    """Table of the stages that ran: accuracy, MACs, parameters and latency.
+def stage_table(metrics: Mapping[str, Any], title: str = "") -> Table:
+    """Table of the stages that ran: accuracy, MACs, parameters, file size, peak memory and latency.
 
     Args:
         metrics: as in ``metrics.json``; see the README.
         title: line above the table.
-        latency: heading of the latency column, which says how it was measured.
     """
     table = Table(title=title, title_justify="left")
     table.add_column("stage")
-    for heading in ("test accuracy, %", "MACs, M", "parameters, k", latency):
-        table.add_column(heading, justify="right")
+    columns: list[tuple[str, str, str, float, int]] = [
+        ("MACs, M", "macs", "", 1e6, 2), ("parameters, k", "params", "", 1e3, 1), ("file, kB", "file_bytes", "", 1e3, 0)
+    ]  # fmt: skip
     dense = metrics["dense"]
+    columns += [(f"memory, MB (batch {size})", "memory_bytes", size, 1e6, 1) for size in dense.get("memory_bytes", {})]
+    columns += [(f"ms (batch {size})", "latency_ms", size, 1, 2) for size in dense.get("latency_ms", {})]
+    for heading in ("test accuracy, %", *(column[0] for column in columns)):
+        table.add_column(heading, justify="right")
     for stage in STAGES:
         if stage not in metrics:
             continue
         row = metrics[stage]
         cells = [stage, f"{100 * row['test_accuracy']:.2f}"]
-        for key, unit, digits in (("macs", 1e6, 2), ("params", 1e3, 1), ("latency_ms", 1, 2)):
-            if key not in row:
-                cells.append("")
-                continue
-            change = "" if stage == "dense" else f" ({100 * (row[key] / dense[key] - 1):+.1f} %)"
-            cells.append(f"{row[key] / unit:.{digits}f}{change}")
+        for _, key, size, unit, digits in columns:
+            value, before = (values.get(key, {}).get(size) if size else values.get(key) for values in (row, dense))
+            change = "" if stage == "dense" or value is None else f"\n{100 * (value / before - 1):+.1f} %"
+            cells.append("" if value is None else f"{value / unit:.{digits}f}{change}")
         table.add_row(*cells)
     return table
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from freqprune import figures, report
+from freqprune import report
 from freqprune.assembly import (
     accuracy_of,
     check_match,
@@ -30,18 +30,21 @@ from freqprune.assembly import (
     with_classes,
 )
 from freqprune.callbacks import FrequencyTagging
-from freqprune.checkpoint import check_resumable, load_network, of_the_dense, save_pruned
-from freqprune.config import amount_arguments, plain, stimulus_arguments, validate
+from freqprune.checkpoint import Stored, check_resumable, load_network, load_pruned, of_the_dense, save_pruned
+from freqprune.config import plain, recipe_arguments, stimulus_arguments, validate
 from freqprune.data import ImageData
 from freqprune.errors import InputError
-from freqprune.importance import Evidence, Verdict, judge, needs_noise, needs_tags, scores
+from freqprune.export import check_exports, export
+from freqprune.importance import Verdict, judge, needs
 from freqprune.module import Classifier, check_optimizer
-from freqprune.profiling import count_macs, count_parameters, latency_ms
+from freqprune.outputs import figures_of_training, name_of, tell, write_response
+from freqprune.profiling import cost, latency_ms
+from freqprune.pruning import Material, Recipe, cut, plan_cut, step_amount
 from freqprune.response import TagResponse
-from freqprune.selection import Amount, select
+from freqprune.selection import Kept
 from freqprune.sites import pick_layers
 from freqprune.stimulus import Stimulus
-from freqprune.surgery import Plan, recalibrate_batch_norm
+from freqprune.surgery import recalibrate_batch_norm
 from freqprune.tagging import rounds, tag
 
 log = logging.getLogger(__name__)
@@ -78,14 +81,17 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     stimulus.masks(*data.split("val").pixels.shape[-2:])
     classifier = Classifier(config, **plain(cfg.optimizer), num_classes=len(data.classes), normalization=normalization_of(data))
     if cfg.pruning.enabled:
-        _planned(cfg, classifier.net, data.normalize(data.pixels("val", 1)))
+        plan_cut(classifier.net, data.normalize(data.pixels("val", 1)), Recipe(**recipe_arguments(cfg)))
     tagging = FrequencyTagging(
         stimulus,
         network="net",
         folder=out,
         seed=cfg.seed,
         **{name: plain(cfg.tagging)[name] for name in ("n_images", "every_n_epochs", "layers", "where", "noise_std", "average", "spatial", "half")},
-        **plain(cfg.importance),
+        components=plain(cfg.importance)["components"],
+        # Scores that need more than tags are for pruning; over training the SNR stands for them.
+        criterion=cfg.importance.criterion if needs(cfg.importance.criterion) <= {"tags", "noise"} else "snr",
+        **{name: cfg.importance[name] for name in ("important_by", "alpha", "threshold")},
     )
     pick_layers(classifier.net, plain(cfg.tagging)["layers"])
     trainer = make_trainer(cfg, out, [tagging])
@@ -103,7 +109,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     }
     if trainer.is_global_zero:
         report.write_metrics(out / "training.json", metrics)
-        _figures_of_training(tagging, out)
+        figures_of_training(tagging, out)
         total = sum(int(flags.sum()) for flags in tagging.latest.get("important", {}).values())
         report.show(
             f"trained {config['name']} for {metrics['epochs']} epochs in {seconds:.0f} s: validation {100 * metrics['val_accuracy']:.2f} %, "
@@ -129,92 +135,184 @@ def prune(cfg: DictConfig, dense: nn.Module | None = None, data: ImageData | Non
     validate(cfg)
     check_optimizer("optimizer", **plain(cfg.optimizer))
     check_optimizer("finetune", **plain(cfg.finetune))
+    check_exports(**plain(cfg.export))
     quiet()
     out = prepare_output(cfg)
     stimulus = Stimulus(**stimulus_arguments(cfg))
-    earlier: dict[str, list[int]] = {}
-    if dense is None:
-        if cfg.ckpt is None:
-            raise InputError("ckpt is not set: give the network to prune, ckpt=FILE")
-        if cfg.ckpt_path is not None:
-            raise InputError("ckpt_path resumes training and has no part in pruning a checkpoint; leave it out, or leave ckpt out to train first")
-        config = plain(cfg.model)
-        stored = load_network(cfg.ckpt, None if config["name"] is None else config)
-        net, normalization, earlier = stored.net, stored.normalization, stored.kept
-    else:
-        net, normalization = dense, {}
+    stored = _network_to_prune(cfg, dense)
+    net = stored.net
     pick_layers(net, plain(cfg.tagging)["layers"])
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision(cfg.matmul_precision)
     data = data or load_data(cfg)
-    check_match(net, data, normalization)
+    check_match(net, data, stored.normalization)
     stimulus.masks(*data.split("val").pixels.shape[-2:])
     device = device_of(cfg)
     net = net.to(device).to(memory_format=torch.channels_last).eval()
-    example = data.normalize(data.pixels("val", 1)).to(device)
-    plan, layers = _planned(cfg, net, example) if cfg.pruning.enabled else (None, [])
-
-    metrics: dict[str, Any] = {"dense": _cost(net, example)}
-    metrics["dense"]["test_accuracy"] = accuracy_of(cfg, net, data)
+    run = _Run(cfg, out, data, stimulus, device)
+    recipe = Recipe(**recipe_arguments(cfg)) if cfg.pruning.enabled else None
+    if recipe is not None:
+        plan_cut(net, run.example, recipe)
+    if cfg.resume is not None:
+        return run.go_on(net, Path(cfg.resume))
+    run.measure("dense", net)
     response, verdict = _tagged(cfg, net, data, stimulus)
-    _write_response(out, response, verdict, data.pixels("val", 1)[0], _by_class(cfg, net, data, stimulus))
-    if plan is None:
-        metrics["dense"]["latency_ms"] = _latency(cfg, data, {"dense": net}, device)["dense"]
-        report.write_metrics(out / "metrics.json", metrics)
-        _tell(cfg, metrics, out, f"{_name(net)}, tagged and not pruned", verdict)
-        return metrics, {"response": response, "verdict": verdict, "kept": {}, "net": net}
-
-    evidence = Evidence(net, response, plain(cfg.importance)["components"], cfg.seed)
-    kept = select(scores(cfg.importance.criterion, evidence, layers), Amount(**amount_arguments(cfg)), plan.macs)
-    small = plan.apply(kept).to(memory_format=torch.channels_last)
-    latencies = _latency(cfg, data, {"dense": net, "pruned": small}, device)
-    metrics["dense"]["latency_ms"] = latencies["dense"]
-    metrics["pruned"] = {**_cost(small, example), "latency_ms": latencies["pruned"], "test_accuracy": accuracy_of(cfg, small, data)}
-    metrics["kept"] = report.kept_counts(kept)
-
-    def keep_result() -> None:
-        save_pruned(out / "pruned.ckpt", small, of_the_dense(kept, earlier), normalization_of(data))
-        report.write_metrics(out / "metrics.json", metrics)
-
-    keep_result()
-    if cfg.pruning.bn_images:
-        recalibrate_batch_norm(small, _recalibration_batches(cfg, data), device)
-        metrics["recalibrated"] = {"test_accuracy": accuracy_of(cfg, small, data)}
-        keep_result()
-    if cfg.finetune.epochs:
-        small = _finetune(cfg, small, data, out)
-        metrics["finetuned"] = {"test_accuracy": accuracy_of(cfg, small, data)}
-        keep_result()
-    cut = 1 - metrics["pruned"]["macs"] / metrics["dense"]["macs"]
-    _tell(cfg, metrics, out, f"{_name(net)}, filters kept by {cfg.importance.criterion}, {100 * cut:.1f} % of the MACs cut, seed {cfg.seed}", verdict)
-    return metrics, {"response": response, "verdict": verdict, "kept": kept, "net": small}
+    write_response(out, response, verdict, data.pixels("val", 1)[0], _by_class(cfg, net, data, stimulus))
+    if recipe is None:
+        run.latencies({"dense": net})
+        run.write()
+        tell(cfg, run.metrics, out, f"{name_of(net)}, tagged and not pruned", verdict, device.type)
+        return run.metrics, {"response": response, "verdict": verdict, "kept": {}, "net": net}
+    small, kept = run.shrink(net, stored.kept, recipe, response)
+    small = run.recover(net, small)
+    run.tell(net, verdict)
+    return run.metrics, {"response": response, "verdict": verdict, "kept": kept, "net": small}
 
 
-def _planned(cfg: DictConfig, net: nn.Module, example: Tensor) -> tuple[Plan, list[str]]:
-    """What may be removed, after checking that the tags will tell what the criterion asks for."""
-    plan = Plan(net, example)
-    layers = plan.choose(plain(cfg.pruning)["layers"], plain(cfg.pruning)["exclude"])
-    if needs_tags(cfg.importance.criterion):
-        recorded = pick_layers(net, plain(cfg.tagging)["layers"])
-        unread = [layer for layer in layers if layer not in recorded]
-        if unread:
-            raise InputError(f"importance.criterion = {cfg.importance.criterion} needs the response of {', '.join(unread)}, which tagging.layers leaves out")
-        if cfg.tagging.noise_std == 0 and needs_noise(cfg.importance.criterion):
-            raise InputError(
-                f"importance.criterion = {cfg.importance.criterion} compares with noise, but tagging.noise_std = 0; use the default 0.02, or "
-                "importance=amplitude"
-            )
-    return plan, layers
+def _network_to_prune(cfg: DictConfig, dense: nn.Module | None) -> Stored:
+    if dense is not None:
+        return Stored(dense, {})
+    if cfg.ckpt is None:
+        raise InputError("ckpt is not set: give the network to prune, ckpt=FILE")
+    if cfg.ckpt_path is not None:
+        raise InputError("ckpt_path resumes training and has no part in pruning a checkpoint; leave it out, or leave ckpt out to train first")
+    config = plain(cfg.model)
+    return load_network(cfg.ckpt, None if config["name"] is None else config)
 
 
-def _cost(net: nn.Module, example: Tensor) -> dict[str, Any]:
-    return {"macs": count_macs(net, example), "params": count_parameters(net)}
+class _Run:
+    """A pruning run: its settings, data, and the metrics gathered so far."""
 
+    def __init__(self, cfg: DictConfig, out: Path, data: ImageData, stimulus: Stimulus, device: torch.device) -> None:
+        self.cfg, self.out, self.data, self.stimulus, self.device = cfg, out, data, stimulus, device
+        self.example = data.normalize(data.pixels("val", 1)).to(device)
+        self.metrics: dict[str, Any] = {}
+        self.kept: dict[str, list[int]] = {}
 
-def _latency(cfg: DictConfig, data: ImageData, nets: dict[str, nn.Module], device: torch.device) -> dict[str, float]:
-    size = min(cfg.latency.batch_size, len(data.split("val")))
-    batch = data.normalize(data.pixels("val", size)).to(device)
-    return {name: round(value, 4) for name, value in latency_ms({k: n.to(device) for k, n in nets.items()}, batch, cfg.latency.n_runs).items()}
+    def measure(self, stage: str, net: nn.Module) -> None:
+        """Cost and test accuracy of a stage."""
+        self.metrics[stage] = {**cost(net, self._batch(max(self.cfg.latency.batch_sizes))), "test_accuracy": accuracy_of(self.cfg, net, self.data)}
+
+    def latencies(self, nets: dict[str, nn.Module]) -> None:
+        """Time the networks in turn, at every batch size."""
+        for stage in nets:
+            self.metrics[stage]["latency_ms"] = {}
+        for size in self.cfg.latency.batch_sizes:
+            found = latency_ms({stage: net.to(self.device) for stage, net in nets.items()}, self._batch(size), self.cfg.latency.n_runs)
+            for stage, value in found.items():
+                self.metrics[stage]["latency_ms"][str(size)] = round(value, 4)
+
+    def _batch(self, size: int) -> Tensor:
+        pixels = self.data.pixels("val", min(size, len(self.data.split("val"))))
+        return self.data.normalize(pixels.repeat(-(-size // len(pixels)), 1, 1, 1)[:size]).to(self.device)
+
+    def write(self, net: nn.Module | None = None) -> None:
+        """Keep the network and the metrics as they are now."""
+        if net is not None:
+            save_pruned(self.out / "pruned.ckpt", net, self.kept, normalization_of(self.data))
+        report.write_metrics(self.out / "metrics.json", self.metrics)
+
+    def shrink(self, net: nn.Module, earlier: dict[str, list[int]], recipe: Recipe, response: TagResponse) -> tuple[nn.Module, Kept]:
+        """Cut in as many steps as asked for, each after tagging anew; returns the smaller network and its filters counted in `net`."""
+        n_steps = self.cfg.pruning.steps
+        plan, chosen = plan_cut(net, self.example, recipe)
+        widths = {name: plan.unit(name).n_filters for name in chosen}
+        whole = plan.macs({})
+        small, ours, notes = net, {name: torch.arange(width) for name, width in widths.items()}, []
+        for step in range(n_steps):
+            counts = {name: len(indices) for name, indices in ours.items()}
+            left = sum(counts.values()) / sum(widths.values()) if recipe.amount.ratio is not None else plan.macs(counts) / whole
+            amount = step_amount(recipe.amount, step, n_steps, left)
+            now = Recipe(**{**vars(recipe), "amount": amount})
+            done = cut(small, self._material(), now, self.stimulus, response if step == 0 else None, rounds)
+            small = done.net.to(memory_format=torch.channels_last)
+            ours = {name: indices[done.kept[name]] if name in done.kept else indices for name, indices in ours.items()}
+            notes = done.remarks
+            if step + 1 < n_steps:
+                self._recalibrate(small)
+                if self.cfg.pruning.step_epochs:
+                    small = self._finetune(small, net, self.cfg.pruning.step_epochs, f"step{step + 1}")
+        self.measure("pruned", small)
+        self.latencies({"dense": net, "pruned": small})
+        self.metrics["kept"] = report.kept_counts(ours)
+        self.metrics["remarks"] = notes
+        self.kept = of_the_dense(ours, earlier)
+        self.write(small)
+        return small, ours
+
+    def recover(self, net: nn.Module, small: nn.Module, ckpt_path: Path | None = None) -> nn.Module:
+        """Re-estimate batch norms, fine-tune (from a checkpoint on, if given), export; what an interrupted run had done is not done again."""
+        if "recalibrated" not in self.metrics and self._recalibrate(small):
+            self.metrics["recalibrated"] = {"test_accuracy": accuracy_of(self.cfg, small, self.data)}
+            self.write(small)
+        if self.cfg.finetune.epochs:
+            small = self._finetune(small, net, self.cfg.finetune.epochs, "finetune", ckpt_path)
+            self.metrics["finetuned"] = {"test_accuracy": accuracy_of(self.cfg, small, self.data)}
+            self.write(small)
+        exported = export(small, self.example, self.out, **plain(self.cfg.export))
+        if exported:
+            self.metrics["exports"] = exported
+            self.write()
+        return small
+
+    def go_on(self, net: nn.Module, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Go on with the fine-tuning of an interrupted run, as the unbroken run would have."""
+        pruned, metrics = folder / "pruned.ckpt", folder / "metrics.json"
+        if not pruned.is_file() or not metrics.is_file():
+            raise InputError(f"resume = {folder} holds no pruned.ckpt and metrics.json: that run was interrupted before it had pruned; start it again")
+        self.metrics = json.loads(metrics.read_text())
+        small = load_pruned(pruned).to(self.device).to(memory_format=torch.channels_last)
+        self.kept = load_network(pruned).kept
+        last = folder / "finetune" / "checkpoints" / "last.ckpt"
+        if "finetuned" in self.metrics:
+            report.show(f"{folder} is complete; its fine-tuning is not repeated")
+        else:
+            small = self.recover(net, small, last if last.is_file() else None)
+        self.tell(net, None)
+        return self.metrics, {"response": None, "verdict": None, "kept": {k: torch.tensor(v) for k, v in self.kept.items()}, "net": small}
+
+    def tell(self, net: nn.Module, verdict: Verdict | None) -> None:
+        share = 1 - self.metrics["pruned"]["macs"] / self.metrics["dense"]["macs"]
+        title = f"{name_of(net)}, filters kept by {self.cfg.importance.criterion}, {100 * share:.1f} % of the MACs cut, seed {self.cfg.seed}"
+        tell(self.cfg, self.metrics, self.out, title, verdict, self.device.type)
+
+    def _material(self) -> Material:
+        settings, train = self.cfg.pruning, self.data.split("train")
+        n_labelled = min(self.cfg.importance.labelled_images, len(train))
+        before = settings.bn_when == "before" and settings.bn_images
+        return Material(
+            images=self.data.pixels("val", min(self.cfg.tagging.n_images, len(self.data.split("val")))),
+            normalize=self.data.normalize,
+            mean=self.data.mean,
+            std=self.data.std,
+            calibration=self.data.pixels("train", min(settings.calibration_images, len(train))),
+            bn_images=self.data.pixels("train", min(settings.bn_images, len(train))) if before else None,
+            labelled=(self.data.pixels("train", n_labelled), train.labels[:n_labelled]),
+        )
+
+    def _recalibrate(self, net: nn.Module) -> bool:
+        if not self.cfg.pruning.bn_images or self.cfg.pruning.bn_when == "before":
+            return False
+        images = self.data.split("train")
+        count = min(self.cfg.pruning.bn_images, len(images))
+        batches = [self.data.normalize(chunk) for chunk in images.pixels[:count].split(self.data.batch_size) if len(chunk) > 1]
+        recalibrate_batch_norm(net, batches, self.device)
+        return True
+
+    def _finetune(self, small: nn.Module, teacher: nn.Module, epochs: int, name: str, ckpt_path: Path | None = None) -> nn.Module:
+        settings = plain(self.cfg.finetune)
+        settings.pop("epochs")
+        # The same order of images whether or not something was drawn before, as after a resume.
+        pl.seed_everything(self.cfg.seed, workers=True, verbose=False)
+        config = getattr(small, "config", None) if hasattr(type(small), "config") else None
+        classifier = Classifier(
+            dict(config) if config else small, **settings, num_classes=len(self.data.classes), normalization=normalization_of(self.data), teacher=teacher
+        )
+        classifier.net.load_state_dict(small.state_dict())
+        trainer = make_trainer(self.cfg, self.out / name, [], epochs)
+        resumable = f"; to go on: the same command with resume={self.out}" if name == "finetune" else ""
+        fit(trainer, classifier, self.data, None if ckpt_path is None else str(ckpt_path), f"interrupted while fine-tuning{resumable}")
+        return classifier.net.eval()
 
 
 def _tagged(cfg: DictConfig, net: nn.Module, data: ImageData, stimulus: Stimulus) -> tuple[TagResponse, Verdict | None]:
@@ -231,7 +329,7 @@ def _tagged(cfg: DictConfig, net: nn.Module, data: ImageData, stimulus: Stimulus
         progress=rounds,
     )
     if settings["noise_std"] == 0:
-        if needs_tags(cfg.importance.criterion):
+        if "tags" in needs(cfg.importance.criterion):
             log.warning("tagging.noise_std = 0: amplitudes only, no SNR and no important filters")
         return response, None
     judgement = {key: value for key, value in plain(cfg.importance).items() if key in ("alpha", "threshold", "components")}
@@ -251,65 +349,3 @@ def _by_class(cfg: DictConfig, net: nn.Module, data: ImageData, stimulus: Stimul
         arguments = {key: settings[key] for key in ("layers", "where", "average", "spatial", "half")}
         found[name] = tag(net, chosen.to(device), stimulus, **arguments, noise_std=0.0, mean=data.mean, std=data.std, seed=cfg.seed)
     return found
-
-
-def _write_response(out: Path, response: TagResponse, verdict: Verdict | None, image: Tensor, classes: Mapping[str, TagResponse]) -> None:
-    report.write_filters(out / "filters.csv", response, verdict)
-    report.write_layers(out / "layers.csv", {"all": response, **classes})
-    folder, names = out / "figures", list(response.layers)
-    figures.save(figures.stimulus_figure(response.stimulus, image), folder / "stimulus.png")
-    figures.save(figures.part_preference_over_depth(response, classes), folder / "part_preference.png")
-    figures.save(figures.integration_over_depth(response, classes), folder / "integration.png")
-    if verdict is None:
-        return
-    # A filter whose SNR is high but leaves its noise bins visible.
-    layer = names[min(10, len(names)) - 1]
-    number = int((response.snr(layer, ["f1"])[:, 0].nan_to_num(0) - 8).abs().argmin())
-    figures.save(figures.snr_bins(response, layer, number), folder / "snr_bins.png")
-    for number in sorted({1, min(10, len(names))}):
-        figures.save(figures.snr_spectra(response, names[number - 1]), folder / f"spectra_layer{number}.png")
-    title = f"Important filters, {response.n_images} images, pixel noise sd {response.noise_std:g}"
-    figures.save(figures.important_per_layer(verdict.important, title), folder / "important_filters.png")
-
-
-def _figures_of_training(tagging: FrequencyTagging, out: Path) -> None:
-    if tagging.latest:
-        noise = f"pixel noise sd {tagging.latest['noise_std']:g}"
-        title = f"Important filters after epoch {tagging.latest['epoch'] + 1}, {noise}"
-        figures.save(figures.important_per_layer(tagging.latest["important"], title), out / "figures" / "important_last_epoch.png")
-        shares = report.important_shares(out / "importance.csv")
-        figures.save(figures.important_over_epochs(shares, f"Important filters over training, {noise}"), out / "figures" / "important_over_epochs.png")
-
-
-def _recalibration_batches(cfg: DictConfig, data: ImageData) -> list[Tensor]:
-    images = data.split("train")
-    count = min(cfg.pruning.bn_images, len(images))
-    return [data.normalize(chunk) for chunk in images.pixels[:count].split(data.batch_size) if len(chunk) > 1]
-
-
-def _finetune(cfg: DictConfig, small: nn.Module, data: ImageData, out: Path) -> nn.Module:
-    settings = plain(cfg.finetune)
-    epochs = settings.pop("epochs")
-    config = getattr(small, "config", None)
-    classifier = Classifier(dict(config) if config else small, **settings, num_classes=len(data.classes), normalization=normalization_of(data))
-    classifier.net.load_state_dict(small.state_dict())
-    trainer = make_trainer(cfg, out / "finetune", [], epochs)
-    fit(trainer, classifier, data, None, f"interrupted while fine-tuning; {out / 'pruned.ckpt'} holds the network from before it")
-    return classifier.net.eval()
-
-
-def _name(net: nn.Module) -> str:
-    return str(getattr(net, "config", {}).get("name", type(net).__name__))
-
-
-def _tell(cfg: DictConfig, metrics: Mapping[str, Any], out: Path, title: str, verdict: Verdict | None) -> None:
-    device, threads = device_of(cfg).type, torch.get_num_threads()
-    heading = f"latency, ms (batch {cfg.latency.batch_size}, {device}{f', {threads} threads' if device == 'cpu' else ''})"
-    report.show(report.stage_table(metrics, title, heading))
-    if verdict is not None:
-        counts = verdict.counts
-        everything = sum(len(flags) for flags in verdict.important.values())
-        report.show(
-            f"{sum(counts.values())} of {everything} recorded filters answer the tags ({cfg.importance.important_by}), pixel noise sd {cfg.tagging.noise_std:g}"
-        )
-    report.show(f"everything in {out}")

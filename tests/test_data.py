@@ -198,7 +198,8 @@ def test_cifar10_goes_through_torchvision(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(CIFAR10, "__init__", fake)
     data = CIFAR10Data(tmp_path, val_fraction=0.5)
     test: Tensor = data.split("test").pixels
-    assert np.array_equal(test[5].permute(1, 2, 0).numpy(), np.random.default_rng(False).integers(0, 256, (60, 32, 32, 3), dtype=np.uint8)[5])
+    # Sorted by class: the second image of class 0 is the eleventh of the file.
+    assert np.array_equal(test[1].permute(1, 2, 0).numpy(), np.random.default_rng(False).integers(0, 256, (60, 32, 32, 3), dtype=np.uint8)[10])
     assert data.mean == [0.4914, 0.4822, 0.4465]
 
 

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from freqprune.errors import InputError
-from freqprune.selection import Amount, select
+from freqprune.selection import Amount, remarks, select
 
 SCORES = {"a": torch.tensor([5.0, 1.0, 3.0, 2.0]), "b": torch.tensor([0.5, 10.0, 0.1, 0.2, 4.0, 6.0])}
 
@@ -110,3 +110,41 @@ def test_bad_amounts(settings: dict[str, object], message: str) -> None:
 def test_cuts_that_make_no_sense(scores: dict[str, Tensor], amount: Amount, message: str) -> None:
     with pytest.raises(InputError, match=message):
         select(scores, amount)
+
+
+def test_multiples_are_kept_whatever_the_amount() -> None:
+    torch.manual_seed(0)
+    scores = {"a": torch.rand(20), "b": torch.rand(32), "c": torch.rand(6)}
+    for amount in (Amount(ratio=0.5, multiple_of=8), Amount(threshold=0.6, multiple_of=8), Amount(ratio=0.3, scope="layer", multiple_of=8)):
+        found = select(scores, amount)
+        assert len(found["a"]) in (8, 16, 20)
+        assert len(found["b"]) in (8, 16, 24, 32)
+        assert len(found["c"]) == 6
+        gone = sum(len(score) - len(found[layer]) for layer, score in scores.items())
+        assert 0 < gone <= (58 * amount.ratio if amount.ratio else 58)
+        for layer, indices in found.items():
+            # The best of each layer, whatever the block.
+            best = scores[layer].argsort(descending=True)[: len(indices)].sort().values
+            assert torch.equal(best, indices)
+
+
+def test_blocks_overshoot_no_more_than_they_must() -> None:
+    scores = {"a": torch.arange(16.0), "b": torch.arange(16.0) + 0.5}
+    found = select(scores, Amount(macs_cut=0.2, multiple_of=8), lambda widths: 10.0 * widths["a"] + 1.0 * widths["b"])
+    # One block of a is 45 %: the block of b, which came first, is given back.
+    assert {layer: len(indices) for layer, indices in found.items()} == {"a": 8, "b": 16}
+
+
+def test_remarks_tell_layers_that_did_not_change_and_floors() -> None:
+    kept = {"a": torch.arange(1), "b": torch.arange(1)}
+    assert remarks(kept, {"a": 4, "b": 4}, Amount(ratio=0.5)) == ["every layer is at its floor of 1 filter: a, b"]
+    assert remarks({"a": torch.arange(3)}, {"a": 4}, Amount(ratio=0.5)) == []
+
+
+def test_multiples_refuse() -> None:
+    with pytest.raises(InputError, match=r"pruning.multiple_of must be at least 1, got 0"):
+        Amount(ratio=0.5, multiple_of=0)
+    with pytest.raises(InputError, match=r"each is at its floor \(pruning.min_filters = 1, pruning.multiple_of = 16\)"):
+        select(SCORES, Amount(ratio=0.5, multiple_of=16))
+    with pytest.raises(InputError, match=r"removes nothing; use at least 0\.2"):
+        select(SCORES, Amount(ratio=0.1, multiple_of=2))

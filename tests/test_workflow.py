@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
@@ -23,6 +24,7 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("
 SMALL = (
     "data=digits", "data.limit_train=96", "data.limit_test=40", "data.batch_size=32", "model=resnet8", "trainer=cpu", "trainer.max_epochs=1",
     "+trainer.enable_progress_bar=false", "callbacks.progress=null", "tagging.n_images=2", "finetune.epochs=1", "pruning.bn_images=64", "latency.n_runs=2",
+    "latency.batch_sizes=[1,4]", "pruning.calibration_images=8", "importance.labelled_images=8",
 )  # fmt: skip
 
 
@@ -71,8 +73,8 @@ def pruned(trained: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPa
 def test_prune_writes_what_it_says(pruned: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
     out, metrics, objects = pruned
     assert json.loads((out / "metrics.json").read_text()) == metrics
-    assert set(metrics) == {"dense", "pruned", "recalibrated", "finetuned", "kept"}
-    assert set(metrics["dense"]) == set(metrics["pruned"]) == {"test_accuracy", "macs", "params", "latency_ms"}
+    assert set(metrics) == {"dense", "pruned", "recalibrated", "finetuned", "kept", "remarks"}
+    assert set(metrics["dense"]) == set(metrics["pruned"]) == {"test_accuracy", "macs", "params", "file_bytes", "memory_bytes", "latency_ms"}
     assert set(metrics["recalibrated"]) == set(metrics["finetuned"]) == {"test_accuracy"}
     x = torch.rand(2, 3, 32, 32)
     assert metrics["dense"]["macs"] == count_macs(build_model({"name": "resnet8"}), x)
@@ -107,7 +109,7 @@ def test_removes_the_filters_with_the_lowest_snr(trained: tuple[Path, dict[str, 
     ckpt = trained[0] / "checkpoints" / "last.ckpt"
     cfg = config("prune", tmp_path, "model=auto", f"ckpt={ckpt}", "pruning.ratio=0.5", "finetune.epochs=0", "pruning.bn_images=0")
     metrics, objects = workflow.prune(cfg)
-    assert set(metrics) == {"dense", "pruned", "kept"}
+    assert set(metrics) == {"dense", "pruned", "kept", "remarks"}
     for layer, kept in objects["kept"].items():
         snr = objects["response"].snr(layer).nan_to_num(0).mean(-1)
         assert kept.tolist() == sorted(snr.argsort(descending=True)[: len(snr) // 2].tolist())
@@ -293,3 +295,64 @@ def test_intermodulation_appears_with_the_first_nonlinearity(public_weights: Pat
     assert before.snr("conv1", "intermodulation").max() < 1.7
     assert before.snr("conv1", "fundamentals").min() > 10
     assert after.snr("conv1", ["f1+f2"]).nanmedian() > 1.7
+
+
+def test_everything_at_once(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Residual streams, two steps with fine-tuning between, least squares, multiples, distillation, exports."""
+    ckpt = trained[0] / "checkpoints" / "last.ckpt"
+    metrics, objects = workflow.prune(
+        config(
+            "prune", tmp_path, f"ckpt={ckpt}", "importance=redundancy", "pruning.macs_cut=0.5", "pruning.streams=true", "pruning.steps=2",
+            "pruning.step_epochs=1", "pruning.compensation=least_squares", "pruning.scope=global", "finetune.distill=0.5", "export.torch_export=true",
+        )
+    )  # fmt: skip
+    assert 0.5 <= 1 - metrics["pruned"]["macs"] / metrics["dense"]["macs"] < 0.55
+    assert metrics["exports"]["model.pt2"] < 1e-5
+    assert metrics["pruned"]["file_bytes"] < metrics["dense"]["file_bytes"]
+    assert set(metrics["pruned"]["latency_ms"]) == {"1", "4"}
+    assert (tmp_path / "step1" / "metrics.csv").exists()
+    net = load_pruned(tmp_path / "pruned.ckpt")
+    assert {unit: net.get_submodule(unit).out_channels for unit in metrics["kept"]} == metrics["kept"]
+    stored = load_network(tmp_path / "pruned.ckpt")
+    assert {unit: len(indices) for unit, indices in stored.kept.items()} == metrics["kept"]
+    assert all(len(set(indices)) == len(indices) for indices in stored.kept.values())
+    torch.testing.assert_close(net.state_dict(), objects["net"].state_dict())
+
+
+class Bomb(pl.Callback):
+    """Ends a fine-tuning as a killed process would, after its first epoch."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.filterwarnings("ignore:.*received KeyboardInterrupt.*")
+def test_interrupted_fine_tuning_goes_on_to_the_same_result(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    common = (f"ckpt={trained[0] / 'checkpoints' / 'last.ckpt'}", "pruning.ratio=0.5", "finetune.epochs=3", "finetune.distill=0.3")
+    metrics, whole = workflow.prune(config("prune", tmp_path / "whole", *common))
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        workflow.prune(config("prune", tmp_path / "cut", *common, "+callbacks.bomb={_target_: tests.test_workflow.Bomb}"))
+    again, resumed = workflow.prune(config("prune", tmp_path / "again", *common, f"resume={tmp_path / 'cut'}"))
+    for name, value in whole["net"].state_dict().items():
+        assert torch.equal(resumed["net"].state_dict()[name], value), name
+    assert again["finetuned"] == metrics["finetuned"]
+    assert load_network(tmp_path / "again" / "pruned.ckpt").kept == load_network(tmp_path / "whole" / "pruned.ckpt").kept
+    complete, _ = workflow.prune(config("prune", tmp_path / "more", *common, f"resume={tmp_path / 'whole'}"))
+    assert complete == metrics
+    with pytest.raises(InputError, match=r"holds no pruned.ckpt and metrics.json"):
+        workflow.prune(config("prune", tmp_path / "none", *common, f"resume={tmp_path}"))
+
+
+def test_every_live_parameter_is_fine_tuned(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    seen: list[set[int]] = []
+
+    class Watch(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            seen.append({id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]} ^ {id(p) for p in pl_module.net.parameters()})
+
+    Watch.__module__, Watch.__qualname__ = __name__, "Watch"
+    globals()["Watch"] = Watch
+    ckpt = trained[0] / "checkpoints" / "last.ckpt"
+    workflow.prune(config("prune", tmp_path, f"ckpt={ckpt}", "pruning.ratio=0.5", "+callbacks.watch={_target_: tests.test_workflow.Watch}"))
+    assert seen == [set()]

@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from freqprune.data.augment import random_crop_flip
 from freqprune.data.sources import CIFAR10_MEAN, CIFAR10_STD, Images, Source, as_floats, channel_statistics, cifar10, digits, image_folder, stratified_split
@@ -88,6 +88,7 @@ class ImageData(pl.LightningDataModule):
         self.val: Images | None = None
         self.test: Images | None = None
         self.classes: tuple[str, ...] = ()
+        self._generator: tuple[tuple[int, int, int], torch.Generator] | None = None
 
     def load(self) -> Source:
         """Read the data set; subclasses say how."""
@@ -141,15 +142,27 @@ class ImageData(pl.LightningDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         pixels, labels = batch
         if self.trainer is not None and self.trainer.training:
-            pixels = random_crop_flip(pixels, self.crop_padding, self.flip)
+            pixels = random_crop_flip(pixels, self.crop_padding, self.flip, self._epoch_generator(self.trainer))
         return self.normalize(pixels), labels
+
+    def _epoch_generator(self, trainer: pl.Trainer) -> torch.Generator:
+        """Randomness of the running epoch: it depends on the seed, the epoch and the process only, so that a resumed run goes on as the unbroken one."""
+        key = (torch.initial_seed(), trainer.current_epoch, trainer.global_rank)
+        if self._generator is None or self._generator[0] != key:
+            seed, epoch, rank = key
+            self._generator = key, torch.Generator().manual_seed((seed * 1_000_003 + epoch * 1_009 + rank) % 2**63)
+        return self._generator[1]
 
     def _loader(self, split: str, shuffle: bool) -> DataLoader[Any]:
         images = self.split(split)
+        data = _Batches(images)
+        sampler: DistributedSampler[Any] | None = None
+        if shuffle:
+            # An order by seed and epoch (Lightning tells it the epoch), dealt out to the processes of a distributed run in turn.
+            ranks = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+            sampler = DistributedSampler(data, *ranks, shuffle=True, seed=torch.initial_seed() % 2**31)
         # Workers would cost more than they bring: a batch is one indexing operation.
-        return DataLoader(
-            _Batches(images), self.batch_size, shuffle=shuffle, num_workers=0, collate_fn=_as_is, drop_last=shuffle and len(images) > self.batch_size
-        )
+        return DataLoader(data, self.batch_size, sampler=sampler, num_workers=0, collate_fn=_as_is, drop_last=shuffle and len(images) > self.batch_size)
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader("train", shuffle=True)
