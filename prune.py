@@ -14,7 +14,7 @@ def main(cfg: DictConfig) -> None:
     # Lightning takes seconds to import: only once the configuration is known to be sound.
     from freqprune import workflow
 
-    if cfg.ckpt is not None:
+    if cfg.ckpt is not None or cfg.pretrained:
         workflow.prune(cfg)
     else:
         _, objects = workflow.train(cfg)

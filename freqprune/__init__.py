@@ -8,9 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from freqprune.callbacks import FrequencyTagging
     from freqprune.checkpoint import load_network, load_pruned, save_pruned
+    from freqprune.compensation import compensate
     from freqprune.errors import InputError
+    from freqprune.graph import ChannelGraph
     from freqprune.importance import Evidence, TagImportance, criterion, judge, scores
     from freqprune.models import build_model, register_model
+    from freqprune.moments import input_moments
+    from freqprune.pretrained import resnet32
+    from freqprune.pruning import Material, Recipe, cut
+    from freqprune.pruning_callback import TagPruning
     from freqprune.response import TagResponse
     from freqprune.selection import Amount, select
     from freqprune.stimulus import Stimulus
@@ -19,16 +25,62 @@ if TYPE_CHECKING:
 
 # Imported on first use: the command line answers --help and typos without waiting for torch.
 _HOME = {
-    "Amount": "selection", "Evidence": "importance", "FrequencyTagging": "callbacks", "InputError": "errors", "Plan": "surgery",
-    "Stimulus": "stimulus", "TagImportance": "importance", "TagResponse": "response", "build_model": "models", "criterion": "importance",
-    "judge": "importance", "load_network": "checkpoint", "load_pruned": "checkpoint", "register_model": "models", "save_pruned": "checkpoint",
-    "scores": "importance", "select": "selection", "tag": "tagging",
-}  # fmt: skip
+    "FrequencyTagging": "callbacks",
+    "load_network": "checkpoint",
+    "load_pruned": "checkpoint",
+    "save_pruned": "checkpoint",
+    "compensate": "compensation",
+    "InputError": "errors",
+    "ChannelGraph": "graph",
+    "Evidence": "importance",
+    "TagImportance": "importance",
+    "criterion": "importance",
+    "judge": "importance",
+    "scores": "importance",
+    "build_model": "models",
+    "register_model": "models",
+    "input_moments": "moments",
+    "resnet32": "pretrained",
+    "Material": "pruning",
+    "Recipe": "pruning",
+    "cut": "pruning",
+    "TagPruning": "pruning_callback",
+    "TagResponse": "response",
+    "Amount": "selection",
+    "select": "selection",
+    "Stimulus": "stimulus",
+    "Plan": "surgery",
+    "tag": "tagging",
+}
 
 __all__ = [
-    "Amount", "Evidence", "FrequencyTagging", "InputError", "Plan", "Stimulus", "TagImportance", "TagResponse", "build_model", "criterion", "judge",
-    "load_network", "load_pruned", "register_model", "save_pruned", "scores", "select", "tag",
-]  # fmt: skip
+    "Amount",
+    "ChannelGraph",
+    "Evidence",
+    "FrequencyTagging",
+    "InputError",
+    "Material",
+    "Plan",
+    "Recipe",
+    "Stimulus",
+    "TagImportance",
+    "TagPruning",
+    "TagResponse",
+    "build_model",
+    "compensate",
+    "criterion",
+    "cut",
+    "input_moments",
+    "judge",
+    "load_network",
+    "load_pruned",
+    "register_model",
+    "resnet32",
+    "save_pruned",
+    "scores",
+    "select",
+    "tag",
+]
 
 
 def __getattr__(name: str) -> Any:

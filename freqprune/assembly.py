@@ -14,10 +14,12 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import nn
 
 from freqprune import report
+from freqprune.checkpoint import write_atomically
 from freqprune.config import plain
 from freqprune.data import ImageData
 from freqprune.errors import InputError
@@ -97,6 +99,14 @@ def check_match(net: nn.Module, data: ImageData, normalization: Mapping[str, lis
             raise InputError(f"the network was trained with {name} {value}, the data are normalised with {here}; use {pair}")
 
 
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Checkpoints that appear complete or not at all, on any file system: a killed run never leaves half of one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, checkpoint)
+
+
 def make_trainer(cfg: DictConfig, folder: Path, callbacks: list[pl.Callback], max_epochs: int | None = None) -> pl.Trainer:
     settings = plain(cfg.trainer)
     if max_epochs is not None:
@@ -107,7 +117,8 @@ def make_trainer(cfg: DictConfig, folder: Path, callbacks: list[pl.Callback], ma
             spec["dirpath"] = str(folder / "checkpoints")
     logger_settings = plain(cfg.logger)
     logger = instantiate({**logger_settings, "save_dir": str(folder)}) if logger_settings.get("_target_") else False
-    trainer = instantiate(settings, callbacks=[*callbacks, *(instantiate(spec) for spec in configured.values())], logger=logger, default_root_dir=str(folder))
+    everything = [*callbacks, *(instantiate(spec) for spec in configured.values())]
+    trainer = instantiate(settings, callbacks=everything, logger=logger, default_root_dir=str(folder), plugins=[AtomicCheckpoints()])
     assert isinstance(trainer, pl.Trainer)
     return trainer
 

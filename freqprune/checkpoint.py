@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import struct
@@ -203,9 +204,35 @@ def save_pruned(
         "kept": {layer: [int(i) for i in indices] for layer, indices in kept.items()},
         "normalization": {key: [float(v) for v in value] for key, value in (normalization or {}).items()},
     }
+    write_atomically(path, content)
+
+
+def save_weights(path: str | Path, checkpoint: str | Path) -> None:
+    """Write the network of a training checkpoint without its optimizer and callbacks; `load_network` reads it like the checkpoint.
+
+    Args:
+        path: the new file.
+        checkpoint: a training checkpoint of this package.
+    """
+    content = read(checkpoint)
+    load_network(checkpoint)
+    hyper = content["hyper_parameters"]
+    state = {key: value.contiguous() for key, value in content["state_dict"].items() if key.startswith("net.")}
+    write_atomically(path, {"hyper_parameters": {key: hyper[key] for key in ("model", "normalization")}, "state_dict": state})
+
+
+def write_atomically(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write a file for ``torch.load``, complete or not at all."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    torch.save(content, partial)
+    buffer = io.BytesIO()
+    # By way of memory: a full disk is then an OSError with its reason, which PyTorch's own writer hides.
+    torch.save(dict(content), buffer)
+    try:
+        partial.write_bytes(buffer.getbuffer())
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     os.replace(partial, path)
 
 

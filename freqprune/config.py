@@ -55,6 +55,7 @@ class TaggingSchema:
     half: str | None = None
     per_class: bool = MISSING
     n_images: int = MISSING
+    epoch_images: int = MISSING
     every_n_epochs: int = MISSING
 
 
@@ -119,6 +120,7 @@ class Schema:
     ckpt: str | None = None
     ckpt_path: str | None = None
     resume: str | None = None
+    pretrained: bool = MISSING
     compile: bool = MISSING
     matmul_precision: str = MISSING
 
@@ -218,6 +220,7 @@ def validate(cfg: DictConfig) -> None:
             raise InputError(f"tagging.{key} must be one of {', '.join(allowed)}, got {value!r}")
     for name, value, low in (
         ("tagging.n_images", cfg.tagging.n_images, 1),
+        ("tagging.epoch_images", cfg.tagging.epoch_images, 1),
         ("tagging.every_n_epochs", cfg.tagging.every_n_epochs, 0),
         ("finetune.epochs", cfg.finetune.epochs, 0),
         ("pruning.bn_images", cfg.pruning.bn_images, 0),

@@ -226,19 +226,34 @@ def important_over_epochs(shares: Mapping[int, Mapping[str, float]], title: str 
         shares: for each tagged epoch (from 0) the share of important filters, 0 to 1, a layer.
         title: line above the figure.
     """
-    epochs = sorted(shares)
-    layers = list(shares[epochs[0]])
-    grid = np.array([[shares[epoch][layer] for epoch in epochs] for layer in layers])
+    return _over_epochs(shares, "important filters (%)", title, 100, 0, 100)
+
+
+def agreement_over_epochs(agreement: Mapping[int, Mapping[str, float]], title: str) -> Figure:
+    """How early the filters' final ranking is known: rank correlation of each layer's scores with the last epoch's, by epoch.
+
+    Args:
+        agreement: for each tagged epoch (from 0) the correlation, a layer, see `freqprune.report.rank_agreement`.
+        title: line above the figure.
+    """
+    return _over_epochs(agreement, "rank correlation with the last epoch", title, 1, 0, 1)
+
+
+def _over_epochs(values: Mapping[int, Mapping[str, float]], label: str, title: str, unit: float, low: float, high: float) -> Figure:
+    """Layers downwards, epochs to the right, the value as colour; white where it is undefined."""
+    epochs = sorted(values)
+    layers = list(values[epochs[0]])
+    grid = np.array([[values[epoch][layer] for epoch in epochs] for layer in layers])
     figure = Figure(figsize=(max(4.5, 0.3 * len(epochs) + 3), max(3.0, 0.18 * len(layers) + 1.2)), layout="constrained")
     axis = figure.subplots()
-    drawn = axis.imshow(100 * grid, aspect="auto", cmap="cividis", vmin=0, vmax=100, interpolation="nearest")
+    drawn = axis.imshow(unit * grid, aspect="auto", cmap="cividis", vmin=low, vmax=high, interpolation="nearest")
     step = math.ceil(len(epochs) / 12)
     axis.set_xticks(range(0, len(epochs), step), [str(epochs[i] + 1) for i in range(0, len(epochs), step)], fontsize=8)
     axis.set_yticks(range(len(layers)), [name.removeprefix("net.") for name in layers], fontsize=7)
     axis.set_xlabel("epoch", fontsize=9)
     axis.set_title(title, fontsize=9, loc="left")
     bar = figure.colorbar(drawn, ax=axis)
-    bar.set_label("important filters (%)", fontsize=9)
+    bar.set_label(label, fontsize=9)
     bar.ax.tick_params(labelsize=8)
     return figure
 

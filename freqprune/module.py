@@ -102,7 +102,11 @@ class Classifier(pl.LightningModule):
         )
         self.net: nn.Module = model if isinstance(model, nn.Module) else build_model(config or {})
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
-        self.train_accuracy, self.val_accuracy, self.test_accuracy = (MulticlassAccuracy(num_classes, average="micro") for _ in range(3))
+        self.train_accuracy, self.val_accuracy, self.test_accuracy = (
+            # Checking the labels would make an accelerator wait in every step.
+            MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+            for _ in range(3)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images ``(n_images, n_channels, height, width)`` to logits ``(n_images, num_classes)``."""
@@ -110,8 +114,11 @@ class Classifier(pl.LightningModule):
         assert isinstance(logits, Tensor)
         return logits
 
-    def on_fit_start(self) -> None:
+    def setup(self, stage: str) -> None:
+        # Before a distributed run takes its view of the gradients: with strides changed after that it would mix their elements up.
         self.net.to(memory_format=torch.channels_last)
+
+    def on_fit_start(self) -> None:
         for teacher in self._teacher:
             teacher.to(device=self.device).to(memory_format=torch.channels_last).eval()
 
@@ -130,8 +137,8 @@ class Classifier(pl.LightningModule):
         if self._teacher:
             loss = (1 - self.distill) * loss + self.distill * self._distillation(logits, images)
         self._check_finite(loss, batch_idx)
-        self.train_accuracy(logits, labels)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
+        self.train_accuracy.update(logits, labels)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels), sync_dist=True)
         self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True, batch_size=len(labels))
         assert isinstance(loss, Tensor)
         return loss
@@ -155,8 +162,8 @@ class Classifier(pl.LightningModule):
     def _evaluate(self, stage: str, accuracy: MulticlassAccuracy, batch: tuple[Tensor, Tensor]) -> None:
         images, labels = batch
         logits = self(images)
-        accuracy(logits, labels)
-        self.log(f"{stage}/loss", nn.functional.cross_entropy(logits, labels), prog_bar=stage == "val", batch_size=len(labels))
+        accuracy.update(logits, labels)
+        self.log(f"{stage}/loss", nn.functional.cross_entropy(logits, labels), prog_bar=stage == "val", batch_size=len(labels), sync_dist=True)
         self.log(f"{stage}/accuracy", accuracy, prog_bar=stage == "val", batch_size=len(labels))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

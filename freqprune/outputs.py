@@ -42,6 +42,11 @@ def figures_of_training(tagging: FrequencyTagging, out: Path) -> None:
         figures.save(figures.important_per_layer(tagging.latest["important"], title), out / "figures" / "important_last_epoch.png")
         shares = report.important_shares(out / "importance.csv")
         figures.save(figures.important_over_epochs(shares, f"Important filters over training, {noise}"), out / "figures" / "important_over_epochs.png")
+        if len(shares) > 1:
+            agreement = report.rank_agreement(out / "importance.csv")
+            figures.save(
+                figures.agreement_over_epochs(agreement, f"Ranking of the filters over training, {noise}"), out / "figures" / "ranking_over_epochs.png"
+            )
 
 
 def name_of(net: nn.Module) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from freqprune.importance import Verdict
@@ -124,6 +126,29 @@ def important_shares(path: Path) -> dict[int, dict[str, float]]:
         for row in csv.DictReader(file):
             flags.setdefault(int(row["epoch"]), {}).setdefault(row["layer"], []).append(int(row["important"]))
     return {epoch: {layer: sum(values) / len(values) for layer, values in layers.items()} for epoch, layers in flags.items()}
+
+
+def rank_agreement(path: Path, column: str = "score") -> dict[int, dict[str, float]]:
+    """Spearman correlation of each layer's scores at each epoch with those at the last, from an ``importance.csv``.
+
+    Args:
+        path: the file.
+        column: ``"score"``, or the SNR or amplitude at a component, such as ``"amplitude_f1"``.
+
+    Returns:
+        By epoch and layer; NaN where all filters of a layer score the same. A filter without an SNR counts as 0.
+    """
+    values: dict[int, dict[str, list[float]]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            value = float(row[column])
+            values.setdefault(int(row["epoch"]), {}).setdefault(row["layer"], []).append(0.0 if math.isnan(value) else value)
+    last = values[max(values)]
+
+    def correlation(now: list[float], final: list[float]) -> float:
+        return float("nan") if min(len(set(now)), len(set(final))) < 2 else float(spearmanr(now, final).statistic)
+
+    return {epoch: {layer: correlation(layers[layer], last[layer]) for layer in last} for epoch, layers in sorted(values.items())}
 
 
 def write_layers(path: Path, responses: Mapping[str, TagResponse]) -> None:

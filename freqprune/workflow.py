@@ -38,6 +38,7 @@ from freqprune.export import check_exports, export
 from freqprune.importance import Verdict, judge, needs
 from freqprune.module import Classifier, check_optimizer
 from freqprune.outputs import figures_of_training, name_of, tell, write_response
+from freqprune.pretrained import pretrained_path
 from freqprune.profiling import cost, latency_ms
 from freqprune.pruning import Material, Recipe, cut, plan_cut, step_amount
 from freqprune.response import TagResponse
@@ -87,7 +88,8 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         network="net",
         folder=out,
         seed=cfg.seed,
-        **{name: plain(cfg.tagging)[name] for name in ("n_images", "every_n_epochs", "layers", "where", "noise_std", "average", "spatial", "half")},
+        n_images=cfg.tagging.epoch_images,
+        **{name: plain(cfg.tagging)[name] for name in ("every_n_epochs", "layers", "where", "noise_std", "average", "spatial", "half")},
         components=plain(cfg.importance)["components"],
         # Scores that need more than tags are for pruning; over training the SNR stands for them.
         criterion=cfg.importance.criterion if needs(cfg.importance.criterion) <= {"tags", "noise"} else "snr",
@@ -95,6 +97,8 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     )
     pick_layers(classifier.net, plain(cfg.tagging)["layers"])
     trainer = make_trainer(cfg, out, [tagging])
+    if trainer.world_size > 1 and cfg.pruning.enabled:
+        raise InputError(f"{trainer.world_size} processes train, one prunes: use train.py pruning=none, then prune.py ckpt=... on one device")
     if cfg.compile:
         classifier.net.compile()
     start = time.perf_counter()
@@ -172,12 +176,15 @@ def prune(cfg: DictConfig, dense: nn.Module | None = None, data: ImageData | Non
 def _network_to_prune(cfg: DictConfig, dense: nn.Module | None) -> Stored:
     if dense is not None:
         return Stored(dense, {})
-    if cfg.ckpt is None:
-        raise InputError("ckpt is not set: give the network to prune, ckpt=FILE")
+    if cfg.pretrained and cfg.ckpt is not None:
+        raise InputError(f"pretrained=true names the package's own network and ckpt = {cfg.ckpt} another; leave one of them out")
+    ckpt = pretrained_path("resnet32") if cfg.pretrained else cfg.ckpt
+    if ckpt is None:
+        raise InputError("ckpt is not set: give the network to prune, ckpt=FILE, or pretrained=true for the package's ResNet-32")
     if cfg.ckpt_path is not None:
         raise InputError("ckpt_path resumes training and has no part in pruning a checkpoint; leave it out, or leave ckpt out to train first")
     config = plain(cfg.model)
-    return load_network(cfg.ckpt, None if config["name"] is None else config)
+    return load_network(ckpt, None if config["name"] is None else config)
 
 
 class _Run:

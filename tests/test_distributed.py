@@ -1,6 +1,7 @@
 """Two CPU processes share the images and get what one process gets."""
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,17 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from freqprune import FrequencyTagging
+from freqprune.data import DigitsData
 from freqprune.errors import InputError
 from freqprune.models import build_model
+from freqprune.module import Classifier
 from freqprune.tagging import tag
+from tests.test_cli import call
+from tests.test_workflow import SMALL
 
 
 def network() -> torch.nn.Module:
@@ -98,3 +104,46 @@ def test_sharing_without_a_group_is_an_error() -> None:
         tag(network(), images()[:1], share=True)
     with pytest.raises(InputError, match="numbers must give one number an image"):
         tag(network(), images(), numbers=[0])
+
+
+def without_batch_statistics() -> nn.Module:
+    """Batch norms see the images of one process only; group norms do not care."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 49, 10)
+    )
+
+
+def test_training_on_two_processes_has_the_loss_curve_of_one(tmp_path: Path) -> None:
+    curves = []
+    for devices in (1, 2):
+        pl.seed_everything(0, verbose=False)
+        torch.set_num_threads(1)
+        logger = pl.loggers.CSVLogger(tmp_path / str(devices), name="", version="")
+        run = pl.Trainer(
+            max_epochs=3, accelerator="cpu", devices=devices, strategy="ddp_spawn" if devices == 2 else "auto", logger=logger,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        )  # fmt: skip
+        data = DigitsData(batch_size=32 // devices, crop_padding=0, flip=False, limit_train=256)
+        run.fit(Classifier(without_batch_statistics(), lr=0.01, num_classes=10), datamodule=data)
+        with (tmp_path / str(devices) / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        curves.append([float(row["train/loss"]) for row in rows if row["train/loss"]])
+    assert len(curves[0]) == 3
+    assert curves[0][2] < curves[0][0]
+    # Sums in another order: rounding, which later steps magnify.
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+
+
+def test_train_runs_on_two_processes_with_one_run_folder(tmp_path: Path) -> None:
+    ddp = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    small = [argument for argument in SMALL if argument != "trainer=cpu"]
+    done = call("train.py", *small, *ddp, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "outputs" / "train").iterdir()
+    assert json.loads((run / "training.json").read_text())["epochs"] == 1
+    assert (run / "checkpoints" / "last.ckpt").exists()
+    assert done.stdout.count("trained resnet8") == 1
+    done = call("train.py", *small, *ddp, "pruning=filters", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "2 processes train, one prunes: use train.py pruning=none" in done.stderr

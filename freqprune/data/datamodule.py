@@ -29,7 +29,7 @@ class _Batches(Dataset[Any]):
         return self.images.pixels[index], self.images.labels[index]
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        picked = self.images[torch.tensor(indices)]
+        picked = self.images[torch.tensor(indices).to(self.images.pixels.device, non_blocking=True)]
         return picked.pixels, picked.labels
 
 
@@ -155,6 +155,9 @@ class ImageData(pl.LightningDataModule):
 
     def _loader(self, split: str, shuffle: bool) -> DataLoader[Any]:
         images = self.split(split)
+        if self.trainer is not None and self.trainer.strategy.root_device.type != "cpu":
+            # The whole set as bytes on the accelerator: a batch is one gather there.
+            images = images.to(self.trainer.strategy.root_device)
         data = _Batches(images)
         sampler: DistributedSampler[Any] | None = None
         if shuffle:

@@ -30,6 +30,10 @@ class Images:
     def __getitem__(self, index: Tensor) -> Images:
         return Images(self.pixels[index], self.labels[index])
 
+    def to(self, device: torch.device) -> Images:
+        """The same images on a device."""
+        return Images(self.pixels.to(device), self.labels.to(device))
+
 
 @dataclass(frozen=True)
 class Source:
