@@ -13,6 +13,8 @@ from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from freqprune.config import no_such_key, register
@@ -30,6 +32,7 @@ def run(main: Callable[[], Any], config_dir: Path, config_name: str) -> None:
     try:
         main()
     except InputError as error:
+        gather_sweep()
         fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         fail(_explain(error, config_dir, config_name))
@@ -37,6 +40,27 @@ def run(main: Callable[[], Any], config_dir: Path, config_name: str) -> None:
         if error.errno is None:
             raise
         fail(f"{error.strerror}: {error.filename or 'while writing'}; check the free space and the permissions of the output folder")
+
+
+class Gather(Callback):
+    """Hydra callback: puts the jobs of a sweep into one table and report when the last has ended, whether or not some have failed."""
+
+    folder: str | None = None
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        Gather.folder = str(config.hydra.sweep.dir)
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        gather_sweep()
+
+
+def gather_sweep() -> None:
+    """Gather the sweep of this process, if there is one and it has not been gathered."""
+    folder, Gather.folder = Gather.folder, None
+    if folder is not None and Path(folder).is_dir():
+        from freqprune.sweeps import gather
+
+        gather([folder])
 
 
 def keep_freed_memory() -> None:

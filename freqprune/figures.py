@@ -219,6 +219,84 @@ def important_per_layer(important: Mapping[str, Tensor], title: str = "") -> Fig
     return figure
 
 
+def kept_per_layer(kept: Mapping[str, int], widths: Mapping[str, int], title: str = "") -> Figure:
+    """Filters kept in each layer beside all that it had.
+
+    Args:
+        kept: number of filters kept, a layer.
+        widths: number of filters before, a layer.
+        title: line above the figure.
+    """
+    figure = Figure(figsize=(max(5.0, 0.27 * len(kept) + 1.5), 3.6), layout="constrained")
+    axis = figure.subplots()
+    positions = np.arange(len(kept))
+    axis.bar(positions, [widths[layer] for layer in kept], color=PALE, label="before")
+    axis.bar(positions, list(kept.values()), color=BLUE, width=0.5, label="kept")
+    _tidy(axis)
+    _layer_ticks(axis, list(kept))
+    axis.set_ylabel("filters", fontsize=9)
+    axis.set_title(title, fontsize=9, loc="left")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return figure
+
+
+def accuracy_over_cut(lines: Mapping[str, Sequence[Mapping[str, tuple[float, float]]]]) -> Figure:
+    """Test accuracy over the share of MACs removed, one line a method; before fine-tuning open and dashed.
+
+    Args:
+        lines: for each method its points: mean and standard deviation (NaN for a single run) by name, in per cent: ``cut``, ``dense``, and
+            ``pruned``, ``recalibrated`` or ``finetuned`` as far as they were measured.
+    """
+    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    axis = figure.subplots()
+    colours = [BLUE, RED, GREEN, ORANGE, PURPLE, "#56B4E9", "#000000", GREY]
+    markers = ["o", "s", "^", "D", "v", "P", "X", "*"]
+    for number, (label, points) in enumerate(lines.items()):
+        points = sorted(points, key=lambda point: point["cut"][0])
+        colour, marker = colours[number % len(colours)], markers[(number + number // len(colours)) % len(markers)]
+        for stage, style, filled in (("finetuned", "-", True), ("recalibrated", "--", False), ("pruned", "--", False)):
+            shown = [point for point in points if stage in point and not (stage == "pruned" and "recalibrated" in point)]
+            if not shown:
+                continue
+            last = stage == "finetuned" or not any("finetuned" in point for point in points)
+            axis.errorbar(
+                [point["cut"][0] for point in shown], [point[stage][0] for point in shown],
+                yerr=[0 if math.isnan(point[stage][1]) else point[stage][1] for point in shown],
+                color=colour, marker=marker, linestyle=style, linewidth=1.4 if last else 0.8, markersize=5, capsize=3,
+                markerfacecolor=colour if filled else "white", alpha=1 if last else 0.7, label=label if last else None,
+            )  # fmt: skip
+    dense = next((point["dense"][0] for points in lines.values() for point in points if "dense" in point), None)
+    if dense is not None:
+        axis.axhline(dense, color=GREY, linewidth=0.8, linestyle=":")
+        axis.annotate(f"dense {dense:.2f}", (1, dense), (-2, 3), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=8,
+                      color=GREY, ha="right")  # fmt: skip
+    _tidy(axis)
+    axis.margins(x=0.12)
+    axis.set_xlabel("MACs removed (%)", fontsize=9)
+    axis.set_ylabel("test accuracy (%)", fontsize=9)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    return figure
+
+
+def training_curves(history: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
+    """Loss and accuracy over epochs.
+
+    Args:
+        history: by name (``train/loss``, ``val/loss``, ``train/accuracy``, ``val/accuracy``) pairs of epoch (from 0) and value.
+    """
+    figure = Figure(figsize=(8.5, 3.2), layout="constrained")
+    for axis, kind, unit, label in zip(figure.subplots(1, 2), ("loss", "accuracy"), (1, 100), ("cross entropy", "accuracy (%)"), strict=True):
+        for split, colour, style in (("train", BLUE, "-"), ("val", RED, "--")):
+            points = history.get(f"{split}/{kind}", ())
+            name = "validation" if split == "val" else "training, augmented"
+            axis.plot([epoch + 1 for epoch, _ in points], [unit * value for _, value in points], style, color=colour, linewidth=1.3, label=name)
+        _tidy(axis)
+        axis.set_xlabel("epoch", fontsize=9)
+        axis.set_ylabel(label, fontsize=9)
+        axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
 def important_over_epochs(shares: Mapping[int, Mapping[str, float]], title: str = "") -> Figure:
     """Share of important filters in each layer over training.
 

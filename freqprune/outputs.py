@@ -36,6 +36,8 @@ def write_response(out: Path, response: TagResponse, verdict: Verdict | None, im
 
 
 def figures_of_training(tagging: FrequencyTagging, out: Path) -> None:
+    if (out / "metrics.csv").is_file():
+        figures.save(figures.training_curves(report.training_history(out / "metrics.csv")), out / "figures" / "training_curves.png")
     if tagging.latest:
         noise = f"pixel noise sd {tagging.latest['noise_std']:g}"
         title = f"Important filters after epoch {tagging.latest['epoch'] + 1}, {noise}"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,30 +20,19 @@ from freqprune.response import TagResponse
 STAGES = ("dense", "pruned", "recalibrated", "finetuned")
 
 
-def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
-    """Write ``metrics.json``, complete or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(metrics, indent=2) + "\n")
-    os.replace(partial, path)
-
-
-def stage_table(metrics: Mapping[str, Any], title: str = "") -> Table:
-    """Table of the stages that ran: accuracy, MACs, parameters, file size, peak memory and latency.
+def stage_rows(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and a row for each stage that ran: accuracy, MACs, parameters, file size, peak memory and latency.
 
     Args:
         metrics: as in ``metrics.json``; see the README.
-        title: line above the table.
     """
-    table = Table(title=title, title_justify="left")
-    table.add_column("stage")
     columns: list[tuple[str, str, str, float, int]] = [
         ("MACs, M", "macs", "", 1e6, 2), ("parameters, k", "params", "", 1e3, 1), ("file, kB", "file_bytes", "", 1e3, 0)
     ]  # fmt: skip
     dense = metrics["dense"]
     columns += [(f"memory, MB (batch {size})", "memory_bytes", size, 1e6, 1) for size in dense.get("memory_bytes", {})]
     columns += [(f"ms (batch {size})", "latency_ms", size, 1, 2) for size in dense.get("latency_ms", {})]
-    for heading in ("test accuracy, %", *(column[0] for column in columns)):
-        table.add_column(heading, justify="right")
+    rows = []
     for stage in STAGES:
         if stage not in metrics:
             continue
@@ -55,7 +42,18 @@ def stage_table(metrics: Mapping[str, Any], title: str = "") -> Table:
             value, before = (values.get(key, {}).get(size) if size else values.get(key) for values in (row, dense))
             change = "" if stage == "dense" or value is None else f"\n{100 * (value / before - 1):+.1f} %"
             cells.append("" if value is None else f"{value / unit:.{digits}f}{change}")
-        table.add_row(*cells)
+        rows.append(cells)
+    return ["stage", "test accuracy, %", *(column[0] for column in columns)], rows
+
+
+def stage_table(metrics: Mapping[str, Any], title: str = "") -> Table:
+    """`stage_rows` for the terminal, below a title."""
+    header, rows = stage_rows(metrics)
+    table = Table(title=title, title_justify="left")
+    for heading in header:
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
@@ -149,6 +147,17 @@ def rank_agreement(path: Path, column: str = "score") -> dict[int, dict[str, flo
         return float("nan") if min(len(set(now)), len(set(final))) < 2 else float(spearmanr(now, final).statistic)
 
     return {epoch: {layer: correlation(layers[layer], last[layer]) for layer in last} for epoch, layers in sorted(values.items())}
+
+
+def training_history(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """Values by epoch of every column of Lightning's ``metrics.csv`` that is logged once an epoch."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            for name in ("train/loss", "val/loss", "train/accuracy", "val/accuracy"):
+                if row.get(name):
+                    found.setdefault(name, []).append((int(row["epoch"]), float(row[name])))
+    return found
 
 
 def write_layers(path: Path, responses: Mapping[str, TagResponse]) -> None:

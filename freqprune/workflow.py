@@ -11,9 +11,10 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
-from freqprune import report
+from freqprune import figures, report, runs
 from freqprune.assembly import (
     accuracy_of,
     check_match,
@@ -38,6 +39,7 @@ from freqprune.export import check_exports, export
 from freqprune.importance import Verdict, judge, needs
 from freqprune.module import Classifier, check_optimizer
 from freqprune.outputs import figures_of_training, name_of, tell, write_response
+from freqprune.page import write_page
 from freqprune.pretrained import pretrained_path
 from freqprune.profiling import cost, latency_ms
 from freqprune.pruning import Material, Recipe, cut, plan_cut, step_amount
@@ -69,6 +71,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     check_optimizer("finetune", **plain(cfg.finetune))
     quiet()
     out = prepare_output(cfg)
+    rank_zero_only(runs.record)(out, cfg)
     if cfg.ckpt is not None:
         raise InputError(f"ckpt = {cfg.ckpt} is the network that prune.py prunes; to resume training use ckpt_path={cfg.ckpt}")
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -112,8 +115,9 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         "seconds": round(seconds, 2),
     }
     if trainer.is_global_zero:
-        report.write_metrics(out / "training.json", metrics)
+        runs.write_json(out / runs.TRAINING, metrics)
         figures_of_training(tagging, out)
+        write_page(out)
         total = sum(int(flags.sum()) for flags in tagging.latest.get("important", {}).values())
         report.show(
             f"trained {config['name']} for {metrics['epochs']} epochs in {seconds:.0f} s: validation {100 * metrics['val_accuracy']:.2f} %, "
@@ -142,6 +146,7 @@ def prune(cfg: DictConfig, dense: nn.Module | None = None, data: ImageData | Non
     check_exports(**plain(cfg.export))
     quiet()
     out = prepare_output(cfg)
+    runs.record(out, cfg)
     stimulus = Stimulus(**stimulus_arguments(cfg))
     stored = _network_to_prune(cfg, dense)
     net = stored.net
@@ -164,11 +169,12 @@ def prune(cfg: DictConfig, dense: nn.Module | None = None, data: ImageData | Non
     write_response(out, response, verdict, data.pixels("val", 1)[0], _by_class(cfg, net, data, stimulus))
     if recipe is None:
         run.latencies({"dense": net})
-        run.write()
+        run.finish()
         tell(cfg, run.metrics, out, f"{name_of(net)}, tagged and not pruned", verdict, device.type)
         return run.metrics, {"response": response, "verdict": verdict, "kept": {}, "net": net}
     small, kept = run.shrink(net, stored.kept, recipe, response)
     small = run.recover(net, small)
+    run.finish()
     run.tell(net, verdict)
     return run.metrics, {"response": response, "verdict": verdict, "kept": kept, "net": small}
 
@@ -217,7 +223,13 @@ class _Run:
         """Keep the network and the metrics as they are now."""
         if net is not None:
             save_pruned(self.out / "pruned.ckpt", net, self.kept, normalization_of(self.data))
-        report.write_metrics(self.out / "metrics.json", self.metrics)
+        runs.write_json(self.out / runs.METRICS, self.metrics)
+
+    def finish(self) -> None:
+        """Mark the run as complete and write its report."""
+        self.metrics["finished"] = True
+        self.write()
+        write_page(self.out)
 
     def shrink(self, net: nn.Module, earlier: dict[str, list[int]], recipe: Recipe, response: TagResponse) -> tuple[nn.Module, Kept]:
         """Cut in as many steps as asked for, each after tagging anew; returns the smaller network and its filters counted in `net`."""
@@ -242,6 +254,8 @@ class _Run:
         self.measure("pruned", small)
         self.latencies({"dense": net, "pruned": small})
         self.metrics["kept"] = report.kept_counts(ours)
+        title = f"Filters kept by {self.cfg.importance.criterion}"
+        figures.save(figures.kept_per_layer(self.metrics["kept"], widths, title), self.out / "figures" / "kept_per_layer.png")
         self.metrics["remarks"] = notes
         self.kept = of_the_dense(ours, earlier)
         self.write(small)
@@ -275,6 +289,7 @@ class _Run:
             report.show(f"{folder} is complete; its fine-tuning is not repeated")
         else:
             small = self.recover(net, small, last if last.is_file() else None)
+        self.finish()
         self.tell(net, None)
         return self.metrics, {"response": None, "verdict": None, "kept": {k: torch.tensor(v) for k, v in self.kept.items()}, "net": small}
 

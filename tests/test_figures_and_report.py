@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from freqprune import figures, report
+from freqprune import figures, report, runs
 from freqprune.importance import judge
 from freqprune.models import build_model
 from freqprune.response import TagResponse
@@ -102,7 +102,7 @@ def test_table_tells_the_changes() -> None:
 
 
 def test_metrics_appear_complete_or_not_at_all(tmp_path: Path) -> None:
-    report.write_metrics(tmp_path / "metrics.json", {"a": 1})
+    runs.write_json(tmp_path / "metrics.json", {"a": 1})
     with pytest.raises(TypeError):
-        report.write_metrics(tmp_path / "metrics.json", {"a": object()})
+        runs.write_json(tmp_path / "metrics.json", {"a": object()})
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"a": 1}
