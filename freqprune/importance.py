@@ -36,6 +36,7 @@ class Evidence:
         seed: for criteria that draw.
         graph: what depends on which filters, for criteria that look at more than a layer's own weights.
         moments: second moments of the inputs of the layers that read the filters, see `freqprune.moments.input_moments`.
+        gradients_at: second moments of the gradients at the outputs of those layers, see `freqprune.moments.output_gradients`.
         labelled: batches of network inputs and class labels, for criteria that need gradients or activations.
     """
 
@@ -45,6 +46,7 @@ class Evidence:
     seed: int = 0
     graph: ChannelGraph | None = None
     moments: Mapping[str, Tensor] | None = None
+    gradients_at: Mapping[str, Tensor] | None = None
     labelled: Sequence[tuple[Tensor, Tensor]] = ()
 
     def weight(self, layer: str) -> Tensor:
@@ -84,7 +86,7 @@ class Evidence:
 
 Criterion = Callable[[Evidence, str], Tensor]
 
-NEEDS = ("tags", "noise", "graph", "moments", "labels")
+NEEDS = ("tags", "noise", "graph", "moments", "gradients", "labels")
 
 
 @dataclass(frozen=True)
@@ -102,14 +104,16 @@ def criterion(name: str, *needs: str) -> Callable[[Criterion], Criterion]:
     Args:
         name: the name.
         needs: what it reads of the `Evidence` beside the network: ``"tags"`` (the response), ``"noise"`` (a response measured with noise),
-            ``"graph"``, ``"moments"``, ``"labels"``.
+            ``"graph"``, ``"moments"``, ``"gradients"`` (of the log-likelihood), ``"labels"``.
     """
     unknown = sorted(set(needs) - set(NEEDS))
     if unknown:
         raise InputError(f"criterion {name!r} needs {unknown[0]!r}, expected some of {', '.join(NEEDS)}")
 
     def register(score: Criterion) -> Criterion:
-        _CRITERIA[name] = _Entry(score, frozenset(needs) | ({"tags"} if "noise" in needs else set()) | ({"graph"} if "moments" in needs else set()))
+        implied = {"tags"} if "noise" in needs else set()
+        implied |= {"graph"} if {"moments", "gradients"} & set(needs) else set()
+        _CRITERIA[name] = _Entry(score, frozenset(needs) | implied)
         return score
 
     return register
@@ -145,6 +149,7 @@ def scores(name: str, evidence: Evidence, layers: Sequence[str]) -> dict[str, Te
         ("tags", evidence.response is not None, "reads the response to the tags: pass Evidence(response=tag(...))"),
         ("graph", evidence.graph is not None, "looks at all weights that go with a filter: pass Evidence(graph=ChannelGraph(model, example))"),
         ("moments", evidence.moments is not None, "reads what the next layers read: pass Evidence(moments=input_moments(...))"),
+        ("gradients", evidence.gradients_at is not None, "weighs them with gradients: pass Evidence(gradients_at=output_gradients(...))"),
         ("labels", bool(evidence.labelled), "reads labelled images: pass Evidence(labelled=[(images, labels), ...])"),
     ):
         if what in wanted and not there:
@@ -253,18 +258,32 @@ def activation_score(evidence: Evidence, layer: str) -> Tensor:
 @criterion("redundancy", "moments")
 def redundancy_score(evidence: Evidence, layer: str) -> Tensor:
     """What the other filters cannot make up for in the layers that read this one, see `freqprune.moments.elimination_errors`."""
+    return _elimination_errors(evidence, layer, None)
+
+
+@criterion("loss_redundancy", "moments", "gradients")
+def loss_redundancy_score(evidence: Evidence, layer: str) -> Tensor:
+    """What the network's log-likelihood loses with the filter that the others cannot make up for, in nats; compares across layers as it is.
+
+    The structured optimal brain surgeon (Hassibi & Stork 1993) with a Kronecker-factored Fisher matrix (Martens & Grosse 2015).
+    """
+    return _elimination_errors(evidence, layer, evidence.gradients_at)
+
+
+def _elimination_errors(evidence: Evidence, layer: str, gradients: Mapping[str, Tensor] | None) -> Tensor:
     assert evidence.graph is not None
     assert evidence.moments is not None
     modules = dict(evidence.model.named_modules())
     n_filters = evidence.graph.units[layer].n_filters
     readers = {}
     for reader in evidence.graph.units[layer].readers:
-        if reader not in evidence.moments:
-            raise InputError(f"no moments of {reader!r}, which reads the filters of {layer!r}; take them with input_moments")
+        for table, function in ((evidence.moments, "input_moments"), (gradients, "output_gradients")):
+            if table is not None and reader not in table:
+                raise InputError(f"no moments of {reader!r}, which reads the filters of {layer!r}; take them with {function}")
         channels = torch.tensor(evidence.graph.read_channels(layer, range(n_filters))[reader]).view(n_filters, -1)
         columns = torch.stack([columns_of(modules[reader], row.tolist()) for row in channels])
         readers[reader] = (evidence.model.get_parameter(f"{reader}.weight").detach().flatten(1).cpu(), evidence.moments[reader], columns)
-    return elimination_errors(readers)
+    return elimination_errors(readers, gradients)
 
 
 def _by_torch_pruning(evidence: Evidence, layer: str, importance: Callable[[Any], Any], order: int | None = None) -> Tensor:

@@ -69,6 +69,62 @@ def input_moments(model: nn.Module, layers: Sequence[str], batches: Iterable[Ten
     return {name: sums[name] / counts[name] for name in layers}
 
 
+def output_gradients(model: nn.Module, layers: Sequence[str], batches: Iterable[Tensor], seed: int = 0) -> dict[str, Tensor]:
+    """How much the network's answer depends on the outputs of its layers: second moments of the gradients of its log-likelihood.
+
+    With `input_moments` the Kronecker-factored Fisher matrix of the layer (Martens & Grosse 2015; of a convolution: Grosse & Martens 2016). No labels
+    are needed: they are drawn from what the network itself predicts.
+
+    Args:
+        model: a classifier; runs in eval mode, which is restored. Its parameters keep the gradients that they have.
+        layers: names of convolutions and linear layers.
+        batches: network inputs, e.g. tagged frames, ``(n_frames, n_channels, height, width)`` each.
+        seed: of the labels drawn.
+
+    Returns:
+        For each layer ``S = E[sum over positions of g g^T]``, float64 ``(n_outputs, n_outputs)``, with g the gradient with respect to the output at one
+        position.
+
+    Raises:
+        InputError: if a layer is not reached, or the network returns no logits.
+    """
+    modules = dict(model.named_modules())
+    outputs: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}
+    n_inputs = 0
+    generator = torch.Generator().manual_seed(seed)
+
+    def hook(name: str) -> Callable[..., Tensor]:
+        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            outputs[name] = output
+            # What follows may write in place.
+            return output.clone()
+
+        return after
+
+    with evaluating(model), torch.enable_grad(), hooked([(modules[name], None, hook(name)) for name in layers]):
+        for batch in batches:
+            outputs.clear()
+            # Frozen networks have no gradients unless the input asks for them.
+            logits = model(batch.detach().requires_grad_(True))
+            if not isinstance(logits, Tensor) or logits.dim() != 2:
+                raise InputError("the network must return logits, (n_images, n_classes), for gradients of its log-likelihood")
+            missing = [name for name in layers if name not in outputs]
+            if missing:
+                raise InputError(f"no gradients of {', '.join(missing)}: the forward does not reach them")
+            labels = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
+            gradients = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), list(outputs.values()))
+            for name, gradient in zip(outputs, gradients, strict=True):
+                # Channels of a convolution come second, features of a linear layer last.
+                g = (gradient.movedim(1, -1) if isinstance(modules[name], nn.Conv2d) else gradient).flatten(0, -2)
+                total = (g.T @ g).double().cpu()
+                sums[name] = sums[name] + total if name in sums else total
+            n_inputs += len(batch)
+    if not n_inputs:
+        raise InputError("no batch was given to take gradients of")
+    return {name: sums[name] / n_inputs for name in layers}
+
+
 def _patches(module: nn.Module, x: Tensor, n_positions: int | None, generator: torch.Generator) -> Tensor:
     """What a layer multiplies with its weights, ``(n_samples, n_values)``."""
     if isinstance(module, nn.Linear):
@@ -137,27 +193,34 @@ def _with_ridge(matrix: Tensor, n_values: int, ridge: float) -> Tensor:
     return matrix + torch.diag(lift)
 
 
-def elimination_errors(readers: Mapping[str, tuple[Tensor, Tensor, Tensor]], ridge: float = RIDGE) -> Tensor:
+def elimination_errors(readers: Mapping[str, tuple[Tensor, Tensor, Tensor]], gradients: Mapping[str, Tensor] | None = None, ridge: float = RIDGE) -> Tensor:
     """What each filter adds that the others cannot make up for, found by removing one after the other, the least missed first.
 
     The structured form of the optimal brain surgeon (Hassibi & Stork 1993). With ``H = G^-1``, removing filter c and letting the others make up
-    for it costs ``tr(W_c [H_cc]^-1 W_c^T)`` in the mean squared output of a layer that reads it; W and H are then updated.
+    for it costs ``tr(W_c [H_cc]^-1 W_c^T)`` in the mean squared output of a layer that reads it; W and H are then updated. With the gradients S of
+    `output_gradients` it is ``tr(S W_c [H_cc]^-1 W_c^T) / 2``: what the log-likelihood loses, to second order (K-FAC).
 
     Args:
         readers: for each layer that reads the filters its weight ``(n_outputs, n_values)``, its moments and the columns of each filter,
             ``(n_filters, n_columns)``.
+        gradients: for each reader S, ``(n_outputs, n_outputs)``, to weigh its outputs with.
         ridge: see `least_squares`.
 
     Returns:
-        Error over the variance of the layer's output, summed over the readers, ``(n_filters,)``; never below that of a filter removed before.
+        Error over the variance of the layer's output (with `gradients`: in nats), summed over the readers, ``(n_filters,)``; never below that of a
+        filter removed before.
     """
     states = []
-    for weight, moments, columns in readers.values():
+    for name, (weight, moments, columns) in readers.items():
         inverse = torch.linalg.inv(_with_ridge(moments, len(moments) - 1, ridge))
         w = torch.cat([weight.double(), weight.new_zeros(len(weight), 1).double()], dim=1)
         means = moments[:-1, -1]
         covariance = moments[:-1, :-1] - torch.outer(means, means)
         variance = (weight.double() @ covariance * weight.double()).sum().clamp(min=1e-30)
+        if gradients is not None:
+            eigenvalues, vectors = torch.linalg.eigh(gradients[name])
+            w = (vectors * eigenvalues.clamp(min=0).sqrt()).T @ w
+            variance = weight.new_tensor(2.0).double()
         states.append([w, inverse, columns, variance])
     n_filters = len(states[0][2])
     left = torch.arange(n_filters)

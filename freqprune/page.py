@@ -78,14 +78,14 @@ def _of_a_run(folder: Path) -> dict[str, Any]:
     done, tables = [], []
     model = settings["model"].get("name") or "The network"
     if training:
-        done.append(f"{model} was trained for {training['epochs']} epochs in {training['seconds']:.0f} s.")
+        done.append(f"{model} was trained for {_count(training['epochs'], 'epoch')} in {training['seconds']:.0f} s.")
         rows = [["validation", f"{100 * training['val_accuracy']:.2f}"], ["test", f"{100 * training['test_accuracy']:.2f}"]]
         tables.append({"caption": "After the last epoch of training", "header": ["images", "accuracy, %"], "rows": rows})
     if metrics:
         tags = settings["tagging"]
         freqs = " and ".join(f"{freq:g}" for freq in tags["tag_freqs"])
         frames = f"{tags['n_frames']} frames at {tags['frame_rate']:g} frames/s, pixel noise sd {tags['noise_std']:g}"
-        done.append(f"It was tagged at {freqs} Hz ({tags['parts']}), {frames}, {tags['n_images']} images.")
+        done.append(f"It was tagged at {freqs} Hz ({tags['parts']}), {frames}, {_count(tags['n_images'], 'image')}.")
         header, rows = stage_rows(metrics)
         tables.append({"caption": "Stages; changes are from the dense network. MACs are those of convolutions and linear layers for one image.",
                        "header": header, "rows": rows})  # fmt: skip
@@ -93,12 +93,16 @@ def _of_a_run(folder: Path) -> dict[str, Any]:
             cut = 100 * (1 - metrics["pruned"]["macs"] / metrics["dense"]["macs"])
             done.append(f"{cut:.1f} % of the MACs were cut; filters were kept by {settings['importance']['criterion']}.")
         if "finetuned" in metrics:
-            done.append(f"The smaller network was fine-tuned for {settings['finetune']['epochs']} epochs.")
+            done.append(f"The smaller network was fine-tuned for {_count(settings['finetune']['epochs'], 'epoch')}.")
     return {
         "title": f"{model}, seed {settings['seed']}" if model != "The network" else f"Run with seed {settings['seed']}",
         "done": " ".join(done), "notes": metrics.get("remarks", []), "tables": tables, "run": run,
         "settings": yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
     }  # fmt: skip
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def _figures(folder: Path) -> list[dict[str, str]]:

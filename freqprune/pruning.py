@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from freqprune.compensation import METHODS, compensate, readers_of
 from freqprune.errors import InputError, closest
 from freqprune.importance import Evidence, needs, scores
-from freqprune.moments import input_moments
+from freqprune.moments import input_moments, output_gradients
 from freqprune.response import TagResponse
 from freqprune.selection import Amount, Kept, remarks, select
 from freqprune.sites import pick_layers
@@ -159,12 +159,17 @@ def cut(
     if response is None and "tags" in wanted:
         images = material.images.to(device)
         response = tag(net, images, stimulus, mean=material.mean, std=material.std, seed=recipe.seed, progress=progress, **recipe.tagging)
-    moments = _moments(net, plan, chosen, material, recipe, stimulus) if recipe.needs_moments else None
+    readers = readers_of(plan.graph, chosen)
+    moments = gradients = None
+    if recipe.needs_moments:
+        moments = input_moments(net, readers, _calibration(net, material, recipe, stimulus), seed=recipe.seed)
+    if "gradients" in wanted:
+        gradients = output_gradients(net, readers, _calibration(net, material, recipe, stimulus), seed=recipe.seed)
     labelled = []
     if material.labelled is not None and "labels" in wanted:
         pixels, labels = material.labelled
         labelled = [(material.normalize(pixels.to(device)), labels.to(device))]
-    evidence = Evidence(net, response, recipe.components, recipe.seed, plan.graph, moments, labelled)
+    evidence = Evidence(net, response, recipe.components, recipe.seed, plan.graph, moments, gradients, labelled)
     found = scores(recipe.criterion, evidence, chosen)
     kept = select(found, recipe.amount, plan.macs)
     small = plan.apply(kept)
@@ -179,23 +184,19 @@ def cut(
     return Cut(small, kept, found, response, notes)
 
 
-def _moments(net: nn.Module, plan: Plan, chosen: Sequence[str], material: Material, recipe: Recipe, stimulus: Stimulus) -> dict[str, Tensor]:
+def _calibration(net: nn.Module, material: Material, recipe: Recipe, stimulus: Stimulus) -> Iterator[Tensor]:
+    """Batches of network inputs: tagged frames, or the images as they are."""
     if material.calibration is None:
         raise InputError("second moments need calibration images: pass Material(calibration=...)")
     device = next(net.parameters()).device
     generator = torch.Generator().manual_seed(recipe.seed)
     distinct, _ = stimulus.distinct_frames
-
-    def batches() -> Iterable[Tensor]:
-        assert material.calibration is not None
-        for images in material.calibration.split(32):
-            if recipe.calibrate_on == "frames":
-                # Other frames for every few images, so that all phases of the tags are seen.
-                which = distinct[torch.randperm(len(distinct), generator=generator)[: recipe.frames_an_image]].sort().values
-                images = stimulus.frames(images, which).flatten(0, 1)
-            yield material.normalize(images.to(device))
-
-    return input_moments(net, readers_of(plan.graph, chosen), batches(), seed=recipe.seed)
+    for images in material.calibration.split(32):
+        if recipe.calibrate_on == "frames":
+            # Other frames for every few images, so that all phases of the tags are seen.
+            which = distinct[torch.randperm(len(distinct), generator=generator)[: recipe.frames_an_image]].sort().values
+            images = stimulus.frames(images, which).flatten(0, 1)
+        yield material.normalize(images.to(device))
 
 
 def step_amount(amount: Amount, step: int, n_steps: int, left: float) -> Amount:

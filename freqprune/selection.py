@@ -15,7 +15,7 @@ from freqprune.errors import InputError
 Kept = dict[str, Tensor]
 """Filters kept a layer: sorted int64 indices into the dense layer."""
 
-SCOPES = ("global", "layer")
+SCOPES = ("global", "per_mac", "layer")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Amount:
         ratio: share of the filters to remove, in (0, 1).
         threshold: keep the filters that score above this.
         macs_cut: share of the network's MACs to remove, in (0, 1), met from above as closely as single filters allow.
-        scope: ``"global"``: rank the filters of all layers together; ``"layer"``: each layer gives the same share (for `macs_cut` too).
+        scope: ``"global"``: rank the filters of all layers together; ``"per_mac"``: rank them by score over the MACs that go with a filter of the layer;
+            ``"layer"``: each layer gives the same share (for `macs_cut` too).
         normalize: divide each layer's scores by their mean before ranking them together.
         min_filters: filters that every layer keeps at least.
         multiple_of: keep a multiple of so many filters in every layer that loses any, such as 8 for hardware that works in blocks. Ratio and
@@ -74,7 +75,7 @@ def select(scores: Mapping[str, Tensor], amount: Amount, macs: Callable[[Mapping
     Args:
         scores: one finite score a filter, ``(n_filters,)`` a layer, of all layers that may lose filters.
         amount: how much to remove.
-        macs: MACs of the network for given numbers of kept filters; needed for `Amount.macs_cut`.
+        macs: MACs of the network for given numbers of kept filters; needed for `Amount.macs_cut` and ``scope="per_mac"``.
 
     Returns:
         Kept filters of every layer in `scores`.
@@ -89,7 +90,9 @@ def select(scores: Mapping[str, Tensor], amount: Amount, macs: Callable[[Mapping
             raise InputError(f"scores of {layer!r} must be finite and of shape (n_filters,), got {tuple(score.shape)}")
     if amount.threshold is not None:
         return _above(scores, amount)
-    blocks = _ranking(scores, amount)
+    if macs is None and (amount.macs_cut is not None or amount.scope == "per_mac"):
+        raise InputError("macs_cut and scope=per_mac need the function macs, which counts the MACs for given widths (freqprune.surgery.Plan.macs)")
+    blocks = _ranking(scores, amount, _macs_a_filter(scores, macs) if amount.scope == "per_mac" and macs is not None else None)
     total = sum(map(len, scores.values()))
     if not blocks:
         raise InputError(
@@ -108,8 +111,7 @@ def select(scores: Mapping[str, Tensor], amount: Amount, macs: Callable[[Mapping
             raise InputError(f"pruning.ratio = {amount.ratio} of {total} filters removes nothing; use at least {least / total:.2g}")
         return _without(scores, removed)
     assert amount.macs_cut is not None
-    if macs is None:
-        raise InputError("macs_cut needs the function macs, which counts the MACs for given widths (freqprune.surgery.Plan.macs)")
+    assert macs is not None
     return _to_macs(scores, blocks, amount.macs_cut, macs)
 
 
@@ -159,7 +161,13 @@ class _Block:
     filters: list[int]
 
 
-def _ranking(scores: Mapping[str, Tensor], amount: Amount) -> list[_Block]:
+def _macs_a_filter(scores: Mapping[str, Tensor], macs: Callable[[Mapping[str, int]], float]) -> dict[str, float]:
+    """MACs that the dense network saves with the first filter of each layer."""
+    dense = {layer: len(score) for layer, score in scores.items()}
+    return {layer: macs(dense) - macs({**dense, layer: width - 1}) if width > 1 else macs(dense) for layer, width in dense.items()}
+
+
+def _ranking(scores: Mapping[str, Tensor], amount: Amount, macs: Mapping[str, float] | None = None) -> list[_Block]:
     """Blocks of filters (single ones, unless widths have to be multiples) in the order in which they go, floors respected."""
     blocks = []
     step = amount.multiple_of
@@ -169,13 +177,15 @@ def _ranking(scores: Mapping[str, Tensor], amount: Amount) -> list[_Block]:
         if amount.normalize:
             mean = values.abs().mean()
             values = values / mean if mean > 0 else values
+        if macs is not None:
+            values = values / max(macs[layer], 1.0)
         ascending = values.argsort(stable=True)
         floor = -(-amount.min_filters // step) * step
         # Dense width first, then the multiples below it.
         widths = [n_filters, *range((n_filters - 1) // step * step, floor - 1, -step)]
         for number, (wide, narrow) in enumerate(pairwise(widths)):
             filters = ascending[n_filters - wide : n_filters - narrow]
-            key = float(values[filters].mean()) if amount.scope == "global" else (n_filters - narrow) / n_filters
+            key = float(values[filters].mean()) if amount.scope != "layer" else (n_filters - narrow) / n_filters
             blocks.append(_Block(key, position, number, layer, filters.tolist()))
     return sorted(blocks, key=lambda block: (block.key, block.position, block.number))
 

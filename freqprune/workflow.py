@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,10 @@ class _Run:
         """Mark the run as complete and write its report."""
         self.metrics["finished"] = True
         self.write()
+        if "pruned" in self.metrics:
+            point = {stage: (100 * self.metrics[stage]["test_accuracy"], math.nan) for stage in report.STAGES if stage in self.metrics}
+            point["cut"] = (100 * (1 - self.metrics["pruned"]["macs"] / self.metrics["dense"]["macs"]), math.nan)
+            figures.save(figures.accuracy_over_cut({self.cfg.importance.criterion: [point]}), self.out / "figures" / "accuracy_over_cut.png")
         write_page(self.out)
 
     def shrink(self, net: nn.Module, earlier: dict[str, list[int]], recipe: Recipe, response: TagResponse) -> tuple[nn.Module, Kept]:

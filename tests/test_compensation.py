@@ -12,7 +12,7 @@ from freqprune.errors import InputError
 from freqprune.graph import ChannelGraph
 from freqprune.importance import Evidence, scores
 from freqprune.models import build_model
-from freqprune.moments import columns_of, elimination_errors, input_moments, least_squares, mean_response
+from freqprune.moments import columns_of, elimination_errors, input_moments, least_squares, mean_response, output_gradients
 from freqprune.surgery import Plan
 
 X = torch.rand(6, 3, 10, 10)
@@ -216,3 +216,58 @@ def test_readers_are_layers_with_weights() -> None:
     graph = ChannelGraph(build_model({"name": "resnet8"}), torch.rand(1, 3, 8, 8))
     assert readers_of(graph, ["conv1"]) == ["layer1.0.conv1", "layer2.0.conv1"]
     assert copy.deepcopy(graph.units["conv1"]).members == ("conv1", "layer1.0.conv2")
+
+
+@pytest.mark.parametrize("layer", ["conv2", "linear"])
+def test_output_gradients_against_the_exact_fisher(layer: str) -> None:
+    """Many draws of the labels come to the expectation over them, computed class by class."""
+    net = Chain().eval().requires_grad_(False)
+    x = X[:3]
+    module = net.get_submodule(layer)
+    expected = torch.zeros(module.weight.shape[0], module.weight.shape[0], dtype=torch.float64)
+    caught: list[torch.Tensor] = []
+    handle = module.register_forward_hook(lambda module, args, output: caught.append(output))
+    for image in x:
+        caught.clear()
+        log_p = net(image[None].requires_grad_(True)).log_softmax(1)[0]
+        for value in log_p:
+            (g,) = torch.autograd.grad(value, caught[-1], retain_graph=True)
+            g = g[0].flatten(1).double() if g.dim() == 4 else g.T.double()
+            assert g.shape[0] == len(expected)
+            expected += float(value.detach().exp()) * (g @ g.T) / len(x)
+    handle.remove()
+    found = output_gradients(net, [layer], [x.repeat(300, 1, 1, 1)] * 5)[layer]
+    assert float((found - expected).norm() / expected.norm()) < 0.05
+    assert not any(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_gradients_that_do_not_arrive_are_said() -> None:
+    net = Chain().eval()
+    net.unused = torch.nn.Conv2d(3, 3, 1)
+    with pytest.raises(InputError, match="no gradients of unused: the forward does not reach them"):
+        output_gradients(net, ["unused"], [X[:1]])
+    with pytest.raises(InputError, match="no batch was given"):
+        output_gradients(net, ["conv2"], [])
+    with pytest.raises(InputError, match="must return logits"):
+        output_gradients(net.conv1, [""], [X[:1]])
+
+
+def test_loss_redundancy_spares_what_the_answer_depends_on() -> None:
+    """Two filters that nothing replaces; the class scores do not read what one of them feeds."""
+    net = Chain(padding=1).eval()
+    with torch.no_grad():
+        # conv2's second half reads filter 0 only and is not read itself.
+        half = net.conv2.out_channels // 2
+        net.conv2.weight[:half, 0] = 0
+        net.conv2.weight[half:, 1:] = 0
+        net.linear.weight[:, half:] = 0
+    plan = Plan(net, X)
+    readers = readers_of(plan.graph, ["conv1"])
+    moments, gradients = input_moments(net, readers, [X], n_positions=None), output_gradients(net, readers, [X])
+    evidence = Evidence(net, graph=plan.graph, moments=moments, gradients_at=gradients)
+    by_loss, by_output = (scores(name, evidence, ["conv1"])["conv1"] for name in ("loss_redundancy", "redundancy"))
+    assert int(by_loss.argmin()) == 0
+    assert float(by_loss[0]) < 1e-6 * float(by_loss.median())
+    assert int(by_output.argmin()) != 0
+    with pytest.raises(InputError, match=r"gradients_at=output_gradients"):
+        scores("loss_redundancy", Evidence(net, graph=plan.graph, moments=moments), ["conv1"])

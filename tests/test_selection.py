@@ -74,7 +74,7 @@ def test_macs_cut_is_the_smallest_that_reaches_the_target(cut: float, scope: str
 def test_macs_cut_out_of_reach_and_without_a_cost() -> None:
     with pytest.raises(InputError, match=r"cannot be reached: with every layer at pruning.min_filters the cut is 0.558"):
         select(SCORES, Amount(macs_cut=0.9), macs)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="macs_cut needs the function macs"):
+    with pytest.raises(InputError, match="need the function macs"):
         select(SCORES, Amount(macs_cut=0.5))
 
 
@@ -86,7 +86,7 @@ def test_macs_cut_out_of_reach_and_without_a_cost() -> None:
         ({"ratio": 0.0}, r"between 0 \(removes nothing\)"),
         ({"ratio": 1.0}, r"1 \(removes everything\)"),
         ({"macs_cut": 1.2}, "pruning.macs_cut must lie"),
-        ({"ratio": 0.5, "scope": "net"}, "scope must be one of global, layer"),
+        ({"ratio": 0.5, "scope": "net"}, "scope must be one of global, per_mac, layer"),
         ({"ratio": 0.5, "min_filters": 0}, "min_filters must be at least 1"),
         ({"threshold": 1.0, "normalize": True}, "cannot be combined"),
     ],
@@ -148,3 +148,18 @@ def test_multiples_refuse() -> None:
         select(SCORES, Amount(ratio=0.5, multiple_of=16))
     with pytest.raises(InputError, match=r"removes nothing; use at least 0\.2"):
         select(SCORES, Amount(ratio=0.1, multiple_of=2))
+
+
+def test_per_mac_takes_what_is_cheap_to_lose() -> None:
+    """The same scores, but a filter of `wide` saves ten times the MACs: its filters go first until they are worth ten times more."""
+    scores = {"wide": torch.tensor([1.0, 2.0, 50.0]), "narrow": torch.tensor([1.0, 2.0, 3.0])}
+
+    def macs(widths: dict[str, int]) -> float:
+        return 10.0 * widths["wide"] + widths["narrow"]
+
+    kept = select(scores, Amount(macs_cut=0.6, scope="per_mac"), macs)
+    assert {layer: indices.tolist() for layer, indices in kept.items()} == {"wide": [2], "narrow": [0, 1, 2]}
+    by_ratio = select(scores, Amount(ratio=0.5, scope="per_mac"), macs)
+    assert {layer: indices.tolist() for layer, indices in by_ratio.items()} == {"wide": [2], "narrow": [1, 2]}
+    with pytest.raises(InputError, match="need the function macs"):
+        select(scores, Amount(ratio=0.5, scope="per_mac"))

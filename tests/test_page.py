@@ -1,0 +1,73 @@
+"""The report, opened in a browser: nothing missing, nothing from elsewhere, no sideways scrolling."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from freqprune import figures
+from freqprune.page import SweepPage, write_page
+from freqprune.runs import write_json
+
+BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+
+# Put into a copy of the page: what a reader would see, as JSON in an attribute.
+PROBE = """<script>addEventListener("load", () => document.body.dataset.seen = JSON.stringify({
+  images: [...document.images].map(i => i.complete && i.naturalWidth > 0),
+  wide: document.documentElement.scrollWidth - innerWidth, title: document.title, command: document.querySelector("pre.command")?.textContent }))</script>"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    settings = {
+        "seed": 3, "model": {"name": "resnet8"}, "importance": {"criterion": "snr"}, "finetune": {"epochs": 1}, "data": {"root": "<b>&"},
+        "tagging": {"tag_freqs": [6.0, 7.5], "parts": "halves", "n_frames": 240, "frame_rate": 120.0, "noise_std": 0.02, "n_images": 4},
+    }  # fmt: skip
+    machine = {"system": "Linux", "processor": "x86_64", "cores": 2}
+    write_json(tmp_path / "run.json", {"command": "python prune.py data.root='<b>&'", "settings": settings, "versions": {"torch": "2"}, "machine": machine})
+    sizes = {"file_bytes": 1000, "memory_bytes": {"64": 2e6}, "latency_ms": {"1": 1.0, "64": 5.0}}
+    dense, pruned = {"test_accuracy": 0.9, "macs": 200, "params": 100, **sizes}, {"test_accuracy": 0.1, "macs": 100, "params": 50, **sizes}
+    write_json(tmp_path / "metrics.json", {"dense": dense, "pruned": pruned, "finetuned": {"test_accuracy": 0.8}, "remarks": ["1 of 3 layers <is> whole"]})
+    figures.save(figures.kept_per_layer({"a": 3, "b": 4}, {"a": 6, "b": 8}), tmp_path / "figures" / "kept_per_layer.png")
+    figures.save(figures.kept_per_layer({"a": 3, "b": 4}, {"a": 6, "b": 8}), tmp_path / "figures" / "spectra_layer1.png")
+    return tmp_path
+
+
+def test_page_tells_what_was_done(run: Path) -> None:
+    text = write_page(run).read_text()
+    assert "50.0 % of the MACs were cut; filters were kept by snr. The smaller network was fine-tuned for 1 epoch." in text
+    assert "It was tagged at 6 and 7.5 Hz (halves), 240 frames at 120 frames/s, pixel noise sd 0.02, 4 images." in text
+    assert "python prune.py data.root=&#39;&lt;b&gt;&amp;&#39;" in text
+    assert "1 of 3 layers &lt;is&gt; whole" in text
+    assert text.count("<img ") == 2
+    # Self-contained: no address but those inside the file.
+    assert not re.findall(r"""(?:src|href)=["'](?!data:)""", text)
+    assert "http" not in text
+    assert "<script" not in text
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on the path")
+@pytest.mark.parametrize("width", [1280, 500])
+@pytest.mark.parametrize("kind", ["run", "sweep"])
+def test_page_in_a_browser(run: Path, kind: str, width: int) -> None:
+    rows = [["snr", "2", *["81.00 ± 1.41"] * 7], ["group_l2", "2", *["80.00 ± 1.41"] * 7]]
+    missing = [["2", "failed", "importance=l2, seed=0", "pruning.macs_cut cannot be reached " * 5]]
+    page = write_page(run, SweepPage(["multirun/prune/x"], 5, ["importance", "seeds", *["dense, %"] * 7], rows, missing) if kind == "sweep" else None)
+    probed = run / "probed.html"
+    probed.write_text(page.read_text().replace("</body>", PROBE + "</body>"))
+    assert BROWSER is not None
+    done = subprocess.run(
+        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={run / 'profile'}", f"--window-size={width},900", "--enable-logging=stderr",
+         "--v=0", "--dump-dom", probed.as_uri()],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    seen = json.loads(re.search(r'data-seen="([^"]*)"', done.stdout)[1].replace("&quot;", '"').replace("&amp;", "&"))  # type: ignore[index]
+    assert seen["images"] == [True, True]
+    assert seen["wide"] <= 0
+    assert seen["title"].endswith("· freqprune")
+    if kind == "run":
+        assert seen["command"] == "python prune.py data.root='<b>&'".replace("<", "&lt;").replace(">", "&gt;")
+    assert "CONSOLE" not in done.stderr
