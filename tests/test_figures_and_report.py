@@ -106,3 +106,32 @@ def test_metrics_appear_complete_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         runs.write_json(tmp_path / "metrics.json", {"a": object()})
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"a": 1}
+
+
+def test_rank_agreement_with_the_last_epoch(tmp_path: Path) -> None:
+    rows = ["epoch,layer,filter,score,amplitude_f1"]
+    for epoch, a, b in ((0, [3, 2, 1], [1, 1, 1]), (4, [1, 3, 2], [1, 2, "nan"]), (9, [1, 2, 3], [1, 2, 0])):
+        rows += [f"{epoch},{layer},{i},{value},0" for layer, values in (("a", a), ("b", b)) for i, value in enumerate(values)]
+    (tmp_path / "importance.csv").write_text("\n".join(rows) + "\n")
+    found = report.rank_agreement(tmp_path / "importance.csv")
+    assert found[0]["a"] == pytest.approx(-1)
+    assert found[4] == pytest.approx({"a": 0.5, "b": 1.0})
+    assert found[9] == pytest.approx({"a": 1.0, "b": 1.0})
+    assert found[0]["b"] != found[0]["b"]  # all equal: no ranking
+    assert all(value != value for value in report.rank_agreement(tmp_path / "importance.csv", "amplitude_f1")[9].values())
+
+
+def test_figures_of_runs_and_sweeps_draw_what_they_are_given() -> None:
+    point = {"cut": (50.0, 0.1), "dense": (92.0, 0.0), "pruned": (20.0, 1.0), "finetuned": (90.0, 0.5)}
+    lines = {"snr": [point, {**point, "cut": (30.0, float("nan")), "finetuned": (91.0, float("nan"))}], "l2": [point]}
+    figure = figures.accuracy_over_cut(lines)
+    (axis,) = figure.axes
+    solid = [container.lines[0] for container in axis.containers if container.lines[0].get_linestyle() == "-"]
+    assert [line.get_xydata().tolist() for line in solid] == [[[30.0, 91.0], [50.0, 90.0]], [[50.0, 90.0]]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["snr", "l2"]
+    assert not overlaps(figure)
+    bars = figures.kept_per_layer({"a": 3, "b": 4}, {"a": 6, "b": 8, "unpruned": 9}).axes[0].containers
+    assert [[bar.get_height() for bar in group] for group in bars] == [[6, 8], [3, 4]]
+    curves = figures.training_curves({"train/loss": [(0, 2.0), (1, 1.0)], "val/accuracy": [(0, 0.25)]})
+    assert curves.axes[0].lines[0].get_xydata().tolist() == [[1, 2.0], [2, 1.0]]
+    assert curves.axes[1].lines[1].get_xydata().tolist() == [[1, 25.0]]
