@@ -104,7 +104,7 @@ def criterion(name: str, *needs: str) -> Callable[[Criterion], Criterion]:
     Args:
         name: the name.
         needs: what it reads of the `Evidence` beside the network: ``"tags"`` (the response), ``"noise"`` (a response measured with noise),
-            ``"graph"``, ``"moments"``, ``"gradients"`` (of the log-likelihood), ``"labels"``.
+            ``"graph"``, ``"moments"``, ``"gradients"`` (of the logits), ``"labels"``.
     """
     unknown = sorted(set(needs) - set(NEEDS))
     if unknown:
@@ -261,11 +261,11 @@ def redundancy_score(evidence: Evidence, layer: str) -> Tensor:
     return _elimination_errors(evidence, layer, None)
 
 
-@criterion("loss_redundancy", "moments", "gradients")
-def loss_redundancy_score(evidence: Evidence, layer: str) -> Tensor:
-    """What the network's log-likelihood loses with the filter that the others cannot make up for, in nats; compares across layers as it is.
+@criterion("logit_redundancy", "moments", "gradients")
+def logit_redundancy_score(evidence: Evidence, layer: str) -> Tensor:
+    """How far the logits move without the filter although the others make up for it, squared; compares across layers as it is.
 
-    The structured optimal brain surgeon (Hassibi & Stork 1993) with a Kronecker-factored Fisher matrix (Martens & Grosse 2015).
+    The structured optimal brain surgeon (Hassibi & Stork 1993) with a Kronecker-factored Gauss-Newton matrix (Martens & Grosse 2015).
     """
     return _elimination_errors(evidence, layer, evidence.gradients_at)
 

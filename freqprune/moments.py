@@ -70,20 +70,20 @@ def input_moments(model: nn.Module, layers: Sequence[str], batches: Iterable[Ten
 
 
 def output_gradients(model: nn.Module, layers: Sequence[str], batches: Iterable[Tensor], seed: int = 0) -> dict[str, Tensor]:
-    """How much the network's answer depends on the outputs of its layers: second moments of the gradients of its log-likelihood.
+    """How much the network's answer depends on the outputs of its layers: second moments of the gradients of its logits.
 
-    With `input_moments` the Kronecker-factored Fisher matrix of the layer (Martens & Grosse 2015; of a convolution: Grosse & Martens 2016). No labels
-    are needed: they are drawn from what the network itself predicts.
+    With `input_moments` the Kronecker-factored Gauss-Newton matrix of the layer (Martens & Grosse 2015; of a convolution: Grosse & Martens 2016) for
+    the squared change of the logits. No labels are needed, and no image counts for less because the network is sure of it.
 
     Args:
         model: a classifier; runs in eval mode, which is restored. Its parameters keep the gradients that they have.
         layers: names of convolutions and linear layers.
         batches: network inputs, e.g. tagged frames, ``(n_frames, n_channels, height, width)`` each.
-        seed: of the labels drawn.
+        seed: of the random sums of logits that are differentiated, one an input, which estimates the sum over all logits without bias.
 
     Returns:
-        For each layer ``S = E[sum over positions of g g^T]``, float64 ``(n_outputs, n_outputs)``, with g the gradient with respect to the output at one
-        position.
+        For each layer ``S = E[sum over logits and positions of g g^T]``, float64 ``(n_outputs, n_outputs)``, with g the gradient of a logit with respect
+        to the output at one position.
 
     Raises:
         InputError: if a layer is not reached, or the network returns no logits.
@@ -108,12 +108,12 @@ def output_gradients(model: nn.Module, layers: Sequence[str], batches: Iterable[
             # Frozen networks have no gradients unless the input asks for them.
             logits = model(batch.detach().requires_grad_(True))
             if not isinstance(logits, Tensor) or logits.dim() != 2:
-                raise InputError("the network must return logits, (n_images, n_classes), for gradients of its log-likelihood")
+                raise InputError("the network must return logits, (n_images, n_classes), to take gradients of")
             missing = [name for name in layers if name not in outputs]
             if missing:
                 raise InputError(f"no gradients of {', '.join(missing)}: the forward does not reach them")
-            labels = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
-            gradients = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), list(outputs.values()))
+            direction = torch.randn(logits.shape, generator=generator).to(logits)
+            gradients = torch.autograd.grad((logits * direction).sum(), list(outputs.values()))
             for name, gradient in zip(outputs, gradients, strict=True):
                 # Channels of a convolution come second, features of a linear layer last.
                 g = (gradient.movedim(1, -1) if isinstance(modules[name], nn.Conv2d) else gradient).flatten(0, -2)
@@ -198,7 +198,7 @@ def elimination_errors(readers: Mapping[str, tuple[Tensor, Tensor, Tensor]], gra
 
     The structured form of the optimal brain surgeon (Hassibi & Stork 1993). With ``H = G^-1``, removing filter c and letting the others make up
     for it costs ``tr(W_c [H_cc]^-1 W_c^T)`` in the mean squared output of a layer that reads it; W and H are then updated. With the gradients S of
-    `output_gradients` it is ``tr(S W_c [H_cc]^-1 W_c^T) / 2``: what the log-likelihood loses, to second order (K-FAC).
+    `output_gradients` it is ``tr(S W_c [H_cc]^-1 W_c^T)``: the squared change of the logits, to first order in the outputs.
 
     Args:
         readers: for each layer that reads the filters its weight ``(n_outputs, n_values)``, its moments and the columns of each filter,
@@ -207,7 +207,7 @@ def elimination_errors(readers: Mapping[str, tuple[Tensor, Tensor, Tensor]], gra
         ridge: see `least_squares`.
 
     Returns:
-        Error over the variance of the layer's output (with `gradients`: in nats), summed over the readers, ``(n_filters,)``; never below that of a
+        Error over the variance of the layer's output (with `gradients`: in squared logits), summed over the readers, ``(n_filters,)``; never below that of a
         filter removed before.
     """
     states = []
@@ -220,7 +220,7 @@ def elimination_errors(readers: Mapping[str, tuple[Tensor, Tensor, Tensor]], gra
         if gradients is not None:
             eigenvalues, vectors = torch.linalg.eigh(gradients[name])
             w = (vectors * eigenvalues.clamp(min=0).sqrt()).T @ w
-            variance = weight.new_tensor(2.0).double()
+            variance = torch.ones((), dtype=torch.float64)
         states.append([w, inverse, columns, variance])
     n_filters = len(states[0][2])
     left = torch.arange(n_filters)
