@@ -8,7 +8,7 @@ from freqprune.errors import InputError
 from freqprune.graph import ChannelGraph
 from freqprune.importance import Evidence, TagImportance, criterion, criterion_names, judge, scores
 from freqprune.models import build_model
-from freqprune.moments import input_moments
+from freqprune.moments import input_moments, output_gradients
 from freqprune.surgery import CUSTOM_PRUNERS
 from freqprune.tagging import tag
 from tests.test_tagging import WHITE, Affine
@@ -47,7 +47,9 @@ def test_every_criterion_scores_every_filter(name: str, images: Tensor) -> None:
         nn.init.uniform_(norm.weight, 0.5, 1.5)
     graph = ChannelGraph(net, images)
     moments = input_moments(net, readers_of(graph, layers), [images])
-    table = scores(name, Evidence(net, response, graph=graph, moments=moments, labelled=[(images, torch.tensor([0, 1, 2, 3]))]), layers)
+    gradients = output_gradients(net, readers_of(graph, layers), [images])
+    labelled = [(images, torch.tensor([0, 1, 2, 3]))]
+    table = scores(name, Evidence(net, response, graph=graph, moments=moments, gradients_at=gradients, labelled=labelled), layers)
     assert {layer: score.shape for layer, score in table.items()} == {"layer1.0.conv1": (16,), "layer3.0.conv1": (64,)}
     assert all(score.isfinite().all() and score.dtype == torch.float64 for score in table.values())
     assert len(torch.unique(table["layer3.0.conv1"])) > 32

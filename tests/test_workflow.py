@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     return out, metrics
 
 
+def check_page(out: Path) -> None:
+    """The report shows every figure, the settings and the versions."""
+    text = (out / "report.html").read_text()
+    assert text.count("<img ") == len(list((out / "figures").glob("*.png")))
+    assert f"torch {version('torch')}" in text
+    assert "tag_freqs:" in text
+    settings = json.loads((out / "run.json").read_text())["settings"]
+    assert settings["tagging"]["tag_freqs"] == [6.0, 7.5]
+    assert str(out) not in json.dumps(settings["callbacks"])
+
+
 def test_train_writes_what_it_says(trained: tuple[Path, dict[str, Any]]) -> None:
     out, metrics = trained
     assert json.loads((out / "training.json").read_text()) == metrics
@@ -54,7 +66,12 @@ def test_train_writes_what_it_says(trained: tuple[Path, dict[str, Any]]) -> None
     with (out / "importance.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == sum(m.out_channels for m in build_model({"name": "resnet8"}).modules() if isinstance(m, torch.nn.Conv2d))
-    assert {path.name for path in (out / "figures").iterdir()} == {"important_last_epoch.png", "important_over_epochs.png"}
+    assert {path.name for path in (out / "figures").iterdir()} == {
+        "important_last_epoch.png",
+        "important_over_epochs.png",
+        "training_curves.png",
+    }
+    check_page(out)
 
 
 def test_resume_continues_to_the_last_epoch(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -73,7 +90,7 @@ def pruned(trained: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPa
 def test_prune_writes_what_it_says(pruned: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
     out, metrics, objects = pruned
     assert json.loads((out / "metrics.json").read_text()) == metrics
-    assert set(metrics) == {"dense", "pruned", "recalibrated", "finetuned", "kept", "remarks"}
+    assert set(metrics) == {"dense", "pruned", "recalibrated", "finetuned", "kept", "remarks", "finished"}
     assert set(metrics["dense"]) == set(metrics["pruned"]) == {"test_accuracy", "macs", "params", "file_bytes", "memory_bytes", "latency_ms"}
     assert set(metrics["recalibrated"]) == set(metrics["finetuned"]) == {"test_accuracy"}
     x = torch.rand(2, 3, 32, 32)
@@ -88,8 +105,9 @@ def test_prune_writes_what_it_says(pruned: tuple[Path, dict[str, Any], dict[str,
     names = {path.name for path in (out / "figures").iterdir()}
     assert names == {
         "stimulus.png", "snr_bins.png", "spectra_layer1.png", f"spectra_layer{min(10, len(objects['response'].layers))}.png", "important_filters.png",
-        "part_preference.png", "integration.png",
+        "part_preference.png", "integration.png", "kept_per_layer.png", "accuracy_over_cut.png",
     }  # fmt: skip
+    check_page(out)
 
 
 def test_filters_csv_holds_every_filter_and_component(pruned: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
@@ -109,7 +127,7 @@ def test_removes_the_filters_with_the_lowest_snr(trained: tuple[Path, dict[str, 
     ckpt = trained[0] / "checkpoints" / "last.ckpt"
     cfg = config("prune", tmp_path, "model=auto", f"ckpt={ckpt}", "pruning.ratio=0.5", "finetune.epochs=0", "pruning.bn_images=0")
     metrics, objects = workflow.prune(cfg)
-    assert set(metrics) == {"dense", "pruned", "kept", "remarks"}
+    assert set(metrics) == {"dense", "pruned", "kept", "remarks", "finished"}
     for layer, kept in objects["kept"].items():
         snr = objects["response"].snr(layer).nan_to_num(0).mean(-1)
         assert kept.tolist() == sorted(snr.argsort(descending=True)[: len(snr) // 2].tolist())
@@ -133,7 +151,8 @@ def test_pruning_none_only_tags_and_tests(trained: tuple[Path, dict[str, Any]], 
     assert {row["group"] for row in rows} == {"all", *map(str, range(10))}
     first = next(row for row in rows if (row["group"], row["layer"], row["filter"]) == ("all", "conv1", "2"))
     assert float(first["part_preference"]) == pytest.approx(objects["response"].part_preference("conv1")[2].item(), rel=1e-4)
-    assert set(metrics) == {"dense"}
+    assert set(metrics) == {"dense", "finished"}
+    check_page(tmp_path)
     assert metrics["dense"]["test_accuracy"] == pytest.approx(trained[1]["test_accuracy"])
     assert not (tmp_path / "pruned.ckpt").exists()
     assert (tmp_path / "filters.csv").exists()
