@@ -28,7 +28,7 @@ from freqprune import Stimulus, build_model, tag
 from freqprune.cli import keep_freed_memory
 from freqprune.recording import Recorder
 from freqprune.sites import find_sites
-from freqprune.tagging import frames_that_fit
+from freqprune.tagging import HALF, frames_that_fit
 
 
 def network() -> torch.nn.Module:
@@ -42,9 +42,13 @@ def seconds(job: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def bare(net: torch.nn.Module, images: Tensor, stimulus: Stimulus) -> None:
+def autocast(half: str | None) -> torch.autocast:
+    return torch.autocast("cpu", dtype=getattr(torch, half or "bfloat16"), enabled=half is not None)
+
+
+def bare(net: torch.nn.Module, images: list[Tensor], half: str | None) -> None:
     """The distinct frames, rendered beforehand, through the network and nothing else."""
-    with torch.inference_mode():
+    with torch.inference_mode(), autocast(half):
         for batch in images:
             net(batch)
 
@@ -71,8 +75,9 @@ def peak_memory(n_images: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="write the figures here")
-    parser.add_argument("--images", type=int, default=24, help="images a repeat")
+    parser.add_argument("--images", type=int, default=100, help="images a repeat; 100 are the default of tagging")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--half", choices=HALF, help="run tag and the bare forward in half precision; one frame a call stays in float32")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     keep_freed_memory()  # as train.py and prune.py do
@@ -87,15 +92,19 @@ def main() -> None:
     first, _ = stimulus.distinct_frames
     step = max(1, frames_that_fit(images[0].numel(), images.device) // len(first))
     rendered = [stimulus.frames(chunk, first).flatten(0, 1).contiguous(memory_format=torch.channels_last) for chunk in images.split(step)]
-    jobs = {"tag": lambda: tag(net, images, stimulus, noise_std=0.0), "bare": lambda: bare(net, rendered, stimulus)}
+    jobs: dict[str, Callable[[], object]] = {
+        "tag": lambda: tag(net, images, stimulus, noise_std=0.0, half=options.half),
+        "bare": lambda: bare(net, rendered, options.half),
+        "frame_by_frame": lambda: frame_by_frame(net, images[0], stimulus),
+    }
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for repeat in range(options.repeats + 1):
         for name, job in jobs.items():
             spent = seconds(job)
             if repeat:
                 times[name].append(spent)
-    slow = statistics.median(seconds(lambda: frame_by_frame(net, images[0], stimulus)) for _ in range(3))
     median = {name: statistics.median(values) for name, values in times.items()}
+    slow = median.pop("frame_by_frame")
     memory = {n: peak_memory(n) for n in (100, 1000)}
     figures = {
         "over_bare": round(median["tag"] / median["bare"], 3),
@@ -106,6 +115,7 @@ def main() -> None:
         "distinct_frames": len(first),
         "images": len(images),
         "repeats": options.repeats,
+        "half": options.half,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "processor": platform.processor() or platform.machine(),
