@@ -67,6 +67,8 @@ class ImportanceSchema:
     alpha: float = MISSING
     threshold: float | None = None
     labelled_images: int = MISSING
+    scope: str = MISSING
+    compensation: str = MISSING
 
 
 @dataclass

@@ -241,40 +241,47 @@ def kept_per_layer(kept: Mapping[str, int], widths: Mapping[str, int], title: st
 
 
 def accuracy_over_cut(lines: Mapping[str, Sequence[Mapping[str, tuple[float, float]]]]) -> Figure:
-    """Test accuracy over the share of MACs removed, one line a method; before fine-tuning open and dashed.
+    """Test accuracy over the share of MACs removed, one line a method; left before fine-tuning, right after it, as far as they were measured.
 
     Args:
         lines: for each method its points: mean and standard deviation (NaN for a single run) by name, in per cent: ``cut``, ``dense``, and
-            ``pruned``, ``recalibrated`` or ``finetuned`` as far as they were measured.
+            ``pruned``, ``recalibrated`` (which then stands for ``pruned``) or ``finetuned``.
     """
-    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
-    axis = figure.subplots()
     colours = [BLUE, RED, GREEN, ORANGE, PURPLE, "#56B4E9", "#000000", GREY]
     markers = ["o", "s", "^", "D", "v", "P", "X", "*"]
-    for number, (label, points) in enumerate(lines.items()):
-        points = sorted(points, key=lambda point: point["cut"][0])
-        colour, marker = colours[number % len(colours)], markers[(number + number // len(colours)) % len(markers)]
-        for stage, style, filled in (("finetuned", "-", True), ("recalibrated", "--", False), ("pruned", "--", False)):
-            shown = [point for point in points if stage in point and not (stage == "pruned" and "recalibrated" in point)]
+
+    def before(point: Mapping[str, tuple[float, float]]) -> tuple[float, float] | None:
+        return point.get("recalibrated", point.get("pruned"))
+
+    def after(point: Mapping[str, tuple[float, float]]) -> tuple[float, float] | None:
+        return point.get("finetuned")
+
+    everything = [point for points in lines.values() for point in points]
+    panels = [(pick, title) for pick, title in ((before, "before fine-tuning"), (after, "fine-tuned")) if any(pick(point) for point in everything)]
+    n_rows = math.ceil(len(lines) / 2)
+    figure = Figure(figsize=(4.4 * len(panels), 3.6 + 0.2 * n_rows), layout="constrained")
+    dense = next((point["dense"][0] for point in everything if "dense" in point), None)
+    handles = {}
+    for axis, (pick, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for number, (label, points) in enumerate(lines.items()):
+            shown = [(point["cut"][0], *value) for point in points if (value := pick(point)) is not None]
             if not shown:
                 continue
-            last = stage == "finetuned" or not any("finetuned" in point for point in points)
-            axis.errorbar(
-                [point["cut"][0] for point in shown], [point[stage][0] for point in shown],
-                yerr=[0 if math.isnan(point[stage][1]) else point[stage][1] for point in shown],
-                color=colour, marker=marker, linestyle=style, linewidth=1.4 if last else 0.8, markersize=5, capsize=3,
-                markerfacecolor=colour if filled else "white", alpha=1 if last else 0.7, label=label if last else None,
+            cuts, means, deviations = zip(*sorted(shown), strict=True)
+            handles[label] = axis.errorbar(
+                cuts, means, yerr=np.nan_to_num(deviations), color=colours[number % len(colours)],
+                marker=markers[(number + number // len(colours)) % len(markers)], linewidth=1.2, markersize=5, capsize=3, label=label,
             )  # fmt: skip
-    dense = next((point["dense"][0] for points in lines.values() for point in points if "dense" in point), None)
-    if dense is not None:
-        axis.axhline(dense, color=GREY, linewidth=0.8, linestyle=":")
-        axis.annotate(f"dense {dense:.2f}", (1, dense), (-2, 3), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=8,
-                      color=GREY, ha="right")  # fmt: skip
-    _tidy(axis)
-    axis.margins(x=0.12)
-    axis.set_xlabel("MACs removed (%)", fontsize=9)
-    axis.set_ylabel("test accuracy (%)", fontsize=9)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+        if dense is not None:
+            axis.axhline(dense, color=GREY, linewidth=0.8, linestyle=":")
+            axis.annotate(f"dense {dense:.2f}", (1, dense), (-2, 3), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=8,
+                          color=GREY, ha="right")  # fmt: skip
+        _tidy(axis)
+        axis.margins(x=0.12, y=0.1)
+        axis.set_title(title, fontsize=9, loc="left", pad=10)
+        axis.set_xlabel("MACs removed (%)", fontsize=9)
+        axis.set_ylabel("test accuracy (%)", fontsize=9)
+    figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=min(2, len(handles)), fontsize=8, frameon=False)
     return figure
 
 

@@ -43,7 +43,8 @@ def input_moments(model: nn.Module, layers: Sequence[str], batches: Iterable[Ten
             raise InputError(f"{name!r} is a {type(module).__name__}; moments are taken of 2-D convolutions without groups and of linear layers")
         if module.weight[0].numel() > MAX_VALUES:
             raise InputError(
-                f"{name!r} reads {module.weight[0].numel()} values, at most {MAX_VALUES} can be inverted; leave the layer before it out (pruning.exclude)"
+                f"{name!r} reads {module.weight[0].numel()} values, at most {MAX_VALUES} can be inverted; leave the layer before it out (pruning.exclude), "
+                "or do without moments (importance=amplitude pruning.compensation=none)"
             )
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}

@@ -17,7 +17,7 @@ from freqprune.runs import METRICS, RUN, TRAINING, write_text
 
 # Figures in the order of the page: file name without its ending, caption.
 CAPTIONS = {
-    "accuracy_over_cut": "Test accuracy over the share of MACs removed: mean over seeds, bars of one standard deviation. Open markers before fine-tuning.",
+    "accuracy_over_cut": "Test accuracy over the share of MACs removed: mean over seeds, bars of one standard deviation.",
     "training_curves": "Loss and accuracy over training.",
     "kept_per_layer": "Filters kept in each layer that could lose some.",
     "important_filters": "Filters that answer the tags, layer by layer.",

@@ -23,7 +23,7 @@ from freqprune.page import SweepPage, write_page
 from freqprune.report import STAGES, show
 from freqprune.runs import FAILED, METRICS, TRAINING, is_finished, write_text
 
-REPEATED = "seed"
+REPEATED, DEFAULT = "seed", "default"
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def grouped(jobs: Sequence[Job]) -> list[Group]:
     differing = [key for key in _differing(done) if key != REPEATED]
     sorted_in: dict[tuple[str, ...], list[Job]] = {}
     for job in done:
-        sorted_in.setdefault(tuple(job.overrides.get(key, "default") for key in differing), []).append(job)
+        sorted_in.setdefault(tuple(job.overrides.get(key, DEFAULT) for key in differing), []).append(job)
     found = []
     for values, members in sorted_in.items():
         by_name = {name: [job.metrics[name] for job in members if name in job.metrics] for name in members[0].metrics}
@@ -205,7 +205,7 @@ def _lines(groups: Sequence[Group]) -> dict[str, list[Mapping[str, tuple[float, 
     amounts = ("pruning.ratio", "pruning.macs_cut", "pruning.threshold", "pruning.default_macs_cut")
     found: dict[str, list[Mapping[str, tuple[float, float]]]] = {}
     for group in groups:
-        rest = {key: value for key, value in group.settings.items() if key not in amounts}
+        rest = {key: value for key, value in group.settings.items() if key not in amounts and value != DEFAULT}
         label = ", ".join(value if key == "importance" else f"{key.rsplit('.', 1)[-1]} {value}" for key, value in rest.items()) or "pruned"
         found.setdefault(label, []).append({name: (group.mean[name], group.sd[name]) for name in group.mean})
     return found
@@ -229,7 +229,7 @@ def gather(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
     header, rows = table(groups)
     text = markdown(header, rows) + "\n" if groups else "No job has finished.\n"
     differing = _differing(jobs)
-    missing = [[job.name, job.state, ", ".join(f"{k}={job.overrides.get(k, 'default')}" for k in differing), job.error.split("\n")[0]] for job in lost]
+    missing = [[job.name, job.state, ", ".join(f"{k}={job.overrides.get(k, DEFAULT)}" for k in differing), job.error.split("\n")[0]] for job in lost]
     if lost:
         text += f"\n{len(lost)} of {len(jobs)} jobs are missing:\n\n" + markdown(["job", "state", "overrides", "error"], missing) + "\n"
     write_text(out / "sweep.md", text)

@@ -125,9 +125,10 @@ def test_figures_of_runs_and_sweeps_draw_what_they_are_given() -> None:
     point = {"cut": (50.0, 0.1), "dense": (92.0, 0.0), "pruned": (20.0, 1.0), "finetuned": (90.0, 0.5)}
     lines = {"snr": [point, {**point, "cut": (30.0, float("nan")), "finetuned": (91.0, float("nan"))}], "l2": [point]}
     figure = figures.accuracy_over_cut(lines)
-    (axis,) = figure.axes
-    solid = [container.lines[0] for container in axis.containers if container.lines[0].get_linestyle() == "-"]
-    assert [line.get_xydata().tolist() for line in solid] == [[[30.0, 91.0], [50.0, 90.0]], [[50.0, 90.0]]]
+    drawn = [[container.lines[0].get_xydata().tolist() for container in axis.containers] for axis in figure.axes]
+    assert drawn[0] == [[[30.0, 20.0], [50.0, 20.0]], [[50.0, 20.0]]]
+    assert drawn[1] == [[[30.0, 91.0], [50.0, 90.0]], [[50.0, 90.0]]]
+    assert len(figures.accuracy_over_cut({"a": [{"cut": (50.0, 0.1), "recalibrated": (30.0, 1.0), "pruned": (20.0, 1.0)}]}).axes) == 1
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["snr", "l2"]
     assert not overlaps(figure)
     bars = figures.kept_per_layer({"a": 3, "b": 4}, {"a": 6, "b": 8, "unpruned": 9}).axes[0].containers

@@ -125,7 +125,7 @@ def test_filters_csv_holds_every_filter_and_component(pruned: tuple[Path, dict[s
 
 def test_removes_the_filters_with_the_lowest_snr(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     ckpt = trained[0] / "checkpoints" / "last.ckpt"
-    cfg = config("prune", tmp_path, "model=auto", f"ckpt={ckpt}", "pruning.ratio=0.5", "finetune.epochs=0", "pruning.bn_images=0")
+    cfg = config("prune", tmp_path, "model=auto", f"ckpt={ckpt}", "pruning.ratio=0.5", "importance=snr", "finetune.epochs=0", "pruning.bn_images=0")
     metrics, objects = workflow.prune(cfg)
     assert set(metrics) == {"dense", "pruned", "kept", "remarks", "finished"}
     for layer, kept in objects["kept"].items():
@@ -134,7 +134,7 @@ def test_removes_the_filters_with_the_lowest_snr(trained: tuple[Path, dict[str, 
 
 
 def test_threshold_keeps_what_is_above_it(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    common = ("model=auto", f"ckpt={trained[0] / 'checkpoints' / 'last.ckpt'}", "finetune.epochs=0", "pruning.bn_images=0")
+    common = ("model=auto", "importance=snr", f"ckpt={trained[0] / 'checkpoints' / 'last.ckpt'}", "finetune.epochs=0", "pruning.bn_images=0")
     _, objects = workflow.prune(config("prune", tmp_path, *common, "pruning=none"))
     layers = [f"layer{s}.0.conv1" for s in (1, 2, 3)]
     snr = {layer: objects["response"].snr(layer).nan_to_num(0).mean(-1) for layer in layers}
@@ -264,7 +264,7 @@ def test_train_refuses_before_any_work(overrides: list[str], message: str, tmp_p
 def test_prune_refuses(overrides: list[str], message: str, trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     ckpt = trained[0] / "checkpoints" / "last.ckpt"
     with pytest.raises(InputError, match=message):
-        workflow.prune(config("prune", tmp_path, "model=auto", f"ckpt={ckpt}", *overrides))
+        workflow.prune(config("prune", tmp_path, "model=auto", "importance=snr", f"ckpt={ckpt}", *overrides))
     assert not (tmp_path / "pruned.ckpt").exists()
 
 
