@@ -29,7 +29,7 @@ from freqprune.module import Classifier
 
 def quiet() -> None:
     """Silence remarks of Lightning that do not apply here; its real warnings stay."""
-    for logger in ("pytorch_lightning.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
+    for logger in ("pytorch_lightning.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero", "onnx_ir", "onnxscript", "matplotlib.font_manager"):
         logging.getLogger(logger).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*The number of training batches .* is smaller than the logging interval.*")
