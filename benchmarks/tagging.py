@@ -12,8 +12,6 @@ Times are medians of repeats taken in turn.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -22,6 +20,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from result import publish
 from torch import Tensor
 
 from freqprune import Stimulus, build_model, tag
@@ -116,14 +115,8 @@ def main() -> None:
         "images": len(images),
         "repeats": options.repeats,
         "half": options.half,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "processor": platform.processor() or platform.machine(),
     }
-    print(json.dumps(figures, indent=2))
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(figures, file, indent=2)
+    publish(figures, options.json)
 
 
 if __name__ == "__main__":

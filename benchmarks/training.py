@@ -12,10 +12,8 @@ Epochs of the three are taken in turn; figures are medians. The first epoch of e
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
-import platform
 import statistics
 import time
 import warnings
@@ -26,6 +24,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from PIL import Image
+from result import publish
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -206,14 +205,8 @@ def main() -> None:
         "batch_size": options.batch_size,
         "precision": options.precision,
         "compile": options.compile,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
     }
-    print(json.dumps(figures, indent=2))
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(figures, file, indent=2)
+    publish(figures, options.json)
 
 
 if __name__ == "__main__":

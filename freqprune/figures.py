@@ -204,19 +204,8 @@ def important_per_layer(important: Mapping[str, Tensor], title: str = "") -> Fig
         important: boolean ``(n_filters,)`` a layer.
         title: line above the figure.
     """
-    counts = [int(flags.sum()) for flags in important.values()]
-    widths = [len(flags) for flags in important.values()]
-    figure = Figure(figsize=(max(5.0, 0.27 * len(counts) + 1.5), 3.6), layout="constrained")
-    axis = figure.subplots()
-    positions = np.arange(len(counts))
-    axis.bar(positions, widths, color=PALE, label="all filters")
-    axis.bar(positions, counts, color=BLUE, width=0.5, label="important")
-    _tidy(axis)
-    _layer_ticks(axis, list(important))
-    axis.set_ylabel("filters", fontsize=9)
-    axis.set_title(title, fontsize=9, loc="left")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    return figure
+    counts = {layer: (len(flags), int(flags.sum())) for layer, flags in important.items()}
+    return _counts_per_layer(counts, ("all filters", "important"), title)
 
 
 def kept_per_layer(kept: Mapping[str, int], widths: Mapping[str, int], title: str = "") -> Figure:
@@ -227,13 +216,18 @@ def kept_per_layer(kept: Mapping[str, int], widths: Mapping[str, int], title: st
         widths: number of filters before, a layer.
         title: line above the figure.
     """
-    figure = Figure(figsize=(max(5.0, 0.27 * len(kept) + 1.5), 3.6), layout="constrained")
+    return _counts_per_layer({layer: (widths[layer], number) for layer, number in kept.items()}, ("before", "kept"), title)
+
+
+def _counts_per_layer(counts: Mapping[str, tuple[int, int]], labels: tuple[str, str], title: str) -> Figure:
+    """Two numbers of filters a layer, the second a part of the first."""
+    figure = Figure(figsize=(max(5.0, 0.27 * len(counts) + 1.5), 3.6), layout="constrained")
     axis = figure.subplots()
-    positions = np.arange(len(kept))
-    axis.bar(positions, [widths[layer] for layer in kept], color=PALE, label="before")
-    axis.bar(positions, list(kept.values()), color=BLUE, width=0.5, label="kept")
+    whole, part = zip(*counts.values(), strict=True)
+    axis.bar(range(len(counts)), whole, color=PALE, label=labels[0])
+    axis.bar(range(len(counts)), part, color=BLUE, width=0.5, label=labels[1])
     _tidy(axis)
-    _layer_ticks(axis, list(kept))
+    _layer_ticks(axis, list(counts))
     axis.set_ylabel("filters", fontsize=9)
     axis.set_title(title, fontsize=9, loc="left")
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from freqprune.report import stage_rows
+from freqprune.report import percentages, stage_rows
 from freqprune.runs import METRICS, RUN, TRAINING, write_text
 
 # Figures in the order of the page: file name without its ending, caption.
@@ -90,8 +90,7 @@ def _of_a_run(folder: Path) -> dict[str, Any]:
         tables.append({"caption": "Stages; changes are from the dense network. MACs are those of convolutions and linear layers for one image.",
                        "header": header, "rows": rows})  # fmt: skip
         if "pruned" in metrics:
-            cut = 100 * (1 - metrics["pruned"]["macs"] / metrics["dense"]["macs"])
-            done.append(f"{cut:.1f} % of the MACs were cut; filters were kept by {settings['importance']['criterion']}.")
+            done.append(f"{percentages(metrics)['cut']:.1f} % of the MACs were cut; filters were kept by {settings['importance']['criterion']}.")
         if "finetuned" in metrics:
             done.append(f"The smaller network was fine-tuned for {_count(settings['finetune']['epochs'], 'epoch')}.")
     return {

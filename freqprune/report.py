@@ -20,6 +20,22 @@ from freqprune.response import TagResponse
 STAGES = ("dense", "pruned", "recalibrated", "finetuned")
 
 
+def percentages(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Test accuracy of every stage that ran, and ``cut`` and ``params_cut``, the shares of MACs and parameters removed; all in per cent.
+
+    Args:
+        metrics: as in ``metrics.json``; see the README.
+
+    >>> percentages({"dense": {"test_accuracy": 0.5, "macs": 4, "params": 10}, "pruned": {"test_accuracy": 0.25, "macs": 1, "params": 5}})
+    {'dense': 50.0, 'pruned': 25.0, 'cut': 75.0, 'params_cut': 50.0}
+    """
+    found = {stage: 100 * metrics[stage]["test_accuracy"] for stage in STAGES if stage in metrics}
+    if "pruned" in metrics:
+        for name, key in (("cut", "macs"), ("params_cut", "params")):
+            found[name] = 100 * (1 - metrics["pruned"][key] / metrics["dense"][key])
+    return found
+
+
 def stage_rows(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and a row for each stage that ran: accuracy, MACs, parameters, file size, peak memory and latency.
 

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from freqprune import figures
 from freqprune.errors import InputError
 from freqprune.page import SweepPage, write_page
-from freqprune.report import STAGES, show
+from freqprune.report import STAGES, percentages, show
 from freqprune.runs import FAILED, METRICS, TRAINING, is_finished, write_text
 
 REPEATED, DEFAULT = "seed", "default"
@@ -127,12 +127,7 @@ def _values(override: Override) -> list[str]:
 
 def _figures(path: Path) -> dict[str, float]:
     if (path / METRICS).is_file():
-        metrics = json.loads((path / METRICS).read_text())
-        found = {stage: 100 * metrics[stage]["test_accuracy"] for stage in STAGES if stage in metrics}
-        if "pruned" in metrics:
-            found["cut"] = 100 * (1 - metrics["pruned"]["macs"] / metrics["dense"]["macs"])
-            found["params_cut"] = 100 * (1 - metrics["pruned"]["params"] / metrics["dense"]["params"])
-        return found
+        return percentages(json.loads((path / METRICS).read_text()))
     metrics = json.loads((path / TRAINING).read_text())
     return {"validation": 100 * metrics["val_accuracy"], "test": 100 * metrics["test_accuracy"]}
 
@@ -163,10 +158,14 @@ COLUMNS = {
 }  # fmt: skip
 
 
+def _columns(groups: Sequence[Group]) -> tuple[list[str], list[str]]:
+    """Settings in which the groups differ, and the figures that any of them has."""
+    return list(groups[0].settings) if groups else [], [name for name in COLUMNS if any(name in group.mean for group in groups)]
+
+
 def table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: settings, number of seeds, and mean ± standard deviation of every figure."""
-    settings = list(groups[0].settings) if groups else []
-    names = [name for name in COLUMNS if any(name in group.mean for group in groups)]
+    settings, names = _columns(groups)
     rows = []
     for group in groups:
         cells = [group.settings[key] for key in settings] + [str(group.seeds)]
@@ -190,8 +189,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _write_csv(path: Path, groups: Sequence[Group]) -> None:
-    settings = list(groups[0].settings) if groups else []
-    names = [name for name in COLUMNS if any(name in group.mean for group in groups)]
+    settings, names = _columns(groups)
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*settings, "seeds", *(f"{name}_{what}" for name in names for what in ("mean", "sd"))])

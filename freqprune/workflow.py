@@ -231,8 +231,7 @@ class _Run:
         self.metrics["finished"] = True
         self.write()
         if "pruned" in self.metrics:
-            point = {stage: (100 * self.metrics[stage]["test_accuracy"], math.nan) for stage in report.STAGES if stage in self.metrics}
-            point["cut"] = (100 * (1 - self.metrics["pruned"]["macs"] / self.metrics["dense"]["macs"]), math.nan)
+            point = {name: (value, math.nan) for name, value in report.percentages(self.metrics).items()}
             figures.save(figures.accuracy_over_cut({self.cfg.importance.criterion: [point]}), self.out / "figures" / "accuracy_over_cut.png")
         write_page(self.out)
 
@@ -299,8 +298,8 @@ class _Run:
         return self.metrics, {"response": None, "verdict": None, "kept": {k: torch.tensor(v) for k, v in self.kept.items()}, "net": small}
 
     def tell(self, net: nn.Module, verdict: Verdict | None) -> None:
-        share = 1 - self.metrics["pruned"]["macs"] / self.metrics["dense"]["macs"]
-        title = f"{name_of(net)}, filters kept by {self.cfg.importance.criterion}, {100 * share:.1f} % of the MACs cut, seed {self.cfg.seed}"
+        share = report.percentages(self.metrics)["cut"]
+        title = f"{name_of(net)}, filters kept by {self.cfg.importance.criterion}, {share:.1f} % of the MACs cut, seed {self.cfg.seed}"
         tell(self.cfg, self.metrics, self.out, title, verdict, self.device.type)
 
     def _material(self) -> Material:
