@@ -66,8 +66,7 @@ def frame_by_frame(net: torch.nn.Module, image: Tensor, stimulus: Stimulus) -> N
 
 def peak_memory(n_images: int) -> float:
     """Peak resident memory in MB of a fresh process that tags `n_images`."""
-    code = f"import sys; sys.argv = ['tagging', '--peak', '{n_images}']; import runpy; runpy.run_path({__file__!r}, run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, __file__, "--peak", str(n_images)], capture_output=True, text=True, check=True)
     return float(done.stdout)
 
 
