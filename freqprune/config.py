@@ -91,6 +91,7 @@ class PruningSchema:
     calibrate_on: str = MISSING
     calibration_images: int = MISSING
     frames_an_image: int = MISSING
+    measured_images: int = MISSING
     bn_images: int = MISSING
     bn_when: str = MISSING
 
@@ -157,7 +158,7 @@ def recipe_arguments(cfg: DictConfig) -> dict[str, Any]:
     from freqprune.selection import Amount
 
     section, tagging = plain(cfg.pruning), plain(cfg.tagging)
-    names = ("layers", "exclude", "streams", "compensation", "calibrate_on", "frames_an_image")
+    names = ("layers", "exclude", "streams", "compensation", "calibrate_on", "frames_an_image", "measured_images")
     return {
         "amount": Amount(**amount_arguments(cfg)),
         "criterion": cfg.importance.criterion,

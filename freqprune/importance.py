@@ -16,6 +16,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from freqprune.damage import corrected, logit_errors
 from freqprune.errors import InputError, closest
 from freqprune.graph import ChannelGraph
 from freqprune.moments import columns_of, elimination_errors
@@ -38,6 +39,7 @@ class Evidence:
         moments: second moments of the inputs of the layers that read the filters, see `freqprune.moments.input_moments`.
         gradients_at: second moments of the gradients at the outputs of those layers, see `freqprune.moments.output_gradients`.
         labelled: batches of network inputs and class labels, for criteria that need gradients or activations.
+        frames: batches of network inputs, e.g. tagged frames, for criteria that measure what becomes of the network's answer.
     """
 
     model: nn.Module
@@ -48,6 +50,7 @@ class Evidence:
     moments: Mapping[str, Tensor] | None = None
     gradients_at: Mapping[str, Tensor] | None = None
     labelled: Sequence[tuple[Tensor, Tensor]] = ()
+    frames: Sequence[Tensor] = ()
 
     def weight(self, layer: str) -> Tensor:
         """Weight of a layer as ``(n_filters, n_weights)``."""
@@ -86,7 +89,7 @@ class Evidence:
 
 Criterion = Callable[[Evidence, str], Tensor]
 
-NEEDS = ("tags", "noise", "graph", "moments", "gradients", "labels")
+NEEDS = ("tags", "noise", "graph", "moments", "gradients", "labels", "frames")
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def criterion(name: str, *needs: str) -> Callable[[Criterion], Criterion]:
     Args:
         name: the name.
         needs: what it reads of the `Evidence` beside the network: ``"tags"`` (the response), ``"noise"`` (a response measured with noise),
-            ``"graph"``, ``"moments"``, ``"gradients"`` (of the logits), ``"labels"``.
+            ``"graph"``, ``"moments"``, ``"gradients"`` (of the logits), ``"labels"``, ``"frames"``.
     """
     unknown = sorted(set(needs) - set(NEEDS))
     if unknown:
@@ -150,6 +153,7 @@ def scores(name: str, evidence: Evidence, layers: Sequence[str]) -> dict[str, Te
         ("graph", evidence.graph is not None, "looks at all weights that go with a filter: pass Evidence(graph=ChannelGraph(model, example))"),
         ("moments", evidence.moments is not None, "reads what the next layers read: pass Evidence(moments=input_moments(...))"),
         ("gradients", evidence.gradients_at is not None, "weighs them with gradients: pass Evidence(gradients_at=output_gradients(...))"),
+        ("frames", bool(evidence.frames), "measures the change of the logits on them: pass Evidence(frames=[batch, ...])"),
         ("labels", bool(evidence.labelled), "reads labelled images: pass Evidence(labelled=[(images, labels), ...])"),
     ):
         if what in wanted and not there:
@@ -261,6 +265,15 @@ def redundancy_score(evidence: Evidence, layer: str) -> Tensor:
     return _elimination_errors(evidence, layer, None)
 
 
+@criterion("logit_error", "moments", "gradients", "frames")
+def logit_error_score(evidence: Evidence, layer: str) -> Tensor:
+    """`logit_redundancy`, scaled at every eighth of a layer to how far the logits really move over tagged frames, see `freqprune.damage`."""
+    estimates = logit_redundancy_score(evidence, layer)
+    order, n_filters = estimates.argsort(stable=True), len(estimates)
+    counts = sorted({-(-n_filters * eighth // 8) for eighth in range(1, 9)})
+    return corrected(estimates, order, counts, logit_errors(evidence.model, _readers(evidence, layer), order, counts, evidence.frames))
+
+
 @criterion("logit_redundancy", "moments", "gradients")
 def logit_redundancy_score(evidence: Evidence, layer: str) -> Tensor:
     """How far the logits move without the filter although the others make up for it, squared; compares across layers as it is.
@@ -271,19 +284,27 @@ def logit_redundancy_score(evidence: Evidence, layer: str) -> Tensor:
 
 
 def _elimination_errors(evidence: Evidence, layer: str, gradients: Mapping[str, Tensor] | None) -> Tensor:
+    readers = _readers(evidence, layer)
+    missing = [] if gradients is None else [reader for reader in readers if reader not in gradients]
+    if missing:
+        raise InputError(f"no gradients at {missing[0]!r}, which reads the filters of {layer!r}; take them with output_gradients")
+    return elimination_errors(readers, gradients)
+
+
+def _readers(evidence: Evidence, layer: str) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Weight, moments and columns of the layers that read the filters of `layer`."""
     assert evidence.graph is not None
     assert evidence.moments is not None
     modules = dict(evidence.model.named_modules())
     n_filters = evidence.graph.units[layer].n_filters
     readers = {}
     for reader in evidence.graph.units[layer].readers:
-        for table, function in ((evidence.moments, "input_moments"), (gradients, "output_gradients")):
-            if table is not None and reader not in table:
-                raise InputError(f"no moments of {reader!r}, which reads the filters of {layer!r}; take them with {function}")
+        if reader not in evidence.moments:
+            raise InputError(f"no moments of {reader!r}, which reads the filters of {layer!r}; take them with input_moments")
         channels = torch.tensor(evidence.graph.read_channels(layer, range(n_filters))[reader]).view(n_filters, -1)
         columns = torch.stack([columns_of(modules[reader], row.tolist()) for row in channels])
         readers[reader] = (evidence.model.get_parameter(f"{reader}.weight").detach().flatten(1).cpu(), evidence.moments[reader], columns)
-    return elimination_errors(readers, gradients)
+    return readers
 
 
 def _by_torch_pruning(evidence: Evidence, layer: str, importance: Callable[[Any], Any], order: int | None = None) -> Tensor:

@@ -60,6 +60,7 @@ class Recipe:
         compensation: ``"none"``, ``"mean"`` or ``"least_squares"``, see `freqprune.compensation`.
         calibrate_on: take second moments over tagged ``"frames"`` or over plain ``"images"``.
         frames_an_image: tagged frames of each calibration image.
+        measured_images: calibration images for criteria that measure what a cut does to the logits.
         tagging: further arguments of `freqprune.tagging.tag`.
         seed: of noise, positions and random scores.
 
@@ -76,6 +77,7 @@ class Recipe:
     compensation: str = "none"
     calibrate_on: str = "frames"
     frames_an_image: int = 8
+    measured_images: int = 256
     tagging: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
 
@@ -84,8 +86,9 @@ class Recipe:
         for name, value, allowed in (("compensation", self.compensation, METHODS), ("calibrate_on", self.calibrate_on, CALIBRATIONS)):
             if value not in allowed:
                 raise InputError(f"pruning.{name} must be one of {', '.join(allowed)}, got {value!r}{closest(value, allowed)}")
-        if self.frames_an_image < 1:
-            raise InputError(f"pruning.frames_an_image must be at least 1, got {self.frames_an_image}")
+        for count, number in (("frames_an_image", self.frames_an_image), ("measured_images", self.measured_images)):
+            if number < 1:
+                raise InputError(f"pruning.{count} must be at least 1, got {number}")
 
     @property
     def needs_moments(self) -> bool:
@@ -165,11 +168,12 @@ def cut(
         moments = input_moments(net, readers, _calibration(net, material, recipe, stimulus), seed=recipe.seed)
     if "gradients" in wanted:
         gradients = output_gradients(net, readers, _calibration(net, material, recipe, stimulus), seed=recipe.seed)
+    frames = list(_calibration(net, material, recipe, stimulus, recipe.measured_images)) if "frames" in wanted else []
     labelled = []
     if material.labelled is not None and "labels" in wanted:
         pixels, labels = material.labelled
         labelled = [(material.normalize(pixels.to(device)), labels.to(device))]
-    evidence = Evidence(net, response, recipe.components, recipe.seed, plan.graph, moments, gradients, labelled)
+    evidence = Evidence(net, response, recipe.components, recipe.seed, plan.graph, moments, gradients, labelled, frames)
     found = scores(recipe.criterion, evidence, chosen)
     kept = select(found, recipe.amount, plan.macs)
     small = plan.apply(kept)
@@ -184,14 +188,14 @@ def cut(
     return Cut(small, kept, found, response, notes)
 
 
-def _calibration(net: nn.Module, material: Material, recipe: Recipe, stimulus: Stimulus) -> Iterator[Tensor]:
-    """Batches of network inputs: tagged frames, or the images as they are."""
+def _calibration(net: nn.Module, material: Material, recipe: Recipe, stimulus: Stimulus, n_images: int | None = None) -> Iterator[Tensor]:
+    """Batches of network inputs: tagged frames, or the images as they are; of the first `n_images` images or of all."""
     if material.calibration is None:
         raise InputError("second moments need calibration images: pass Material(calibration=...)")
     device = next(net.parameters()).device
     generator = torch.Generator().manual_seed(recipe.seed)
     distinct, _ = stimulus.distinct_frames
-    for images in material.calibration.split(32):
+    for images in material.calibration[:n_images].split(32):
         if recipe.calibrate_on == "frames":
             # Other frames for every few images, so that all phases of the tags are seen.
             which = distinct[torch.randperm(len(distinct), generator=generator)[: recipe.frames_an_image]].sort().values

@@ -49,7 +49,7 @@ def test_every_criterion_scores_every_filter(name: str, images: Tensor) -> None:
     moments = input_moments(net, readers_of(graph, layers), [images])
     gradients = output_gradients(net, readers_of(graph, layers), [images])
     labelled = [(images, torch.tensor([0, 1, 2, 3]))]
-    table = scores(name, Evidence(net, response, graph=graph, moments=moments, gradients_at=gradients, labelled=labelled), layers)
+    table = scores(name, Evidence(net, response, graph=graph, moments=moments, gradients_at=gradients, labelled=labelled, frames=[images]), layers)
     assert {layer: score.shape for layer, score in table.items()} == {"layer1.0.conv1": (16,), "layer3.0.conv1": (64,)}
     assert all(score.isfinite().all() and score.dtype == torch.float64 for score in table.values())
     assert len(torch.unique(table["layer3.0.conv1"])) > 32
