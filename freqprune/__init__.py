@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from freqprune.compensation import compensate
     from freqprune.errors import InputError
     from freqprune.graph import ChannelGraph
-    from freqprune.importance import Evidence, TagImportance, criterion, judge, scores
+    from freqprune.importance import Evidence, TagImportance, criterion, scores
     from freqprune.models import build_model, register_model
     from freqprune.moments import input_moments
     from freqprune.pretrained import resnet32
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from freqprune.stimulus import Stimulus
     from freqprune.surgery import Plan
     from freqprune.tagging import tag
+    from freqprune.verdict import judge
 
 # Imported on first use: the command line answers --help and typos without waiting for torch.
 _HOME = {
@@ -35,7 +36,7 @@ _HOME = {
     "Evidence": "importance",
     "TagImportance": "importance",
     "criterion": "importance",
-    "judge": "importance",
+    "judge": "verdict",
     "scores": "importance",
     "build_model": "models",
     "register_model": "models",

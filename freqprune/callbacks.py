@@ -13,10 +13,11 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.importance import Evidence, check_judgement, judge, scores
+from freqprune.importance import Evidence, scores
 from freqprune.report import write_importance
 from freqprune.stimulus import Stimulus
 from freqprune.tagging import tag
+from freqprune.verdict import check_judgement, judge
 
 
 class _TagsInTraining(pl.Callback):
@@ -88,7 +89,7 @@ class FrequencyTagging(_TagsInTraining):
         half: half precision, see `freqprune.tagging.tag`.
         components: components of the score and the verdict.
         criterion: score written to ``importance.csv``.
-        important_by: ``"significance"`` or ``"threshold"``, see `freqprune.importance.judge`.
+        important_by: ``"significance"`` or ``"threshold"``, see `freqprune.verdict.judge`.
         alpha: false discovery rate.
         threshold: SNR above which a filter is important.
         mean: channel means that validation batches are normalised with; the data module's ``mean`` if left out, none if it has none.

@@ -208,11 +208,12 @@ def validate(cfg: DictConfig) -> None:
     """
     _check_keys(cfg)
     from freqprune.components import find_components
-    from freqprune.importance import check_judgement, needs
+    from freqprune.importance import needs
     from freqprune.pruning import Recipe
     from freqprune.sites import WHERE
     from freqprune.stimulus import Stimulus
     from freqprune.tagging import AVERAGES, HALF, SPATIAL
+    from freqprune.verdict import check_judgement
 
     stimulus = Stimulus(**stimulus_arguments(cfg))
     find_components(plain(cfg.importance)["components"], stimulus.components)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from freqprune import figures, report
 from freqprune.callbacks import FrequencyTagging
-from freqprune.importance import Verdict
 from freqprune.response import TagResponse
+from freqprune.verdict import Verdict
 
 
 def write_response(out: Path, response: TagResponse, verdict: Verdict | None, image: Tensor, classes: Mapping[str, TagResponse]) -> None:

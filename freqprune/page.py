@@ -76,7 +76,8 @@ def _of_a_run(folder: Path) -> dict[str, Any]:
     training = json.loads((folder / TRAINING).read_text()) if (folder / TRAINING).is_file() else {}
     settings = run["settings"]
     done, tables = [], []
-    model = settings["model"].get("name") or "The network"
+    model = metrics.get("network") or settings["model"].get("name") or "The network"
+    title = [model]
     if training:
         done.append(f"{model} was trained for {_count(training['epochs'], 'epoch')} in {training['seconds']:.0f} s.")
         rows = [["validation", f"{100 * training['val_accuracy']:.2f}"], ["test", f"{100 * training['test_accuracy']:.2f}"]]
@@ -90,11 +91,13 @@ def _of_a_run(folder: Path) -> dict[str, Any]:
         tables.append({"caption": "Stages; changes are from the dense network. MACs are those of convolutions and linear layers for one image.",
                        "header": header, "rows": rows})  # fmt: skip
         if "pruned" in metrics:
-            done.append(f"{percentages(metrics)['cut']:.1f} % of the MACs were cut; filters were kept by {settings['importance']['criterion']}.")
+            criterion, share = settings["importance"]["criterion"], f"{percentages(metrics)['cut']:.1f} % of the MACs"
+            done.append(f"{share} were cut; filters were kept by {criterion}.")
+            title += [f"filters kept by {criterion}", f"{share} cut"]
         if "finetuned" in metrics:
             done.append(f"The smaller network was fine-tuned for {_count(settings['finetune']['epochs'], 'epoch')}.")
     return {
-        "title": f"{model}, seed {settings['seed']}" if model != "The network" else f"Run with seed {settings['seed']}",
+        "title": ", ".join([*title, f"seed {settings['seed']}"]),
         "done": " ".join(done), "notes": metrics.get("remarks", []), "tables": tables, "run": run,
         "settings": yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
     }  # fmt: skip

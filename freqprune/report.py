@@ -14,8 +14,8 @@ from rich.table import Table
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from freqprune.importance import Verdict
 from freqprune.response import TagResponse
+from freqprune.verdict import Verdict
 
 STAGES = ("dense", "pruned", "recalibrated", "finetuned")
 

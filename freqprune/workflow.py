@@ -37,7 +37,7 @@ from freqprune.config import plain, recipe_arguments, stimulus_arguments, valida
 from freqprune.data import ImageData
 from freqprune.errors import InputError
 from freqprune.export import check_exports, export
-from freqprune.importance import Verdict, judge, needs
+from freqprune.importance import needs
 from freqprune.module import Classifier, check_optimizer
 from freqprune.outputs import figures_of_training, name_of, tell, write_response
 from freqprune.page import write_page
@@ -50,6 +50,7 @@ from freqprune.sites import pick_layers
 from freqprune.stimulus import Stimulus
 from freqprune.surgery import recalibrate_batch_norm
 from freqprune.tagging import rounds, tag
+from freqprune.verdict import Verdict, judge
 
 log = logging.getLogger(__name__)
 
@@ -165,6 +166,7 @@ def prune(cfg: DictConfig, dense: nn.Module | None = None, data: ImageData | Non
         plan_cut(net, run.example, recipe)
     if cfg.resume is not None:
         return run.go_on(net, Path(cfg.resume))
+    run.metrics["network"] = name_of(net)
     run.measure("dense", net)
     response, verdict = _tagged(cfg, net, data, stimulus)
     write_response(out, response, verdict, data.pixels("val", 1)[0], _by_class(cfg, net, data, stimulus))

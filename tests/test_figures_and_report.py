@@ -9,11 +9,11 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from freqprune import figures, report, runs
-from freqprune.importance import judge
 from freqprune.models import build_model
 from freqprune.response import TagResponse
 from freqprune.stimulus import Stimulus
 from freqprune.tagging import tag
+from freqprune.verdict import judge
 
 
 @pytest.fixture(scope="module")

@@ -24,14 +24,15 @@ PROBE = """<script>addEventListener("load", () => document.body.dataset.seen = J
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     settings = {
-        "seed": 3, "model": {"name": "resnet8"}, "importance": {"criterion": "snr"}, "finetune": {"epochs": 1}, "data": {"root": "<b>&"},
+        "seed": 3, "model": {"name": None}, "importance": {"criterion": "snr"}, "finetune": {"epochs": 1}, "data": {"root": "<b>&"},
         "tagging": {"tag_freqs": [6.0, 7.5], "parts": "halves", "n_frames": 240, "frame_rate": 120.0, "noise_std": 0.02, "n_images": 4},
     }  # fmt: skip
     machine = {"system": "Linux", "processor": "x86_64", "cores": 2}
     write_json(tmp_path / "run.json", {"command": "python prune.py data.root='<b>&'", "settings": settings, "versions": {"torch": "2"}, "machine": machine})
     sizes = {"file_bytes": 1000, "memory_bytes": {"64": 2e6}, "latency_ms": {"1": 1.0, "64": 5.0}}
     dense, pruned = {"test_accuracy": 0.9, "macs": 200, "params": 100, **sizes}, {"test_accuracy": 0.1, "macs": 100, "params": 50, **sizes}
-    write_json(tmp_path / "metrics.json", {"dense": dense, "pruned": pruned, "finetuned": {"test_accuracy": 0.8}, "remarks": ["1 of 3 layers <is> whole"]})
+    stages = {"dense": dense, "pruned": pruned, "finetuned": {"test_accuracy": 0.8}}
+    write_json(tmp_path / "metrics.json", {"network": "resnet8", **stages, "remarks": ["1 of 3 layers <is> whole"]})
     figures.save(figures.kept_per_layer({"a": 3, "b": 4}, {"a": 6, "b": 8}), tmp_path / "figures" / "kept_per_layer.png")
     figures.save(figures.kept_per_layer({"a": 3, "b": 4}, {"a": 6, "b": 8}), tmp_path / "figures" / "spectra_layer1.png")
     return tmp_path
@@ -39,6 +40,7 @@ def run(tmp_path: Path) -> Path:
 
 def test_page_tells_what_was_done(run: Path) -> None:
     text = write_page(run).read_text()
+    assert "<title>resnet8, filters kept by snr, 50.0 % of the MACs cut, seed 3 · freqprune</title>" in text
     assert "50.0 % of the MACs were cut; filters were kept by snr. The smaller network was fine-tuned for 1 epoch." in text
     assert "It was tagged at 6 and 7.5 Hz (halves), 240 frames at 120 frames/s, pixel noise sd 0.02, 4 images." in text
     assert "python prune.py data.root=&#39;&lt;b&gt;&amp;&#39;" in text

@@ -90,7 +90,7 @@ def pruned(trained: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPa
 def test_prune_writes_what_it_says(pruned: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
     out, metrics, objects = pruned
     assert json.loads((out / "metrics.json").read_text()) == metrics
-    assert set(metrics) == {"dense", "pruned", "recalibrated", "finetuned", "kept", "remarks", "finished"}
+    assert set(metrics) == {"network", "dense", "pruned", "recalibrated", "finetuned", "kept", "remarks", "finished"}
     assert set(metrics["dense"]) == set(metrics["pruned"]) == {"test_accuracy", "macs", "params", "file_bytes", "memory_bytes", "latency_ms"}
     assert set(metrics["recalibrated"]) == set(metrics["finetuned"]) == {"test_accuracy"}
     x = torch.rand(2, 3, 32, 32)
@@ -127,7 +127,7 @@ def test_removes_the_filters_with_the_lowest_snr(trained: tuple[Path, dict[str, 
     ckpt = trained[0] / "checkpoints" / "last.ckpt"
     cfg = config("prune", tmp_path, "model=auto", f"ckpt={ckpt}", "pruning.ratio=0.5", "importance=snr", "finetune.epochs=0", "pruning.bn_images=0")
     metrics, objects = workflow.prune(cfg)
-    assert set(metrics) == {"dense", "pruned", "kept", "remarks", "finished"}
+    assert set(metrics) == {"network", "dense", "pruned", "kept", "remarks", "finished"}
     for layer, kept in objects["kept"].items():
         snr = objects["response"].snr(layer).nan_to_num(0).mean(-1)
         assert kept.tolist() == sorted(snr.argsort(descending=True)[: len(snr) // 2].tolist())
@@ -151,7 +151,7 @@ def test_pruning_none_only_tags_and_tests(trained: tuple[Path, dict[str, Any]], 
     assert {row["group"] for row in rows} == {"all", *map(str, range(10))}
     first = next(row for row in rows if (row["group"], row["layer"], row["filter"]) == ("all", "conv1", "2"))
     assert float(first["part_preference"]) == pytest.approx(objects["response"].part_preference("conv1")[2].item(), rel=1e-4)
-    assert set(metrics) == {"dense", "finished"}
+    assert set(metrics) == {"network", "dense", "finished"}
     check_page(tmp_path)
     assert metrics["dense"]["test_accuracy"] == pytest.approx(trained[1]["test_accuracy"])
     assert not (tmp_path / "pruned.ckpt").exists()
