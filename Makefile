@@ -35,7 +35,7 @@ quickstart: install
 
 # One thread a process: torch's spinning threads and parallel tests do not go together.
 test: install-dev
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadscope
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadscope --no-loadscope-reorder
 
 lint: install-dev
 	$(BIN)/ruff check .

@@ -12,6 +12,13 @@ from torch import nn
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
+LONGEST = ("test_guide.py", "test_workflow.py", "test_cli.py", "test_faults.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest first: one that starts last keeps a single process busy while the others wait."""
+    order = {name: position for position, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 GUIDE = (ROOT / "docs" / "guide.md").read_text()
 SMALLER = {
     "train.py": ["data.limit_train=96", "data.limit_test=20", "trainer.max_epochs=1", "tagging.epoch_images=2"],
-    "prune.py": ["data.limit_train=96", "data.limit_test=20", "tagging.n_images=2", "latency.n_runs=1", "latency.batch_sizes=[1]"],
+    "prune.py": ["data.limit_train=96", "data.limit_test=20", "tagging.n_images=2", "latency.n_runs=1", "latency.batch_sizes=[1]", "pruning.measured_images=4"],
 }
 HERE = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 
