@@ -1,40 +1,26 @@
-"""Figures of a stimulus and of the response to it. Every function draws on a figure of its own and returns it; `save` writes it."""
+"""Figures of a stimulus and of the response to it. Every function draws on a figure of its own and returns it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor
 
 from freqprune.components import NEIGHBOURS, Component
+from freqprune.drawing import BLUE, GREEN, GREY, ORANGE, PALE, PURPLE, RED, counts_per_layer, layer_ticks, tidy
 from freqprune.response import TagResponse
 from freqprune.spectrum import amplitude_spectrum, frequencies
 from freqprune.stimulus import Stimulus
 
-matplotlib.use("Agg")
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-
-# Okabe & Ito's palette: told apart with every common form of colour blindness; kinds differ in marker as well.
-RED, GREEN, BLUE, GREY, ORANGE, PURPLE = "#D55E00", "#009E73", "#0072B2", "#777777", "#E69F00", "#CC79A7"
-PALE = "#e4e4e4"
 PART_COLOURS = (RED, GREEN, ORANGE, PURPLE)
 PART_MARKERS = ("o", "s", "D", "P")
 IM_MARKER = "^"
-
-
-def save(figure: Figure, path: str | Path, dpi: int = 130) -> Path:
-    """Write a figure to `path`, format by its ending."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi)
-    return path
 
 
 def _colour(part: int) -> str:
@@ -54,16 +40,6 @@ def _legend(stimulus: Stimulus) -> list[Line2D]:
     ]
     rows.append(("intermodulation", BLUE, IM_MARKER))
     return [Line2D([], [], color=colour, marker=marker, linestyle="", markersize=5, label=label) for label, colour, marker in rows]
-
-
-def _tidy(axis: Axes) -> None:
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(labelsize=8)
-
-
-def _layer_ticks(axis: Axes, layers: Sequence[str]) -> None:
-    axis.set_xticks(np.arange(len(layers)), [name.removeprefix("net.") for name in layers], rotation=90, fontsize=7)
-    axis.set_xlim(-0.7, len(layers) - 0.3)
 
 
 def stimulus_figure(stimulus: Stimulus, image: Tensor, n_shown: int = 6) -> Figure:
@@ -100,8 +76,8 @@ def stimulus_figure(stimulus: Stimulus, image: Tensor, n_shown: int = 6) -> Figu
     spectrum.set_ylabel("amplitude", fontsize=9)
     spectrum.set_xlim(0, 3 * max(stimulus.tag_freqs))
     spectrum.set_ylim(bottom=0)
-    _tidy(time)
-    _tidy(spectrum)
+    tidy(time)
+    tidy(spectrum)
     return figure
 
 
@@ -139,7 +115,7 @@ def snr_bins(response: TagResponse, layer: str, number: int, component: str = "f
     near = [c for b, c in other.items() if b in bins]
     handles += [Line2D([], [], color=_style(c)[0], linewidth=6, label=f"{c.name} ({c.freq:g} Hz)") for c in near]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), fontsize=8, frameon=False)
-    _tidy(axis)
+    tidy(axis)
     return figure
 
 
@@ -183,7 +159,7 @@ def snr_spectra(response: TagResponse, layer: str, filters: Sequence[int] | None
         axis.set_title(f"filter {number}", fontsize=8, loc="right", pad=6)
         axis.set_xlim(0, limit)
         axis.set_ylim(0, ceiling)
-        _tidy(axis)
+        tidy(axis)
     for i, axis in enumerate(axes.flat):
         axis.set_visible(i < len(shown))
         if i % n_columns == 0:
@@ -205,136 +181,7 @@ def important_per_layer(important: Mapping[str, Tensor], title: str = "") -> Fig
         title: line above the figure.
     """
     counts = {layer: (len(flags), int(flags.sum())) for layer, flags in important.items()}
-    return _counts_per_layer(counts, ("all filters", "important"), title)
-
-
-def kept_per_layer(kept: Mapping[str, int], widths: Mapping[str, int], title: str = "") -> Figure:
-    """Filters kept in each layer beside all that it had.
-
-    Args:
-        kept: number of filters kept, a layer.
-        widths: number of filters before, a layer.
-        title: line above the figure.
-    """
-    return _counts_per_layer({layer: (widths[layer], number) for layer, number in kept.items()}, ("before", "kept"), title)
-
-
-def _counts_per_layer(counts: Mapping[str, tuple[int, int]], labels: tuple[str, str], title: str) -> Figure:
-    """Two numbers of filters a layer, the second a part of the first."""
-    figure = Figure(figsize=(max(5.0, 0.27 * len(counts) + 1.5), 3.6), layout="constrained")
-    axis = figure.subplots()
-    whole, part = zip(*counts.values(), strict=True)
-    axis.bar(range(len(counts)), whole, color=PALE, label=labels[0])
-    axis.bar(range(len(counts)), part, color=BLUE, width=0.5, label=labels[1])
-    _tidy(axis)
-    _layer_ticks(axis, list(counts))
-    axis.set_ylabel("filters", fontsize=9)
-    axis.set_title(title, fontsize=9, loc="left")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    return figure
-
-
-def accuracy_over_cut(lines: Mapping[str, Sequence[Mapping[str, tuple[float, float]]]]) -> Figure:
-    """Test accuracy over the share of MACs removed, one line a method; left before fine-tuning, right after it, as far as they were measured.
-
-    Args:
-        lines: for each method its points: mean and standard deviation (NaN for a single run) by name, in per cent: ``cut``, ``dense``, and
-            ``pruned``, ``recalibrated`` (which then stands for ``pruned``) or ``finetuned``.
-    """
-    colours = [BLUE, RED, GREEN, ORANGE, PURPLE, "#56B4E9", "#000000", GREY]
-    markers = ["o", "s", "^", "D", "v", "P", "X", "*"]
-
-    def before(point: Mapping[str, tuple[float, float]]) -> tuple[float, float] | None:
-        return point.get("recalibrated", point.get("pruned"))
-
-    def after(point: Mapping[str, tuple[float, float]]) -> tuple[float, float] | None:
-        return point.get("finetuned")
-
-    everything = [point for points in lines.values() for point in points]
-    panels = [(pick, title) for pick, title in ((before, "before fine-tuning"), (after, "fine-tuned")) if any(pick(point) for point in everything)]
-    n_rows = math.ceil(len(lines) / 2)
-    figure = Figure(figsize=(4.4 * len(panels), 3.6 + 0.2 * n_rows), layout="constrained")
-    dense = next((point["dense"][0] for point in everything if "dense" in point), None)
-    handles = {}
-    for axis, (pick, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for number, (label, points) in enumerate(lines.items()):
-            shown = [(point["cut"][0], *value) for point in points if (value := pick(point)) is not None]
-            if not shown:
-                continue
-            cuts, means, deviations = zip(*sorted(shown), strict=True)
-            handles[label] = axis.errorbar(
-                cuts, means, yerr=np.nan_to_num(deviations), color=colours[number % len(colours)],
-                marker=markers[(number + number // len(colours)) % len(markers)], linewidth=1.2, markersize=5, capsize=3, label=label,
-            )  # fmt: skip
-        if dense is not None:
-            axis.axhline(dense, color=GREY, linewidth=0.8, linestyle=":")
-            axis.annotate(f"dense {dense:.2f}", (1, dense), (-2, 3), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=8,
-                          color=GREY, ha="right")  # fmt: skip
-        _tidy(axis)
-        axis.margins(x=0.12, y=0.1)
-        axis.set_title(title, fontsize=9, loc="left", pad=10)
-        axis.set_xlabel("MACs removed (%)", fontsize=9)
-        axis.set_ylabel("test accuracy (%)", fontsize=9)
-    figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=min(2, len(handles)), fontsize=8, frameon=False)
-    return figure
-
-
-def training_curves(history: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
-    """Loss and accuracy over epochs.
-
-    Args:
-        history: by name (``train/loss``, ``val/loss``, ``train/accuracy``, ``val/accuracy``) pairs of epoch (from 0) and value.
-    """
-    figure = Figure(figsize=(8.5, 3.2), layout="constrained")
-    for axis, kind, unit, label in zip(figure.subplots(1, 2), ("loss", "accuracy"), (1, 100), ("cross entropy", "accuracy (%)"), strict=True):
-        for split, colour, style in (("train", BLUE, "-"), ("val", RED, "--")):
-            points = history.get(f"{split}/{kind}", ())
-            name = "validation" if split == "val" else "training, augmented"
-            axis.plot([epoch + 1 for epoch, _ in points], [unit * value for _, value in points], style, color=colour, linewidth=1.3, label=name)
-        _tidy(axis)
-        axis.set_xlabel("epoch", fontsize=9)
-        axis.set_ylabel(label, fontsize=9)
-        axis.legend(fontsize=8, frameon=False)
-    return figure
-
-
-def important_over_epochs(shares: Mapping[int, Mapping[str, float]], title: str = "") -> Figure:
-    """Share of important filters in each layer over training.
-
-    Args:
-        shares: for each tagged epoch (from 0) the share of important filters, 0 to 1, a layer.
-        title: line above the figure.
-    """
-    return _over_epochs(shares, "important filters (%)", title, 100, 0, 100)
-
-
-def agreement_over_epochs(agreement: Mapping[int, Mapping[str, float]], title: str) -> Figure:
-    """How early the filters' final ranking is known: rank correlation of each layer's scores with the last epoch's, by epoch.
-
-    Args:
-        agreement: for each tagged epoch (from 0) the correlation, a layer, see `freqprune.report.rank_agreement`.
-        title: line above the figure.
-    """
-    return _over_epochs(agreement, "rank correlation with the last epoch", title, 1, 0, 1)
-
-
-def _over_epochs(values: Mapping[int, Mapping[str, float]], label: str, title: str, unit: float, low: float, high: float) -> Figure:
-    """Layers downwards, epochs to the right, the value as colour; white where it is undefined."""
-    epochs = sorted(values)
-    layers = list(values[epochs[0]])
-    grid = np.array([[values[epoch][layer] for epoch in epochs] for layer in layers])
-    figure = Figure(figsize=(max(4.5, 0.3 * len(epochs) + 3), max(3.0, 0.18 * len(layers) + 1.2)), layout="constrained")
-    axis = figure.subplots()
-    drawn = axis.imshow(unit * grid, aspect="auto", cmap="cividis", vmin=low, vmax=high, interpolation="nearest")
-    step = math.ceil(len(epochs) / 12)
-    axis.set_xticks(range(0, len(epochs), step), [str(epochs[i] + 1) for i in range(0, len(epochs), step)], fontsize=8)
-    axis.set_yticks(range(len(layers)), [name.removeprefix("net.") for name in layers], fontsize=7)
-    axis.set_xlabel("epoch", fontsize=9)
-    axis.set_title(title, fontsize=9, loc="left")
-    bar = figure.colorbar(drawn, ax=axis)
-    bar.set_label(label, fontsize=9)
-    bar.ax.tick_params(labelsize=8)
-    return figure
+    return counts_per_layer(counts, ("all filters", "important"), title)
 
 
 def _over_depth(values: Mapping[str, Tensor], label: str, title: str, groups: Mapping[str, Mapping[str, Tensor]] | None) -> tuple[Figure, Axes]:
@@ -351,8 +198,8 @@ def _over_depth(values: Mapping[str, Tensor], label: str, title: str, groups: Ma
     for group, members in (groups or {}).items():
         line = [float(v[v.isfinite()].median()) if v.isfinite().any() else np.nan for v in members.values()]
         axis.plot(range(len(layers)), line, linewidth=0.9, alpha=0.8, label=group)
-    _tidy(axis)
-    _layer_ticks(axis, layers)
+    tidy(axis)
+    layer_ticks(axis, layers)
     axis.set_ylabel(label, fontsize=9)
     axis.set_title(title, fontsize=9, loc="left")
     if groups:

@@ -10,8 +10,9 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from freqprune import figures, report
+from freqprune import figures, figures_of_runs, report
 from freqprune.callbacks import FrequencyTagging
+from freqprune.drawing import save
 from freqprune.response import TagResponse
 from freqprune.verdict import Verdict
 
@@ -20,34 +21,34 @@ def write_response(out: Path, response: TagResponse, verdict: Verdict | None, im
     report.write_filters(out / "filters.csv", response, verdict)
     report.write_layers(out / "layers.csv", {"all": response, **classes})
     folder, names = out / "figures", list(response.layers)
-    figures.save(figures.stimulus_figure(response.stimulus, image), folder / "stimulus.png")
-    figures.save(figures.part_preference_over_depth(response, classes), folder / "part_preference.png")
-    figures.save(figures.integration_over_depth(response, classes), folder / "integration.png")
+    save(figures.stimulus_figure(response.stimulus, image), folder / "stimulus.png")
+    save(figures.part_preference_over_depth(response, classes), folder / "part_preference.png")
+    save(figures.integration_over_depth(response, classes), folder / "integration.png")
     if verdict is None:
         return
     # A filter whose SNR is high but leaves its noise bins visible.
     layer = names[min(10, len(names)) - 1]
     number = int((response.snr(layer, ["f1"])[:, 0].nan_to_num(0) - 8).abs().argmin())
-    figures.save(figures.snr_bins(response, layer, number), folder / "snr_bins.png")
+    save(figures.snr_bins(response, layer, number), folder / "snr_bins.png")
     for number in sorted({1, min(10, len(names))}):
-        figures.save(figures.snr_spectra(response, names[number - 1]), folder / f"spectra_layer{number}.png")
+        save(figures.snr_spectra(response, names[number - 1]), folder / f"spectra_layer{number}.png")
     title = f"Important filters, {response.n_images} images, pixel noise sd {response.noise_std:g}"
-    figures.save(figures.important_per_layer(verdict.important, title), folder / "important_filters.png")
+    save(figures.important_per_layer(verdict.important, title), folder / "important_filters.png")
 
 
 def figures_of_training(tagging: FrequencyTagging, out: Path) -> None:
     if (out / "metrics.csv").is_file():
-        figures.save(figures.training_curves(report.training_history(out / "metrics.csv")), out / "figures" / "training_curves.png")
+        save(figures_of_runs.training_curves(report.training_history(out / "metrics.csv")), out / "figures" / "training_curves.png")
     if tagging.latest:
         noise = f"pixel noise sd {tagging.latest['noise_std']:g}"
         title = f"Important filters after epoch {tagging.latest['epoch'] + 1}, {noise}"
-        figures.save(figures.important_per_layer(tagging.latest["important"], title), out / "figures" / "important_last_epoch.png")
+        save(figures.important_per_layer(tagging.latest["important"], title), out / "figures" / "important_last_epoch.png")
         shares = report.important_shares(out / "importance.csv")
-        figures.save(figures.important_over_epochs(shares, f"Important filters over training, {noise}"), out / "figures" / "important_over_epochs.png")
+        save(figures_of_runs.important_over_epochs(shares, f"Important filters over training, {noise}"), out / "figures" / "important_over_epochs.png")
         if len(shares) > 1:
             agreement = report.rank_agreement(out / "importance.csv")
-            figures.save(
-                figures.agreement_over_epochs(agreement, f"Ranking of the filters over training, {noise}"), out / "figures" / "ranking_over_epochs.png"
+            save(
+                figures_of_runs.agreement_over_epochs(agreement, f"Ranking of the filters over training, {noise}"), out / "figures" / "ranking_over_epochs.png"
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ CAPTIONS = {
     "accuracy_over_cut": "Test accuracy over the share of MACs removed: mean over seeds, bars of one standard deviation.",
     "training_curves": "Loss and accuracy over training.",
     "kept_per_layer": "Filters kept in each layer that could lose some.",
+    "kept_over_depth": "Filters kept in each layer, by what was compared.",
     "important_filters": "Filters that answer the tags, layer by layer.",
     "important_last_epoch": "Filters that answered the tags after the last tagged epoch.",
     "important_over_epochs": "Share of important filters over training.",
@@ -32,15 +33,31 @@ CAPTIONS = {
 }
 
 
+# Figures of single runs that the page of a sweep shows of its first job.
+OF_THE_FIRST = ("spectra_", "snr_bins", "stimulus")
+
+
 @dataclass(frozen=True)
 class SweepPage:
-    """What the page of a sweep tells: folders, number of jobs, the table, and the jobs that are missing (name, state, overrides, error)."""
+    """What the page of a sweep tells.
+
+    Attributes:
+        folders: of the sweeps.
+        n_jobs: number of jobs, finished or not.
+        header: of the table.
+        rows: of the table.
+        missing: name, state, overrides and error of jobs that are not in the table.
+        commands: that started the sweeps.
+        finished: folder of every finished job, by the settings in which the jobs differ.
+    """
 
     folders: Sequence[str]
     n_jobs: int
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     missing: Sequence[Sequence[str]]
+    commands: Sequence[str]
+    finished: Mapping[str, Path]
 
 
 def write_page(folder: Path, sweep: SweepPage | None = None) -> Path:
@@ -53,27 +70,45 @@ def write_page(folder: Path, sweep: SweepPage | None = None) -> Path:
     Returns:
         The file.
     """
-    content = _of_a_run(folder) if sweep is None else _of_a_sweep(sweep)
-    content["figures"] = _figures(folder / "figures")
+    if sweep is None:
+        content, shown = _of_a_run(folder), _figures(folder / "figures")
+    else:
+        content, shown = _of_a_sweep(sweep), _figures(folder / "figures", ["accuracy_over_cut", "kept_over_depth", "part_preference", "integration"])
+        for label, first in list(sweep.finished.items())[:1]:
+            note = f" (Job {first.name}: {label}.)" if label else ""
+            shown += [{**one, "caption": one["caption"] + note} for one in _figures(first / "figures", OF_THE_FIRST)]
     environment = Environment(loader=PackageLoader("freqprune"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return write_text(folder / "report.html", environment.get_template("report.html.j2").render(content))
+    return write_text(folder / "report.html", environment.get_template("report.html.j2").render({**content, "figures": shown}))
 
 
 def _of_a_sweep(sweep: SweepPage) -> dict[str, Any]:
+    recorded = [folder for folder in sweep.finished.values() if (folder / RUN).is_file()]
+    runs, metrics = [_read(folder / RUN) for folder in recorded], [_read(folder / METRICS) for folder in recorded]
     tables = [{"caption": "Mean ± standard deviation over seeds; accuracies on the test images.", "header": sweep.header, "rows": sweep.rows}]
     notes = []
     if sweep.missing:
         notes.append(f"{len(sweep.missing)} of {sweep.n_jobs} jobs are missing from the table; they are listed below it.")
         tables.append({"caption": "Missing jobs", "header": ["job", "state", "overrides", "error"], "rows": sweep.missing})
-    title = "Sweep: " + ", ".join(Path(folder).name for folder in sweep.folders)
-    done = f"{sweep.n_jobs - len(sweep.missing)} of {sweep.n_jobs} jobs finished."
-    return {"title": title, "done": done, "notes": notes, "tables": tables if sweep.rows else tables[1:], "run": None, "settings": ""}
+    done = [f"{sweep.n_jobs - len(sweep.missing)} of {sweep.n_jobs} jobs finished."]
+    networks = dict.fromkeys(one["network"] for one in metrics if "network" in one)
+    if networks:
+        done.append(f"{'Network' if len(networks) == 1 else 'Networks'}: {' and '.join(networks)}.")
+    told = [_what_was_done(run["settings"], one) for run, one in zip(runs, metrics, strict=True)]
+    # What some jobs did differently is in the table.
+    done += [sentence for sentence in (told[0] if told else []) if all(sentence in others for others in told)]
+    versions = _one_of_each([run["versions"] for run in runs])
+    return {
+        "title": "Sweep: " + ", ".join(Path(folder).name for folder in sweep.folders), "done": " ".join(done), "notes": notes,
+        "tables": tables if sweep.rows else tables[1:], "kind": "sweep", "commands": sweep.commands, "versions": versions,
+        "machine": _one_of_each([run["machine"] for run in runs]), "seeds": _listed(sorted({run["settings"]["seed"] for run in runs})),
+        "settings": _as_text(runs[0]["settings"]) if runs else "",
+        "settings_of": f"All settings of job {recorded[0].name}" if runs else "",
+    }  # fmt: skip
 
 
 def _of_a_run(folder: Path) -> dict[str, Any]:
     run = json.loads((folder / RUN).read_text())
-    metrics = json.loads((folder / METRICS).read_text()) if (folder / METRICS).is_file() else {}
-    training = json.loads((folder / TRAINING).read_text()) if (folder / TRAINING).is_file() else {}
+    metrics, training = _read(folder / METRICS), _read(folder / TRAINING)
     settings = run["settings"]
     done, tables = [], []
     model = metrics.get("network") or settings["model"].get("name") or "The network"
@@ -83,33 +118,62 @@ def _of_a_run(folder: Path) -> dict[str, Any]:
         rows = [["validation", f"{100 * training['val_accuracy']:.2f}"], ["test", f"{100 * training['test_accuracy']:.2f}"]]
         tables.append({"caption": "After the last epoch of training", "header": ["images", "accuracy, %"], "rows": rows})
     if metrics:
-        tags = settings["tagging"]
-        freqs = " and ".join(f"{freq:g}" for freq in tags["tag_freqs"])
-        frames = f"{tags['n_frames']} frames at {tags['frame_rate']:g} frames/s, pixel noise sd {tags['noise_std']:g}"
-        done.append(f"It was tagged at {freqs} Hz ({tags['parts']}), {frames}, {_count(tags['n_images'], 'image')}.")
         header, rows = stage_rows(metrics)
         tables.append({"caption": "Stages; changes are from the dense network. MACs are those of convolutions and linear layers for one image.",
                        "header": header, "rows": rows})  # fmt: skip
-        if "pruned" in metrics:
-            criterion, share = settings["importance"]["criterion"], f"{percentages(metrics)['cut']:.1f} % of the MACs"
-            done.append(f"{share} were cut; filters were kept by {criterion}.")
-            title += [f"filters kept by {criterion}", f"{share} cut"]
-        if "finetuned" in metrics:
-            done.append(f"The smaller network was fine-tuned for {_count(settings['finetune']['epochs'], 'epoch')}.")
+    if "pruned" in metrics:
+        title += [f"filters kept by {settings['importance']['criterion']}", f"{percentages(metrics)['cut']:.1f} % of the MACs cut"]
     return {
-        "title": ", ".join([*title, f"seed {settings['seed']}"]),
-        "done": " ".join(done), "notes": metrics.get("remarks", []), "tables": tables, "run": run,
-        "settings": yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
+        "title": ", ".join([*title, f"seed {settings['seed']}"]), "done": " ".join([*done, *_what_was_done(settings, metrics)]),
+        "notes": metrics.get("remarks", []), "tables": tables, "kind": "run", "commands": [run["command"]] if run["command"] else [],
+        "versions": run["versions"], "machine": run["machine"], "seeds": str(settings["seed"]),
+        "settings": _as_text(settings), "settings_of": "All settings",
     }  # fmt: skip
+
+
+def _what_was_done(settings: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
+    """In sentences, from the settings and `metrics.json` of a run; none for a training run."""
+    if not metrics:
+        return []
+    tags = settings["tagging"]
+    freqs = " and ".join(f"{freq:g}" for freq in tags["tag_freqs"])
+    frames = f"{tags['n_frames']} frames at {tags['frame_rate']:g} frames/s, pixel noise sd {tags['noise_std']:g}"
+    done = [f"It was tagged at {freqs} Hz ({tags['parts']}), {frames}, {_count(tags['n_images'], 'image')}."]
+    if "pruned" in metrics:
+        done += [f"{percentages(metrics)['cut']:.1f} % of the MACs were cut.", f"Filters were kept by {settings['importance']['criterion']}."]
+    if "finetuned" in metrics:
+        done.append(f"The smaller network was fine-tuned for {_count(settings['finetune']['epochs'], 'epoch')}.")
+    return done
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file; empty if there is none."""
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
+
+
+def _as_text(settings: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
+
+
+def _one_of_each(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Values by name, those that the records do not share side by side."""
+    names = dict.fromkeys(name for record in records for name in record)
+    return {name: " / ".join(dict.fromkeys(str(record.get(name, "unknown")) for record in records)) for name in names}
+
+
+def _listed(values: Sequence[Any]) -> str:
+    words = [str(value) for value in values]
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _count(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
-def _figures(folder: Path) -> list[dict[str, str]]:
+def _figures(folder: Path, names: Sequence[str] = tuple(CAPTIONS)) -> list[dict[str, str]]:
     found = []
-    for start, caption in CAPTIONS.items():
+    for start in names:
         for path in sorted(folder.glob(f"{start}*.png" if start.endswith("_") else f"{start}.png")):
-            found.append({"name": path.stem, "caption": caption, "data": base64.b64encode(path.read_bytes()).decode()})
+            found.append({"name": path.stem, "caption": CAPTIONS[start], "data": base64.b64encode(path.read_bytes()).decode()})
     return found

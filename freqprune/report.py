@@ -6,6 +6,7 @@ import csv
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -190,6 +191,19 @@ def write_layers(path: Path, responses: Mapping[str, TagResponse]) -> None:
                 values = zip(response.part_preference(layer).tolist(), response.integration(layer).tolist(), strict=True)
                 for number, pair in enumerate(values):
                     writer.writerow([group, index, layer, number, *("" if v != v else f"{v:.6g}" for v in pair)])
+
+
+def layer_medians(path: Path) -> dict[str, dict[str, float]]:
+    """Medians over the filters of each layer of the figures in a ``layers.csv``, over all images: by figure, then layer; NaN where no filter answers."""
+    values: dict[str, dict[str, list[float]]] = {"part_preference": {}, "integration": {}}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["group"] == "all":
+                for name, by_layer in values.items():
+                    found = by_layer.setdefault(row["layer"], [])
+                    if row[name]:
+                        found.append(float(row[name]))
+    return {name: {layer: median(found) if found else math.nan for layer, found in by_layer.items()} for name, by_layer in values.items()}
 
 
 def kept_counts(kept: Mapping[str, Tensor]) -> dict[str, int]:

@@ -8,41 +8,19 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from omegaconf import OmegaConf
-
-from freqprune import figures
+from freqprune.drawing import save
 from freqprune.errors import InputError
+from freqprune.figures_of_runs import accuracy_over_cut, kept_over_depth, medians_over_depth
+from freqprune.jobs import Job, command_of, counted_once, read_sweep
 from freqprune.page import SweepPage, write_page
-from freqprune.report import STAGES, percentages, show
-from freqprune.runs import FAILED, METRICS, TRAINING, is_finished, write_text
+from freqprune.report import STAGES, layer_medians, show
+from freqprune.runs import METRICS, write_text
 
 REPEATED, DEFAULT = "seed", "default"
-
-
-@dataclass(frozen=True)
-class Job:
-    """One job of a sweep.
-
-    Attributes:
-        name: its folder, as the sweep numbers it.
-        state: ``"finished"``, ``"failed"``, ``"unfinished"`` (killed, or still running) or ``"not started"``.
-        overrides: what was set on the command line for this job, by key.
-        metrics: figures by name: accuracies in per cent, ``cut`` and ``params_cut`` in per cent of the dense network.
-        error: why it failed.
-    """
-
-    name: str
-    state: str
-    overrides: dict[str, str] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)
-    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,85 +29,25 @@ class Group:
 
     Attributes:
         settings: the overrides in which the groups differ.
-        seeds: number of jobs.
+        jobs: the jobs.
         mean: mean of each figure.
         sd: sample standard deviation of each; NaN for a single job.
     """
 
     settings: dict[str, str]
-    seeds: int
+    jobs: tuple[Job, ...]
     mean: dict[str, float]
     sd: dict[str, float]
 
     @property
-    def label(self) -> str:
-        return ", ".join(f"{key}={value}" for key, value in self.settings.items()) or "all jobs"
+    def seeds(self) -> int:
+        """Number of jobs."""
+        return len(self.jobs)
 
-
-def read_sweep(folder: str | Path) -> list[Job]:
-    """All jobs of a multirun folder, also those that failed or never started.
-
-    Raises:
-        InputError: if the folder holds no jobs.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; give the folder of a sweep, such as multirun/prune/<time>")
-    found = [_read_job(path, folder) for path in _job_folders(folder)]
-    if not found:
-        raise InputError(f"{folder} holds no jobs (folders with .hydra/overrides.yaml); give the folder of a sweep, such as multirun/prune/<time>")
-    for number, overrides in enumerate(_planned(folder / "multirun.yaml")):
-        if not any(job.overrides == overrides for job in found):
-            found.append(Job(str(number), "not started", overrides))
-    return found
-
-
-def _job_folders(folder: Path) -> list[Path]:
-    paths = [path.parent.parent for path in folder.rglob(".hydra/overrides.yaml")]
-    return sorted(paths, key=lambda path: [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in path.relative_to(folder).parts])
-
-
-def _read_job(path: Path, sweep: Path) -> Job:
-    overrides = _by_key(OmegaConf.to_object(OmegaConf.load(path / ".hydra" / "overrides.yaml")))
-    name = str(path.relative_to(sweep))
-    if is_finished(path):
-        return Job(name, "finished", overrides, _figures(path))
-    if (path / FAILED).is_file():
-        return Job(name, "failed", overrides, error=(path / FAILED).read_text().strip())
-    return Job(name, "unfinished", overrides)
-
-
-def _by_key(overrides: Any) -> dict[str, str]:
-    parsed = OverridesParser.create().parse_overrides([str(item) for item in overrides])
-    return {one.get_key_element(): _as_written(one.get_value_string()) for one in parsed if not one.is_hydra_override()}
-
-
-def _as_written(value: str) -> str:
-    """Hydra hands true on as True."""
-    return value.lower() if value.lower() in ("true", "false", "null") else value
-
-
-def _planned(path: Path) -> list[dict[str, str]]:
-    """Overrides of every job that a sweep set out to do, as Hydra's own sweeper numbers them."""
-    if not path.is_file():
-        return []
-    given = OmegaConf.to_container(OmegaConf.load(path))
-    parsed = OverridesParser.create().parse_overrides(given["hydra"]["overrides"]["task"])  # type: ignore[index,call-overload,arg-type]
-    jobs: list[dict[str, str]] = [{}]
-    for one in parsed:
-        jobs = [{**job, one.get_key_element(): _as_written(value)} for job in jobs for value in _values(one)]
-    return jobs
-
-
-def _values(override: Override) -> list[str]:
-    return list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.get_value_string()]
-
-
-def _figures(path: Path) -> dict[str, float]:
-    if (path / METRICS).is_file():
-        return percentages(json.loads((path / METRICS).read_text()))
-    metrics = json.loads((path / TRAINING).read_text())
-    return {"validation": 100 * metrics["val_accuracy"], "test": 100 * metrics["test_accuracy"]}
+    def label(self, without: Sequence[str] = ()) -> str:
+        """The settings in words for a figure, but for some."""
+        rest = {key: value for key, value in self.settings.items() if key not in without and value != DEFAULT}
+        return ", ".join(value if key == "importance" else f"{key.rsplit('.', 1)[-1]} {value}" for key, value in rest.items())
 
 
 def _differing(jobs: Sequence[Job]) -> list[str]:
@@ -149,7 +67,7 @@ def grouped(jobs: Sequence[Job]) -> list[Group]:
         by_name = {name: [job.metrics[name] for job in members if name in job.metrics] for name in members[0].metrics}
         mean = {name: fmean(numbers) for name, numbers in by_name.items()}
         sd = {name: stdev(numbers) if len(numbers) > 1 else math.nan for name, numbers in by_name.items()}
-        found.append(Group(dict(zip(differing, values, strict=True)), len(members), mean, sd))
+        found.append(Group(dict(zip(differing, values, strict=True)), tuple(members), mean, sd))
     return found
 
 
@@ -198,19 +116,59 @@ def _write_csv(path: Path, groups: Sequence[Group]) -> None:
             writer.writerow([*group.settings.values(), group.seeds, *("" if math.isnan(v) else f"{v:.4f}" for v in numbers)])
 
 
+AMOUNTS = ("pruning.ratio", "pruning.macs_cut", "pruning.threshold", "pruning.default_macs_cut")
+
+
 def _lines(groups: Sequence[Group]) -> dict[str, list[Mapping[str, tuple[float, float]]]]:
     """Groups that differ in the amount removed only, as one line of the figure each."""
-    amounts = ("pruning.ratio", "pruning.macs_cut", "pruning.threshold", "pruning.default_macs_cut")
     found: dict[str, list[Mapping[str, tuple[float, float]]]] = {}
     for group in groups:
-        rest = {key: value for key, value in group.settings.items() if key not in amounts and value != DEFAULT}
-        label = ", ".join(value if key == "importance" else f"{key.rsplit('.', 1)[-1]} {value}" for key, value in rest.items()) or "pruned"
-        found.setdefault(label, []).append({name: (group.mean[name], group.sd[name]) for name in group.mean})
+        found.setdefault(group.label(AMOUNTS) or "pruned", []).append({name: (group.mean[name], group.sd[name]) for name in group.mean})
     return found
 
 
+def _draw(groups: Sequence[Group], folder: Path) -> None:
+    """Figures of what was compared, as far as the jobs left what they show."""
+    drawn = [group for group in groups if "cut" in group.mean]
+    if drawn:
+        save(accuracy_over_cut(_lines(drawn)), folder / "accuracy_over_cut.png")
+    kept = {group.label() or "all jobs": shares for group in drawn if (shares := _shares_kept(group))}
+    if kept:
+        save(kept_over_depth(kept), folder / "kept_over_depth.png")
+    labels = {"part_preference": "(A first - A second part) / sum", "integration": "intermodulation / fundamentals"}
+    for name, label in labels.items():
+        medians = _told_apart({group.label(AMOUNTS) or "all jobs": _medians(group)[name] for group in groups if _medians(group)})
+        if medians:
+            save(medians_over_depth(medians, label), folder / f"{name}.png")
+
+
+def _shares_kept(group: Group) -> dict[str, float]:
+    """Share of the filters kept in each layer, mean over the jobs."""
+    shares: dict[str, list[float]] = {}
+    for job in group.jobs:
+        metrics = json.loads((job.folder / METRICS).read_text()) if job.folder else {}
+        widths = metrics.get("widths", {})
+        for layer, number in metrics.get("kept", {}).items():
+            if layer in widths:
+                shares.setdefault(layer, []).append(number / widths[layer])
+    return {layer: fmean(values) for layer, values in shares.items()}
+
+
+def _medians(group: Group) -> dict[str, dict[str, float]]:
+    folder = group.jobs[0].folder
+    return layer_medians(folder / "layers.csv") if folder and (folder / "layers.csv").is_file() else {}
+
+
+def _told_apart(lines: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
+    """Lines that are the same, as those of one network tagged alike are, become one."""
+    same: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for name, by_layer in lines.items():
+        same.setdefault(tuple((layer, f"{value:.6g}") for layer, value in by_layer.items()), []).append(name)
+    return {names[0] + (f" and {len(names) - 1} more" if len(names) > 1 and len(same) > 1 else ""): lines[names[0]] for names in same.values()}
+
+
 def gather(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Write ``sweep.csv``, ``sweep.md``, ``figures/accuracy_over_cut.png`` and ``report.html`` of one or several sweeps.
+    """Write ``sweep.csv``, ``sweep.md``, ``report.html`` and the figures of one or several sweeps.
 
     Args:
         folders: of the sweeps; their jobs go into one table.
@@ -219,7 +177,7 @@ def gather(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
     Returns:
         The folder written to.
     """
-    jobs = [job for folder in folders for job in read_sweep(folder)]
+    jobs = counted_once([job for folder in folders for job in read_sweep(folder)])
     groups = grouped(jobs)
     lost = [job for job in jobs if job.state != "finished"]
     out = Path(out or folders[0])
@@ -232,10 +190,10 @@ def gather(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
         text += f"\n{len(lost)} of {len(jobs)} jobs are missing:\n\n" + markdown(["job", "state", "overrides", "error"], missing) + "\n"
     write_text(out / "sweep.md", text)
     _write_csv(out / "sweep.csv", groups)
-    drawn = [group for group in groups if "cut" in group.mean]
-    if drawn:
-        figures.save(figures.accuracy_over_cut(_lines(drawn)), out / "figures" / "accuracy_over_cut.png")
-    write_page(out, SweepPage([str(folder) for folder in folders], len(jobs), header, rows, missing))
+    _draw(groups, out / "figures")
+    commands = [command for folder in folders if (command := command_of(Path(folder)))]
+    runs = {", ".join(f"{k}={job.overrides.get(k, DEFAULT)}" for k in differing): job.folder for job in jobs if job.state == "finished" and job.folder}
+    write_page(out, SweepPage([str(folder) for folder in folders], len(jobs), header, rows, missing, commands, runs))
     show(text.rstrip("\n"), f"written to {out}: sweep.csv, sweep.md, report.html")
     return out
 

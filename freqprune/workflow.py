@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
-from freqprune import figures, report, runs
+from freqprune import figures_of_runs, report, runs
 from freqprune.assembly import (
     accuracy_of,
     check_match,
@@ -35,6 +35,7 @@ from freqprune.callbacks import FrequencyTagging
 from freqprune.checkpoint import Stored, check_resumable, load_network, load_pruned, of_the_dense, save_pruned
 from freqprune.config import plain, recipe_arguments, stimulus_arguments, validate
 from freqprune.data import ImageData
+from freqprune.drawing import save
 from freqprune.errors import InputError
 from freqprune.export import check_exports, export
 from freqprune.importance import needs
@@ -234,7 +235,7 @@ class _Run:
         self.write()
         if "pruned" in self.metrics:
             point = {name: (value, math.nan) for name, value in report.percentages(self.metrics).items()}
-            figures.save(figures.accuracy_over_cut({self.cfg.importance.criterion: [point]}), self.out / "figures" / "accuracy_over_cut.png")
+            save(figures_of_runs.accuracy_over_cut({self.cfg.importance.criterion: [point]}), self.out / "figures" / "accuracy_over_cut.png")
         write_page(self.out)
 
     def shrink(self, net: nn.Module, earlier: dict[str, list[int]], recipe: Recipe, response: TagResponse) -> tuple[nn.Module, Kept]:
@@ -259,9 +260,9 @@ class _Run:
                     small = self._finetune(small, net, self.cfg.pruning.step_epochs, f"step{step + 1}")
         self.measure("pruned", small)
         self.latencies({"dense": net, "pruned": small})
-        self.metrics["kept"] = report.kept_counts(ours)
+        self.metrics["kept"], self.metrics["widths"] = report.kept_counts(ours), widths
         title = f"Filters kept by {self.cfg.importance.criterion}"
-        figures.save(figures.kept_per_layer(self.metrics["kept"], widths, title), self.out / "figures" / "kept_per_layer.png")
+        save(figures_of_runs.kept_per_layer(self.metrics["kept"], widths, title), self.out / "figures" / "kept_per_layer.png")
         self.metrics["remarks"] = notes
         self.kept = of_the_dense(ours, earlier)
         self.write(small)

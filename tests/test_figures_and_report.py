@@ -8,7 +8,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from freqprune import figures, report, runs
+from freqprune import figures, figures_of_runs, report, runs
+from freqprune.drawing import save
 from freqprune.models import build_model
 from freqprune.response import TagResponse
 from freqprune.stimulus import Stimulus
@@ -52,13 +53,16 @@ def test_no_figure_has_overlapping_text(response: TagResponse, tmp_path: Path) -
         "spectra": figures.snr_spectra(response, "conv1"),
         "spectra3": figures.snr_spectra(response, "conv1", filters=[1, 5, 7]),
         "important": figures.important_per_layer(important, "a title"),
-        "epochs": figures.important_over_epochs(shares, "a title"),
+        "epochs": figures_of_runs.important_over_epochs(shares, "a title"),
+        "kept": figures_of_runs.kept_over_depth({f"way {i}": dict.fromkeys(important, i / 9) for i in range(9)}),
+        "one kept": figures_of_runs.kept_over_depth({"all jobs": dict.fromkeys(important, 0.5)}),
+        "medians": figures_of_runs.medians_over_depth({f"way {i}": dict.fromkeys(important, i / 9) for i in range(9)}, "intermodulation / fundamentals"),
         "preference": figures.part_preference_over_depth(response),
         "integration": figures.integration_over_depth(response, {"cat": response, "dog": response}),
     }
     for name, figure in drawn.items():
         assert overlaps(figure) == [], name
-        assert figures.save(figure, tmp_path / f"{name}.png").stat().st_size > 3000
+        assert save(figure, tmp_path / f"{name}.png").stat().st_size > 3000
 
 
 def test_spectra_draw_the_snr_and_cut_it(response: TagResponse) -> None:
@@ -86,7 +90,7 @@ def test_dead_filters_are_said_to_be(tmp_path: Path) -> None:
     figure = figures.snr_spectra(dead, "0")
     assert [t.get_text() for a in figure.axes for t in a.texts] == ["no response"] * 2
     assert overlaps(figures.part_preference_over_depth(dead)) == []
-    figures.save(figures.integration_over_depth(dead), tmp_path / "i.png")
+    save(figures.integration_over_depth(dead), tmp_path / "i.png")
 
 
 def test_table_tells_the_changes() -> None:
@@ -124,15 +128,15 @@ def test_rank_agreement_with_the_last_epoch(tmp_path: Path) -> None:
 def test_figures_of_runs_and_sweeps_draw_what_they_are_given() -> None:
     point = {"cut": (50.0, 0.1), "dense": (92.0, 0.0), "pruned": (20.0, 1.0), "finetuned": (90.0, 0.5)}
     lines = {"snr": [point, {**point, "cut": (30.0, float("nan")), "finetuned": (91.0, float("nan"))}], "l2": [point]}
-    figure = figures.accuracy_over_cut(lines)
+    figure = figures_of_runs.accuracy_over_cut(lines)
     drawn = [[container.lines[0].get_xydata().tolist() for container in axis.containers] for axis in figure.axes]
     assert drawn[0] == [[[30.0, 20.0], [50.0, 20.0]], [[50.0, 20.0]]]
     assert drawn[1] == [[[30.0, 91.0], [50.0, 90.0]], [[50.0, 90.0]]]
-    assert len(figures.accuracy_over_cut({"a": [{"cut": (50.0, 0.1), "recalibrated": (30.0, 1.0), "pruned": (20.0, 1.0)}]}).axes) == 1
+    assert len(figures_of_runs.accuracy_over_cut({"a": [{"cut": (50.0, 0.1), "recalibrated": (30.0, 1.0), "pruned": (20.0, 1.0)}]}).axes) == 1
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["snr", "l2"]
     assert not overlaps(figure)
-    bars = figures.kept_per_layer({"a": 3, "b": 4}, {"a": 6, "b": 8, "unpruned": 9}).axes[0].containers
+    bars = figures_of_runs.kept_per_layer({"a": 3, "b": 4}, {"a": 6, "b": 8, "unpruned": 9}).axes[0].containers
     assert [[bar.get_height() for bar in group] for group in bars] == [[6, 8], [3, 4]]
-    curves = figures.training_curves({"train/loss": [(0, 2.0), (1, 1.0)], "val/accuracy": [(0, 0.25)]})
+    curves = figures_of_runs.training_curves({"train/loss": [(0, 2.0), (1, 1.0)], "val/accuracy": [(0, 0.25)]})
     assert curves.axes[0].lines[0].get_xydata().tolist() == [[1, 2.0], [2, 1.0]]
     assert curves.axes[1].lines[1].get_xydata().tolist() == [[1, 25.0]]

@@ -90,7 +90,7 @@ def pruned(trained: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPa
 def test_prune_writes_what_it_says(pruned: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
     out, metrics, objects = pruned
     assert json.loads((out / "metrics.json").read_text()) == metrics
-    assert set(metrics) == {"network", "dense", "pruned", "recalibrated", "finetuned", "kept", "remarks", "finished"}
+    assert set(metrics) == {"network", "dense", "pruned", "recalibrated", "finetuned", "kept", "widths", "remarks", "finished"}
     assert set(metrics["dense"]) == set(metrics["pruned"]) == {"test_accuracy", "macs", "params", "file_bytes", "memory_bytes", "latency_ms"}
     assert set(metrics["recalibrated"]) == set(metrics["finetuned"]) == {"test_accuracy"}
     x = torch.rand(2, 3, 32, 32)
@@ -100,6 +100,9 @@ def test_prune_writes_what_it_says(pruned: tuple[Path, dict[str, Any], dict[str,
     assert count_macs(net, x) == metrics["pruned"]["macs"]
     assert count_parameters(net) == metrics["pruned"]["params"]
     assert {layer: net.get_submodule(layer).out_channels for layer in metrics["kept"]} == metrics["kept"]
+    dense = build_model({"name": "resnet8"})
+    assert {layer: dense.get_submodule(layer).out_channels for layer in metrics["widths"]} == metrics["widths"]
+    assert list(metrics["widths"]) == list(metrics["kept"])
     # The file holds the fine-tuned weights.
     torch.testing.assert_close(net(x), objects["net"](x))
     names = {path.name for path in (out / "figures").iterdir()}
@@ -127,7 +130,7 @@ def test_removes_the_filters_with_the_lowest_snr(trained: tuple[Path, dict[str, 
     ckpt = trained[0] / "checkpoints" / "last.ckpt"
     cfg = config("prune", tmp_path, "model=auto", f"ckpt={ckpt}", "pruning.ratio=0.5", "importance=snr", "finetune.epochs=0", "pruning.bn_images=0")
     metrics, objects = workflow.prune(cfg)
-    assert set(metrics) == {"network", "dense", "pruned", "kept", "remarks", "finished"}
+    assert set(metrics) == {"network", "dense", "pruned", "kept", "widths", "remarks", "finished"}
     for layer, kept in objects["kept"].items():
         snr = objects["response"].snr(layer).nan_to_num(0).mean(-1)
         assert kept.tolist() == sorted(snr.argsort(descending=True)[: len(snr) // 2].tolist())

@@ -1,0 +1,54 @@
+"""How every figure looks, what several of them draw, and saving: matplotlib without a screen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe & Ito's palette: told apart with every common form of colour blindness; kinds differ in marker as well.
+RED, GREEN, BLUE, GREY, ORANGE, PURPLE = "#D55E00", "#009E73", "#0072B2", "#777777", "#E69F00", "#CC79A7"
+PALE = "#e4e4e4"
+LINES = (BLUE, RED, GREEN, ORANGE, PURPLE, "#56B4E9", "#000000", GREY)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def save(figure: Figure, path: str | Path, dpi: int = 130) -> Path:
+    """Write a figure to `path`, format by its ending."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=dpi)
+    return path
+
+
+def tidy(axis: Axes) -> None:
+    """No frame above and to the right, small numbers."""
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)
+
+
+def layer_ticks(axis: Axes, layers: Sequence[str]) -> None:
+    """Names of layers below an axis whose places are 0, 1, 2, ..."""
+    axis.set_xticks(np.arange(len(layers)), [name.removeprefix("net.") for name in layers], rotation=90, fontsize=7)
+    axis.set_xlim(-0.7, len(layers) - 0.3)
+
+
+def counts_per_layer(counts: Mapping[str, tuple[int, int]], labels: tuple[str, str], title: str) -> Figure:
+    """Two numbers of filters a layer, the second a part of the first."""
+    figure = Figure(figsize=(max(5.0, 0.27 * len(counts) + 1.5), 3.6), layout="constrained")
+    axis = figure.subplots()
+    whole, part = zip(*counts.values(), strict=True)
+    axis.bar(range(len(counts)), whole, color=PALE, label=labels[0])
+    axis.bar(range(len(counts)), part, color=BLUE, width=0.5, label=labels[1])
+    tidy(axis)
+    layer_ticks(axis, list(counts))
+    axis.set_ylabel("filters", fontsize=9)
+    axis.set_title(title, fontsize=9, loc="left")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return figure
