@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import re
 import sys
@@ -14,11 +15,13 @@ from typing import Any
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from freqprune.config import no_such_key, register
 from freqprune.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 def run(main: Callable[[], Any], config_dir: Path, config_name: str) -> None:
@@ -30,9 +33,11 @@ def run(main: Callable[[], Any], config_dir: Path, config_name: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     keep_freed_memory()
     try:
-        main()
+        try:
+            main()
+        finally:
+            gather_sweep()
     except InputError as error:
-        gather_sweep()
         fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         fail(_explain(error, config_dir, config_name))
@@ -48,19 +53,29 @@ class Gather(Callback):
     folder: str | None = None
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        Gather.folder = str(config.hydra.sweep.dir)
+        from freqprune.jobs import check_goes_on
 
-    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        gather_sweep()
+        sweep, hydra = config.hydra.sweep, config.hydra
+        if OmegaConf.to_container(sweep, resolve=False)["subdir"] == "${hydra.job.num}":  # type: ignore[index,call-overload]
+            try:
+                check_goes_on(Path(sweep.dir), [*(f"{k}={v}" for k, v in (hydra.sweeper.get("params") or {}).items()), *hydra.overrides.task])
+            except InputError as error:
+                # Hydra only warns of exceptions in callbacks.
+                fail(str(error))
+        Gather.folder = str(sweep.dir)
 
 
 def gather_sweep() -> None:
-    """Gather the sweep of this process, if there is one and it has not been gathered."""
+    """Gather the sweep of this process, if there is one, as far as it came; never in the way of the error that ended it."""
     folder, Gather.folder = Gather.folder, None
-    if folder is not None and Path(folder).is_dir():
-        from freqprune.sweeps import gather
+    if folder is None or not Path(folder).is_dir():
+        return
+    from freqprune.sweeps import gather
 
+    try:
         gather([folder])
+    except Exception as error:
+        log.warning("%s could not be gathered (%s: %s); try again with python -m freqprune.sweeps %s", folder, type(error).__name__, error, folder)
 
 
 def keep_freed_memory() -> None:

@@ -73,7 +73,7 @@ def corrected(estimates: Tensor, order: Tensor, counts: Sequence[int], measured:
         measured: error at each point, ``(n_counts,)``, not falling.
 
     Returns:
-        Errors ``(n_filters,)``, never below that of a filter before it in the order.
+        Errors ``(n_filters,)``, never below that of a filter before it in the order; where that lifts one, sums are above what was measured.
     """
     steps = estimates[order].clone()
     start, before = 0, 0.0

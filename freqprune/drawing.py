@@ -27,6 +27,18 @@ def save(figure: Figure, path: str | Path, dpi: int = 130) -> Path:
     return path
 
 
+def in_words(text: str, width: int = 48) -> str:
+    """A text from outside as a label: no markup of formulas, the middle left out where it is too long.
+
+    >>> in_words("layers [layer1.0.conv1,layer2.0.conv1]", 24)
+    'layers [lay…r2.0.conv1]'
+    """
+    if len(text) > width:
+        half = (width - 1) // 2
+        text = f"{text[:half]}…{text[-half:]}"
+    return text.replace("$", r"\$")
+
+
 def tidy(axis: Axes) -> None:
     """No frame above and to the right, small numbers."""
     axis.spines[["top", "right"]].set_visible(False)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from freqprune.drawing import BLUE, GREY, LINES, MARKERS, RED, counts_per_layer, layer_ticks, tidy
+from freqprune.drawing import BLUE, GREY, LINES, MARKERS, RED, counts_per_layer, in_words, layer_ticks, tidy
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -88,7 +88,7 @@ def kept_over_depth(shares: Mapping[str, Mapping[str, float]]) -> Figure:
     layers = list(dict.fromkeys(layer for by_layer in shares.values() for layer in by_layer))
     grid = np.array([[100 * by_layer.get(layer, math.nan) for layer in layers] for by_layer in shares.values()])
     figure = Figure(figsize=(max(5.0, 0.3 * len(layers) + 3.5), max(2.6, 0.2 * len(shares) + 1.8)), layout="constrained")
-    axis = _coloured(figure, grid, list(shares), "filters kept (%)", "Filters kept, mean over seeds", 0, 100)
+    axis = _coloured(figure, grid, [in_words(name) for name in shares], "filters kept (%)", "Filters kept, mean over seeds", 0, 100)
     layer_ticks(axis, layers)
     axis.set_xlim(-0.5, len(layers) - 0.5)
     return figure
@@ -108,7 +108,7 @@ def medians_over_depth(medians: Mapping[str, Mapping[str, float]], label: str) -
     for number, (name, by_layer) in enumerate(medians.items()):
         colour, marker = LINES[number % len(LINES)], MARKERS[(number + number // len(LINES)) % len(MARKERS)]
         values = [by_layer.get(layer, math.nan) for layer in layers]
-        axis.plot(range(len(layers)), values, color=colour, marker=marker, markersize=4, linewidth=1.1, label=name)
+        axis.plot(range(len(layers)), values, color=colour, marker=marker, markersize=4, linewidth=1.1, label=in_words(name))
     tidy(axis)
     layer_ticks(axis, layers)
     axis.set_ylabel(label, fontsize=9)
@@ -147,7 +147,7 @@ def accuracy_over_cut(lines: Mapping[str, Sequence[Mapping[str, tuple[float, flo
     panels = [(pick, title) for pick, title in ((before, "before fine-tuning"), (after, "fine-tuned")) if any(pick(point) for point in everything)]
     n_rows = math.ceil(len(lines) / 2)
     figure = Figure(figsize=(4.4 * len(panels), 3.6 + 0.2 * n_rows), layout="constrained")
-    dense = next((point["dense"][0] for point in everything if "dense" in point), None)
+    dense = sorted({round(point["dense"][0], 2) for point in everything if "dense" in point})
     handles = {}
     for axis, (pick, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for number, (label, points) in enumerate(lines.items()):
@@ -157,11 +157,11 @@ def accuracy_over_cut(lines: Mapping[str, Sequence[Mapping[str, tuple[float, flo
             cuts, means, deviations = zip(*sorted(shown), strict=True)
             handles[label] = axis.errorbar(
                 cuts, means, yerr=np.nan_to_num(deviations), color=LINES[number % len(LINES)],
-                marker=MARKERS[(number + number // len(LINES)) % len(MARKERS)], linewidth=1.2, markersize=5, capsize=3, label=label,
+                marker=MARKERS[(number + number // len(LINES)) % len(MARKERS)], linewidth=1.2, markersize=5, capsize=3, label=in_words(label),
             )  # fmt: skip
-        if dense is not None:
-            axis.axhline(dense, color=GREY, linewidth=0.8, linestyle=":")
-            axis.annotate(f"dense {dense:.2f}", (1, dense), (-2, 3), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=8,
+        for level in dense:
+            axis.axhline(level, color=GREY, linewidth=0.8, linestyle=":")
+            axis.annotate(f"dense {level:.2f}", (1, level), (-2, 3), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=8,
                           color=GREY, ha="right")  # fmt: skip
         tidy(axis)
         axis.margins(x=0.12, y=0.1)

@@ -266,7 +266,7 @@ def redundancy_score(evidence: Evidence, layer: str) -> Tensor:
 
 @criterion("logit_error", "moments", "gradients", "frames")
 def logit_error_score(evidence: Evidence, layer: str) -> Tensor:
-    """`logit_redundancy`, scaled at every eighth of a layer to how far the logits really move over tagged frames, see `freqprune.damage`."""
+    """`logit_redundancy`, scaled at every eighth of a layer to how far the logits really move over the frames given, see `freqprune.damage`."""
     estimates = logit_redundancy_score(evidence, layer)
     order, n_filters = estimates.argsort(stable=True), len(estimates)
     counts = sorted({-(-n_filters * eighth // 8) for eighth in range(1, 9)})

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from freqprune.errors import InputError
 from freqprune.report import percentages
-from freqprune.runs import FAILED, METRICS, TRAINING, is_finished
+from freqprune.runs import FAILED, METRICS, RUN, TRAINING, is_finished
+
+REPEATED = "seed"
 
 
 @dataclass(frozen=True)
@@ -24,12 +29,13 @@ class Job:
 
     Attributes:
         name: its folder, as the sweep numbers it.
-        state: ``"finished"``, ``"failed"``, ``"unfinished"`` (killed, or still running), ``"not started"`` or ``"repeated"`` (a job before it had the
-            same settings and seed, so that it counts once).
+        state: ``"finished"``, ``"failed"``, ``"unfinished"`` (killed, or still running), ``"not started"``, ``"damaged"`` (its files cannot be read) or
+            ``"repeated"`` (a job before it had the same settings and seed, so that it counts once).
         overrides: what was set on the command line for this job, by key.
         metrics: figures by name: accuracies in per cent, ``cut`` and ``params_cut`` in per cent of the dense network.
-        error: why it failed.
+        error: why it failed, or what is damaged.
         folder: where it ran.
+        settings: all settings, from ``run.json``.
     """
 
     name: str
@@ -38,10 +44,11 @@ class Job:
     metrics: dict[str, float] = field(default_factory=dict)
     error: str = ""
     folder: Path | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def read_sweep(folder: str | Path) -> list[Job]:
-    """All jobs of a multirun folder, also those that failed or never started.
+    """All jobs of a multirun folder, or of several below one folder, also those that failed or never started.
 
     Raises:
         InputError: if the folder holds no jobs.
@@ -52,30 +59,54 @@ def read_sweep(folder: str | Path) -> list[Job]:
     found = [_read_job(path, folder) for path in _job_folders(folder)]
     if not found:
         raise InputError(f"{folder} holds no jobs (folders with .hydra/overrides.yaml); give the folder of a sweep, such as multirun/prune/<time>")
-    for number, overrides in enumerate(_planned(folder / "multirun.yaml")):
-        if not any(job.overrides == overrides for job in found):
-            found.append(Job(str(number), "not started", overrides))
+    for sweep in _sweeps(folder):
+        known = [job.overrides for job in found if job.folder and sweep in job.folder.parents]
+        for number, overrides in enumerate(_planned_in(sweep)):
+            if overrides not in known:
+                found.append(Job(str((sweep / str(number)).relative_to(folder)), "not started", overrides))
     return found
 
 
+def _sweeps(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.rglob("multirun.yaml"))
+
+
 def _job_folders(folder: Path) -> list[Path]:
-    paths = [path.parent.parent for path in folder.rglob(".hydra/overrides.yaml")]
-    return sorted(paths, key=lambda path: [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in path.relative_to(folder).parts])
+    def in_order(path: Path) -> list[tuple[bool, int, str]]:
+        return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in path.relative_to(folder).parts]
+
+    return sorted((path.parent.parent for path in folder.rglob(".hydra/overrides.yaml")), key=in_order)
 
 
 def _read_job(path: Path, sweep: Path) -> Job:
-    overrides = _by_key(OmegaConf.to_object(OmegaConf.load(path / ".hydra" / "overrides.yaml")))
-    name = str(path.relative_to(sweep))
-    if is_finished(path):
-        return Job(name, "finished", overrides, _figures(path), folder=path)
-    if (path / FAILED).is_file():
-        return Job(name, "failed", overrides, error=(path / FAILED).read_text().strip(), folder=path)
-    return Job(name, "unfinished", overrides, folder=path)
+    job = Job(str(path.relative_to(sweep)), "unfinished", folder=path)
+    try:
+        job = replace(job, overrides=by_key(OmegaConf.to_container(OmegaConf.load(path / ".hydra" / "overrides.yaml"), resolve=False)))
+        # A job that was refused in the folder of another leaves its reason beside the other's results.
+        if (path / FAILED).is_file():
+            return replace(job, state="failed", error=(path / FAILED).read_text(encoding="utf-8", errors="replace").strip())
+        if not is_finished(path):
+            return job
+        settings = json.loads((path / RUN).read_text(encoding="utf-8"))["settings"] if (path / RUN).is_file() else {}
+        return replace(job, state="finished", metrics=_figures(path), settings=settings)
+    except (ValueError, LookupError, TypeError, AttributeError, OSError, YAMLError, HydraException) as error:
+        return replace(job, state="damaged", error=f"{type(error).__name__}: {error}")
 
 
-def _by_key(overrides: Any) -> dict[str, str]:
+def _figures(path: Path) -> dict[str, float]:
+    if (path / METRICS).is_file():
+        found = percentages(json.loads((path / METRICS).read_text(encoding="utf-8")))
+        if not found:
+            raise ValueError(f"{METRICS} holds no accuracy")
+        return found
+    metrics = json.loads((path / TRAINING).read_text(encoding="utf-8"))
+    return {"validation": 100 * metrics["val_accuracy"], "test": 100 * metrics["test_accuracy"]}
+
+
+def by_key(overrides: Any) -> dict[str, str]:
+    """Hydra overrides as keys and values, each spelled in one way; without those of Hydra itself."""
     parsed = OverridesParser.create().parse_overrides([str(item) for item in overrides])
-    return {one.get_key_element(): _as_written(one.get_value_string()) for one in parsed if not one.is_hydra_override()}
+    return {one.get_key_element().lstrip("+"): _as_written(one.get_value_element_as_str()) for one in parsed if not one.is_hydra_override()}
 
 
 def _as_written(value: str) -> str:
@@ -83,20 +114,103 @@ def _as_written(value: str) -> str:
     return value.lower() if value.lower() in ("true", "false", "null") else value
 
 
-def _planned(path: Path) -> list[dict[str, str]]:
-    """Overrides of every job that a sweep set out to do, as Hydra's own sweeper numbers them."""
-    if not path.is_file():
-        return []
-    given = OmegaConf.to_container(OmegaConf.load(path))
-    parsed = OverridesParser.create().parse_overrides(given["hydra"]["overrides"]["task"])  # type: ignore[index,call-overload,arg-type]
-    jobs: list[dict[str, str]] = [{}]
-    for one in parsed:
-        jobs = [{**job, one.get_key_element(): _as_written(value)} for job in jobs for value in _values(one)]
-    return jobs
+def planned(overrides: Sequence[str]) -> list[dict[str, str]]:
+    """Overrides of every job that a sweep is to do, as Hydra's own sweeper numbers them.
+
+    Raises:
+        HydraException: for ``glob``, which only Hydra itself can resolve.
+
+    >>> planned(["a=1,2", "b=x"])
+    [{'a': '1', 'b': 'x'}, {'a': '2', 'b': 'x'}]
+    """
+    parsed = {one.get_key_element(): one for one in OverridesParser.create().parse_overrides(list(overrides))}
+    given = [[f"{key}={value}" for value in _values(one)] for key, one in parsed.items()]
+    return [by_key(job) for job in itertools.product(*given)]
 
 
 def _values(override: Override) -> list[str]:
-    return list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.get_value_string()]
+    return list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.get_value_element_as_str()]
+
+
+def _planned_in(sweep: Path) -> list[dict[str, str]]:
+    hydra = _multirun(sweep)
+    try:
+        return (
+            [] if not hydra else planned([*(f"{key}={value}" for key, value in (hydra.get("sweeper", {}).get("params") or {}).items()), *_given(hydra, "task")])
+        )
+    except HydraException:
+        # With glob() only the jobs that began are known.
+        return []
+
+
+def _multirun(sweep: Path) -> Mapping[str, Any]:
+    """Hydra's settings of a sweep; empty if its multirun.yaml is missing or cannot be read."""
+    try:
+        found: Any = OmegaConf.to_container(OmegaConf.load(sweep / "multirun.yaml"), resolve=False)
+        return dict(found["hydra"])
+    except (ValueError, LookupError, TypeError, OSError, YAMLError):
+        return {}
+
+
+def _given(hydra: Mapping[str, Any], kind: str) -> list[str]:
+    return [str(one) for one in hydra.get("overrides", {}).get(kind) or []]
+
+
+def check_goes_on(folder: Path, overrides: Sequence[str]) -> None:
+    """Refuse to start a sweep over the finished jobs of another.
+
+    Args:
+        folder: where the sweep is to run; its jobs in numbered folders.
+        overrides: of the sweep, as given on the command line.
+
+    Raises:
+        InputError: if a job of the sweep would run where another has finished.
+    """
+    try:
+        jobs = planned(overrides)
+    except HydraException:
+        return
+    for number, wanted in enumerate(jobs):
+        path = folder / str(number)
+        if not (path / ".hydra" / "overrides.yaml").is_file():
+            continue
+        job = _read_job(path, folder)
+        if job.state == "finished" and job.overrides != wanted:
+            raise InputError(f"{path} holds a finished job of another sweep; a sweep goes on with its own command only: choose another hydra.sweep.dir")
+
+
+def told_apart(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs, with settings added to their overrides where overrides alone do not tell different jobs apart.
+
+    So it is with jobs of sweeps that ran with other defaults, or of another program: their figures must not go into one mean.
+    """
+    alike: dict[str, list[dict[str, str]]] = {}
+    for job in jobs:
+        if job.state == "finished":
+            alike.setdefault(json.dumps({**job.overrides, REPEATED: ""}, sort_keys=True), []).append(_flat(job))
+    keys = dict.fromkeys(
+        key for group in alike.values() for one in group for key in one if key != REPEATED and len({other[key] for other in group if key in other}) > 1
+    )
+    found = []
+    for job in jobs:
+        values = _flat(job) if job.state == "finished" else {}
+        found.append(replace(job, overrides={**job.overrides, **{key: values[key] for key in keys if key in values}}))
+    return found
+
+
+def _flat(job: Job) -> dict[str, str]:
+    """All settings that no override set, by dotted key, and which program ran."""
+
+    def walk(settings: Mapping[str, Any], before: str) -> Iterator[tuple[str, str]]:
+        for key, value in settings.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{before}{key}.")
+            else:
+                yield f"{before}{key}", json.dumps(value)
+
+    set_here = tuple(job.overrides)
+    program = {"program": "train.py" if "validation" in job.metrics else "prune.py"}
+    return program | {key: value for key, value in walk(job.settings, "") if not any(key == one or key.startswith(f"{one}.") for one in set_here)}
 
 
 def counted_once(jobs: Sequence[Job]) -> list[Job]:
@@ -108,17 +222,12 @@ def counted_once(jobs: Sequence[Job]) -> list[Job]:
     return found
 
 
-def _figures(path: Path) -> dict[str, float]:
-    if (path / METRICS).is_file():
-        return percentages(json.loads((path / METRICS).read_text()))
-    metrics = json.loads((path / TRAINING).read_text())
-    return {"validation": 100 * metrics["val_accuracy"], "test": 100 * metrics["test_accuracy"]}
-
-
-def command_of(folder: Path) -> str:
-    """The command that started a sweep; empty where Hydra left no multirun.yaml."""
-    if not (folder / "multirun.yaml").is_file():
-        return ""
-    hydra = OmegaConf.load(folder / "multirun.yaml").hydra
-    given = [one for one in [*hydra.overrides.task, *hydra.overrides.get("hydra", [])] if one != "hydra.mode=MULTIRUN"]
-    return shlex.join(["python", f"{hydra.get('job', {}).get('name') or 'prune'}.py", "-m", *given])
+def commands_of(folder: Path) -> list[str]:
+    """The commands that started the sweeps in a folder, as far as Hydra left its multirun.yaml."""
+    found = []
+    for sweep in _sweeps(folder):
+        hydra = _multirun(sweep)
+        if hydra:
+            given = [one for one in [*_given(hydra, "task"), *_given(hydra, "hydra")] if one != "hydra.mode=MULTIRUN"]
+            found.append(shlex.join(["python", f"{hydra.get('job', {}).get('name') or 'prune'}.py", "-m", *given]))
+    return found

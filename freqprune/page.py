@@ -17,10 +17,9 @@ from freqprune.runs import METRICS, RUN, TRAINING, write_text
 
 # Figures in the order of the page: file name without its ending, caption.
 CAPTIONS = {
-    "accuracy_over_cut": "Test accuracy over the share of MACs removed: mean over seeds, bars of one standard deviation.",
+    "accuracy_over_cut": "Test accuracy over the share of MACs removed.",
     "training_curves": "Loss and accuracy over training.",
     "kept_per_layer": "Filters kept in each layer that could lose some.",
-    "kept_over_depth": "Filters kept in each layer, by what was compared.",
     "important_filters": "Filters that answer the tags, layer by layer.",
     "important_last_epoch": "Filters that answered the tags after the last tagged epoch.",
     "important_over_epochs": "Share of important filters over training.",
@@ -33,7 +32,13 @@ CAPTIONS = {
 }
 
 
-# Figures of single runs that the page of a sweep shows of its first job.
+# What the page of a sweep shows: figures of its own, and of its first job.
+OF_A_SWEEP = {
+    "accuracy_over_cut": "Test accuracy over the share of MACs removed: mean over seeds, bars of one standard deviation.",
+    "kept_over_depth": "Filters kept in each layer, mean over seeds.",
+    "part_preference": "Which part drives the filters: median of each layer before pruning, in the first job of each kind.",
+    "integration": "How much the filters combine the parts: median of each layer before pruning, in the first job of each kind.",
+}
 OF_THE_FIRST = ("spectra_", "snr_bins", "stimulus")
 
 
@@ -42,7 +47,7 @@ class SweepPage:
     """What the page of a sweep tells.
 
     Attributes:
-        folders: of the sweeps.
+        folders: names of the folders of the sweeps.
         n_jobs: number of jobs, finished or not.
         header: of the table.
         rows: of the table.
@@ -71,12 +76,12 @@ def write_page(folder: Path, sweep: SweepPage | None = None) -> Path:
         The file.
     """
     if sweep is None:
-        content, shown = _of_a_run(folder), _figures(folder / "figures")
+        content, shown = _of_a_run(folder), _figures(folder / "figures", CAPTIONS)
     else:
-        content, shown = _of_a_sweep(sweep), _figures(folder / "figures", ["accuracy_over_cut", "kept_over_depth", "part_preference", "integration"])
+        content, shown = _of_a_sweep(sweep), _figures(folder / "figures", OF_A_SWEEP)
         for label, first in list(sweep.finished.items())[:1]:
             note = f" (Job {first.name}: {label}.)" if label else ""
-            shown += [{**one, "caption": one["caption"] + note} for one in _figures(first / "figures", OF_THE_FIRST)]
+            shown += [{**one, "caption": one["caption"] + note} for one in _figures(first / "figures", {name: CAPTIONS[name] for name in OF_THE_FIRST})]
     environment = Environment(loader=PackageLoader("freqprune"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return write_text(folder / "report.html", environment.get_template("report.html.j2").render({**content, "figures": shown}))
 
@@ -84,7 +89,13 @@ def write_page(folder: Path, sweep: SweepPage | None = None) -> Path:
 def _of_a_sweep(sweep: SweepPage) -> dict[str, Any]:
     recorded = [folder for folder in sweep.finished.values() if (folder / RUN).is_file()]
     runs, metrics = [_read(folder / RUN) for folder in recorded], [_read(folder / METRICS) for folder in recorded]
-    tables = [{"caption": "Mean ± standard deviation over seeds; accuracies on the test images.", "header": sweep.header, "rows": sweep.rows}]
+    tables = [
+        {
+            "caption": "Mean ± standard deviation over seeds; accuracies on the test images where nothing else is said.",
+            "header": sweep.header,
+            "rows": sweep.rows,
+        }
+    ]
     notes = []
     if sweep.missing:
         notes.append(f"{len(sweep.missing)} of {sweep.n_jobs} jobs are missing from the table; they are listed below it.")
@@ -98,7 +109,7 @@ def _of_a_sweep(sweep: SweepPage) -> dict[str, Any]:
     done += [sentence for sentence in (told[0] if told else []) if all(sentence in others for others in told)]
     versions = _one_of_each([run["versions"] for run in runs])
     return {
-        "title": "Sweep: " + ", ".join(Path(folder).name for folder in sweep.folders), "done": " ".join(done), "notes": notes,
+        "title": "Sweep: " + ", ".join(sweep.folders), "done": " ".join(done), "notes": notes,
         "tables": tables if sweep.rows else tables[1:], "kind": "sweep", "commands": sweep.commands, "versions": versions,
         "machine": _one_of_each([run["machine"] for run in runs]), "seeds": _listed(sorted({run["settings"]["seed"] for run in runs})),
         "settings": _as_text(runs[0]["settings"]) if runs else "",
@@ -107,7 +118,7 @@ def _of_a_sweep(sweep: SweepPage) -> dict[str, Any]:
 
 
 def _of_a_run(folder: Path) -> dict[str, Any]:
-    run = json.loads((folder / RUN).read_text())
+    run = _read(folder / RUN)
     metrics, training = _read(folder / METRICS), _read(folder / TRAINING)
     settings = run["settings"]
     done, tables = [], []
@@ -148,7 +159,7 @@ def _what_was_done(settings: Mapping[str, Any], metrics: Mapping[str, Any]) -> l
 
 def _read(path: Path) -> dict[str, Any]:
     """A JSON file; empty if there is none."""
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found
 
 
@@ -171,9 +182,9 @@ def _count(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
-def _figures(folder: Path, names: Sequence[str] = tuple(CAPTIONS)) -> list[dict[str, str]]:
+def _figures(folder: Path, captions: Mapping[str, str]) -> list[dict[str, str]]:
     found = []
-    for start in names:
+    for start, caption in captions.items():
         for path in sorted(folder.glob(f"{start}*.png" if start.endswith("_") else f"{start}.png")):
-            found.append({"name": path.stem, "caption": CAPTIONS[start], "data": base64.b64encode(path.read_bytes()).decode()})
+            found.append({"name": path.stem, "caption": caption, "data": base64.b64encode(path.read_bytes()).decode()})
     return found

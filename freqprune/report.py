@@ -90,7 +90,7 @@ def write_filters(path: Path, response: TagResponse, verdict: Verdict | None) ->
     important (of the filter), noise_std (pixel units), undefined (why an SNR is missing).
     """
     components = response.components("all")
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(
             ["layer_index", "layer", "recorded_at", "filter", "component", "frequency", "amplitude", "snr", "p_value", "important", "noise_std", "undefined"]
@@ -118,12 +118,12 @@ def write_importance(path: Path, epoch: int, response: TagResponse, score: Mappi
     header = ["epoch", "layer_index", "layer", "filter", *readings, "score", "important"]
     earlier: list[list[str]] = []
     if path.exists():
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file))
         earlier = [row for row in rows[1:] if len(row) == len(header) and int(row[0]) < epoch] if rows and rows[0] == header else []
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="") as file:
+    with partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(earlier)
@@ -137,7 +137,7 @@ def write_importance(path: Path, epoch: int, response: TagResponse, score: Mappi
 def important_shares(path: Path) -> dict[int, dict[str, float]]:
     """Share of important filters of each layer at each epoch, from an ``importance.csv``."""
     flags: dict[int, dict[str, list[int]]] = {}
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             flags.setdefault(int(row["epoch"]), {}).setdefault(row["layer"], []).append(int(row["important"]))
     return {epoch: {layer: sum(values) / len(values) for layer, values in layers.items()} for epoch, layers in flags.items()}
@@ -154,7 +154,7 @@ def rank_agreement(path: Path, column: str = "score") -> dict[int, dict[str, flo
         By epoch and layer; NaN where all filters of a layer score the same. A filter without an SNR counts as 0.
     """
     values: dict[int, dict[str, list[float]]] = {}
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             value = float(row[column])
             values.setdefault(int(row["epoch"]), {}).setdefault(row["layer"], []).append(0.0 if math.isnan(value) else value)
@@ -169,7 +169,7 @@ def rank_agreement(path: Path, column: str = "score") -> dict[int, dict[str, flo
 def training_history(path: Path) -> dict[str, list[tuple[int, float]]]:
     """Values by epoch of every column of Lightning's ``metrics.csv`` that is logged once an epoch."""
     found: dict[str, list[tuple[int, float]]] = {}
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             for name in ("train/loss", "val/loss", "train/accuracy", "val/accuracy"):
                 if row.get(name):
@@ -183,7 +183,7 @@ def write_layers(path: Path, responses: Mapping[str, TagResponse]) -> None:
     Columns: group (``all`` or a class), layer_index, layer, filter, part_preference ((A1 - A2) / (A1 + A2) at the first two fundamentals),
     integration (intermodulation over fundamentals); empty where a filter does not answer.
     """
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["group", "layer_index", "layer", "filter", "part_preference", "integration"])
         for group, response in responses.items():
@@ -196,7 +196,7 @@ def write_layers(path: Path, responses: Mapping[str, TagResponse]) -> None:
 def layer_medians(path: Path) -> dict[str, dict[str, float]]:
     """Medians over the filters of each layer of the figures in a ``layers.csv``, over all images: by figure, then layer; NaN where no filter answers."""
     values: dict[str, dict[str, list[float]]] = {"part_preference": {}, "integration": {}}
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             if row["group"] == "all":
                 for name, by_layer in values.items():

@@ -25,7 +25,7 @@ PACKAGES = ("freqprune", "torch", "torchvision", "pytorch-lightning", "torch-pru
 def write_text(path: Path, text: str) -> Path:
     """Write a file, complete or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
     return path
 
@@ -68,10 +68,10 @@ def record(out: Path, cfg: DictConfig) -> None:
 def is_finished(folder: Path) -> bool:
     """Whether a run of `prune.py` or `train.py` came to its end in this folder."""
     if (folder / METRICS).is_file():
-        return bool(json.loads((folder / METRICS).read_text()).get("finished"))
+        return bool(json.loads((folder / METRICS).read_text(encoding="utf-8")).get("finished"))
     if not (folder / TRAINING).is_file():
         return False
-    run = json.loads((folder / RUN).read_text()) if (folder / RUN).is_file() else {}
+    run = json.loads((folder / RUN).read_text(encoding="utf-8")) if (folder / RUN).is_file() else {}
     # With pruning to follow, training is only the first half.
     return not run.get("settings", {}).get("pruning", {}).get("enabled", False)
 
@@ -87,7 +87,7 @@ def done_before(cfg: DictConfig) -> bool:
     out = Path(cfg.output_dir)
     if not is_finished(out):
         return False
-    if not (out / RUN).is_file() or json.loads((out / RUN).read_text())["settings"] != _settings(cfg):
+    if not (out / RUN).is_file() or json.loads((out / RUN).read_text(encoding="utf-8"))["settings"] != _settings(cfg):
         raise InputError(f"{out} holds a finished job with other settings; a sweep goes on with its own command only: choose another hydra.sweep.dir")
     return True
 
@@ -102,5 +102,5 @@ def failures_kept(out: Path) -> Iterator[None]:
     except BaseException as error:
         # What went wrong must not be hidden by a full disk.
         with suppress(OSError):
-            (out / FAILED).write_text(f"{error}\n" if isinstance(error, InputError) else f"{type(error).__name__}: {error}\n")
+            (out / FAILED).write_text(f"{error}\n" if isinstance(error, InputError) else f"{type(error).__name__}: {error}\n", encoding="utf-8")
         raise

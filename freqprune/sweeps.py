@@ -8,19 +8,21 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
+
+import numpy as np
 
 from freqprune.drawing import save
 from freqprune.errors import InputError
 from freqprune.figures_of_runs import accuracy_over_cut, kept_over_depth, medians_over_depth
-from freqprune.jobs import Job, command_of, counted_once, read_sweep
-from freqprune.page import SweepPage, write_page
+from freqprune.jobs import REPEATED, Job, commands_of, counted_once, read_sweep, told_apart
+from freqprune.page import OF_A_SWEEP, SweepPage, write_page
 from freqprune.report import STAGES, layer_medians, show
-from freqprune.runs import METRICS, write_text
+from freqprune.runs import METRICS, RUN, write_text
 
-REPEATED, DEFAULT = "seed", "default"
+DEFAULT = "default"
 
 
 @dataclass(frozen=True)
@@ -46,27 +48,37 @@ class Group:
 
     def label(self, without: Sequence[str] = ()) -> str:
         """The settings in words for a figure, but for some."""
+        short = [_last(key) for key in self.settings]
         rest = {key: value for key, value in self.settings.items() if key not in without and value != DEFAULT}
-        return ", ".join(value if key == "importance" else f"{key.rsplit('.', 1)[-1]} {value}" for key, value in rest.items())
+        parts = [value if key == "importance" else f"{_last(key) if short.count(_last(key)) == 1 else key} {value}" for key, value in rest.items()]
+        return ", ".join(parts)
+
+
+def _last(key: str) -> str:
+    return key.rsplit(".", 1)[-1]
 
 
 def _differing(jobs: Sequence[Job]) -> list[str]:
-    keys = dict.fromkeys(key for job in jobs for key in job.overrides)
-    return [key for key in keys if len({job.overrides.get(key) for job in jobs}) > 1]
+    known = [job.overrides for job in jobs if job.overrides]
+    keys = dict.fromkeys(key for overrides in known for key in overrides)
+    return [key for key in keys if len({overrides.get(key) for overrides in known}) > 1]
 
 
 def grouped(jobs: Sequence[Job]) -> list[Group]:
     """Finished jobs, put together over seeds, in the order of the sweep."""
     done = [job for job in jobs if job.state == "finished"]
-    differing = [key for key in _differing(done) if key != REPEATED]
+    differing = [key for key in _differing(jobs) if key != REPEATED]
     sorted_in: dict[tuple[str, ...], list[Job]] = {}
     for job in done:
         sorted_in.setdefault(tuple(job.overrides.get(key, DEFAULT) for key in differing), []).append(job)
     found = []
     for values, members in sorted_in.items():
-        by_name = {name: [job.metrics[name] for job in members if name in job.metrics] for name in members[0].metrics}
-        mean = {name: fmean(numbers) for name, numbers in by_name.items()}
-        sd = {name: stdev(numbers) if len(numbers) > 1 else math.nan for name, numbers in by_name.items()}
+        by_name: dict[str, list[float]] = {}
+        for job in members:
+            for name, number in job.metrics.items():
+                by_name.setdefault(name, []).append(number)
+        mean = {name: float(np.mean(numbers)) for name, numbers in by_name.items()}
+        sd = {name: float(np.std(numbers, ddof=1)) if len(numbers) > 1 else math.nan for name, numbers in by_name.items()}
         found.append(Group(dict(zip(differing, values, strict=True)), tuple(members), mean, sd))
     return found
 
@@ -89,7 +101,9 @@ def table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
         cells = [group.settings[key] for key in settings] + [str(group.seeds)]
         for name in names:
             mean, sd = group.mean.get(name), group.sd.get(name, math.nan)
-            cells.append("" if mean is None else f"{mean:.2f}" + ("" if math.isnan(sd) else f" ± {sd:.2f}"))
+            measured = sum(name in job.metrics for job in group.jobs)
+            note = f" ({measured} of {group.seeds})" if 0 < measured < group.seeds else ""
+            cells.append("" if mean is None else f"{mean:.2f}" + ("" if math.isnan(sd) else f" ± {sd:.2f}") + note)
         rows.append(cells)
     return [*settings, "seeds", *(COLUMNS[name] for name in names)], rows
 
@@ -108,7 +122,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _write_csv(path: Path, groups: Sequence[Group]) -> None:
     settings, names = _columns(groups)
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*settings, "seeds", *(f"{name}_{what}" for name in names for what in ("mean", "sd"))])
         for group in groups:
@@ -128,7 +142,9 @@ def _lines(groups: Sequence[Group]) -> dict[str, list[Mapping[str, tuple[float, 
 
 
 def _draw(groups: Sequence[Group], folder: Path) -> None:
-    """Figures of what was compared, as far as the jobs left what they show."""
+    """Figures of what was compared, as far as the jobs left what they show; those of an earlier gathering go."""
+    for name in OF_A_SWEEP:
+        (folder / f"{name}.png").unlink(missing_ok=True)
     drawn = [group for group in groups if "cut" in group.mean]
     if drawn:
         save(accuracy_over_cut(_lines(drawn)), folder / "accuracy_over_cut.png")
@@ -146,7 +162,7 @@ def _shares_kept(group: Group) -> dict[str, float]:
     """Share of the filters kept in each layer, mean over the jobs."""
     shares: dict[str, list[float]] = {}
     for job in group.jobs:
-        metrics = json.loads((job.folder / METRICS).read_text()) if job.folder else {}
+        metrics = json.loads((job.folder / METRICS).read_text(encoding="utf-8")) if job.folder and (job.folder / METRICS).is_file() else {}
         widths = metrics.get("widths", {})
         for layer, number in metrics.get("kept", {}).items():
             if layer in widths:
@@ -167,6 +183,10 @@ def _told_apart(lines: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[s
     return {names[0] + (f" and {len(names) - 1} more" if len(names) > 1 and len(same) > 1 else ""): lines[names[0]] for names in same.values()}
 
 
+def _named(job: Job, path: Path, paths: Sequence[Path]) -> Job:
+    return job if len(paths) == 1 else replace(job, name=f"{path.resolve().name}/{job.name}")
+
+
 def gather(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Write ``sweep.csv``, ``sweep.md``, ``report.html`` and the figures of one or several sweeps.
 
@@ -176,11 +196,17 @@ def gather(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
 
     Returns:
         The folder written to.
+
+    Raises:
+        InputError: if a folder holds no jobs, or if the report of a single run would be overwritten.
     """
-    jobs = counted_once([job for folder in folders for job in read_sweep(folder)])
+    paths = list({Path(folder).resolve(): Path(folder) for folder in folders}.values())
+    out = Path(out or paths[0])
+    if (out / RUN).is_file():
+        raise InputError(f"{out} is the folder of a single run, whose report would be overwritten; give another with --out")
+    jobs = counted_once(told_apart([_named(job, path, paths) for path in paths for job in read_sweep(path)]))
     groups = grouped(jobs)
     lost = [job for job in jobs if job.state != "finished"]
-    out = Path(out or folders[0])
     out.mkdir(parents=True, exist_ok=True)
     header, rows = table(groups)
     text = markdown(header, rows) + "\n" if groups else "No job has finished.\n"
@@ -191,9 +217,9 @@ def gather(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
     write_text(out / "sweep.md", text)
     _write_csv(out / "sweep.csv", groups)
     _draw(groups, out / "figures")
-    commands = [command for folder in folders if (command := command_of(Path(folder)))]
+    commands = [command for path in paths for command in commands_of(path)]
     runs = {", ".join(f"{k}={job.overrides.get(k, DEFAULT)}" for k in differing): job.folder for job in jobs if job.state == "finished" and job.folder}
-    write_page(out, SweepPage([str(folder) for folder in folders], len(jobs), header, rows, missing, commands, runs))
+    write_page(out, SweepPage([path.resolve().name for path in paths], len(jobs), header, rows, missing, commands, runs))
     show(text.rstrip("\n"), f"written to {out}: sweep.csv, sweep.md, report.html")
     return out
 

@@ -288,7 +288,7 @@ class _Run:
         pruned, metrics = folder / "pruned.ckpt", folder / "metrics.json"
         if not pruned.is_file() or not metrics.is_file():
             raise InputError(f"resume = {folder} holds no pruned.ckpt and metrics.json: that run was interrupted before it had pruned; start it again")
-        self.metrics = json.loads(metrics.read_text())
+        self.metrics = json.loads(metrics.read_text(encoding="utf-8"))
         small = load_pruned(pruned).to(self.device).to(memory_format=torch.channels_last)
         self.kept = load_network(pruned).kept
         last = folder / "finetune" / "checkpoints" / "last.ckpt"

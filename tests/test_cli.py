@@ -77,7 +77,15 @@ def test_sweep_gathers_its_jobs_and_goes_on_when_killed(tmp_path: Path) -> None:
     assert (tmp_path / "sweep" / "0" / "metrics.json").stat().st_mtime_ns == before
     assert "2 of 4 jobs are missing" in (tmp_path / "sweep" / "sweep.md").read_text()
 
-    # Job 0 of another sweep.
+    # Another sweep, which would run where this one has finished jobs.
+    table, set_before = (tmp_path / "sweep" / "sweep.md").read_text(), (tmp_path / "sweep" / "0" / ".hydra" / "overrides.yaml").read_text()
+    other = call("prune.py", "-m", *SMALL, *sweep, "pruning.macs_cut=0.3", "seed=0", cwd=tmp_path)
+    assert other.returncode == 2
+    assert "0 holds a finished job of another sweep" in other.stderr
+    assert (tmp_path / "sweep" / "sweep.md").read_text() == table
+    assert (tmp_path / "sweep" / "0" / ".hydra" / "overrides.yaml").read_text() == set_before
+
+    # Job 0 with other defaults.
     (tmp_path / "sweep" / "0" / "run.json").write_text('{"settings": {}}')
     other = call("prune.py", "-m", *SMALL, *sweep, "pruning.macs_cut=0.2", "seed=0", cwd=tmp_path)
     assert "holds a finished job with other settings" in other.stderr

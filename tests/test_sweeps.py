@@ -6,10 +6,13 @@ import math
 from pathlib import Path
 
 import pytest
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from freqprune import cli
 from freqprune.errors import InputError
-from freqprune.jobs import read_sweep
+from freqprune.jobs import check_goes_on, commands_of, planned, read_sweep
 from freqprune.report import layer_medians
 from freqprune.sweeps import gather, grouped, table
 
@@ -99,7 +102,7 @@ def test_a_job_that_was_done_twice_counts_once(sweep: Path, tmp_path: Path) -> N
     job(tmp_path / "more" / "0", ["data=digits", "compile=false", "importance=l2", "seed=1"], 0.9)
     text = (gather([sweep, tmp_path / "more"], tmp_path / "out") / "sweep.md").read_text()
     assert "| l2 | 1 | 50.00 | 25.00 | 90.00 | 10.00 | 70.00 |" in text
-    assert "| 0 | repeated | importance=l2, seed=1 |  |" in text
+    assert "| more/0 | repeated | importance=l2, seed=1 |  |" in text
 
 
 def test_medians_of_a_layer_are_over_the_filters_that_answer(sweep: Path) -> None:
@@ -107,6 +110,135 @@ def test_medians_of_a_layer_are_over_the_filters_that_answer(sweep: Path) -> Non
     assert medians["part_preference"]["a"] == pytest.approx(0.3)
     assert medians["integration"]["a"] == pytest.approx(1.5)
     assert math.isnan(medians["integration"]["b"])
+
+
+def settings(folder: Path, **changed: object) -> None:
+    record = {"settings": {"seed": 0, "importance": {"criterion": "snr"}, **changed}, "versions": {"torch": "2"}, "machine": {"system": "x", "cores": 2}}
+    (folder / "run.json").write_text(json.dumps({"command": "python prune.py", **record}))
+
+
+def test_jobs_that_ran_with_other_defaults_are_told_apart(tmp_path: Path) -> None:
+    tags = {"tag_freqs": [6.0], "n_frames": 240, "frame_rate": 120.0, "noise_std": 0.02, "n_images": 4, "parts": "halves"}
+    for name, criterion in (("old", "snr"), ("new", "l2")):
+        for seed in (0, 1):
+            job(tmp_path / name / str(seed), ["pretrained=true", f"seed={seed}"], 0.8 if name == "old" else 0.9)
+            settings(tmp_path / name / str(seed), seed=seed, importance={"criterion": criterion}, tagging=tags, finetune={"epochs": 1})
+    # Another layout of run.json, as of an older version, is no other setting.
+    settings(tmp_path / "old" / "0", importance={"criterion": "snr"}, tagging=tags, finetune={"epochs": 1}, gone=1)
+    text = (gather([tmp_path / "old", tmp_path / "new"], tmp_path / "out") / "sweep.md").read_text()
+    assert '| "snr" | 2 | 50.00 ± 0.00 | 25.00 ± 0.00 | 90.00 ± 0.00 | 10.00 ± 0.00 | 80.00 ± 0.00 |' in text
+    assert '| "l2" | 2 | 50.00 ± 0.00 | 25.00 ± 0.00 | 90.00 ± 0.00 | 10.00 ± 0.00 | 90.00 ± 0.00 |' in text
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("metrics.json", ""), ("metrics.json", "null"), ("metrics.json", '{"finished": true}'), ("run.json", "{"), (".hydra/overrides.yaml", "[1")],
+)
+def test_a_damaged_job_is_listed_and_the_others_counted(sweep: Path, tmp_path: Path, file: str, content: str) -> None:
+    (sweep / "10" / file).write_text(content)
+    text = (gather([sweep], tmp_path / "out") / "sweep.md").read_text()
+    assert "| snr | 2 |" in text
+    assert "| 10 | damaged |" in text
+
+
+def test_a_damaged_multirun_file_or_reason_does_not_stop_the_table(sweep: Path, tmp_path: Path) -> None:
+    (sweep / "multirun.yaml").write_text("")
+    (sweep / "2" / "failed.txt").write_bytes(b"\xff out of memory")
+    text = (gather([sweep], tmp_path / "out") / "sweep.md").read_text()
+    assert "2 of 5 jobs are missing" in text
+    assert "out of memory" in text
+
+
+def test_a_refused_job_does_not_show_the_figures_of_another(sweep: Path) -> None:
+    (sweep / "0" / "failed.txt").write_text("holds a finished job with other settings")
+    assert read_sweep(sweep)[0].state == "failed"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["optimizer.lr=1e-5,0.1", "compile=True,no"], ["+q=a b,c", "~text"], ["ckpt=runs/d${seed}/last.ckpt", "seed=0,1"], ["++seed=range(0,3)"],
+        ["tagging.tag_freqs=[6.0,7.5],[5.0,7.0]", "pruning.layers='layer3.*.conv1'"], ["x=choice(a,b)", "hydra.verbose=true"], ["ckpt='a\\${seed}'"],
+    ],
+)  # fmt: skip
+def test_planned_jobs_are_those_that_hydra_starts(given: list[str], tmp_path: Path) -> None:
+    parsed = OverridesParser.create().parse_overrides(given)
+    (started,) = BasicSweeper.split_arguments(parsed, None)
+    for number, overrides in enumerate(started):
+        job(tmp_path / str(number), list(overrides), 0.8)
+    OmegaConf.save(OmegaConf.create({"hydra": {"overrides": {"task": given}}}), tmp_path / "multirun.yaml")
+    assert [one.state for one in read_sweep(tmp_path)] == ["finished"] * len(started)
+    assert len(planned(given)) == len(started)
+
+
+def test_jobs_of_a_glob_are_those_that_began(sweep: Path, tmp_path: Path) -> None:
+    OmegaConf.save(OmegaConf.create({"hydra": {"overrides": {"task": ["importance=glob(*)"]}}}), sweep / "multirun.yaml")
+    assert len(read_sweep(sweep)) == 5
+
+
+def test_a_sweep_does_not_start_over_the_jobs_of_another(sweep: Path) -> None:
+    check_goes_on(sweep, ["data=digits", "compile=false", "importance=snr,l2,random", "seed=0,1"])
+    # Only the first two are finished; l2 with seed 0 failed.
+    check_goes_on(sweep, ["data=digits", "compile=false", "importance=snr", "seed=0,1,2"])
+    with pytest.raises(InputError, match="0 holds a finished job of another sweep"):
+        check_goes_on(sweep, ["data=digits", "compile=false", "importance=random", "seed=0"])
+
+
+def test_a_parent_folder_counts_the_jobs_of_every_sweep(sweep: Path, tmp_path: Path) -> None:
+    job(tmp_path / "other" / "0", ["data=digits", "compile=false", "importance=lamp", "seed=0"], 0.6)
+    OmegaConf.save(OmegaConf.create({"hydra": {"overrides": {"task": ["data=digits", "compile=false", "importance=lamp,taylor", "seed=0"]}}}),
+                   tmp_path / "other" / "multirun.yaml")  # fmt: skip
+    jobs = read_sweep(tmp_path)
+    assert [(one.name, one.state) for one in jobs if one.overrides["importance"] in ("lamp", "taylor")] == [
+        ("other/0", "finished"), ("other/1", "not started")
+    ]  # fmt: skip
+    assert len(commands_of(tmp_path)) == 2
+
+
+def test_the_report_of_a_single_run_is_not_overwritten(sweep: Path, tmp_path: Path) -> None:
+    settings(sweep / "0")
+    with pytest.raises(InputError, match="folder of a single run, whose report would be overwritten; give another with --out"):
+        gather([sweep / "0"])
+    (sweep / "0" / "run.json").unlink()
+    gather([sweep, sweep], tmp_path / "out")
+    assert "3 of 6 jobs are missing" in (tmp_path / "out" / "sweep.md").read_text()
+
+
+def test_figures_of_an_earlier_gathering_go(sweep: Path, tmp_path: Path) -> None:
+    out = gather([sweep], tmp_path / "out")
+    for path in sweep.glob("*/layers.csv"):
+        path.unlink()
+    gather([sweep], out)
+    assert {path.name for path in (out / "figures").iterdir()} == {"accuracy_over_cut.png", "kept_over_depth.png"}
+
+
+def test_stages_that_only_some_jobs_reached(sweep: Path) -> None:
+    metrics = json.loads((sweep / "0" / "metrics.json").read_text())
+    del metrics["finetuned"]
+    (sweep / "0" / "metrics.json").write_text(json.dumps(metrics))
+    assert table(grouped(read_sweep(sweep)))[1][0][-1] == "82.00 (1 of 2)"
+
+
+def test_labels_stay_apart_and_short(tmp_path: Path) -> None:
+    for number in range(2):
+        for key in ("optimizer.lr", "finetune.lr"):
+            job(tmp_path / f"{key}{number}", [f"{key}=0.1", f"seed={number}", "ckpt='a$_$b^'"], 0.8)
+    job(tmp_path / "plain", ["seed=0", "ckpt=" + "x" * 300], 0.8)
+    groups = grouped(read_sweep(tmp_path))
+    assert len({group.label() for group in groups}) == len(groups) == 3
+    gather([tmp_path], tmp_path / "out")
+
+
+def test_a_sweep_is_gathered_whatever_ended_it(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def main() -> None:
+        cli.Gather.folder = str(sweep)
+        raise RuntimeError("out of memory")
+
+    for name in ("FREQPRUNE_RUN_ID", "HYDRA_FULL_ERROR"):
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cli.run(main, Path("conf"), "prune")
+    assert "3 of 6 jobs are missing" in (sweep / "sweep.md").read_text()
 
 
 def test_folders_without_jobs_are_refused(tmp_path: Path) -> None:
