@@ -40,7 +40,12 @@ class Plan:
         self.coupled = self.graph.coupled
 
     def unit(self, name: str) -> Unit:
-        """A unit by its name."""
+        """A unit by its name.
+
+        Raises:
+            InputError: for an unknown or coupled layer.
+        """
+        self._check_name(name)
         return self.graph.units[name]
 
     def choose(self, include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None, streams: bool = False) -> list[str]:
@@ -75,7 +80,13 @@ class Plan:
         return f"'*.{endings.pop()}'" if len(endings) == 1 else "null"
 
     def macs(self, widths: Mapping[str, int]) -> float:
-        """MACs of the network for one image with `widths` filters left in the named units, the others at full width."""
+        """MACs of the network for one image with `widths` filters left in the named units, the others at full width.
+
+        Raises:
+            InputError: for an unknown or coupled layer.
+        """
+        for name in widths:
+            self._check_name(name)
         return self.graph.macs(widths)
 
     def apply(self, kept: Mapping[str, Tensor], check: bool = True) -> nn.Module:
@@ -145,13 +156,16 @@ class Plan:
                     f"channels pass through {type(self.model).__name__}, for example a shortcut padded with zero channels. {_WAY_OUT}"
                 )
 
-    def _check(self, name: str, indices: Tensor) -> None:
+    def _check_name(self, name: str) -> None:
         if name not in self.graph.units:
             if name in self.coupled:
                 whole = next((stream for stream, members in self.streams.items() if name in members), None)
                 way_out = f"; prune the stream by its first layer, {whole!r}" if whole else "; its filters cannot go alone"
                 raise InputError(f"{name!r} shares its channels with {', '.join(self.coupled[name])}{way_out}")
             raise InputError(f"the network has no prunable layer {name!r}{closest(name, self.graph.units)}")
+
+    def _check(self, name: str, indices: Tensor) -> None:
+        self._check_name(name)
         if not isinstance(indices, Tensor) or indices.dim() != 1 or indices.is_floating_point() or indices.dtype == torch.bool:
             raise InputError(f"kept filters of {name!r} must be a 1-D tensor of integer indices, got {indices!r}")
         width = self.unit(name).n_filters

@@ -219,6 +219,15 @@ def test_any_table_ends_in_a_correct_network_or_a_clear_error(case: dict[str, An
     assert all(parameter.requires_grad != case["frozen"] for parameter in small.parameters())
 
 
+def test_layers_that_are_not_there_are_refused_by_name() -> None:
+    plan = Plan(build_model({"name": "resnet8"}), X)
+    for ask in (plan.unit, lambda name: plan.macs({name: 1})):
+        with pytest.raises(InputError, match=r"no prunable layer 'layer1\.0\.conv9'; did you mean layer1\.0\.conv1"):
+            ask("layer1.0.conv9")
+    with pytest.raises(InputError, match=r"no prunable layer 'layer9\.conv1'"):
+        select({"layer9.conv1": torch.rand(4)}, Amount(macs_cut=0.5), plan.macs)
+
+
 def test_inner_layers_are_found() -> None:
     plan = Plan(build_model({"name": "resnet20"}), X)
     assert plan.layers == [f"layer{s}.{b}.conv1" for s in (1, 2, 3) for b in range(3)]
