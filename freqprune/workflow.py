@@ -235,7 +235,8 @@ class _Run:
         self.write()
         if "pruned" in self.metrics:
             point = {name: (value, math.nan) for name, value in report.percentages(self.metrics).items()}
-            save(figures_of_runs.accuracy_over_cut({self.cfg.importance.criterion: [point]}), self.out / "figures" / "accuracy_over_cut.png")
+            whole = {name: point["dense"] for name in point if name in report.STAGES} | {"cut": (0.0, math.nan)}
+            save(figures_of_runs.accuracy_over_cut({self.cfg.importance.criterion: [whole, point]}), self.out / "figures" / "accuracy_over_cut.png")
         write_page(self.out)
 
     def shrink(self, net: nn.Module, earlier: dict[str, list[int]], recipe: Recipe, response: TagResponse) -> tuple[nn.Module, Kept]:
