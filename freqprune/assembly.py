@@ -52,10 +52,15 @@ def prepare_output(cfg: DictConfig) -> Path:
     return out
 
 
+def model_settings(cfg: DictConfig) -> dict[str, Any]:
+    """What the network is built from; without the name of the network that is trained where none is given."""
+    return {key: value for key, value in plain(cfg.model).items() if key != "fallback"}
+
+
 def model_config(cfg: DictConfig) -> dict[str, Any]:
-    config: dict[str, Any] = plain(cfg.model)
+    config = model_settings(cfg)
     if config["name"] is None:
-        config = {"name": config["fallback"]}
+        config = {"name": cfg.model.fallback}
         report.show(f"no ckpt given: training a dense {config['name']} first")
     build_model(config)
     return config

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -124,6 +128,7 @@ class Schema:
     ckpt_path: str | None = None
     resume: str | None = None
     pretrained: bool = MISSING
+    imports: list[str] = field(default_factory=list)
     compile: bool = MISSING
     matmul_precision: str = MISSING
 
@@ -200,6 +205,24 @@ def _check_keys(cfg: DictConfig) -> None:
         raise InputError(f"{missing[0]} is not set; give {missing[0]}=VALUE")
 
 
+def import_modules(names: Sequence[str]) -> None:
+    """Import the user's modules, also from the folder where the command was started.
+
+    Raises:
+        InputError: for a module that is not there.
+    """
+    here = str(Path.cwd())
+    if names and here not in sys.path:
+        sys.path.append(here)
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                raise
+            raise InputError(f"imports: there is no module {name!r} beside the job's script, in {here} or among the installed packages") from None
+
+
 def validate(cfg: DictConfig) -> None:
     """Check every range that can be checked before data are read or a network is built.
 
@@ -207,6 +230,7 @@ def validate(cfg: DictConfig) -> None:
         InputError: names the key, what is allowed and what came.
     """
     _check_keys(cfg)
+    import_modules(cfg.imports)
     from freqprune.components import find_components
     from freqprune.importance import needs
     from freqprune.pruning import Recipe

@@ -61,8 +61,9 @@ def read_sweep(folder: str | Path) -> list[Job]:
         raise InputError(f"{folder} holds no jobs (folders with .hydra/overrides.yaml); give the folder of a sweep, such as multirun/prune/<time>")
     for sweep in _sweeps(folder):
         known = [job.overrides for job in found if job.folder and sweep in job.folder.parents]
+        damaged = [job.folder for job in found if job.state == "damaged"]
         for number, overrides in enumerate(_planned_in(sweep)):
-            if overrides not in known:
+            if overrides not in known and sweep / str(number) not in damaged:
                 found.append(Job(str((sweep / str(number)).relative_to(folder)), "not started", overrides))
     return found
 
@@ -81,16 +82,22 @@ def _job_folders(folder: Path) -> list[Path]:
 def _read_job(path: Path, sweep: Path) -> Job:
     job = Job(str(path.relative_to(sweep)), "unfinished", folder=path)
     try:
-        job = replace(job, overrides=by_key(OmegaConf.to_container(OmegaConf.load(path / ".hydra" / "overrides.yaml"), resolve=False)))
-        # A job that was refused in the folder of another leaves its reason beside the other's results.
+        record = json.loads((path / RUN).read_text(encoding="utf-8")) if (path / RUN).is_file() else {}
+        job = replace(job, overrides=by_key(_overrides(path, record)))
         if (path / FAILED).is_file():
             return replace(job, state="failed", error=(path / FAILED).read_text(encoding="utf-8", errors="replace").strip())
         if not is_finished(path):
             return job
-        settings = json.loads((path / RUN).read_text(encoding="utf-8"))["settings"] if (path / RUN).is_file() else {}
-        return replace(job, state="finished", metrics=_figures(path), settings=settings)
+        return replace(job, state="finished", metrics=_figures(path), settings=record.get("settings", {}))
     except (ValueError, LookupError, TypeError, AttributeError, OSError, YAMLError, HydraException) as error:
         return replace(job, state="damaged", error=f"{type(error).__name__}: {error}")
+
+
+def _overrides(path: Path, record: Mapping[str, Any]) -> Any:
+    """As the job that ran recorded them; Hydra's own record is also that of a later job that was refused in this folder."""
+    if record.get("command"):
+        return shlex.split(record["command"])[2:]
+    return OmegaConf.to_container(OmegaConf.load(path / ".hydra" / "overrides.yaml"), resolve=False)
 
 
 def _figures(path: Path) -> dict[str, float]:
@@ -208,18 +215,23 @@ def _flat(job: Job) -> dict[str, str]:
             else:
                 yield f"{before}{key}", json.dumps(value)
 
-    set_here = tuple(job.overrides)
+    # What a whole overridden group holds belongs to its name only, unless it follows other settings.
+    groups = tuple(f"{key}." for key, value in job.overrides.items() if "${" in value)
     program = {"program": "train.py" if "validation" in job.metrics else "prune.py"}
-    return program | {key: value for key, value in walk(job.settings, "") if not any(key == one or key.startswith(f"{one}.") for one in set_here)}
+    return program | {key: value for key, value in walk(job.settings, "") if key not in job.overrides and not key.startswith(groups)}
 
 
 def counted_once(jobs: Sequence[Job]) -> list[Job]:
     """The jobs, those marked that were done before with the same settings and seed."""
     found: list[Job] = []
     for job in jobs:
-        again = job.state == "finished" and any(job.overrides == other.overrides for other in found if other.state == "finished")
+        again = job.state == "finished" and any(_what(job) == _what(other) for other in found if other.state == "finished")
         found.append(replace(job, state="repeated") if again else job)
     return found
+
+
+def _what(job: Job) -> dict[str, str]:
+    return {**job.overrides, REPEATED: str(job.settings.get(REPEATED, job.overrides.get(REPEATED, "")))}
 
 
 def commands_of(folder: Path) -> list[str]:

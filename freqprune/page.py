@@ -100,19 +100,20 @@ def _of_a_sweep(sweep: SweepPage) -> dict[str, Any]:
     if sweep.missing:
         notes.append(f"{len(sweep.missing)} of {sweep.n_jobs} jobs are missing from the table; they are listed below it.")
         tables.append({"caption": "Missing jobs", "header": ["job", "state", "overrides", "error"], "rows": sweep.missing})
-    done = [f"{sweep.n_jobs - len(sweep.missing)} of {sweep.n_jobs} jobs finished."]
+    done = [f"{sweep.n_jobs - len(sweep.missing)} of {sweep.n_jobs} jobs are in the table."]
     networks = dict.fromkeys(one["network"] for one in metrics if "network" in one)
     if networks:
         done.append(f"{'Network' if len(networks) == 1 else 'Networks'}: {' and '.join(networks)}.")
-    told = [_what_was_done(run["settings"], one) for run, one in zip(runs, metrics, strict=True)]
+    told = [_what_was_done(run.get("settings", {}), one) for run, one in zip(runs, metrics, strict=True)]
     # What some jobs did differently is in the table.
     done += [sentence for sentence in (told[0] if told else []) if all(sentence in others for others in told)]
-    versions = _one_of_each([run["versions"] for run in runs])
+    seeds = sorted({run["settings"]["seed"] for run in runs if "seed" in run.get("settings", {})})
+    versions = _one_of_each([run.get("versions", {}) for run in runs])
     return {
         "title": "Sweep: " + ", ".join(sweep.folders), "done": " ".join(done), "notes": notes,
         "tables": tables if sweep.rows else tables[1:], "kind": "sweep", "commands": sweep.commands, "versions": versions,
-        "machine": _one_of_each([run["machine"] for run in runs]), "seeds": _listed(sorted({run["settings"]["seed"] for run in runs})),
-        "settings": _as_text(runs[0]["settings"]) if runs else "",
+        "machine": {"system": "unknown system", "cores": "unknown"} | _one_of_each([run.get("machine", {}) for run in runs]), "seeds": _listed(seeds),
+        "settings": _as_text(runs[0].get("settings", {})) if runs else "",
         "settings_of": f"All settings of job {recorded[0].name}" if runs else "",
     }  # fmt: skip
 
@@ -144,7 +145,7 @@ def _of_a_run(folder: Path) -> dict[str, Any]:
 
 def _what_was_done(settings: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
     """In sentences, from the settings and `metrics.json` of a run; none for a training run."""
-    if not metrics:
+    if not metrics or "tagging" not in settings:
         return []
     tags = settings["tagging"]
     freqs = " and ".join(f"{freq:g}" for freq in tags["tag_freqs"])

@@ -76,7 +76,7 @@ class Recipe:
     streams: bool = False
     compensation: str = "none"
     calibrate_on: str = "frames"
-    frames_an_image: int = 8
+    frames_an_image: int = 2
     measured_images: int = 256
     tagging: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0

@@ -100,7 +100,8 @@ def failures_kept(out: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # What went wrong must not be hidden by a full disk.
-        with suppress(OSError):
-            (out / FAILED).write_text(f"{error}\n" if isinstance(error, InputError) else f"{type(error).__name__}: {error}\n", encoding="utf-8")
+        # What went wrong must not be hidden by a full disk, nor results by what was refused in their folder.
+        with suppress(OSError, ValueError):
+            if not is_finished(out):
+                (out / FAILED).write_text(f"{error}\n" if isinstance(error, InputError) else f"{type(error).__name__}: {error}\n", encoding="utf-8")
         raise

@@ -59,7 +59,7 @@ def _last(key: str) -> str:
 
 
 def _differing(jobs: Sequence[Job]) -> list[str]:
-    known = [job.overrides for job in jobs if job.overrides]
+    known = [job.overrides for job in jobs if job.overrides or job.state != "damaged"]
     keys = dict.fromkeys(key for overrides in known for key in overrides)
     return [key for key in keys if len({overrides.get(key) for overrides in known}) > 1]
 

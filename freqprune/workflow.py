@@ -25,6 +25,7 @@ from freqprune.assembly import (
     make_trainer,
     metric,
     model_config,
+    model_settings,
     normalization_of,
     prepare_output,
     quiet,
@@ -77,6 +78,11 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     rank_zero_only(runs.record)(out, cfg)
     if cfg.ckpt is not None:
         raise InputError(f"ckpt = {cfg.ckpt} is the network that prune.py prunes; to resume training use ckpt_path={cfg.ckpt}")
+    if cfg.pretrained:
+        raise InputError("pretrained=true names a network that is trained already, for prune.py; leave it out to train")
+    if cfg.resume is not None:
+        trained = Path(cfg.resume) / "checkpoints" / "last.ckpt"
+        raise InputError(f"resume = {cfg.resume} goes on with pruning and needs the dense network: use prune.py with ckpt={trained} as well")
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision(cfg.matmul_precision)
     config = model_config(cfg)
@@ -193,7 +199,7 @@ def _network_to_prune(cfg: DictConfig, dense: nn.Module | None) -> Stored:
         raise InputError("ckpt is not set: give the network to prune, ckpt=FILE, or pretrained=true for the package's ResNet-32")
     if cfg.ckpt_path is not None:
         raise InputError("ckpt_path resumes training and has no part in pruning a checkpoint; leave it out, or leave ckpt out to train first")
-    config = plain(cfg.model)
+    config = model_settings(cfg)
     return load_network(ckpt, None if config["name"] is None else config)
 
 
@@ -340,7 +346,8 @@ class _Run:
         )
         classifier.net.load_state_dict(small.state_dict())
         trainer = make_trainer(self.cfg, self.out / name, [], epochs)
-        resumable = f"; to go on: the same command with resume={self.out}" if name == "finetune" else ""
+        dense = "" if self.cfg.ckpt is not None or self.cfg.pretrained else f" ckpt={self.out / 'checkpoints' / 'last.ckpt'}"
+        resumable = f"; to go on: prune.py with the same settings and resume={self.out}{dense}" if name == "finetune" else ""
         fit(trainer, classifier, self.data, None if ckpt_path is None else str(ckpt_path), f"interrupted while fine-tuning{resumable}")
         return classifier.net.eval()
 

@@ -73,7 +73,7 @@ def test_page_of_a_sweep(run: Path, tmp_path: Path) -> None:
     write_json(again / "run.json", other)
     text = write_page(run, replace(sweep, finished={**sweep.finished, "importance=l2, seed=4": again})).read_text()
     # What the jobs share is told, what they differ in is not.
-    assert "4 of 5 jobs finished. Network: resnet8. It was tagged at 6 and 7.5 Hz (halves)" in text
+    assert "4 of 5 jobs are in the table. Network: resnet8. It was tagged at 6 and 7.5 Hz (halves)" in text
     assert "50.0 % of the MACs were cut. The smaller network was fine-tuned for 1 epoch." in text
     assert "Filters were kept by" not in text
     assert "<h2>To repeat this sweep</h2>" in text

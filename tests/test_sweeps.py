@@ -12,8 +12,9 @@ from omegaconf import OmegaConf
 
 from freqprune import cli
 from freqprune.errors import InputError
-from freqprune.jobs import check_goes_on, commands_of, planned, read_sweep
+from freqprune.jobs import check_goes_on, commands_of, counted_once, planned, read_sweep, told_apart
 from freqprune.report import layer_medians
+from freqprune.runs import failures_kept
 from freqprune.sweeps import gather, grouped, table
 
 
@@ -114,7 +115,7 @@ def test_medians_of_a_layer_are_over_the_filters_that_answer(sweep: Path) -> Non
 
 def settings(folder: Path, **changed: object) -> None:
     record = {"settings": {"seed": 0, "importance": {"criterion": "snr"}, **changed}, "versions": {"torch": "2"}, "machine": {"system": "x", "cores": 2}}
-    (folder / "run.json").write_text(json.dumps({"command": "python prune.py", **record}))
+    (folder / "run.json").write_text(json.dumps({"command": None, **record}))
 
 
 def test_jobs_that_ran_with_other_defaults_are_told_apart(tmp_path: Path) -> None:
@@ -128,6 +129,41 @@ def test_jobs_that_ran_with_other_defaults_are_told_apart(tmp_path: Path) -> Non
     text = (gather([tmp_path / "old", tmp_path / "new"], tmp_path / "out") / "sweep.md").read_text()
     assert '| "snr" | 2 | 50.00 ± 0.00 | 25.00 ± 0.00 | 90.00 ± 0.00 | 10.00 ± 0.00 | 80.00 ± 0.00 |' in text
     assert '| "l2" | 2 | 50.00 ± 0.00 | 25.00 ± 0.00 | 90.00 ± 0.00 | 10.00 ± 0.00 | 90.00 ± 0.00 |' in text
+
+
+def test_groups_that_were_adjusted_are_told_apart(tmp_path: Path) -> None:
+    for number, compensation in enumerate(("none", "least_squares")):
+        job(tmp_path / str(number), ["importance=snr", "seed=0"], 0.5 + 0.4 * number)
+        settings(tmp_path / str(number), importance={"criterion": "snr", "compensation": compensation})
+    text = (gather([tmp_path], tmp_path / "out") / "sweep.md").read_text()
+    assert "| importance.compensation | seeds |" in text
+    assert "repeated" not in text
+
+
+def test_a_job_without_overrides_is_a_job_of_its_own_and_seed_0_the_same_as_none(tmp_path: Path) -> None:
+    for name, overrides in (("0", []), ("1", ["importance=l2"]), ("2", ["seed=0"])):
+        job(tmp_path / name, overrides, 0.8)
+        settings(tmp_path / name)
+    rows = table(grouped(counted_once(told_apart(read_sweep(tmp_path)))))[1]
+    assert [row[:2] for row in rows] == [["default", "1"], ["l2", "1"]]
+
+
+def test_an_older_record_of_a_run_still_makes_a_report(tmp_path: Path) -> None:
+    job(tmp_path / "0", ["importance=snr"], 0.8)
+    (tmp_path / "0" / "run.json").write_text('{"settings": {"importance": {"criterion": "snr"}}}')
+    assert "1 of 1 jobs are in the table" in (gather([tmp_path], tmp_path / "out") / "report.html").read_text()
+
+
+def test_what_a_job_recorded_counts_not_what_was_refused_in_its_folder(tmp_path: Path) -> None:
+    job(tmp_path / "0", ["importance=snr"], 0.8)
+    settings(tmp_path / "0", tagging={}, finetune={})
+    record = json.loads((tmp_path / "0" / "run.json").read_text())
+    (tmp_path / "0" / "run.json").write_text(json.dumps({**record, "command": "python prune.py importance=l2"}))
+    (found,) = read_sweep(tmp_path)
+    assert found.overrides == {"importance": "l2"}
+    with pytest.raises(InputError, match="refused"), failures_kept(tmp_path / "0"):
+        raise InputError("refused")
+    assert not (tmp_path / "0" / "failed.txt").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -13,9 +14,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from freqprune import load_pruned, workflow
+from freqprune import importance, load_pruned, workflow
+from freqprune.assembly import model_config
 from freqprune.checkpoint import load_network
-from freqprune.config import register
+from freqprune.config import register, validate
 from freqprune.errors import InputError
 from freqprune.models import build_model
 from freqprune.profiling import count_macs, count_parameters
@@ -378,3 +380,29 @@ def test_every_live_parameter_is_fine_tuned(trained: tuple[Path, dict[str, Any]]
     ckpt = trained[0] / "checkpoints" / "last.ckpt"
     workflow.prune(config("prune", tmp_path, f"ckpt={ckpt}", "pruning.ratio=0.5", "+callbacks.watch={_target_: tests.test_workflow.Watch}"))
     assert seen == [set()]
+
+
+def test_the_network_trained_by_default_is_no_setting_of_a_network(tmp_path: Path) -> None:
+    cfg = config("train", tmp_path, "model=auto", "model.name=torchvision/resnet18")
+    assert model_config(cfg)["name"] == "torchvision/resnet18"
+    assert "fallback" not in model_config(cfg)
+    torch.save(build_model({"name": "torchvision/resnet18", "num_classes": 10}).state_dict(), tmp_path / "w.pt")
+    cfg = config("prune", tmp_path, "model=auto", "model.name=torchvision/resnet18", "+model.num_classes=10", f"ckpt={tmp_path / 'w.pt'}")
+    assert "fallback" not in workflow._network_to_prune(cfg, None).net.config
+
+
+def test_training_refuses_what_only_pruning_reads(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="pretrained=true names a network that is trained already"):
+        workflow.train(config("train", tmp_path, "pretrained=true"))
+    with pytest.raises(InputError, match=r"needs the dense network: use prune.py with ckpt=x/checkpoints/last\.ckpt"):
+        workflow.train(config("train", tmp_path, "resume=x"))
+
+
+def test_modules_of_the_user_are_imported_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_criteria.py").write_text("from freqprune import criterion\n\n\n@criterion('mine_alone')\ndef mine(evidence, layer): ...\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.setattr("freqprune.importance._CRITERIA", dict(importance._CRITERIA))
+    validate(config("prune", tmp_path, "imports=[my_criteria]", "importance.criterion=mine_alone"))
+    with pytest.raises(InputError, match="there is no module 'my_networks'"):
+        validate(config("prune", tmp_path, "imports=[my_networks]"))
