@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -48,21 +48,21 @@ def run(main: Callable[[], Any], config_dir: Path, config_name: str) -> None:
 
 
 class Gather(Callback):
-    """Hydra callback: puts the jobs of a sweep into one table and report when the last has ended, whether or not some have failed."""
+    """Hydra callback: remembers the folder of a sweep, for `gather_sweep` at its end, and refuses one that holds the results of another."""
 
     folder: str | None = None
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        from freqprune.jobs import check_goes_on
+        from freqprune.jobs import asked, check_goes_on
 
-        sweep, hydra = config.hydra.sweep, config.hydra
-        if OmegaConf.to_container(sweep, resolve=False)["subdir"] == "${hydra.job.num}":  # type: ignore[index,call-overload]
+        folder, hydra = str(config.hydra.sweep.dir), cast(dict[str, Any], OmegaConf.to_container(config.hydra, resolve=False))
+        if hydra["sweep"]["subdir"] == "${hydra.job.num}":
             try:
-                check_goes_on(Path(sweep.dir), [*(f"{k}={v}" for k, v in (hydra.sweeper.get("params") or {}).items()), *hydra.overrides.task])
+                check_goes_on(Path(folder), asked(hydra))
             except InputError as error:
                 # Hydra only warns of exceptions in callbacks.
                 fail(str(error))
-        Gather.folder = str(sweep.dir)
+        Gather.folder = folder
 
 
 def gather_sweep() -> None:

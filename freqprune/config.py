@@ -128,7 +128,7 @@ class Schema:
     ckpt_path: str | None = None
     resume: str | None = None
     pretrained: bool = MISSING
-    imports: list[str] = field(default_factory=list)
+    imports: list[str] = MISSING
     compile: bool = MISSING
     matmul_precision: str = MISSING
 
@@ -224,7 +224,7 @@ def import_modules(names: Sequence[str]) -> None:
 
 
 def validate(cfg: DictConfig) -> None:
-    """Check every range that can be checked before data are read or a network is built.
+    """Import the user's modules and check every range that can be checked before data are read or a network is built.
 
     Raises:
         InputError: names the key, what is allowed and what came.

@@ -18,7 +18,7 @@ from yaml import YAMLError
 
 from freqprune.errors import InputError
 from freqprune.report import percentages
-from freqprune.runs import FAILED, METRICS, RUN, TRAINING, is_finished
+from freqprune.runs import FAILED, METRICS, RUN, TRAINING, is_finished, read_json
 
 REPEATED = "seed"
 
@@ -82,7 +82,7 @@ def _job_folders(folder: Path) -> list[Path]:
 def _read_job(path: Path, sweep: Path) -> Job:
     job = Job(str(path.relative_to(sweep)), "unfinished", folder=path)
     try:
-        record = json.loads((path / RUN).read_text(encoding="utf-8")) if (path / RUN).is_file() else {}
+        record = read_json(path / RUN)
         job = replace(job, overrides=by_key(_overrides(path, record)))
         if (path / FAILED).is_file():
             return replace(job, state="failed", error=(path / FAILED).read_text(encoding="utf-8", errors="replace").strip())
@@ -102,11 +102,11 @@ def _overrides(path: Path, record: Mapping[str, Any]) -> Any:
 
 def _figures(path: Path) -> dict[str, float]:
     if (path / METRICS).is_file():
-        found = percentages(json.loads((path / METRICS).read_text(encoding="utf-8")))
+        found = percentages(read_json(path / METRICS))
         if not found:
             raise ValueError(f"{METRICS} holds no accuracy")
         return found
-    metrics = json.loads((path / TRAINING).read_text(encoding="utf-8"))
+    metrics = read_json(path / TRAINING)
     return {"validation": 100 * metrics["val_accuracy"], "test": 100 * metrics["test_accuracy"]}
 
 
@@ -142,9 +142,7 @@ def _values(override: Override) -> list[str]:
 def _planned_in(sweep: Path) -> list[dict[str, str]]:
     hydra = _multirun(sweep)
     try:
-        return (
-            [] if not hydra else planned([*(f"{key}={value}" for key, value in (hydra.get("sweeper", {}).get("params") or {}).items()), *_given(hydra, "task")])
-        )
+        return planned(asked(hydra)) if hydra else []
     except HydraException:
         # With glob() only the jobs that began are known.
         return []
@@ -157,6 +155,11 @@ def _multirun(sweep: Path) -> Mapping[str, Any]:
         return dict(found["hydra"])
     except (ValueError, LookupError, TypeError, OSError, YAMLError):
         return {}
+
+
+def asked(hydra: Mapping[str, Any]) -> list[str]:
+    """Overrides that a sweep was given, from Hydra's settings: those of the configuration, then those of the command line."""
+    return [*(f"{key}={value}" for key, value in (hydra.get("sweeper", {}).get("params") or {}).items()), *_given(hydra, "task")]
 
 
 def _given(hydra: Mapping[str, Any], kind: str) -> list[str]:
@@ -239,7 +242,7 @@ def commands_of(folder: Path) -> list[str]:
     found = []
     for sweep in _sweeps(folder):
         hydra = _multirun(sweep)
-        if hydra:
+        if "job" in hydra:
             given = [one for one in [*_given(hydra, "task"), *_given(hydra, "hydra")] if one != "hydra.mode=MULTIRUN"]
-            found.append(shlex.join(["python", f"{hydra.get('job', {}).get('name') or 'prune'}.py", "-m", *given]))
+            found.append(shlex.join(["python", f"{hydra['job']['name']}.py", "-m", *given]))
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from freqprune.report import percentages, stage_rows
-from freqprune.runs import METRICS, RUN, TRAINING, write_text
+from freqprune.runs import METRICS, RUN, TRAINING, read_json, write_text
 
 # Figures in the order of the page: file name without its ending, caption.
 CAPTIONS = {
@@ -88,7 +87,7 @@ def write_page(folder: Path, sweep: SweepPage | None = None) -> Path:
 
 def _of_a_sweep(sweep: SweepPage) -> dict[str, Any]:
     recorded = [folder for folder in sweep.finished.values() if (folder / RUN).is_file()]
-    runs, metrics = [_read(folder / RUN) for folder in recorded], [_read(folder / METRICS) for folder in recorded]
+    runs, metrics = [read_json(folder / RUN) for folder in recorded], [read_json(folder / METRICS) for folder in recorded]
     tables = [
         {
             "caption": "Mean ± standard deviation over seeds; accuracies on the test images where nothing else is said.",
@@ -119,8 +118,8 @@ def _of_a_sweep(sweep: SweepPage) -> dict[str, Any]:
 
 
 def _of_a_run(folder: Path) -> dict[str, Any]:
-    run = _read(folder / RUN)
-    metrics, training = _read(folder / METRICS), _read(folder / TRAINING)
+    run = read_json(folder / RUN)
+    metrics, training = read_json(folder / METRICS), read_json(folder / TRAINING)
     settings = run["settings"]
     done, tables = [], []
     model = metrics.get("network") or settings["model"].get("name") or "The network"
@@ -156,12 +155,6 @@ def _what_was_done(settings: Mapping[str, Any], metrics: Mapping[str, Any]) -> l
     if "finetuned" in metrics:
         done.append(f"The smaller network was fine-tuned for {_count(settings['finetune']['epochs'], 'epoch')}.")
     return done
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON file; empty if there is none."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
 
 
 def _as_text(settings: Mapping[str, Any]) -> str:

@@ -35,6 +35,12 @@ def write_json(path: Path, content: Mapping[str, Any]) -> Path:
     return write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file; empty if there is none."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -68,10 +74,10 @@ def record(out: Path, cfg: DictConfig) -> None:
 def is_finished(folder: Path) -> bool:
     """Whether a run of `prune.py` or `train.py` came to its end in this folder."""
     if (folder / METRICS).is_file():
-        return bool(json.loads((folder / METRICS).read_text(encoding="utf-8")).get("finished"))
+        return bool(read_json(folder / METRICS).get("finished"))
     if not (folder / TRAINING).is_file():
         return False
-    run = json.loads((folder / RUN).read_text(encoding="utf-8")) if (folder / RUN).is_file() else {}
+    run = read_json(folder / RUN)
     # With pruning to follow, training is only the first half.
     return not run.get("settings", {}).get("pruning", {}).get("enabled", False)
 
@@ -87,7 +93,7 @@ def done_before(cfg: DictConfig) -> bool:
     out = Path(cfg.output_dir)
     if not is_finished(out):
         return False
-    if not (out / RUN).is_file() or json.loads((out / RUN).read_text(encoding="utf-8"))["settings"] != _settings(cfg):
+    if read_json(out / RUN).get("settings") != _settings(cfg):
         raise InputError(f"{out} holds a finished job with other settings; a sweep goes on with its own command only: choose another hydra.sweep.dir")
     return True
 

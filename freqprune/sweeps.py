@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from freqprune.figures_of_runs import accuracy_over_cut, kept_over_depth, median
 from freqprune.jobs import REPEATED, Job, commands_of, counted_once, read_sweep, told_apart
 from freqprune.page import OF_A_SWEEP, SweepPage, write_page
 from freqprune.report import STAGES, layer_medians, show
-from freqprune.runs import METRICS, RUN, write_text
+from freqprune.runs import METRICS, RUN, read_json, write_text
 
 DEFAULT = "default"
 
@@ -153,16 +152,19 @@ def _draw(groups: Sequence[Group], folder: Path) -> None:
         save(kept_over_depth(kept), folder / "kept_over_depth.png")
     labels = {"part_preference": "(A first - A second part) / sum", "integration": "intermodulation / fundamentals"}
     for name, label in labels.items():
-        medians = _told_apart({group.label(AMOUNTS) or "all jobs": _medians(group)[name] for group in groups if _medians(group)})
-        if medians:
-            save(medians_over_depth(medians, label), folder / f"{name}.png")
+        lines: dict[str, Mapping[str, float]] = {}
+        for group in groups:
+            if found := _medians(group):
+                lines.setdefault(group.label(AMOUNTS) or "all jobs", found[name])
+        if lines:
+            save(medians_over_depth(_merged(lines), label), folder / f"{name}.png")
 
 
 def _shares_kept(group: Group) -> dict[str, float]:
     """Share of the filters kept in each layer, mean over the jobs."""
     shares: dict[str, list[float]] = {}
     for job in group.jobs:
-        metrics = json.loads((job.folder / METRICS).read_text(encoding="utf-8")) if job.folder and (job.folder / METRICS).is_file() else {}
+        metrics = read_json(job.folder / METRICS) if job.folder else {}
         widths = metrics.get("widths", {})
         for layer, number in metrics.get("kept", {}).items():
             if layer in widths:
@@ -175,7 +177,7 @@ def _medians(group: Group) -> dict[str, dict[str, float]]:
     return layer_medians(folder / "layers.csv") if folder and (folder / "layers.csv").is_file() else {}
 
 
-def _told_apart(lines: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
+def _merged(lines: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
     """Lines that are the same, as those of one network tagged alike are, become one."""
     same: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for name, by_layer in lines.items():

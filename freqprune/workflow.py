@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -295,7 +294,7 @@ class _Run:
         pruned, metrics = folder / "pruned.ckpt", folder / "metrics.json"
         if not pruned.is_file() or not metrics.is_file():
             raise InputError(f"resume = {folder} holds no pruned.ckpt and metrics.json: that run was interrupted before it had pruned; start it again")
-        self.metrics = json.loads(metrics.read_text(encoding="utf-8"))
+        self.metrics = runs.read_json(metrics)
         small = load_pruned(pruned).to(self.device).to(memory_format=torch.channels_last)
         self.kept = load_network(pruned).kept
         last = folder / "finetune" / "checkpoints" / "last.ckpt"

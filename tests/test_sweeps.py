@@ -48,7 +48,8 @@ def sweep(tmp_path: Path) -> Path:
     job(folder / "9", ["data=digits", "compile=False", "importance=random", "seed=0"])
     given = ["data=digits", "compile=false", "importance=snr,l2,random", "seed=0,1"]
     OmegaConf.save(
-        OmegaConf.create({"hydra": {"overrides": {"task": given, "hydra": ["hydra/launcher=joblib", "hydra.mode=MULTIRUN"]}}}), folder / "multirun.yaml"
+        OmegaConf.create({"hydra": {"job": {"name": "prune"}, "overrides": {"task": given, "hydra": ["hydra/launcher=joblib", "hydra.mode=MULTIRUN"]}}}),
+        folder / "multirun.yaml",
     )
     return folder
 
@@ -202,13 +203,13 @@ def test_planned_jobs_are_those_that_hydra_starts(given: list[str], tmp_path: Pa
     (started,) = BasicSweeper.split_arguments(parsed, None)
     for number, overrides in enumerate(started):
         job(tmp_path / str(number), list(overrides), 0.8)
-    OmegaConf.save(OmegaConf.create({"hydra": {"overrides": {"task": given}}}), tmp_path / "multirun.yaml")
+    OmegaConf.save(OmegaConf.create({"hydra": {"job": {"name": "prune"}, "overrides": {"task": given}}}), tmp_path / "multirun.yaml")
     assert [one.state for one in read_sweep(tmp_path)] == ["finished"] * len(started)
     assert len(planned(given)) == len(started)
 
 
 def test_jobs_of_a_glob_are_those_that_began(sweep: Path, tmp_path: Path) -> None:
-    OmegaConf.save(OmegaConf.create({"hydra": {"overrides": {"task": ["importance=glob(*)"]}}}), sweep / "multirun.yaml")
+    OmegaConf.save(OmegaConf.create({"hydra": {"job": {"name": "prune"}, "overrides": {"task": ["importance=glob(*)"]}}}), sweep / "multirun.yaml")
     assert len(read_sweep(sweep)) == 5
 
 
@@ -222,7 +223,7 @@ def test_a_sweep_does_not_start_over_the_jobs_of_another(sweep: Path) -> None:
 
 def test_a_parent_folder_counts_the_jobs_of_every_sweep(sweep: Path, tmp_path: Path) -> None:
     job(tmp_path / "other" / "0", ["data=digits", "compile=false", "importance=lamp", "seed=0"], 0.6)
-    OmegaConf.save(OmegaConf.create({"hydra": {"overrides": {"task": ["data=digits", "compile=false", "importance=lamp,taylor", "seed=0"]}}}),
+    OmegaConf.save(OmegaConf.create({"hydra": {"job": {"name": "prune"}, "overrides": {"task": ["data=digits", "compile=false", "importance=lamp,taylor", "seed=0"]}}}),
                    tmp_path / "other" / "multirun.yaml")  # fmt: skip
     jobs = read_sweep(tmp_path)
     assert [(one.name, one.state) for one in jobs if one.overrides["importance"] in ("lamp", "taylor")] == [
@@ -275,6 +276,13 @@ def test_a_sweep_is_gathered_whatever_ended_it(sweep: Path, monkeypatch: pytest.
     with pytest.raises(RuntimeError, match="out of memory"):
         cli.run(main, Path("conf"), "prune")
     assert "3 of 6 jobs are missing" in (sweep / "sweep.md").read_text()
+
+
+def test_a_gathering_that_fails_does_not_hide_the_error(sweep: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(cli.Gather, "folder", str(sweep))
+    monkeypatch.setattr("freqprune.sweeps.gather", lambda folders: 1 / 0)
+    cli.gather_sweep()
+    assert "could not be gathered (ZeroDivisionError" in caplog.text
 
 
 def test_folders_without_jobs_are_refused(tmp_path: Path) -> None:

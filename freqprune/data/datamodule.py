@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-class ImageData(pl.LightningDataModule):
+class ImageData(pl.LightningDataModule, ABC):
     """Images in memory, split into train, validation and test; batches come out normalised, training batches augmented.
 
     Args:
@@ -90,9 +91,9 @@ class ImageData(pl.LightningDataModule):
         self.classes: tuple[str, ...] = ()
         self._generator: tuple[tuple[int, int, int], torch.Generator] | None = None
 
+    @abstractmethod
     def load(self) -> Source:
         """Read the data set; subclasses say how."""
-        raise NotImplementedError(f"{type(self).__name__} must define load(), which returns a freqprune.data.Source")
 
     def setup(self, stage: str | None = None) -> None:
         if self.train is not None:
