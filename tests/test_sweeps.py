@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,11 @@ def job(folder: Path, overrides: list[str], finetuned: float | None = None, fail
         (folder / "failed.txt").write_text(failed)
 
 
+def multirun(folder: Path, task: Sequence[str], hydra: Sequence[str] = ()) -> None:
+    content = {"hydra": {"job": {"name": "prune"}, "overrides": {"task": list(task), "hydra": list(hydra)}}}
+    OmegaConf.save(OmegaConf.create(content), folder / "multirun.yaml")
+
+
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
     folder = tmp_path / "sweep"
@@ -47,10 +53,7 @@ def sweep(tmp_path: Path) -> Path:
     job(folder / "10", ["data=digits", "compile=False", "importance=l2", "seed=1"], 0.7)
     job(folder / "9", ["data=digits", "compile=False", "importance=random", "seed=0"])
     given = ["data=digits", "compile=false", "importance=snr,l2,random", "seed=0,1"]
-    OmegaConf.save(
-        OmegaConf.create({"hydra": {"job": {"name": "prune"}, "overrides": {"task": given, "hydra": ["hydra/launcher=joblib", "hydra.mode=MULTIRUN"]}}}),
-        folder / "multirun.yaml",
-    )
+    multirun(folder, given, ["hydra/launcher=joblib", "hydra.mode=MULTIRUN"])
     return folder
 
 
@@ -203,13 +206,13 @@ def test_planned_jobs_are_those_that_hydra_starts(given: list[str], tmp_path: Pa
     (started,) = BasicSweeper.split_arguments(parsed, None)
     for number, overrides in enumerate(started):
         job(tmp_path / str(number), list(overrides), 0.8)
-    OmegaConf.save(OmegaConf.create({"hydra": {"job": {"name": "prune"}, "overrides": {"task": given}}}), tmp_path / "multirun.yaml")
+    multirun(tmp_path, given)
     assert [one.state for one in read_sweep(tmp_path)] == ["finished"] * len(started)
     assert len(planned(given)) == len(started)
 
 
 def test_jobs_of_a_glob_are_those_that_began(sweep: Path, tmp_path: Path) -> None:
-    OmegaConf.save(OmegaConf.create({"hydra": {"job": {"name": "prune"}, "overrides": {"task": ["importance=glob(*)"]}}}), sweep / "multirun.yaml")
+    multirun(sweep, ["importance=glob(*)"])
     assert len(read_sweep(sweep)) == 5
 
 
@@ -223,8 +226,7 @@ def test_a_sweep_does_not_start_over_the_jobs_of_another(sweep: Path) -> None:
 
 def test_a_parent_folder_counts_the_jobs_of_every_sweep(sweep: Path, tmp_path: Path) -> None:
     job(tmp_path / "other" / "0", ["data=digits", "compile=false", "importance=lamp", "seed=0"], 0.6)
-    OmegaConf.save(OmegaConf.create({"hydra": {"job": {"name": "prune"}, "overrides": {"task": ["data=digits", "compile=false", "importance=lamp,taylor", "seed=0"]}}}),
-                   tmp_path / "other" / "multirun.yaml")  # fmt: skip
+    multirun(tmp_path / "other", ["data=digits", "compile=false", "importance=lamp,taylor", "seed=0"])
     jobs = read_sweep(tmp_path)
     assert [(one.name, one.state) for one in jobs if one.overrides["importance"] in ("lamp", "taylor")] == [
         ("other/0", "finished"), ("other/1", "not started")
