@@ -24,10 +24,10 @@ from result import publish
 from torch import Tensor
 
 from freqprune import Stimulus, build_model, tag
-from freqprune.cli import keep_freed_memory
-from freqprune.recording import Recorder
-from freqprune.sites import find_sites
-from freqprune.tagging import HALF, frames_that_fit
+from freqprune.jobs.cli import keep_freed_memory
+from freqprune.tagging.measurement import HALF, frames_that_fit
+from freqprune.tagging.recording import Recorder
+from freqprune.tagging.sites import find_sites
 
 
 def network() -> torch.nn.Module:
@@ -66,7 +66,9 @@ def frame_by_frame(net: torch.nn.Module, image: Tensor, stimulus: Stimulus) -> N
 
 def peak_memory(n_images: int) -> float:
     """Peak resident memory in MB of a fresh process that tags `n_images`."""
-    done = subprocess.run([sys.executable, __file__, "--peak", str(n_images)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--peak", str(n_images)], capture_output=True, text=True, check=True
+    )
     return float(done.stdout)
 
 
@@ -75,7 +77,9 @@ def main() -> None:
     parser.add_argument("--json", help="write the figures here")
     parser.add_argument("--images", type=int, default=100, help="images a repeat; 100 are the default of tagging")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--half", choices=HALF, help="run tag and the bare forward in half precision; one frame a call stays in float32")
+    parser.add_argument(
+        "--half", choices=HALF, help="run tag and the bare forward in half precision; one frame a call stays in float32"
+    )
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     keep_freed_memory()  # as train.py and prune.py do
@@ -89,7 +93,10 @@ def main() -> None:
     images = torch.rand(options.images, 3, 32, 32)
     first, _ = stimulus.distinct_frames
     step = max(1, frames_that_fit(images[0].numel(), images.device) // len(first))
-    rendered = [stimulus.frames(chunk, first).flatten(0, 1).contiguous(memory_format=torch.channels_last) for chunk in images.split(step)]
+    rendered = [
+        stimulus.frames(chunk, first).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        for chunk in images.split(step)
+    ]
     jobs: dict[str, Callable[[], object]] = {
         "tag": lambda: tag(net, images, stimulus, noise_std=0.0, half=options.half),
         "bare": lambda: bare(net, rendered, options.half),
@@ -108,7 +115,8 @@ def main() -> None:
         "over_bare": round(median["tag"] / median["bare"], 3),
         "over_frame_by_frame": round(slow / (median["tag"] / len(images)), 1),
         "memory_growth": round(memory[1000] / memory[100], 3),
-        "seconds_per_image": {name: round(value / len(images), 5) for name, value in median.items()} | {"frame_by_frame": round(slow, 4)},
+        "seconds_per_image": {name: round(value / len(images), 5) for name, value in median.items()}
+        | {"frame_by_frame": round(slow, 4)},
         "peak_mb": {str(n): round(value) for n, value in memory.items()},
         "distinct_frames": len(first),
         "images": len(images),

@@ -30,11 +30,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from freqprune import Stimulus, build_model, tag
-from freqprune.cli import keep_freed_memory
-from freqprune.data import ImageData, Images, Source
-from freqprune.data.augment import random_crop_flip
-from freqprune.data.sources import CIFAR10_MEAN, CIFAR10_STD
-from freqprune.module import Classifier
+from freqprune.jobs.cli import keep_freed_memory
+from freqprune.training.augment import random_crop_flip
+from freqprune.training.classifier import Classifier
+from freqprune.training.datamodule import ImageData
+from freqprune.training.sources import CIFAR10_MEAN, CIFAR10_STD, Images, Source
 
 EPOCH = 45_000
 
@@ -95,7 +95,8 @@ def wait() -> None:
 
 
 def by_lightning(options: argparse.Namespace, data: RandomData, loader: DataLoader[Any] | None) -> Callable[[], float]:
-    """An epoch by Lightning: over our data module, or over a loader of its own. Each call trains an epoch and returns its seconds."""
+    """An epoch by Lightning: over our data module, or over a loader of its own. Each call trains an epoch and returns
+    its seconds."""
     classifier = Classifier({"name": "resnet32"})
     if options.compile:
         classifier.net.compile()
@@ -184,8 +185,19 @@ def main() -> None:
     data.setup()
     count = len(data.split("train")) // options.batch_size * options.batch_size
     workers = max(1, (os.cpu_count() or 2) - 1)
-    pil = DataLoader(PilImages(data.split("train")), options.batch_size, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=True)
-    epochs = {"freqprune": by_lightning(options, data, None), "bare": by_hand(options, data), "pil": by_lightning(options, data, pil)}
+    pil = DataLoader(
+        PilImages(data.split("train")),
+        options.batch_size,
+        shuffle=True,
+        num_workers=workers,
+        drop_last=True,
+        persistent_workers=True,
+    )
+    epochs = {
+        "freqprune": by_lightning(options, data, None),
+        "bare": by_hand(options, data),
+        "pil": by_lightning(options, data, pil),
+    }
     rates: dict[str, list[float]] = {name: [] for name in epochs}
     for repeat in range(options.repeats + 1):
         for name, epoch in epochs.items():

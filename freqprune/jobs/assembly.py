@@ -1,0 +1,197 @@
+"""Configuration → the objects of a run: output folder, data, network, Lightning trainers."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+from torch import nn
+
+from freqprune.errors import InputError
+from freqprune.jobs.settings import Common, Settings
+from freqprune.networks import build_model, write_atomically
+from freqprune.reports import show
+from freqprune.training import Classifier, ImageData
+
+
+def quiet() -> None:
+    """Silence remarks of Lightning that do not apply here; its real warnings stay."""
+    for logger in (
+        "pytorch_lightning.utilities.rank_zero",
+        "lightning.pytorch.utilities.rank_zero",
+        "onnx_ir",
+        "onnxscript",
+        "matplotlib.font_manager",
+    ):
+        logging.getLogger(logger).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*The number of training batches .* is smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+    # Resuming into a new run folder: the best checkpoint is then looked for among the epochs to come.
+    warnings.filterwarnings("ignore", ".*The dirpath has changed from.*")
+    warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists and is not empty.*")
+
+
+def prepare_output(out: Path) -> Path:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"output_dir = {out} cannot be written to ({error.strerror}); choose another with hydra.run.dir=FOLDER"
+        ) from None
+    return out
+
+
+def seed(common: Common) -> None:
+    """Start all generators from the seed, and set how exact matrix products are."""
+    pl.seed_everything(common.seed, workers=True, verbose=False)
+    torch.set_float32_matmul_precision(common.matmul_precision)
+
+
+def model_settings(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What the network is built from; without the name of the network that is trained where none is given."""
+    return {key: value for key, value in model.items() if key != "fallback"}
+
+
+def model_config(model: Mapping[str, Any]) -> dict[str, Any]:
+    config = model_settings(model)
+    if config["name"] is None:
+        config = {"name": model["fallback"]}
+        show(f"no ckpt given: training a dense {config['name']} first")
+    build_model(config)
+    return config
+
+
+def with_classes(config: Mapping[str, Any], data: ImageData) -> dict[str, Any]:
+    given = config.get("num_classes")
+    if given is not None and given != len(data.classes):
+        raise InputError(f"model.num_classes = {given}, but the data have {len(data.classes)} classes; leave it out")
+    return {**config, "num_classes": len(data.classes)}
+
+
+def load_data(settings: Mapping[str, Any]) -> ImageData:
+    try:
+        data = instantiate(settings)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, InputError):
+            raise error.__cause__ from None
+        raise
+    if not isinstance(data, ImageData):
+        raise InputError(f"data._target_ must be a freqprune.data.ImageData, got {type(data).__name__}")
+    data.setup()
+    return data
+
+
+def normalization_of(data: ImageData) -> dict[str, list[float]]:
+    assert data.mean is not None
+    assert data.std is not None
+    return {"mean": data.mean, "std": data.std}
+
+
+def check_match(net: nn.Module, data: ImageData, normalization: Mapping[str, list[float]]) -> None:
+    config = getattr(net, "config", {})
+    classes = config.get("num_classes")
+    if classes is not None and classes != len(data.classes):
+        raise InputError(
+            f"the network tells {classes} classes apart, the data have {len(data.classes)}; use the data it was "
+            "trained on (data=...)"
+        )
+    for name, value in normalization.items():
+        here = getattr(data, name)
+        if max(abs(a - b) for a, b in zip(value, here, strict=True)) > 1e-3:
+            pair = " ".join(
+                f"data.{key}={[round(v, 4) for v in values]}".replace(" ", "") for key, values in normalization.items()
+            )
+            raise InputError(
+                f"the network was trained with {name} {value}, the data are normalised with {here}; use {pair}"
+            )
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Checkpoints that appear complete or not at all, on any file system: a killed run never leaves half of one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, checkpoint)
+
+
+def make_trainer(
+    settings: Settings, folder: Path, callbacks: list[pl.Callback], max_epochs: int | None = None
+) -> pl.Trainer:
+    arguments = settings.trainer if max_epochs is None else {**settings.trainer, "max_epochs": max_epochs}
+    configured = {name: dict(spec) for name, spec in settings.callbacks.items() if spec}
+    for spec in configured.values():
+        if "dirpath" in spec:
+            spec["dirpath"] = str(folder / "checkpoints")
+    logger = instantiate({**settings.logger, "save_dir": str(folder)}) if settings.logger.get("_target_") else False
+    everything = [*callbacks, *(instantiate(spec) for spec in configured.values())]
+    trainer = instantiate(
+        arguments, callbacks=everything, logger=logger, default_root_dir=str(folder), plugins=[AtomicCheckpoints()]
+    )
+    assert isinstance(trainer, pl.Trainer)
+    return trainer
+
+
+def fit(
+    trainer: pl.Trainer, classifier: Classifier, data: ImageData, ckpt_path: str | None, if_interrupted: str
+) -> None:
+    """Fit; after Ctrl-C or SIGTERM say `if_interrupted` and exit with the usual status."""
+    try:
+        trainer.fit(classifier, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    except SIGTERMException:
+        show(if_interrupted)
+        raise SystemExit(128 + signal.SIGTERM) from None
+    except (KeyboardInterrupt, SystemExit):
+        show(if_interrupted)
+        raise
+
+
+def evaluator(settings: Settings) -> pl.Trainer:
+    arguments = {
+        key: value for key, value in settings.trainer.items() if key in ("_target_", "accelerator", "precision")
+    }
+    bar = settings.callbacks.get("progress")
+    trainer = instantiate(
+        arguments,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=bar is not None,
+        enable_model_summary=False,
+        callbacks=[instantiate(bar)] if bar else [],
+    )
+    assert isinstance(trainer, pl.Trainer)
+    return trainer
+
+
+def tested(trainer: pl.Trainer, classifier: Classifier, data: ImageData) -> float:
+    found = trainer.test(classifier, datamodule=data, verbose=False)
+    return float(found[0]["test/accuracy"])
+
+
+def accuracy_of(settings: Settings, net: nn.Module, data: ImageData) -> float:
+    return tested(evaluator(settings), Classifier(net, num_classes=len(data.classes)), data)
+
+
+def metric(trainer: pl.Trainer, name: str) -> float:
+    value = trainer.callback_metrics.get(name)
+    return float("nan") if value is None else float(value)
+
+
+def device_of(settings: Settings) -> torch.device:
+    strategy = evaluator(settings).strategy
+    return strategy.root_device

@@ -1,0 +1,225 @@
+"""The command line: ``freqprune train | prune | sweep``, `train.py` and `prune.py`; errors that a person can act on."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from freqprune.errors import InputError
+from freqprune.jobs.config import check_pruning, check_training, no_such_key
+
+log = logging.getLogger(__name__)
+
+USAGE = """\
+usage: freqprune {train,prune,sweep} ...
+
+  freqprune train [key=value ...]   train a classifier, tagged at the end of every epoch
+  freqprune prune [key=value ...]   tag a trained network, remove filters, make up for them, fine-tune
+  freqprune sweep FOLDER ...        gather the jobs of sweeps (-m) into one table, figure and report
+
+freqprune prune --help lists the settings, --cfg job all values; -m runs a sweep; --config-dir FOLDER adds your own
+configs. Start with: freqprune train experiment=quickstart"""
+
+
+def main() -> None:
+    """The console command ``freqprune``."""
+    words = sys.argv[1:]
+    if words[:1] in (["train"], ["prune"]):
+        job = words.pop(0)
+        # Hydra reads sys.argv.
+        sys.argv = [f"freqprune {job}", *words]
+        train() if job == "train" else prune()
+    elif words[:1] == ["sweep"]:
+        # Figures and tables take seconds to import.
+        from freqprune.reports.sweeps import main as sweep
+
+        sweep(words[1:], "freqprune sweep")
+    elif words in (["--help"], ["-h"]):
+        print(USAGE)
+    else:
+        came = f"there is no command {words[0]!r}" if words else "which command?"
+        print(f"error: {came}\n{USAGE}", file=sys.stderr)
+        sys.exit(2)
+
+
+def train() -> None:
+    """`train.py` and ``freqprune train``."""
+    _run(_train, "train")
+
+
+def prune() -> None:
+    """`prune.py` and ``freqprune prune``."""
+    _run(_prune, "prune")
+
+
+def conf_dir() -> Path:
+    """Where the configs are: in the installed package, or beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+
+
+@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")
+def _train(cfg: DictConfig) -> None:
+    _job(cfg, True)
+
+
+@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="prune")
+def _prune(cfg: DictConfig) -> None:
+    _job(cfg, cfg.ckpt is None and not cfg.pretrained)
+
+
+def _job(cfg: DictConfig, training: bool) -> None:
+    """Train, prune or both, as the configuration says."""
+    # Light on purpose: what can be refused at once is refused before torch and Lightning are imported, which takes
+    # seconds.
+    from freqprune.reports import record
+
+    try:
+        with record.failures_kept(Path(cfg.output_dir)):
+            check_training(cfg) if training else check_pruning(cfg)
+            if record.done_before(cfg):
+                return
+            from freqprune.jobs.prune import prune
+            from freqprune.jobs.train import train
+
+            if not training:
+                prune(cfg)
+                return
+            _, objects = train(cfg)
+            if cfg.pruning.enabled:
+                prune(cfg, dense=objects["classifier"].net, data=objects["data"])
+    except (InputError, OSError) as error:
+        # Past Hydra, which would print a line of its own above; in a sweep that line says which job it was.
+        if HydraConfig.get().mode == RunMode.MULTIRUN or _message(error) is None:
+            raise
+        fail(_message(error) or "")
+
+
+def _run(task: Callable[[], Any], name: str) -> None:
+    """Call a Hydra main function; bad input ends with one clear message and exit status 2 instead of a traceback."""
+    # One name for the run folder, also for the further processes of a distributed run.
+    os.environ.setdefault("FREQPRUNE_RUN_ID", time.strftime("%Y-%m-%d_%H-%M-%S"))
+    os.environ.setdefault(
+        "FREQPRUNE_COMMAND", f"python {name}.py" if sys.argv[0].endswith(".py") else f"freqprune {name}"
+    )
+    # Hydra would print its own shortened traceback; with this set, exceptions come through to here.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    keep_freed_memory()
+    try:
+        try:
+            task()
+        finally:
+            gather_sweep()
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(_explain(error, name))
+    except (InputError, OSError) as error:
+        message = _message(error)
+        if message is None:
+            raise
+        fail(message)
+
+
+def _message(error: Exception) -> str | None:
+    """What a person is to read; None for an error that is a defect."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        where = error.filename or "while writing"
+        return f"{error.strerror}: {where}; check the free space and the permissions of the output folder"
+    return None
+
+
+class Gather(Callback):
+    """Hydra callback: keeps the folder of a sweep for `gather_sweep`, and refuses one with the results of another."""
+
+    folder: str | None = None
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        from freqprune.reports import asked, check_goes_on
+
+        folder = str(config.hydra.sweep.dir)
+        settings = cast(dict[str, Any], OmegaConf.to_container(config.hydra, resolve=False))
+        if settings["sweep"]["subdir"] == "${hydra.job.num}":
+            try:
+                check_goes_on(Path(folder), asked(settings))
+            except InputError as error:
+                # Hydra only warns of exceptions in callbacks.
+                fail(str(error))
+        Gather.folder = folder
+
+
+def gather_sweep() -> None:
+    """Gather the sweep of this process, if there is one, as far as it came; never in the way of the error that ended
+    it."""
+    folder, Gather.folder = Gather.folder, None
+    if folder is None or not Path(folder).is_dir():
+        return
+    from freqprune.reports import gather
+
+    try:
+        gather([folder])
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        log.warning("%s could not be gathered (%s); try again with freqprune sweep %s", folder, reason, folder)
+
+
+def keep_freed_memory() -> None:
+    """Keep large blocks that glibc would hand back to the system and fault in anew: about 10 % of a training step on a
+    CPU."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+
+
+def fail(message: str) -> None:
+    """Say what is wrong and exit with status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _explain(error: Exception, name: str) -> str:
+    cause = error.__cause__
+    reasons = [str(error).strip()]
+    while cause is not None:
+        if str(cause).strip() not in reasons[-1]:
+            reasons.append(str(cause).strip())
+        cause = cause.__cause__
+    message = "\n".join(
+        " ".join(line for line in reason.splitlines() if not line.strip().startswith(("object_type", "full_key")))
+        for reason in reasons
+    )
+    hint = _near_key(str(error), name)
+    return message + (f"\n{hint}" if hint else "")
+
+
+def _near_key(message: str, name: str) -> str:
+    """Name the keys that look like the one of a failed override."""
+    if "not in struct" not in message and "not in '" not in message and "Could not override" not in message:
+        return ""
+    keys = [argument.lstrip("+~").split("=")[0] for argument in sys.argv[1:] if "=" in argument]
+    given = next((key for key in keys if re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", message)), "")
+    if not given:
+        return ""
+    from hydra import compose, initialize_config_dir
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir=str(conf_dir().resolve()), version_base="1.3"):
+        return no_such_key(given, compose(name))

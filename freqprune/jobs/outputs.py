@@ -1,0 +1,88 @@
+"""What a run leaves behind: tables, figures and a summary on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from freqprune.jobs.settings import Settings
+from freqprune.pruning import Verdict
+from freqprune.reports import response_figures, run_figures, save, show, stage_table, tables
+from freqprune.tagging import TagResponse
+from freqprune.training import FrequencyTagging
+
+
+def write_response(
+    out: Path, response: TagResponse, verdict: Verdict | None, image: Tensor, classes: Mapping[str, TagResponse]
+) -> None:
+    tables.write_filters(out / "filters.csv", response, verdict)
+    tables.write_layers(out / "layers.csv", {"all": response, **classes})
+    folder, names = out / "figures", list(response.layers)
+    save(response_figures.stimulus_figure(response.stimulus, image), folder / "stimulus.png")
+    save(response_figures.part_preference_over_depth(response, classes), folder / "part_preference.png")
+    save(response_figures.integration_over_depth(response, classes), folder / "integration.png")
+    if verdict is None:
+        return
+    # A filter whose SNR is high but leaves its noise bins visible.
+    layer = names[min(10, len(names)) - 1]
+    number = int((response.snr(layer, ["f1"])[:, 0].nan_to_num(0) - 8).abs().argmin())
+    save(response_figures.snr_bins(response, layer, number), folder / "snr_bins.png")
+    for number in sorted({1, min(10, len(names))}):
+        save(response_figures.snr_spectra(response, names[number - 1]), folder / f"spectra_layer{number}.png")
+    title = f"Important filters, {response.n_images} images, pixel noise sd {response.noise_std:g}"
+    save(response_figures.important_per_layer(verdict.important, title), folder / "important_filters.png")
+
+
+def figures_of_training(tagging: FrequencyTagging, out: Path) -> None:
+    if (out / "metrics.csv").is_file():
+        save(
+            run_figures.training_curves(tables.training_history(out / "metrics.csv")),
+            out / "figures" / "training_curves.png",
+        )
+    if tagging.latest:
+        noise = f"pixel noise sd {tagging.latest['noise_std']:g}"
+        title = f"Important filters after epoch {tagging.latest['epoch'] + 1}, {noise}"
+        save(
+            response_figures.important_per_layer(tagging.latest["important"], title),
+            out / "figures" / "important_last_epoch.png",
+        )
+        shares = tables.important_shares(out / "importance.csv")
+        save(
+            run_figures.important_over_epochs(shares, f"Important filters over training, {noise}"),
+            out / "figures" / "important_over_epochs.png",
+        )
+        if len(shares) > 1:
+            agreement = tables.rank_agreement(out / "importance.csv")
+            save(
+                run_figures.agreement_over_epochs(agreement, f"Ranking of the filters over training, {noise}"),
+                out / "figures" / "ranking_over_epochs.png",
+            )
+
+
+def name_of(net: nn.Module) -> str:
+    return str(getattr(net, "config", {}).get("name", type(net).__name__))
+
+
+def tell(settings: Settings, metrics: Mapping[str, Any], title: str, verdict: Verdict | None, device: str) -> None:
+    """Print the table of stages, the important filters, the remarks and where everything lies."""
+    show(stage_table(metrics, title))
+    threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
+    show(
+        f"latency: median of {settings.latency.n_runs} forwards on {device}{threads}, networks in turn; MACs of "
+        "convolutions and linear layers "
+        "for one image"
+    )
+    if verdict is not None:
+        answering, everything = sum(verdict.counts.values()), sum(len(flags) for flags in verdict.important.values())
+        show(
+            f"{answering} of {everything} recorded filters answer the tags ({settings.judgement.important_by}), pixel "
+            "noise sd "
+            f"{settings.readout.noise_std:g}"
+        )
+    for remark in metrics.get("remarks", []):
+        show(f"note: {remark}")
+    show(f"everything in {settings.out}")

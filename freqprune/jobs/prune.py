@@ -1,0 +1,120 @@
+"""The job behind `prune.py` and ``freqprune prune``."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from freqprune.jobs import assembly
+from freqprune.jobs.config import check_pruning
+from freqprune.jobs.outputs import name_of, tell, write_response
+from freqprune.jobs.settings import Settings, read
+from freqprune.jobs.stages import Run
+from freqprune.networks import Stored, load_network, pretrained_path
+from freqprune.pruning import Verdict, judge, needs, plan_cut
+from freqprune.reports import record
+from freqprune.tagging import TagResponse, pick_layers, rounds, tag
+from freqprune.training import ImageData
+
+log = logging.getLogger(__name__)
+
+
+def prune(
+    cfg: DictConfig, dense: nn.Module | None = None, data: ImageData | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tag a network, remove filters, re-estimate batch norms, fine-tune and test; with ``pruning=none`` only tag and
+    test.
+
+    Args:
+        cfg: composed from ``conf/prune.yaml``.
+        dense: the network, if it is at hand; read from ``cfg.ckpt`` otherwise.
+        data: the data module, if it is at hand.
+
+    Returns:
+        Metrics as in ``metrics.json`` (see the README) and the objects: ``response``, ``verdict``, ``kept``, ``net``.
+
+    Raises:
+        InputError: for a bad setting, before any work is done or lost.
+    """
+    check_pruning(cfg, at_hand=dense is not None)
+    settings = read(cfg)
+    assembly.quiet()
+    out = assembly.prepare_output(settings.out)
+    record.write(out, cfg)
+    stored = _network_to_prune(settings) if dense is None else Stored(dense, {})
+    net = stored.net
+    pick_layers(net, settings.readout.layers)
+    assembly.seed(settings.common)
+    data = data or assembly.load_data(settings.data)
+    assembly.check_match(net, data, stored.normalization)
+    settings.stimulus.masks(*data.split("val").pixels.shape[-2:])
+    device = assembly.device_of(settings)
+    net = net.to(device).to(memory_format=torch.channels_last).eval()
+    run = Run(settings, data, device)
+    if settings.recipe is not None:
+        plan_cut(net, run.example, settings.recipe)
+    if settings.common.resume is not None:
+        return run.go_on(net, Path(settings.common.resume))
+    run.metrics["network"] = name_of(net)
+    run.measure("dense", net)
+    response, verdict = _tagged(settings, net, data)
+    write_response(out, response, verdict, data.pixels("val", 1)[0], _by_class(settings, net, data))
+    if settings.recipe is None:
+        run.latencies({"dense": net})
+        run.finish()
+        tell(settings, run.metrics, f"{name_of(net)}, tagged and not pruned", verdict, device.type)
+        return run.metrics, {"response": response, "verdict": verdict, "kept": {}, "net": net}
+    small, kept = run.shrink(net, stored.kept, settings.recipe, response)
+    small = run.recover(net, small)
+    run.finish()
+    run.tell(net, verdict)
+    return run.metrics, {"response": response, "verdict": verdict, "kept": kept, "net": small}
+
+
+def _network_to_prune(settings: Settings) -> Stored:
+    common = settings.common
+    path = pretrained_path("resnet32") if common.pretrained else Path(common.ckpt or "")
+    config = assembly.model_settings(settings.model)
+    return load_network(path, None if config["name"] is None else config)
+
+
+def _tagged(settings: Settings, net: nn.Module, data: ImageData) -> tuple[TagResponse, Verdict | None]:
+    images = data.pixels("val", min(settings.showing.n_images, len(data.split("val"))))
+    response = tag(
+        net,
+        images.to(next(net.parameters()).device),
+        settings.stimulus,
+        mean=data.mean,
+        std=data.std,
+        seed=settings.common.seed,
+        progress=rounds,
+        **asdict(settings.readout),
+    )
+    if settings.readout.noise_std == 0:
+        if "tags" in needs(settings.scoring.criterion):
+            log.warning("tagging.noise_std = 0: amplitudes only, no SNR and no important filters")
+        return response, None
+    how = settings.judgement
+    return response, judge(response, how.components, how.important_by, how.alpha, how.threshold)
+
+
+def _by_class(settings: Settings, net: nn.Module, data: ImageData) -> dict[str, TagResponse]:
+    """Clean responses to the validation images of each class, if asked for."""
+    if not settings.showing.per_class:
+        return {}
+    images = data.split("val")
+    device = next(net.parameters()).device
+    readout = asdict(settings.readout) | {"noise_std": 0.0}
+    found = {}
+    for number, name in enumerate(data.classes):
+        chosen = images.pixels[images.labels == number][: settings.showing.n_images].float() / 255
+        pixels = chosen.to(device)
+        seed = settings.common.seed
+        found[name] = tag(net, pixels, settings.stimulus, mean=data.mean, std=data.std, seed=seed, **readout)
+    return found

@@ -1,0 +1,218 @@
+"""The stages of a pruning run: dense, pruned, recalibrated, fine-tuned; each measured and written as it is done."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from freqprune.errors import InputError
+from freqprune.jobs import assembly
+from freqprune.jobs.outputs import name_of, tell
+from freqprune.jobs.settings import Settings
+from freqprune.networks import cost, export, latency_ms, load_network, load_pruned, of_the_dense, save_pruned
+from freqprune.pruning import Kept, Material, Recipe, Verdict, cut, plan_cut, recalibrate_batch_norm, step_amount
+from freqprune.reports import record, run_figures, save, show, tables, write_page
+from freqprune.tagging import TagResponse, rounds
+from freqprune.training import Classifier, ImageData
+
+
+class Run:
+    """A pruning run: its settings, data, and the metrics gathered so far."""
+
+    def __init__(self, settings: Settings, data: ImageData, device: torch.device) -> None:
+        self.settings, self.out, self.data, self.device = settings, settings.out, data, device
+        self.example = data.normalize(data.pixels("val", 1)).to(device)
+        self.metrics: dict[str, Any] = {}
+        self.kept: dict[str, list[int]] = {}
+
+    def measure(self, stage: str, net: nn.Module) -> None:
+        """Cost and test accuracy of a stage."""
+        self.metrics[stage] = {
+            **cost(net, self._batch(max(self.settings.latency.batch_sizes))),
+            "test_accuracy": assembly.accuracy_of(self.settings, net, self.data),
+        }
+
+    def latencies(self, nets: dict[str, nn.Module]) -> None:
+        """Time the networks in turn, at every batch size."""
+        for stage in nets:
+            self.metrics[stage]["latency_ms"] = {}
+        for size in self.settings.latency.batch_sizes:
+            found = latency_ms(
+                {stage: net.to(self.device) for stage, net in nets.items()},
+                self._batch(size),
+                self.settings.latency.n_runs,
+            )
+            for stage, value in found.items():
+                self.metrics[stage]["latency_ms"][str(size)] = round(value, 4)
+
+    def _batch(self, size: int) -> Tensor:
+        pixels = self.data.pixels("val", min(size, len(self.data.split("val"))))
+        return self.data.normalize(pixels.repeat(-(-size // len(pixels)), 1, 1, 1)[:size]).to(self.device)
+
+    def write(self, net: nn.Module | None = None) -> None:
+        """Keep the network and the metrics as they are now."""
+        if net is not None:
+            save_pruned(self.out / "pruned.ckpt", net, self.kept, assembly.normalization_of(self.data))
+        record.write_json(self.out / record.METRICS, self.metrics)
+
+    def finish(self) -> None:
+        """Mark the run as complete and write its report."""
+        self.metrics["finished"] = True
+        self.write()
+        if "pruned" in self.metrics:
+            point = {name: (value, math.nan) for name, value in tables.percentages(self.metrics).items()}
+            whole = {name: point["dense"] for name in point if name in tables.STAGES} | {"cut": (0.0, math.nan)}
+            save(
+                run_figures.accuracy_over_cut({self.settings.scoring.criterion: [whole, point]}),
+                self.out / "figures" / "accuracy_over_cut.png",
+            )
+        write_page(self.out)
+
+    def shrink(
+        self, net: nn.Module, earlier: dict[str, list[int]], recipe: Recipe, response: TagResponse
+    ) -> tuple[nn.Module, Kept]:
+        """Cut in as many steps as asked for, each after tagging anew; returns the smaller network and its filters
+        counted in `net`."""
+        n_steps = self.settings.course.steps
+        plan, chosen = plan_cut(net, self.example, recipe)
+        widths = {name: plan.unit(name).n_filters for name in chosen}
+        whole = plan.macs({})
+        small, ours, notes = net, {name: torch.arange(width) for name, width in widths.items()}, []
+        for step in range(n_steps):
+            counts = {name: len(indices) for name, indices in ours.items()}
+            left = (
+                sum(counts.values()) / sum(widths.values())
+                if recipe.amount.ratio is not None
+                else plan.macs(counts) / whole
+            )
+            amount = step_amount(recipe.amount, step, n_steps, left)
+            now = replace(recipe, amount=amount)
+            done = cut(small, self._material(), now, self.settings.stimulus, response if step == 0 else None, rounds)
+            small = done.net.to(memory_format=torch.channels_last)
+            ours = {name: indices[done.kept[name]] if name in done.kept else indices for name, indices in ours.items()}
+            notes = done.remarks
+            if step + 1 < n_steps:
+                self._recalibrate(small)
+                if self.settings.course.step_epochs:
+                    small = self._finetune(small, net, self.settings.course.step_epochs, f"step{step + 1}")
+        self.measure("pruned", small)
+        self.latencies({"dense": net, "pruned": small})
+        self.metrics["kept"], self.metrics["widths"] = tables.kept_counts(ours), widths
+        title = f"Filters kept by {self.settings.scoring.criterion}"
+        save(
+            run_figures.kept_per_layer(self.metrics["kept"], widths, title), self.out / "figures" / "kept_per_layer.png"
+        )
+        self.metrics["remarks"] = notes
+        self.kept = of_the_dense(ours, earlier)
+        self.write(small)
+        return small, ours
+
+    def recover(self, net: nn.Module, small: nn.Module, ckpt_path: Path | None = None) -> nn.Module:
+        """Re-estimate batch norms, fine-tune (from a checkpoint on, if given), export; what an interrupted run had done
+        is not done again."""
+        if "recalibrated" not in self.metrics and self._recalibrate(small):
+            self.metrics["recalibrated"] = {"test_accuracy": assembly.accuracy_of(self.settings, small, self.data)}
+            self.write(small)
+        if self.settings.finetune_epochs:
+            small = self._finetune(small, net, self.settings.finetune_epochs, "finetune", ckpt_path)
+            self.metrics["finetuned"] = {"test_accuracy": assembly.accuracy_of(self.settings, small, self.data)}
+            self.write(small)
+        exported = export(small, self.example, self.out, **vars(self.settings.exports))
+        if exported:
+            self.metrics["exports"] = exported
+            self.write()
+        return small
+
+    def go_on(self, net: nn.Module, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Go on with the fine-tuning of an interrupted run, as the unbroken run would have."""
+        pruned, metrics = folder / "pruned.ckpt", folder / "metrics.json"
+        if not pruned.is_file() or not metrics.is_file():
+            raise InputError(
+                f"resume = {folder} holds no pruned.ckpt and metrics.json: that run was interrupted before it had "
+                "pruned; start it again"
+            )
+        self.metrics = record.read_json(metrics)
+        small = load_pruned(pruned).to(self.device).to(memory_format=torch.channels_last)
+        self.kept = load_network(pruned).kept
+        last = folder / "finetune" / "checkpoints" / "last.ckpt"
+        if "finetuned" in self.metrics:
+            show(f"{folder} is complete; its fine-tuning is not repeated")
+        else:
+            small = self.recover(net, small, last if last.is_file() else None)
+        self.finish()
+        self.tell(net, None)
+        return self.metrics, {
+            "response": None,
+            "verdict": None,
+            "kept": {k: torch.tensor(v) for k, v in self.kept.items()},
+            "net": small,
+        }
+
+    def tell(self, net: nn.Module, verdict: Verdict | None) -> None:
+        share = tables.percentages(self.metrics)["cut"]
+        kept_by, seed = self.settings.scoring.criterion, self.settings.common.seed
+        title = f"{name_of(net)}, filters kept by {kept_by}, {share:.1f} % of the MACs cut, seed {seed}"
+        tell(self.settings, self.metrics, title, verdict, self.device.type)
+
+    def _material(self) -> Material:
+        course, train = self.settings.course, self.data.split("train")
+        n_labelled = min(self.settings.scoring.labelled_images, len(train))
+        before = course.bn_when == "before" and course.bn_images
+        return Material(
+            images=self.data.pixels("val", min(self.settings.showing.n_images, len(self.data.split("val")))),
+            normalize=self.data.normalize,
+            mean=self.data.mean,
+            std=self.data.std,
+            calibration=self.data.pixels("train", min(course.calibration_images, len(train))),
+            bn_images=self.data.pixels("train", min(course.bn_images, len(train))) if before else None,
+            labelled=(self.data.pixels("train", n_labelled), train.labels[:n_labelled]),
+        )
+
+    def _recalibrate(self, net: nn.Module) -> bool:
+        if not self.settings.course.bn_images or self.settings.course.bn_when == "before":
+            return False
+        images = self.data.split("train")
+        count = min(self.settings.course.bn_images, len(images))
+        batches = [
+            self.data.normalize(chunk) for chunk in images.pixels[:count].split(self.data.batch_size) if len(chunk) > 1
+        ]
+        recalibrate_batch_norm(net, batches, self.device)
+        return True
+
+    def _finetune(
+        self, small: nn.Module, teacher: nn.Module, epochs: int, name: str, ckpt_path: Path | None = None
+    ) -> nn.Module:
+        # The same order of images whether or not something was drawn before, as after a resume.
+        assembly.seed(self.settings.common)
+        config = getattr(small, "config", None) if hasattr(type(small), "config") else None
+        classifier = Classifier(
+            dict(config) if config else small,
+            num_classes=len(self.data.classes),
+            normalization=assembly.normalization_of(self.data),
+            teacher=teacher,
+            **asdict(self.settings.finetune),
+            **asdict(self.settings.distillation),
+        )
+        classifier.net.load_state_dict(small.state_dict())
+        trainer = assembly.make_trainer(self.settings, self.out / name, [], epochs)
+        dense = (
+            ""
+            if self.settings.common.ckpt is not None or self.settings.common.pretrained
+            else f" ckpt={self.out / 'checkpoints' / 'last.ckpt'}"
+        )
+        resumable = (
+            f"; to go on: prune.py with the same settings and resume={self.out}{dense}" if name == "finetune" else ""
+        )
+        assembly.fit(
+            trainer,
+            classifier,
+            self.data,
+            None if ckpt_path is None else str(ckpt_path),
+            f"interrupted while fine-tuning{resumable}",
+        )
+        return classifier.net.eval()

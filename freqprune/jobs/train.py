@@ -1,0 +1,106 @@
+"""The job behind `train.py` and ``freqprune train``."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+from omegaconf import DictConfig
+from pytorch_lightning.utilities import rank_zero_only
+
+from freqprune.errors import InputError
+from freqprune.jobs import assembly
+from freqprune.jobs.config import check_training
+from freqprune.jobs.outputs import figures_of_training
+from freqprune.jobs.settings import Settings, read
+from freqprune.networks import check_resumable
+from freqprune.pruning import needs, plan_cut
+from freqprune.reports import record, show, write_page
+from freqprune.tagging import pick_layers
+from freqprune.training import Classifier, FrequencyTagging
+
+
+def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Train the configured network, tagging it as it goes, and test it at the end.
+
+    Args:
+        cfg: composed from ``conf/train.yaml`` or ``conf/prune.yaml``.
+
+    Returns:
+        Metrics (``val_accuracy`` and ``test_accuracy`` of the last epoch as fractions, ``epochs``, ``seconds``), which
+        are also written to ``training.json``, and the objects: ``data``, ``classifier``, ``trainer``, ``tagging``.
+
+    Raises:
+        InputError: for a bad setting, before any work; for a loss that is not finite.
+    """
+    check_training(cfg)
+    settings = read(cfg)
+    common = settings.common
+    assembly.quiet()
+    out = assembly.prepare_output(settings.out)
+    rank_zero_only(record.write)(out, cfg)
+    assembly.seed(common)
+    config = assembly.model_config(settings.model)
+    data = assembly.load_data(settings.data)
+    config = assembly.with_classes(config, data)
+    if common.ckpt_path is not None:
+        check_resumable(common.ckpt_path, config)
+    settings.stimulus.masks(*data.split("val").pixels.shape[-2:])
+    classifier = Classifier(
+        config,
+        num_classes=len(data.classes),
+        normalization=assembly.normalization_of(data),
+        **asdict(settings.optimizer),
+    )
+    if settings.recipe is not None:
+        plan_cut(classifier.net, data.normalize(data.pixels("val", 1)), settings.recipe)
+    pick_layers(classifier.net, settings.readout.layers)
+    tagging = _tagging(settings)
+    trainer = assembly.make_trainer(settings, out, [tagging])
+    if trainer.world_size > 1 and settings.recipe is not None:
+        raise InputError(
+            f"{trainer.world_size} processes train, one prunes: "
+            "use train.py pruning=none, then prune.py ckpt=... on one device"
+        )
+    if common.compile:
+        classifier.net.compile()
+    start = time.perf_counter()
+    last = out / "checkpoints" / "last.ckpt"
+    advice = f"interrupted; to go on, if an epoch was complete: ckpt_path={last}"
+    assembly.fit(trainer, classifier, data, common.ckpt_path, advice)
+    seconds = time.perf_counter() - start
+    metrics = {
+        "val_accuracy": assembly.metric(trainer, "val/accuracy"),
+        "test_accuracy": assembly.tested(trainer, classifier, data),
+        "epochs": trainer.current_epoch,
+        "seconds": round(seconds, 2),
+    }
+    if trainer.is_global_zero:
+        record.write_json(out / record.TRAINING, metrics)
+        figures_of_training(tagging, out)
+        write_page(out)
+        total = sum(int(flags.sum()) for flags in tagging.latest.get("important", {}).values())
+        show(
+            f"trained {config['name']} for {metrics['epochs']} epochs in {seconds:.0f} s: "
+            f"validation {100 * metrics['val_accuracy']:.2f} %, test {100 * metrics['test_accuracy']:.2f} %"
+            + (f"; {total} important filters" if tagging.latest else "")
+            + f"; everything in {out}"
+        )
+    return metrics, {"data": data, "classifier": classifier, "trainer": trainer, "tagging": tagging}
+
+
+def _tagging(settings: Settings) -> FrequencyTagging:
+    # Scores that need more than tags are for pruning; over training the SNR stands for them.
+    criterion = settings.scoring.criterion
+    return FrequencyTagging(
+        settings.stimulus,
+        network="net",
+        folder=settings.out,
+        seed=settings.common.seed,
+        n_images=settings.showing.epoch_images,
+        every_n_epochs=settings.showing.every_n_epochs,
+        criterion=criterion if needs(criterion) <= {"tags", "noise"} else "snr",
+        **vars(settings.judgement),
+        **vars(settings.readout),
+    )

@@ -1,0 +1,301 @@
+"""Networks on disk: read without running pickled code, matched to their architecture, written so that a fresh process
+rebuilds them."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import struct
+import warnings
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from freqprune.errors import InputError, check_file
+from freqprune.networks.registry import build_model, model_names, resize
+
+PRUNED_FORMAT = "freqprune.pruned/1"
+_PREFIXES = ("module.", "net.", "model.")
+
+
+@dataclass
+class Stored:
+    """A network read from disk.
+
+    Attributes:
+        net: the network, in eval mode.
+        config: the config it was built from.
+        normalization: ``{"mean": [...], "std": [...]}`` of its inputs, empty if the file does not say.
+        kept: filters kept of the dense network, by layer; empty for a dense one.
+    """
+
+    net: nn.Module
+    config: dict[str, Any]
+    normalization: dict[str, list[float]] = field(default_factory=dict)
+    kept: dict[str, list[int]] = field(default_factory=dict)
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Contents of a checkpoint, tensors and plain values only; pickled code is refused, not run.
+
+    Raises:
+        InputError: if the file is missing, truncated, no checkpoint, or holds pickled code.
+    """
+    path = Path(path)
+    check_file("ckpt", path)
+    try:
+        with warnings.catch_warnings():
+            # A remark about pickle protocols, printed before the file is refused anyway.
+            warnings.simplefilter("ignore", UserWarning)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error)
+        if "Unsupported global" in reason or "GLOBAL" in reason or "Unsupported class" in reason:
+            raise InputError(
+                f"ckpt = {path} holds pickled Python objects, which could run code when loaded; it was refused. Save "
+                "the state dict instead: "
+                "torch.save(model.state_dict(), path)"
+            ) from None
+        raise InputError(
+            f"ckpt = {path} is damaged or is no PyTorch checkpoint ({reason.splitlines()[0]}); copy or download it "
+            "again"
+        ) from None
+    except (
+        EOFError,
+        RuntimeError,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        struct.error,
+        zipfile.BadZipFile,
+    ) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"ckpt = {path} is truncated, damaged, or no PyTorch checkpoint ({reason}); copy or download it again"
+        ) from None
+    if not isinstance(content, Mapping):
+        raise InputError(f"ckpt = {path} holds a {type(content).__name__}, expected a checkpoint or a state dict")
+    return dict(content)
+
+
+def load_network(path: str | Path, model: Mapping[str, Any] | None = None) -> Stored:
+    """Read a network from one of our checkpoints, a pruned.ckpt, or a plain state dict.
+
+    Args:
+        path: the file.
+        model: config of the network, needed for a plain state dict. Our own files name their network; a `model` that
+            differs is an error.
+
+    Raises:
+        InputError: for a file that cannot be read (see `read`) or holds another architecture.
+    """
+    content = read(path)
+    for key in ("model", "state_dict", "kept", "normalization", "hyper_parameters"):
+        if not isinstance(content.get(key, {}), Mapping):
+            raise InputError(
+                f"ckpt = {path}: {key} is a {type(content[key]).__name__}, expected a dict; the file was not written "
+                "by this package"
+            )
+    if content.get("format") == PRUNED_FORMAT:
+        gone = [key for key in ("model", "state_dict", "kept", "normalization") if key not in content]
+        if gone:
+            raise InputError(
+                f"ckpt = {path} is incomplete: it has no {', '.join(gone)}; write it again with save_pruned"
+            )
+        config, state = dict(content["model"]), content["state_dict"]
+        extra = {"normalization": dict(content["normalization"]), "kept": dict(content["kept"])}
+    elif "hyper_parameters" in content and "state_dict" in content:
+        named = content["hyper_parameters"].get("model")
+        if not isinstance(named, Mapping | None):
+            raise InputError(
+                f"ckpt = {path}: its hyper-parameter model is a {type(named).__name__}, expected a dict; say which "
+                "network with model=..."
+            )
+        if named is None and model is None:
+            raise InputError(
+                f"ckpt = {path} does not name its network; say which with model=..., one of {', '.join(model_names())}"
+            )
+        config = dict(named or model or {})
+        state = {
+            key.removeprefix("net."): value for key, value in content["state_dict"].items() if key.startswith("net.")
+        }
+        extra = {"normalization": dict(content["hyper_parameters"].get("normalization") or {})}
+    else:
+        if model is None:
+            raise InputError(
+                f"ckpt = {path} is a plain state dict, which does not name its network; say which with model=resnet32 "
+                "(or another)"
+            )
+        config, extra = dict(model), {}
+        state = _strip_prefix(content.get("state_dict", content))
+    if model is not None and model.get("name") != config.get("name"):
+        raise InputError(
+            f"ckpt = {path} holds a {config.get('name')}, but model.name = {model.get('name')}; use "
+            f"model={config.get('name')} or leave it out"
+        )
+    for key, value in (model or {}).items():
+        if value is not None and key in config and config[key] != value:
+            raise InputError(
+                f"ckpt = {path} holds a {config.get('name')} with {key} = {config[key]}, but model.{key} = {value}; "
+                "leave model out"
+            )
+    net = build_model(config)
+    if content.get("format") == PRUNED_FORMAT:
+        resize(net, state)
+    _load(net, state, path, config)
+    return Stored(net.eval(), config, **extra)
+
+
+def check_resumable(path: str | Path, model: Mapping[str, Any]) -> None:
+    """Raise InputError unless `path` is a training checkpoint of the network that `model` describes."""
+    content = read(path)
+    if "state_dict" not in content or "optimizer_states" not in content:
+        raise InputError(
+            f"ckpt_path = {path} is no training checkpoint; resume from checkpoints/last.ckpt of a run folder"
+        )
+    stored = dict(content.get("hyper_parameters", {}).get("model") or {})
+    for key in sorted({*stored, *model}):
+        if stored.get(key) != model.get(key):
+            raise InputError(
+                f"ckpt_path = {path} trains a network with {key} = {stored.get(key)}, but model.{key} = "
+                f"{model.get(key)}; resume with the same model"
+            )
+
+
+def of_the_dense(kept: Mapping[str, Tensor], earlier: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """Filters kept of the dense network, when `kept` counts in a network of which only the `earlier` ones were left.
+
+    >>> of_the_dense({"a": torch.tensor([0, 2])}, {"a": [1, 5, 9], "b": [3]})
+    {'a': [1, 9], 'b': [3]}
+    """
+    found = {layer: [int(i) for i in indices] for layer, indices in earlier.items()}
+    for layer, indices in kept.items():
+        found[layer] = [found[layer][i] if layer in found else int(i) for i in indices.tolist()]
+    return found
+
+
+def _strip_prefix(state: Mapping[str, Any]) -> dict[str, Any]:
+    for prefix in _PREFIXES:
+        if state and all(str(key).startswith(prefix) for key in state):
+            return {key.removeprefix(prefix): value for key, value in state.items()}
+    return dict(state)
+
+
+def _load(net: nn.Module, state: Mapping[str, Any], path: str | Path, config: Mapping[str, Any]) -> None:
+    expected = net.state_dict()
+    # Counters of seen batches are absent from older checkpoints and change nothing in eval mode.
+    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
+    unknown = [key for key in state if key not in expected]
+    shapes = [
+        f"{key} is {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
+        for key in expected
+        if isinstance(state.get(key), Tensor) and state[key].shape != expected[key].shape
+    ]
+    if missing or unknown or shapes:
+        parts = [
+            f"{len(keys)} {what}, e.g. {keys[0]}"
+            for what, keys in (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
+            if keys
+        ]
+        raise InputError(
+            f"ckpt = {path} does not fit {config.get('name')} (model.num_classes = {config.get('num_classes')}): "
+            f"tensors {'; '.join(parts)}; "
+            "check model=..., model.shortcut, model.num_classes"
+        )
+    net.load_state_dict(dict(state), strict=False)
+
+
+def save_pruned(
+    path: str | Path,
+    net: nn.Module,
+    kept: Mapping[str, Tensor | Sequence[int]],
+    normalization: Mapping[str, Sequence[float]] | None = None,
+    model: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a pruned network as plain tensors, lists and numbers; the file appears complete or not at all.
+
+    Args:
+        path: the file.
+        net: the pruned network.
+        kept: filters kept of the dense network, by layer.
+        normalization: channel mean and std of its inputs.
+        model: config for `freqprune.build_model` that builds the dense network, e.g. ``{"name": "torchvision/resnet18",
+            "num_classes": 10}``; the network's own `config`, which everything from `build_model` has, if left out.
+
+    Raises:
+        InputError: if there is no config, or it does not rebuild this network.
+    """
+    config = model if model is not None else getattr(net, "config", None)
+    if not isinstance(config, Mapping):
+        raise InputError(
+            f"{type(net).__name__} has no config to rebuild it from: pass save_pruned(model={{'name': ...}}), a "
+            "torchvision/<name> or a name given "
+            "to register_model"
+        )
+    twin = build_model(config)
+    resize(twin, net.state_dict())
+    _load(twin, net.state_dict(), path, config)
+    content = {
+        "format": PRUNED_FORMAT,
+        "model": dict(config),
+        "state_dict": {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()},
+        "kept": {layer: [int(i) for i in indices] for layer, indices in kept.items()},
+        "normalization": {key: [float(v) for v in value] for key, value in (normalization or {}).items()},
+    }
+    write_atomically(path, content)
+
+
+def save_weights(path: str | Path, checkpoint: str | Path) -> None:
+    """Write the network of a training checkpoint without its optimizer and callbacks; `load_network` reads it like the
+    checkpoint.
+
+    Args:
+        path: the new file.
+        checkpoint: a training checkpoint of this package.
+    """
+    content = read(checkpoint)
+    load_network(checkpoint)
+    hyper = content["hyper_parameters"]
+    state = {key: value.contiguous() for key, value in content["state_dict"].items() if key.startswith("net.")}
+    write_atomically(
+        path, {"hyper_parameters": {key: hyper[key] for key in ("model", "normalization")}, "state_dict": state}
+    )
+
+
+def write_atomically(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write a file for ``torch.load``, complete or not at all."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    buffer = io.BytesIO()
+    # By way of memory: a full disk is then an OSError with its reason, which PyTorch's own writer hides.
+    torch.save(dict(content), buffer)
+    try:
+        partial.write_bytes(buffer.getbuffer())
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    os.replace(partial, path)
+
+
+def load_pruned(path: str | Path) -> nn.Module:
+    """Rebuild a pruned network from a ``pruned.ckpt``, in eval mode, without running pickled code.
+
+    Raises:
+        InputError: for a file that is missing, damaged, or was not written by `save_pruned`.
+    """
+    content = read(path)
+    if content.get("format") != PRUNED_FORMAT:
+        raise InputError(
+            f"{path} is not a pruned.ckpt (format {content.get('format')!r}, expected {PRUNED_FORMAT!r}); load_network "
+            "reads the others"
+        )
+    return load_network(path).net

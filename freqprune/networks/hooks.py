@@ -1,0 +1,59 @@
+"""Hooks, modes and stand-ins that never outlive their block. The only place in the package that registers hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block, compiled networks run uncompiled so that hooks see them; all is restored after it,
+    also after an error."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextmanager
+def hooked(wanted: Sequence[tuple[nn.Module, Callable[..., Any] | None, Callable[..., Any] | None]]) -> Iterator[None]:
+    """Forward pre-hooks and forward hooks ``(module, before, after)`` inside the block, removed after it, also after an
+    error."""
+    handles = []
+    try:
+        for module, before, after in wanted:
+            if before is not None:
+                handles.append(module.register_forward_pre_hook(before))
+            if after is not None:
+                handles.append(module.register_forward_hook(after))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def replaced(model: nn.Module, stand_ins: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Other modules in the place of the named ones inside the block, the old ones back after it, also after an
+    error."""
+    places = []
+    for name in stand_ins:
+        parent, _, child = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        places.append((owner, child, owner._modules[child]))
+    try:
+        for (owner, child, _), new in zip(places, stand_ins.values(), strict=True):
+            owner._modules[child] = new
+        yield
+    finally:
+        for owner, child, old in places:
+            owner._modules[child] = old

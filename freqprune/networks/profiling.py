@@ -1,0 +1,158 @@
+"""Cost of a network: MACs, parameters, latency."""
+
+from __future__ import annotations
+
+import io
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakSet, finalize
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from freqprune.errors import at_least
+from freqprune.networks.hooks import evaluating
+
+
+def macs_by_layer(model: nn.Module, example: Tensor) -> dict[str, int]:
+    """MACs of each convolution and linear layer for one image (multiplications of other operations are not counted).
+
+    Args:
+        model: the network.
+        example: one image, ``(1, n_channels, height, width)``.
+    """
+    counter = FlopCounterMode(display=False)
+    with evaluating(model), torch.no_grad(), counter:
+        model(example[:1])
+    prefix = type(model).__name__ + "."
+    counts = counter.get_flop_counts()
+    leaves = {name for name, module in model.named_modules() if isinstance(module, nn.modules.conv._ConvNd | nn.Linear)}
+    # A fused multiply-add is two operations.
+    return {
+        name.removeprefix(prefix): sum(operations.values()) // 2
+        for name, operations in counts.items()
+        if name.removeprefix(prefix) in leaves
+    }
+
+
+def count_macs(model: nn.Module, example: Tensor) -> int:
+    """MACs of the convolutions and linear layers for one image.
+
+    >>> from freqprune.models import build_model
+    >>> count_macs(build_model({"name": "resnet32"}), torch.zeros(1, 3, 32, 32))
+    68862592
+    """
+    return sum(macs_by_layer(model, example).values())
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters; buffers do not count."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def cost(model: nn.Module, batch: Tensor) -> dict[str, Any]:
+    """MACs for one image, parameters, bytes of the saved weights, and peak memory of a forward of `batch`."""
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    return {
+        "macs": count_macs(model, batch[:1]),
+        "params": count_parameters(model),
+        "file_bytes": file.getbuffer().nbytes,
+        "memory_bytes": {str(len(batch)): peak_memory(model, batch)},
+    }
+
+
+class _LiveTensors(TorchDispatchMode):
+    """Count the bytes of the tensors that operations make, as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: WeakSet[torch.UntypedStorage] = WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._seen:
+            return
+        size = storage.nbytes()
+        self._seen.add(storage)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+
+def peak_memory(model: nn.Module, batch: Tensor) -> int:
+    """Bytes of parameters, buffers and, at the worst moment of one inference forward, of the input and all tensors the
+    network makes.
+
+    What a library allocates inside an operation does not count.
+    """
+    own = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers(), batch])
+    counter = _LiveTensors()
+    with evaluating(model), torch.no_grad(), counter:
+        for tensor in [*model.parameters(), *model.buffers(), batch]:
+            counter._seen.add(tensor.untyped_storage())
+        model(batch)
+    return own + counter.peak
+
+
+@dataclass(frozen=True)
+class Latency:
+    """How long a forward takes is measured so often, at these batch sizes, see `latency_ms`.
+
+    Raises:
+        InputError: for numbers below 1.
+    """
+
+    batch_sizes: Sequence[int] = (1, 64)
+    n_runs: int = 30
+
+    def __post_init__(self) -> None:
+        at_least(1, batch_sizes=min(self.batch_sizes, default=0), n_runs=self.n_runs)
+
+
+def latency_ms(
+    models: Mapping[str, nn.Module], example: Tensor, n_runs: int = 20, n_warmup: int = 5
+) -> dict[str, float]:
+    """Median time of one forward in milliseconds, the networks taken in turn so that a drift of the machine meets all
+    of them.
+
+    Args:
+        models: networks by name.
+        example: input batch.
+        n_runs: timed forwards of each.
+        n_warmup: forwards before those.
+    """
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for model in models.values():
+        model.eval()
+    with torch.inference_mode():
+        for run in range(n_warmup + n_runs):
+            for name, model in models.items():
+                _wait(example.device)
+                start = time.perf_counter()
+                model(example)
+                _wait(example.device)
+                if run >= n_warmup:
+                    times[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()

@@ -1,0 +1,117 @@
+"""Networks that are built from a plain config, so that a checkpoint can name its architecture without pickled code."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from freqprune.errors import InputError, closest
+from freqprune.networks.resnet import CifarResNet
+
+Builder = Callable[..., nn.Module]
+
+TORCHVISION = "torchvision/"
+
+_BUILDERS: dict[str, Builder] = {
+    f"resnet{depth}": partial(CifarResNet, depth=depth) for depth in (8, 14, 20, 32, 44, 56, 110)
+}
+
+
+def register_model(name: str, builder: Builder) -> None:
+    """Make `builder` available as ``model.name=<name>`` and to checkpoints that name it.
+
+    Args:
+        name: the name written into configs and checkpoints.
+        builder: called with the rest of the config as keyword arguments; returns the network.
+
+    Raises:
+        InputError: if the name is taken by another builder.
+    """
+    if _BUILDERS.get(name, builder) is not builder:
+        raise InputError(f"model name {name!r} is taken; register {builder!r} under another name")
+    _BUILDERS[name] = builder
+
+
+def model_names() -> list[str]:
+    """Names that `build_model` accepts."""
+    return list(_BUILDERS)
+
+
+def _builder(name: Any) -> Builder:
+    if isinstance(name, str) and name.startswith(TORCHVISION):
+        from torchvision import models
+
+        kind = name.removeprefix(TORCHVISION)
+        known = models.list_models(module=models)
+        if kind not in known:
+            raise InputError(f"model.name = {name!r}: torchvision has no classifier {kind!r}{closest(kind, known)}")
+        return partial(models.get_model, kind, weights=None)
+    if name not in _BUILDERS:
+        raise InputError(
+            f"model.name must be one of {', '.join(_BUILDERS)} or {TORCHVISION}<name>, got "
+            f"{name!r}{closest(str(name), _BUILDERS)}"
+        )
+    return _BUILDERS[name]
+
+
+def build_model(config: Mapping[str, Any]) -> nn.Module:
+    """Build a network from ``{"name": ..., **arguments}``; arguments that are None count as left out.
+
+    The name is one of `model_names`, or ``torchvision/<name>`` for the classifiers of torchvision, with random weights.
+    A network without a `config` of its own gets this one as an attribute, by which `freqprune.save_pruned` names it.
+
+    >>> sum(p.numel() for p in build_model({"name": "resnet32"}).parameters())
+    464154
+
+    Raises:
+        InputError: for an unknown name or argument.
+    """
+    arguments = {key: value for key, value in config.items() if value is not None}
+    name = arguments.pop("name", None)
+    builder = _builder(name)
+    try:
+        inspect.signature(builder).bind(**arguments)
+        net = builder(**arguments)
+    except TypeError as error:
+        raise InputError(f"model {name!r} does not take these arguments: {error}") from None
+    if not hasattr(net, "config"):
+        net.config = {"name": name, **arguments}  # type: ignore[assignment]
+    return net
+
+
+def resize(net: nn.Module, state: Mapping[str, Any]) -> None:
+    """Give convolutions, linear layers and norms the widths that a state dict of the pruned network has, in place.
+
+    Only shapes are set; load the state dict afterwards. Layers that fit already, and kinds of layers that pruning does
+    not change, are left.
+    """
+    for name, module in net.named_modules():
+        weight = state.get(f"{name}.weight")
+        old = getattr(module, "weight", None)
+        if (
+            not isinstance(weight, Tensor)
+            or not isinstance(old, Tensor)
+            or weight.shape == old.shape
+            or weight.dim() != old.dim()
+        ):
+            continue
+        if isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
+            if module.groups > 1 and module.groups == module.in_channels == module.out_channels:
+                module.groups = len(weight)
+            module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
+        elif isinstance(module, nn.Linear):
+            module.out_features, module.in_features = weight.shape
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.num_features = len(weight)
+            for buffer in ("running_mean", "running_var"):
+                setattr(module, buffer, torch.zeros(len(weight), dtype=old.dtype))
+        else:
+            continue
+        module.weight = nn.Parameter(torch.empty(weight.shape, dtype=old.dtype))
+        if isinstance(module.bias, Tensor):
+            module.bias = nn.Parameter(torch.empty(len(weight), dtype=old.dtype))

@@ -1,0 +1,96 @@
+"""Make up for removed filters in the layers that read them, before any fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from freqprune.errors import InputError, closest
+from freqprune.pruning.graph import ChannelGraph
+from freqprune.pruning.moments import columns_of, least_squares, mean_response
+from freqprune.pruning.surgery import Plan
+from freqprune.tagging import find_folds
+
+METHODS = ("none", "mean", "least_squares")
+
+
+def readers_of(graph: ChannelGraph, units: Sequence[str]) -> list[str]:
+    """Convolutions and linear layers that read the filters of the units: those whose input moments compensation and
+    redundancy need."""
+    modules = dict(graph.model.named_modules())
+    found = [reader for name in units for reader in graph.units[name].readers]
+    return [reader for reader in dict.fromkeys(found) if isinstance(modules[reader], nn.Conv2d | nn.Linear)]
+
+
+def compensate(
+    plan: Plan,
+    small: nn.Module,
+    kept: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+    method: str,
+    reestimated: bool = False,
+) -> list[str]:
+    """Change the weights of a pruned network, in place, so that its layers come close to what they computed before.
+
+    The constant goes into the layer's bias or into the batch norm that follows it.
+
+    Args:
+        plan: the plan of the dense network.
+        small: what ``plan.apply(kept)`` returned.
+        kept: filters kept of each unit.
+        moments: second moments of the inputs of every layer that lost some, from `freqprune.moments.input_moments` on
+            the dense network.
+        method: ``"mean"``: add the mean response of what was removed; ``"least_squares"``: the weights on what is kept
+            that come closest to the old output; ``"none"``.
+        reestimated: the batch norms of `small` have been re-estimated already, so that they know the means of what is
+            left: their means then only follow the change of the weights.
+
+    Returns:
+        Remarks on layers where only a part could be done.
+
+    Raises:
+        InputError: for an unknown method, or missing moments.
+    """
+    if method not in METHODS:
+        raise InputError(
+            f"pruning.compensation must be one of {', '.join(METHODS)}, got {method!r}{closest(method, METHODS)}"
+        )
+    if method == "none":
+        return []
+    dense, pruned = dict(plan.model.named_modules()), dict(small.named_modules())
+    followers = dict(find_folds(plan.model, plan.example, []))
+    outputs = {member: indices for name, indices in kept.items() for member in plan.unit(name).members}
+    remarks = []
+    for layer, channels in plan.silenced(kept).items():
+        old, new = dense[layer], pruned[layer]
+        if not isinstance(old, nn.Conv2d | nn.Linear):
+            continue
+        if layer not in moments:
+            raise InputError(f"no moments of {layer!r}, which reads removed filters; take them with input_moments")
+        weight = old.weight.detach().flatten(1).cpu()
+        norm = pruned.get(followers.get(layer, ""))
+        has_constant = new.bias is not None or layer in followers
+        removed = columns_of(old, sorted(set(channels)))
+        stays = torch.ones(weight.shape[1], dtype=torch.bool)
+        stays[removed] = False
+        if method == "least_squares":
+            solved, constant = least_squares(weight, moments[layer], stays.nonzero().flatten(), has_constant)
+        else:
+            solved, constant = weight[:, stays], mean_response(weight, moments[layer], removed)
+        rows = outputs.get(layer, torch.arange(len(weight)))
+        with torch.no_grad():
+            new.weight.copy_(solved[rows].view_as(new.weight))
+            if new.bias is not None:
+                new.bias.add_(constant[rows].to(new.bias))
+            elif isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None:
+                if reestimated:
+                    constant = (weight[:, stays] - solved) @ moments[layer][:-1, -1][stays]
+                norm.running_mean.sub_(constant[rows].to(norm.running_mean))
+            else:
+                remarks.append(
+                    f"{layer} has no bias and no batch norm of its own after it: what it lost is made up for without a "
+                    "constant"
+                )
+    return remarks

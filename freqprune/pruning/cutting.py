@@ -1,0 +1,136 @@
+"""One cut: plan, evidence, scores, selection, surgery, compensation. What `prune.py` and the pruning callback share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from freqprune.errors import InputError
+from freqprune.pruning.compensation import compensate
+from freqprune.pruning.criteria import needs, scores
+from freqprune.pruning.evidence import gather
+from freqprune.pruning.importance import Evidence
+from freqprune.pruning.recipe import Material, Recipe
+from freqprune.pruning.selection import Amount, Kept, remarks, select
+from freqprune.pruning.surgery import Plan, recalibrate_batch_norm
+from freqprune.tagging import Progress, Stimulus, TagResponse, pick_layers
+
+
+@dataclass
+class Cut:
+    """What came of a cut.
+
+    Attributes:
+        net: the smaller network.
+        kept: filters kept of each unit.
+        scores: by which they were chosen.
+        response: the response to the tags; None if the criterion reads none and none was given.
+        remarks: what a user should know.
+    """
+
+    net: nn.Module
+    kept: Kept
+    scores: dict[str, Tensor]
+    response: TagResponse | None
+    remarks: list[str]
+
+
+def plan_cut(net: nn.Module, example: Tensor, recipe: Recipe) -> tuple[Plan, list[str]]:
+    """What may be removed, and which of it the recipe picks, after checking that the tags will tell what the criterion
+    asks for.
+
+    Raises:
+        InputError: for patterns that match nothing or pick what cannot go, or tag settings that leave the criterion
+            without its readings.
+    """
+    plan = Plan(net, example)
+    chosen = plan.choose(recipe.layers, recipe.exclude, recipe.streams)
+    if "tags" in needs(recipe.criterion):
+        recorded = pick_layers(net, recipe.tagging.get("layers"))
+        unread = [member for name in chosen for member in plan.unit(name).members if member not in recorded]
+        if unread:
+            raise InputError(
+                f"importance.criterion = {recipe.criterion} needs the response of {', '.join(unread)}, which "
+                "tagging.layers leaves out"
+            )
+        if recipe.tagging.get("noise_std", 0.02) == 0 and "noise" in needs(recipe.criterion):
+            raise InputError(
+                f"importance.criterion = {recipe.criterion} compares with noise, but tagging.noise_std = 0; use the "
+                "default 0.02, or importance=amplitude"
+            )
+    return plan, chosen
+
+
+def cut(
+    net: nn.Module,
+    material: Material,
+    recipe: Recipe,
+    stimulus: Stimulus,
+    response: TagResponse | None = None,
+    progress: Progress | None = None,
+) -> Cut:
+    """Remove the filters that score lowest. The network itself is left as it is.
+
+    Args:
+        net: the network.
+        material: images.
+        recipe: how to cut.
+        stimulus: the tags.
+        response: of this network, if it is at hand; measured otherwise, if the criterion reads it.
+        progress: see `freqprune.tag`.
+
+    Raises:
+        InputError: whatever is wrong with the recipe for this network, before anything is removed.
+    """
+    example = material.normalize(material.images[:1].to(next(net.parameters()).device))
+    plan, chosen = plan_cut(net, example, recipe)
+    evidence = gather(plan, chosen, material, recipe, stimulus, response, progress)
+    found = scores(recipe.criterion, evidence, chosen)
+    kept = select(found, recipe.amount, plan.macs)
+    small = plan.apply(kept)
+    notes = remarks(kept, {name: plan.unit(name).n_filters for name in kept}, recipe.amount)
+    notes += _made_up_for(plan, small, kept, evidence, material, recipe) + _overshoot(plan, kept, recipe.amount)
+    return Cut(small, kept, found, evidence.response, notes)
+
+
+def _made_up_for(
+    plan: Plan, small: nn.Module, kept: Kept, evidence: Evidence, material: Material, recipe: Recipe
+) -> list[str]:
+    if material.bn_images is not None:
+        batches = [batch for batch in material.bn_images.split(128) if len(batch) > 1]
+        recalibrate_batch_norm(small, [material.normalize(batch.to(plan.example.device)) for batch in batches])
+    reestimated = material.bn_images is not None
+    return compensate(plan, small, kept, evidence.moments or {}, recipe.compensation, reestimated=reestimated)
+
+
+def _overshoot(plan: Plan, kept: Kept, amount: Amount) -> list[str]:
+    if amount.macs_cut is None:
+        return []
+    got = 1 - plan.macs({name: len(indices) for name, indices in kept.items()}) / plan.macs({})
+    if got - amount.macs_cut <= 0.01:
+        return []
+    return [
+        f"{100 * got:.1f} % of the MACs cut instead of {100 * amount.macs_cut:.1f} %: whole blocks of filters allow no "
+        "closer cut"
+    ]
+
+
+def step_amount(amount: Amount, step: int, n_steps: int, left: float) -> Amount:
+    """Amount of one of several steps that together remove `amount`, in equal shares of the dense network.
+
+    Args:
+        amount: of all steps together. A threshold is the same in every step.
+        step: 0, 1, ..., ``n_steps - 1``.
+        n_steps: number of steps.
+        left: share of the dense network's filters (for a ratio) or MACs (for a MACs cut) that is left before this step.
+
+    >>> from freqprune.pruning.selection import Amount
+    >>> round(step_amount(Amount(ratio=0.5), 1, 2, 0.75).ratio, 3)
+    0.333
+    """
+    goal = amount.ratio if amount.ratio is not None else amount.macs_cut
+    if goal is None:
+        return amount
+    now = 1 - (1 - goal * (step + 1) / n_steps) / left
+    return replace(amount, ratio=now) if amount.ratio is not None else replace(amount, macs_cut=now)

@@ -1,0 +1,85 @@
+"""Network and material → what a criterion and the compensation read: response, moments, gradients, frames."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from freqprune.errors import InputError
+from freqprune.pruning.compensation import readers_of
+from freqprune.pruning.criteria import needs
+from freqprune.pruning.importance import Evidence
+from freqprune.pruning.moments import input_moments, output_gradients
+from freqprune.pruning.recipe import Material, Recipe
+from freqprune.pruning.surgery import Plan
+from freqprune.tagging import Progress, Stimulus, TagResponse, tag
+
+
+def gather(
+    plan: Plan,
+    chosen: Sequence[str],
+    material: Material,
+    recipe: Recipe,
+    stimulus: Stimulus,
+    response: TagResponse | None = None,
+    progress: Progress | None = None,
+) -> Evidence:
+    """Measure what the recipe needs of a network, and nothing else.
+
+    Args:
+        plan: of the network.
+        chosen: the units that may lose filters.
+        material: images.
+        recipe: names the criterion and the compensation.
+        stimulus: the tags.
+        response: of this network, if it is at hand; measured otherwise, if the criterion reads it.
+        progress: see `freqprune.tag`.
+
+    Raises:
+        InputError: if the material lacks images that are needed.
+    """
+    net, wanted = plan.model, needs(recipe.criterion)
+    device = plan.example.device
+    if response is None and "tags" in wanted:
+        images = material.images.to(device)
+        response = tag(
+            net,
+            images,
+            stimulus,
+            mean=material.mean,
+            std=material.std,
+            seed=recipe.seed,
+            progress=progress,
+            **recipe.tagging,
+        )
+    readers = readers_of(plan.graph, chosen)
+    moments = gradients = None
+    if recipe.needs_moments:
+        moments = input_moments(net, readers, calibration(net, material, recipe, stimulus), seed=recipe.seed)
+    if "gradients" in wanted:
+        gradients = output_gradients(net, readers, calibration(net, material, recipe, stimulus), seed=recipe.seed)
+    frames = list(calibration(net, material, recipe, stimulus, recipe.measured_images)) if "frames" in wanted else []
+    labelled = []
+    if material.labelled is not None and "labels" in wanted:
+        pixels, labels = material.labelled
+        labelled = [(material.normalize(pixels.to(device)), labels.to(device))]
+    return Evidence(net, response, recipe.components, recipe.seed, plan.graph, moments, gradients, labelled, frames)
+
+
+def calibration(
+    net: nn.Module, material: Material, recipe: Recipe, stimulus: Stimulus, n_images: int | None = None
+) -> Iterator[Tensor]:
+    """Batches of network inputs: tagged frames, or the images as they are; of the first `n_images` images or of all."""
+    if material.calibration is None:
+        raise InputError("second moments need calibration images: pass Material(calibration=...)")
+    device = next(net.parameters()).device
+    generator = torch.Generator().manual_seed(recipe.seed)
+    distinct, _ = stimulus.distinct_frames
+    for images in material.calibration[:n_images].split(32):
+        if recipe.calibrate_on == "frames":
+            # Other frames for every few images, so that all phases of the tags are seen.
+            which = distinct[torch.randperm(len(distinct), generator=generator)[: recipe.frames_an_image]].sort().values
+            images = stimulus.frames(images, which).flatten(0, 1)
+        yield material.normalize(images.to(device))

@@ -1,0 +1,236 @@
+"""Which channels go together: torch-pruning's dependency graph, read as units of filters that can be removed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from freqprune.errors import InputError
+from freqprune.networks import IndexShortcut, macs_by_layer
+
+_OUT = (tp.prune_conv_out_channels, tp.prune_linear_out_channels)
+_IN = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
+_ARITHMETIC = {"AddBackward": "sum", "SubBackward": "difference", "MulBackward": "product", "DivBackward": "quotient"}
+
+
+class _IndexShortcutPruner(tp.BasePruningFunc):
+    """Teach torch-pruning the index shortcut: its two sides lose channels independently of each other.
+
+    A source channel that goes leaves a zero channel behind, which is what the masked network computes.
+    """
+
+    def prune_out_channels(self, layer: IndexShortcut, idxs: Sequence[int]) -> nn.Module:
+        keep = torch.ones(layer.n_out, dtype=torch.bool)
+        keep[list(idxs)] = False
+        layer.set_index(layer.index.cpu()[keep])
+        return layer
+
+    def prune_in_channels(self, layer: IndexShortcut, idxs: Sequence[int]) -> nn.Module:
+        gone = torch.zeros(layer.n_in, dtype=torch.bool)
+        gone[list(idxs)] = True
+        # Position -1 of the table is the last entry, so channels that are zero already stay at -1.
+        table = torch.cat([torch.where(gone, -1, (~gone).cumsum(0) - 1), torch.tensor([-1])])
+        layer.n_in -= len(set(idxs))
+        layer.set_index(table[layer.index.cpu()])
+        return layer
+
+    def get_out_channels(self, layer: IndexShortcut) -> int:
+        return layer.n_out
+
+    def get_in_channels(self, layer: IndexShortcut) -> int:
+        return layer.n_in
+
+
+CUSTOM_PRUNERS: dict[Any, Any] = {IndexShortcut: _IndexShortcutPruner()}
+"""Pruners of this package's own layers, for the ``customized_pruners`` argument of torch-pruning."""
+
+
+def _graph(model: nn.Module, example: Tensor) -> tuple[nn.Module, tp.DependencyGraph]:
+    """A private copy of the model and the dependency graph of that copy."""
+    # torch-pruning needs gradients and unfrozen parameters to trace, and leaves the model in eval mode: let it have a
+    # copy.
+    twin = copy.deepcopy(model)
+    for parameter in twin.parameters():
+        parameter.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            graph = tp.DependencyGraph().build_dependency(
+                twin, example_inputs=example[:1], customized_pruners=CUSTOM_PRUNERS
+            )
+    except Exception as error:
+        what = f"{type(model).__name__} ({type(error).__name__}: {error})"
+        raise InputError(
+            f"torch-pruning {version('torch-pruning')} cannot trace {what}; does the network run on the example?"
+        ) from error
+    return twin, graph
+
+
+def _group(graph: tp.DependencyGraph, module: nn.Module, idxs: list[int], layer: str) -> Any:
+    try:
+        return graph.get_pruning_group(module, tp.prune_conv_out_channels, idxs=idxs)
+    except Exception as error:
+        # torch-pruning raises whatever it trips over, down to ZeroDivisionError.
+        raise InputError(
+            f"torch-pruning {version('torch-pruning')} cannot follow the channels of {layer!r} "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Filters that are removed together, counted by the filters of one layer.
+
+    Attributes:
+        name: the first convolution of the unit.
+        members: all layers whose outputs these are: one for an inner layer, all that write to it for a residual stream.
+        n_filters: number of filters.
+        readers: layers that read these channels, in no particular order.
+    """
+
+    name: str
+    members: tuple[str, ...]
+    n_filters: int
+    readers: tuple[str, ...]
+
+
+def _partners(group: Any, module: nn.Module, names: Mapping[nn.Module, str]) -> list[str]:
+    """What else a filter of `module` would take along: other layers, sums, norms over channels, the output; empty for
+    an inner filter."""
+    found: list[str] = []
+    operations: list[str] = []
+    for dependency, _ in group:
+        target = dependency.target.module
+        arithmetic = next((word for word in _ARITHMETIC if word in dependency.target.name), None)
+        if target is not module and (
+            dependency.handler in _OUT or isinstance(target, IndexShortcut | nn.GroupNorm | nn.LayerNorm)
+        ):
+            found.append(names.get(target, type(target).__name__))
+        elif arithmetic:
+            operations.append(f"a {_ARITHMETIC[arithmetic]}")
+    found += operations
+    if not any(dependency.handler in _IN for dependency, _ in group):
+        found.append("the output of the network")
+    return list(dict.fromkeys(found))
+
+
+_PLAIN = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.PReLU, IndexShortcut)
+
+
+def _members(group: Any, names: Mapping[nn.Module, str]) -> list[str]:
+    """Layers that write a residual stream together; empty if its channels cannot be removed as one."""
+    found: list[str] = []
+    for dependency, idxs in group:
+        module, name = dependency.target.module, names.get(dependency.target.module)
+        if dependency.handler in _OUT:
+            # The same channel number in every layer, or the layers' scores and widths would not speak of the same
+            # filters.
+            if list(idxs) != [0] or name is None:
+                return []
+            found.append(name)
+        elif (
+            (name is not None and not isinstance(module, _PLAIN))
+            or isinstance(module, nn.Parameter)
+            or "Div" in dependency.target.name
+        ):
+            return []
+    widths = {dependency.target.module.weight.shape[0] for dependency, _ in group if dependency.handler in _OUT}
+    reads = any(dependency.handler in _IN for dependency, _ in group)
+    return found if len(widths) == 1 and reads else []
+
+
+class ChannelGraph:
+    """Units of filters that can be removed from a network. The network itself is left as it is.
+
+    Args:
+        model: the network; parameters may be frozen, it may be in training mode.
+        example: an input batch, ``(n_images, n_channels, height, width)``.
+
+    Attributes:
+        inner: units of one layer each, whose filters can go without touching any other layer's outputs (in a residual
+            network the first convolution of each block), by name, in the order of the network.
+        streams: units of several layers that write to one residual stream, by the name of the first.
+        coupled: every convolution that is no inner unit, with what shares its channels.
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        self.model, self.example = model, example[:1]
+        self.twin, self._graph = _graph(model, example)
+        names = {module: name for name, module in self.twin.named_modules()}
+        self._names, self._modules = names, dict(self.twin.named_modules())
+        self._macs = macs_by_layer(model, self.example)
+        self._losses: dict[str, list[tuple[str, str, float]]] = {name: [] for name in self._macs}
+        self.inner: dict[str, Unit] = {}
+        self.streams: dict[str, Unit] = {}
+        self.coupled: dict[str, list[str]] = {}
+        for module, layer in names.items():
+            if not isinstance(module, nn.modules.conv._ConvNd) or layer not in self._macs or module.groups > 1:
+                continue
+            group = _group(self._graph, module, [0], layer)
+            partners = _partners(group, module, names)
+            members = [layer]
+            if partners:
+                self.coupled[layer] = partners
+                if any(layer in unit.members for unit in self.streams.values()):
+                    continue
+                members = sorted(_members(group, names), key=list(names.values()).index)
+                if not members or members[0] != layer:
+                    continue
+            readers = [names[d.target.module] for d, _ in group if d.handler in _IN and d.target.module in names]
+            unit = Unit(layer, tuple(members), module.out_channels, tuple(dict.fromkeys(readers)))
+            (self.streams if partners else self.inner)[layer] = unit
+            for dependency, idxs in group:
+                name = names.get(dependency.target.module)
+                if name not in self._macs:
+                    continue
+                target = dependency.target.module
+                inwards = dependency.handler in _IN
+                width = target.weight.shape[1 if inwards else 0]
+                self._losses[name].append((layer, "in" if inwards else "out", len(idxs) / width))
+
+    @property
+    def units(self) -> dict[str, Unit]:
+        """All units, inner layers first."""
+        return {**self.inner, **self.streams}
+
+    def group(self, name: str, filters: Sequence[int] | None = None) -> Any:
+        """torch-pruning's group of some (or all) filters of a unit, over the modules of `twin`."""
+        filters = range(self.units[name].n_filters) if filters is None else filters
+        return _group(self._graph, self._modules[name], list(filters), name)
+
+    def possible(self, group: Any) -> bool:
+        """Whether removing a group leaves every layer of it at least one channel."""
+        return bool(self._graph.check_pruning_group(group))
+
+    def read_channels(self, name: str, filters: Sequence[int]) -> dict[str, list[int]]:
+        """Input channels (of a linear layer: features) that a unit's filters are to each layer that reads them."""
+        found: dict[str, list[int]] = {}
+        for dependency, idxs in self.group(name, filters):
+            reader = self._names.get(dependency.target.module)
+            if (dependency.handler in _IN and reader is not None) or (
+                isinstance(dependency.target.module, IndexShortcut) and reader is not None and _enters(dependency)
+            ):
+                found.setdefault(reader, []).extend(int(i) for i in idxs)
+        return found
+
+    def macs(self, widths: Mapping[str, int]) -> float:
+        """MACs of the network for one image with `widths` filters left in the named units, the others at full width."""
+        units = self.units
+        gone = {name: units[name].n_filters - width for name, width in widths.items()}
+        total = 0.0
+        for layer, dense in self._macs.items():
+            left = {"in": 1.0, "out": 1.0}
+            for name, side, share in self._losses[layer]:
+                left[side] -= gone.get(name, 0) * share
+            total += dense * left["in"] * left["out"]
+        return total
+
+
+def _enters(dependency: Any) -> bool:
+    return getattr(dependency.handler, "__name__", "") == "prune_in_channels"

@@ -1,0 +1,196 @@
+"""What a criterion may look at, and the table of criteria by name.
+
+A criterion is a function of `Evidence` and a layer name that returns one score a filter, higher for filters to keep.
+Add one by decorating it with `criterion`; those of the package are in `freqprune.pruning.criteria`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from freqprune.errors import InputError, closest
+from freqprune.pruning.graph import ChannelGraph
+from freqprune.tagging import TagResponse
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a criterion may look at.
+
+    Attributes:
+        model: the network to be pruned.
+        response: its response to the tags; None for criteria that do not need one.
+        components: response components that the tag criteria read, see `freqprune.components.find_components`.
+        seed: for criteria that draw.
+        graph: what depends on which filters, for criteria that look at more than a layer's own weights.
+        moments: second moments of the inputs of the layers that read the filters, see
+            `freqprune.moments.input_moments`.
+        gradients_at: second moments of the gradients at the outputs of those layers, see
+            `freqprune.moments.output_gradients`.
+        labelled: batches of network inputs and class labels, for criteria that need gradients or activations.
+        frames: batches of network inputs, e.g. tagged frames, for criteria that measure what becomes of the network's
+            answer.
+    """
+
+    model: nn.Module
+    response: TagResponse | None = None
+    components: Sequence[str] | str = "fundamentals"
+    seed: int = 0
+    graph: ChannelGraph | None = None
+    moments: Mapping[str, Tensor] | None = None
+    gradients_at: Mapping[str, Tensor] | None = None
+    labelled: Sequence[tuple[Tensor, Tensor]] = ()
+    frames: Sequence[Tensor] = ()
+
+    def weight(self, layer: str) -> Tensor:
+        """Weight of a layer as ``(n_filters, n_weights)``."""
+        weight = self.model.get_submodule(layer).weight
+        assert isinstance(weight, Tensor)
+        return weight.detach().flatten(1).double().cpu()
+
+    def tags(self) -> TagResponse:
+        assert self.response is not None, "criteria that need tags are checked before they run"
+        return self.response
+
+    def members(self, layer: str) -> tuple[str, ...]:
+        """Layers whose filters go together with those of `layer`; the layer alone without a graph."""
+        units = {} if self.graph is None else self.graph.units
+        return units[layer].members if layer in units else (layer,)
+
+    @cached_property
+    def gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of every parameter, over the labelled images: gradient of the mean loss, and mean squared gradient of the
+        single losses."""
+        first: dict[str, Tensor] = {}
+        second: dict[str, Tensor] = {}
+        twin = copy.deepcopy(self.model).eval().requires_grad_(True)
+        n_images = sum(len(labels) for _, labels in self.labelled)
+        for images, labels in self.labelled:
+            for image, label in zip(images, labels, strict=True):
+                twin.zero_grad()
+                nn.functional.cross_entropy(twin(image[None]), label[None]).backward()
+                for name, parameter in twin.named_parameters():
+                    if parameter.grad is not None:
+                        gradient = parameter.grad / n_images
+                        first[name] = first[name] + gradient if name in first else gradient.clone()
+                        square = gradient.square() * n_images
+                        second[name] = second[name] + square if name in second else square
+        return {name: (first[name], second[name]) for name in first}
+
+
+Criterion = Callable[[Evidence, str], Tensor]
+
+NEEDS = ("tags", "noise", "graph", "moments", "gradients", "labels", "frames")
+
+
+@dataclass(frozen=True)
+class _Entry:
+    score: Criterion
+    needs: frozenset[str]
+
+
+_CRITERIA: dict[str, _Entry] = {}
+
+
+def criterion(name: str, *needs: str) -> Callable[[Criterion], Criterion]:
+    """Register a function ``(evidence, layer) -> (n_filters,)`` as ``importance.criterion=<name>``.
+
+    Args:
+        name: the name.
+        needs: what it reads of the `Evidence` beside the network: ``"tags"`` (the response), ``"noise"`` (a response
+            measured with noise), ``"graph"``, ``"moments"``, ``"gradients"`` (of the logits), ``"labels"``,
+            ``"frames"``.
+    """
+    unknown = sorted(set(needs) - set(NEEDS))
+    if unknown:
+        raise InputError(f"criterion {name!r} needs {unknown[0]!r}, expected some of {', '.join(NEEDS)}")
+
+    def register(score: Criterion) -> Criterion:
+        implied = {"tags"} if "noise" in needs else set()
+        implied |= {"graph"} if {"moments", "gradients"} & set(needs) else set()
+        _CRITERIA[name] = _Entry(score, frozenset(needs) | implied)
+        return score
+
+    return register
+
+
+def criterion_names() -> list[str]:
+    """Names of all registered criteria."""
+    return list(_CRITERIA)
+
+
+def needs(name: str) -> frozenset[str]:
+    """What a criterion reads, some of `NEEDS`.
+
+    Raises:
+        InputError: for an unknown name.
+    """
+    if name not in _CRITERIA:
+        raise InputError(
+            f"importance.criterion must be one of {', '.join(_CRITERIA)}, got {name!r}{closest(name, _CRITERIA)}"
+        )
+    return _CRITERIA[name].needs
+
+
+def scores(name: str, evidence: Evidence, layers: Sequence[str]) -> dict[str, Tensor]:
+    """Score of every filter of `layers` by a named criterion, float64 ``(n_filters,)`` a layer.
+
+    Where the filters of several layers go together (a residual stream), a filter scores the largest of theirs.
+
+    Raises:
+        InputError: for an unknown criterion, evidence that it lacks, layers that were not recorded, or scores that are
+            undefined (an SNR measured without noise).
+    """
+    wanted = needs(name)
+    for what, there, way in (
+        ("tags", evidence.response is not None, "reads the response to the tags: pass Evidence(response=tag(...))"),
+        (
+            "graph",
+            evidence.graph is not None,
+            "looks at all weights that go with a filter: pass Evidence(graph=ChannelGraph(model, example))",
+        ),
+        (
+            "moments",
+            evidence.moments is not None,
+            "reads what the next layers read: pass Evidence(moments=input_moments(...))",
+        ),
+        (
+            "gradients",
+            evidence.gradients_at is not None,
+            "weighs them with gradients: pass Evidence(gradients_at=output_gradients(...))",
+        ),
+        (
+            "frames",
+            bool(evidence.frames),
+            "measures the change of the logits on them: pass Evidence(frames=[batch, ...])",
+        ),
+        ("labels", bool(evidence.labelled), "reads labelled images: pass Evidence(labelled=[(images, labels), ...])"),
+    ):
+        if what in wanted and not there:
+            raise InputError(f"criterion {name!r} {way}")
+    if evidence.response is not None and "tags" in wanted:
+        unread = [
+            member for layer in layers for member in evidence.members(layer) if member not in evidence.response.layers
+        ]
+        if unread:
+            raise InputError(
+                f"criterion {name!r} needs the response of {', '.join(unread)}, which tagging.layers leaves out"
+            )
+    score = _CRITERIA[name].score
+    found = {}
+    for layer in layers:
+        members = [layer] if wanted & {"graph", "moments"} else list(evidence.members(layer))
+        found[layer] = torch.stack([score(evidence, member).double() for member in members]).amax(0)
+    for layer, values in found.items():
+        if not torch.isfinite(values).all():
+            raise InputError(
+                f"criterion {name!r} is undefined for {int((~torch.isfinite(values)).sum())} of {len(values)} filters "
+                f"of {layer!r}"
+            )
+    return found

@@ -1,0 +1,272 @@
+"""Second moments of what a layer reads, and what follows from them: what each filter adds to the others, and weights
+that make up for lost ones.
+
+Notation: a layer computes ``y = W x`` with ``x`` a patch of its input (for a convolution ``n_channels * kernel``
+values) and a 1 appended for the constant; ``G = E[x x^T]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from freqprune.errors import InputError
+from freqprune.networks import evaluating, hooked
+
+MAX_VALUES = 8192
+RIDGE = 1e-4
+
+
+def input_moments(
+    model: nn.Module, layers: Sequence[str], batches: Iterable[Tensor], n_positions: int | None = 24, seed: int = 0
+) -> dict[str, Tensor]:
+    """Second moments of the inputs of convolutions and linear layers over batches of network inputs.
+
+    Args:
+        model: the network; runs in eval mode, which is restored.
+        layers: names of 2-D convolutions without groups and of linear layers.
+        batches: network inputs, e.g. tagged frames, ``(n_frames, n_channels, height, width)`` each.
+        n_positions: random positions of each map, drawn anew for every batch; None for all.
+        seed: of the positions.
+
+    Returns:
+        For each layer ``G``, float64 ``(n_values + 1, n_values + 1)``, the last row and column of the constant 1.
+
+    Raises:
+        InputError: for another kind of layer, one with too many inputs, or one that is not reached.
+    """
+    modules = dict(model.named_modules())
+    for name in layers:
+        module = modules[name]
+        if not (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)):
+            raise InputError(
+                f"{name!r} is a {type(module).__name__}; moments are taken of 2-D convolutions without groups and of "
+                "linear layers"
+            )
+        if module.weight[0].numel() > MAX_VALUES:
+            raise InputError(
+                f"{name!r} reads {module.weight[0].numel()} values, at most {MAX_VALUES} can be inverted; leave the "
+                "layer before it out (pruning.exclude), "
+                "or do without moments (importance=amplitude pruning.compensation=none)"
+            )
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    generator = torch.Generator().manual_seed(seed)
+
+    def hook(name: str) -> Callable[..., None]:
+        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = _patches(module, args[0].detach(), n_positions, generator)
+            x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+            # Float32 products of a batch, summed over batches in float64.
+            total = (x.T @ x).double().cpu()
+            sums[name] = sums[name] + total if name in sums else total
+            counts[name] = counts.get(name, 0) + len(x)
+
+        return before
+
+    with evaluating(model), torch.no_grad(), hooked([(modules[name], hook(name), None) for name in layers]):
+        for batch in batches:
+            model(batch)
+    missing = [name for name in layers if name not in sums]
+    if missing:
+        raise InputError(f"no moments of {', '.join(missing)}: no batch was given, or the forward does not reach them")
+    return {name: sums[name] / counts[name] for name in layers}
+
+
+def output_gradients(
+    model: nn.Module, layers: Sequence[str], batches: Iterable[Tensor], seed: int = 0
+) -> dict[str, Tensor]:
+    """How much the network's answer depends on the outputs of its layers: second moments of the gradients of its
+    logits.
+
+    With `input_moments` the Kronecker-factored Gauss-Newton matrix of the layer (Martens & Grosse 2015; of a
+    convolution: Grosse & Martens 2016) for the squared change of the logits. No labels are needed, and no image counts
+    for less because the network is sure of it.
+
+    Args:
+        model: a classifier; runs in eval mode, which is restored. Its parameters keep the gradients that they have.
+        layers: names of convolutions and linear layers.
+        batches: network inputs, e.g. tagged frames, ``(n_frames, n_channels, height, width)`` each.
+        seed: of the random sums of logits that are differentiated, one an input, which estimates the sum over all
+            logits without bias.
+
+    Returns:
+        For each layer ``S = E[sum over logits and positions of g g^T]``, float64 ``(n_outputs, n_outputs)``, with g the
+        gradient of a logit with respect to the output at one position.
+
+    Raises:
+        InputError: if a layer is not reached, or the network returns no logits.
+    """
+    modules = dict(model.named_modules())
+    outputs: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}
+    n_inputs = 0
+    generator = torch.Generator().manual_seed(seed)
+
+    def hook(name: str) -> Callable[..., Tensor]:
+        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            outputs[name] = output
+            # What follows may write in place.
+            return output.clone()
+
+        return after
+
+    with evaluating(model), torch.enable_grad(), hooked([(modules[name], None, hook(name)) for name in layers]):
+        for batch in batches:
+            outputs.clear()
+            # Frozen networks have no gradients unless the input asks for them.
+            logits = model(batch.detach().requires_grad_(True))
+            if not isinstance(logits, Tensor) or logits.dim() != 2:
+                raise InputError("the network must return logits, (n_images, n_classes), to take gradients of")
+            missing = [name for name in layers if name not in outputs]
+            if missing:
+                raise InputError(f"no gradients of {', '.join(missing)}: the forward does not reach them")
+            direction = torch.randn(logits.shape, generator=generator).to(logits)
+            gradients = torch.autograd.grad((logits * direction).sum(), list(outputs.values()))
+            for name, gradient in zip(outputs, gradients, strict=True):
+                # Channels of a convolution come second, features of a linear layer last.
+                g = (gradient.movedim(1, -1) if isinstance(modules[name], nn.Conv2d) else gradient).flatten(0, -2)
+                total = (g.T @ g).double().cpu()
+                sums[name] = sums[name] + total if name in sums else total
+            n_inputs += len(batch)
+    if not n_inputs:
+        raise InputError("no batch was given to take gradients of")
+    return {name: sums[name] / n_inputs for name in layers}
+
+
+def _patches(module: nn.Module, x: Tensor, n_positions: int | None, generator: torch.Generator) -> Tensor:
+    """What a layer multiplies with its weights, ``(n_samples, n_values)``."""
+    if isinstance(module, nn.Linear):
+        return x.flatten(0, -2)
+    assert isinstance(module, nn.Conv2d)
+    if isinstance(module.padding, str):
+        before, after = (0, 0) if module.padding == "valid" else _same(module)
+        pads = [before, after, before, after]
+    else:
+        pads = [module.padding[1], module.padding[1], module.padding[0], module.padding[0]]
+    x = F.pad(x, pads, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
+    spans = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    height, width = (
+        (size - span - 1) // s + 1 for size, span, s in zip(x.shape[-2:], spans, module.stride, strict=True)
+    )
+    if n_positions is None or n_positions >= height * width:
+        chosen = torch.arange(height * width)
+    else:
+        chosen = torch.randperm(height * width, generator=generator)[:n_positions]
+    rows = (chosen // width * module.stride[0])[:, None] + torch.arange(module.kernel_size[0]) * module.dilation[0]
+    columns = (chosen % width * module.stride[1])[:, None] + torch.arange(module.kernel_size[1]) * module.dilation[1]
+    picked = x[:, :, rows[:, :, None].to(x.device), columns[:, None, :].to(x.device)]
+    # (n, channels, positions, kernel, kernel) to one row a sample.
+    return picked.permute(0, 2, 1, 3, 4).flatten(2).flatten(0, 1)
+
+
+def _same(module: nn.Conv2d) -> tuple[int, int]:
+    total = module.dilation[0] * (module.kernel_size[0] - 1)
+    if len(set(module.kernel_size)) > 1 or len(set(module.dilation)) > 1:
+        raise InputError("moments of a convolution with padding='same' need a square kernel")
+    return total // 2, total - total // 2
+
+
+def columns_of(module: nn.Module, channels: Sequence[int]) -> Tensor:
+    """Columns of the flattened weight ``(n_outputs, n_values)`` that read the given input channels (of a linear layer:
+    features)."""
+    size = module.kernel_size[0] * module.kernel_size[1] if isinstance(module, nn.Conv2d) else 1
+    return (torch.tensor(list(channels), dtype=torch.long)[:, None] * size + torch.arange(size)).flatten()
+
+
+def least_squares(
+    weight: Tensor, moments: Tensor, kept: Tensor, constant: bool = True, ridge: float = RIDGE
+) -> tuple[Tensor, Tensor]:
+    """Weights on the kept inputs that come closest to the layer's old output: ``W G[:, K] (G[K, K] + ridge)^-1``.
+
+    Args:
+        weight: ``(n_outputs, n_values)``.
+        moments: ``G``, ``(n_values + 1, n_values + 1)``.
+        kept: columns of the weight that stay.
+        constant: let a constant help.
+        ridge: added to the diagonal, in units of its mean.
+
+    Returns:
+        Weight ``(n_outputs, n_kept)`` and constant ``(n_outputs,)``, in float64.
+    """
+    columns = torch.cat([kept, kept.new_tensor([moments.shape[0] - 1])]) if constant else kept
+    target = weight.double() @ moments[:-1][:, columns]
+    solved = torch.linalg.solve(_with_ridge(moments[columns][:, columns], len(kept), ridge), target.T).T
+    return (solved[:, :-1], solved[:, -1]) if constant else (solved, solved.new_zeros(len(solved)))
+
+
+def mean_response(weight: Tensor, moments: Tensor, removed: Tensor) -> Tensor:
+    """Mean of what the removed inputs add to each output, ``(n_outputs,)``."""
+    return weight.double()[:, removed] @ moments[removed, -1]
+
+
+def _with_ridge(matrix: Tensor, n_values: int, ridge: float) -> Tensor:
+    diagonal = matrix.diagonal()[:n_values]
+    lift = torch.zeros(len(matrix), dtype=matrix.dtype)
+    lift[:n_values] = ridge * diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    return matrix + torch.diag(lift)
+
+
+def elimination_errors(
+    readers: Mapping[str, tuple[Tensor, Tensor, Tensor]],
+    gradients: Mapping[str, Tensor] | None = None,
+    ridge: float = RIDGE,
+) -> Tensor:
+    """What each filter adds that the others cannot make up for, found by removing one after the other, the least missed
+    first.
+
+    The structured form of the optimal brain surgeon (Hassibi & Stork 1993). With ``H = G^-1``, removing filter c and
+    letting the others make up for it costs ``tr(W_c [H_cc]^-1 W_c^T)`` in the mean squared output of a layer that reads
+    it; W and H are then updated. With the gradients S of `output_gradients` it is ``tr(S W_c [H_cc]^-1 W_c^T)``: the
+    squared change of the logits, to first order in the outputs.
+
+    Args:
+        readers: for each layer that reads the filters its weight ``(n_outputs, n_values)``, its moments and the columns
+            of each filter, ``(n_filters, n_columns)``.
+        gradients: for each reader S, ``(n_outputs, n_outputs)``, to weigh its outputs with.
+        ridge: see `least_squares`.
+
+    Returns:
+        Error over the variance of the layer's output (with `gradients`: in squared logits), summed over the readers,
+        ``(n_filters,)``; never below that of a filter removed before.
+    """
+    states = []
+    for name, (weight, moments, columns) in readers.items():
+        inverse = torch.linalg.inv(_with_ridge(moments, len(moments) - 1, ridge))
+        w = torch.cat([weight.double(), weight.new_zeros(len(weight), 1).double()], dim=1)
+        means = moments[:-1, -1]
+        covariance = moments[:-1, :-1] - torch.outer(means, means)
+        variance = (weight.double() @ covariance * weight.double()).sum().clamp(min=1e-30)
+        if gradients is not None:
+            eigenvalues, vectors = torch.linalg.eigh(gradients[name])
+            w = (vectors * eigenvalues.clamp(min=0).sqrt()).T @ w
+            variance = torch.ones((), dtype=torch.float64)
+        states.append([w, inverse, columns, variance])
+    n_filters = len(states[0][2])
+    left = torch.arange(n_filters)
+    found = torch.zeros(n_filters, dtype=torch.float64)
+    worst = 0.0
+    while len(left):
+        errors = torch.zeros(len(left), dtype=torch.float64)
+        for w, inverse, columns, variance in states:
+            own = columns[left]
+            blocks = inverse[own[:, :, None], own[:, None, :]]
+            pieces = w[:, own].permute(1, 2, 0)
+            errors += (pieces * torch.linalg.solve(blocks, pieces)).sum((1, 2)) / variance
+        at = int(errors.argmin())
+        worst = max(worst, float(errors[at]))
+        found[left[at]] = worst
+        for state in states:
+            w, inverse, columns, _ = state
+            own = columns[left[at]]
+            factor = torch.linalg.solve(inverse[own][:, own], inverse[own])
+            state[0] = w - w[:, own] @ factor
+            state[1] = inverse - inverse[:, own] @ factor
+            # What is gone stays gone: rounding must not bring it back.
+            state[0][:, own] = 0
+        left = torch.cat([left[:at], left[at + 1 :]])
+    return found

@@ -1,0 +1,85 @@
+"""How to cut, and what a cut looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from freqprune.errors import at_least, one_of
+from freqprune.pruning.compensation import METHODS
+from freqprune.pruning.criteria import needs
+from freqprune.pruning.selection import Amount
+
+CALIBRATIONS = ("frames", "images")
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a cut looks at; pixels are in [0, 1], not normalised.
+
+    Attributes:
+        images: pixels to tag, ``(n_images, n_channels, height, width)``.
+        normalize: pixels to network inputs.
+        mean: channel means of that normalisation, for the tagged frames.
+        std: channel standard deviations, likewise.
+        calibration: pixels for second moments.
+        bn_images: pixels for re-estimating batch-norm statistics before the compensation; None for not.
+        labelled: pixels and class labels, for criteria that need gradients or activations.
+    """
+
+    images: Tensor
+    normalize: Callable[[Tensor], Tensor]
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    calibration: Tensor | None = None
+    bn_images: Tensor | None = None
+    labelled: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to cut.
+
+    Args:
+        amount: how much.
+        criterion: name of the importance criterion.
+        components: response components that tag criteria read.
+        layers: patterns of the layers to prune; all inner layers (and streams) if left out.
+        exclude: patterns of layers to spare.
+        streams: let the filters of residual streams go as well.
+        compensation: ``"none"``, ``"mean"`` or ``"least_squares"``, see `freqprune.compensation`.
+        calibrate_on: take second moments over tagged ``"frames"`` or over plain ``"images"``.
+        frames_an_image: tagged frames of each calibration image.
+        measured_images: calibration images for criteria that measure what a cut does to the logits.
+        tagging: further arguments of `freqprune.tagging.tag`.
+        seed: of noise, positions and random scores.
+
+    Raises:
+        InputError: for an unknown criterion, compensation or calibration.
+    """
+
+    amount: Amount
+    criterion: str = "snr"
+    components: Sequence[str] | str = "fundamentals"
+    layers: Sequence[str] | str | None = None
+    exclude: Sequence[str] | str | None = None
+    streams: bool = False
+    compensation: str = "none"
+    calibrate_on: str = "frames"
+    frames_an_image: int = 2
+    measured_images: int = 256
+    tagging: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        needs(self.criterion)
+        one_of(METHODS, compensation=self.compensation)
+        one_of(CALIBRATIONS, calibrate_on=self.calibrate_on)
+        at_least(1, frames_an_image=self.frames_an_image, measured_images=self.measured_images)
+
+    @property
+    def needs_moments(self) -> bool:
+        return self.compensation != "none" or "moments" in needs(self.criterion)

@@ -1,0 +1,278 @@
+"""Scores → filters kept. Pure functions; nothing here touches a network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from freqprune.errors import InputError
+
+Kept = dict[str, Tensor]
+"""Filters kept a layer: sorted int64 indices into the dense layer."""
+
+SCOPES = ("global", "per_mac", "layer")
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much to remove; exactly one of the first three is set.
+
+    Args:
+        ratio: share of the filters to remove, in (0, 1).
+        threshold: keep the filters that score above this.
+        macs_cut: share of the network's MACs to remove, in (0, 1), met from above as closely as single filters allow.
+        scope: ``"global"``: rank the filters of all layers together; ``"per_mac"``: rank them by score over the MACs
+            that go with a filter of the layer; ``"layer"``: each layer gives the same share (for `macs_cut` too).
+        normalize: divide each layer's scores by their mean before ranking them together.
+        min_filters: filters that every layer keeps at least.
+        multiple_of: keep a multiple of so many filters in every layer that loses any, such as 8 for hardware that works
+            in blocks. Ratio and threshold then remove no more than asked for; a MACs cut removes whole blocks.
+
+    Raises:
+        InputError: for none or several amounts, or values out of range.
+    """
+
+    ratio: float | None = None
+    threshold: float | None = None
+    macs_cut: float | None = None
+    scope: str = "global"
+    normalize: bool = False
+    min_filters: int = 1
+    multiple_of: int = 1
+
+    def __post_init__(self) -> None:
+        given = {
+            name: getattr(self, name) for name in ("ratio", "threshold", "macs_cut") if getattr(self, name) is not None
+        }
+        if len(given) != 1:
+            came = ", ".join(f"{name} = {value}" for name, value in given.items()) or "none"
+            raise InputError(f"set exactly one of pruning.ratio, pruning.threshold, pruning.macs_cut, got {came}")
+        for name in ("ratio", "macs_cut"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise InputError(
+                    f"pruning.{name} must lie between 0 (removes nothing) and 1 (removes everything), both excluded, "
+                    f"got {value}"
+                )
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise InputError(f"pruning.threshold must be a finite score, got {self.threshold}")
+        if self.scope not in SCOPES:
+            raise InputError(f"pruning.scope must be one of {', '.join(SCOPES)}, got {self.scope!r}")
+        if self.min_filters < 1:
+            raise InputError(
+                f"pruning.min_filters must be at least 1, got {self.min_filters}: a layer without filters cuts the "
+                "network in two"
+            )
+        if self.multiple_of < 1:
+            raise InputError(f"pruning.multiple_of must be at least 1, got {self.multiple_of}")
+        if self.threshold is not None and self.normalize:
+            raise InputError(
+                "pruning.threshold is an absolute score; it cannot be combined with pruning.normalize=true"
+            )
+
+
+def select(
+    scores: Mapping[str, Tensor], amount: Amount, macs: Callable[[Mapping[str, int]], float] | None = None
+) -> Kept:
+    """Choose the filters to keep.
+
+    Filters go in order of their score, lowest first; equal scores in order of layer and filter. A filter whose layer is
+    at its floor stays, and the next one goes instead.
+
+    Args:
+        scores: one finite score a filter, ``(n_filters,)`` a layer, of all layers that may lose filters.
+        amount: how much to remove.
+        macs: MACs of the network for given numbers of kept filters; needed for `Amount.macs_cut` and
+            ``scope="per_mac"``.
+
+    Returns:
+        Kept filters of every layer in `scores`.
+
+    Raises:
+        InputError: if the cut would remove nothing or everything, or cannot be reached above the floors.
+    """
+    if not scores:
+        raise InputError("no layer may lose filters; check pruning.layers")
+    for layer, score in scores.items():
+        if score.dim() != 1 or not len(score) or not torch.isfinite(score).all():
+            raise InputError(f"scores of {layer!r} must be finite and of shape (n_filters,), got {tuple(score.shape)}")
+    if amount.threshold is not None:
+        return _above(scores, amount)
+    if macs is None and (amount.macs_cut is not None or amount.scope == "per_mac"):
+        raise InputError(
+            "macs_cut and scope=per_mac need the function macs, which counts the MACs for given widths "
+            "(freqprune.surgery.Plan.macs)"
+        )
+    blocks = _ranking(
+        scores, amount, _macs_a_filter(scores, macs) if amount.scope == "per_mac" and macs is not None else None
+    )
+    total = sum(map(len, scores.values()))
+    if not blocks:
+        raise InputError(
+            f"no layer can lose filters: each is at its floor (pruning.min_filters = {amount.min_filters}, "
+            f"pruning.multiple_of = {amount.multiple_of})"
+        )
+    if amount.ratio is not None:
+        n_removed, removable = round(amount.ratio * total), sum(len(block.filters) for block in blocks)
+        if n_removed > removable:
+            raise InputError(
+                f"pruning.ratio = {amount.ratio} asks for {n_removed} of {total} filters, but with pruning.min_filters "
+                f"= {amount.min_filters} only "
+                f"{removable} can go; use at most {removable / total:.3f}"
+            )
+        removed = _that_fit(blocks, n_removed)
+        if not removed:
+            least = min(len(block.filters) for block in blocks)
+            raise InputError(
+                f"pruning.ratio = {amount.ratio} of {total} filters removes nothing; use at least {least / total:.2g}"
+            )
+        return _without(scores, removed)
+    assert amount.macs_cut is not None
+    assert macs is not None
+    return _to_macs(scores, blocks, amount.macs_cut, macs)
+
+
+def remarks(kept: Mapping[str, Tensor], widths: Mapping[str, int], amount: Amount) -> list[str]:
+    """What a user should know about a selection: layers that lost nothing, and layers at their floor.
+
+    >>> remarks({"a": torch.arange(4), "b": torch.arange(1)}, {"a": 4, "b": 4}, Amount(ratio=0.4))
+    ['1 of 2 layers lost no filter: a', '1 of 2 layers is at its floor of 1 filter: b']
+    """
+    floor = max(amount.min_filters, amount.multiple_of)
+    whole = [layer for layer, indices in kept.items() if len(indices) == widths[layer]]
+    low = [layer for layer, indices in kept.items() if len(indices) <= floor and layer not in whole]
+    found = []
+    if whole:
+        found.append(f"{len(whole)} of {len(kept)} layers lost no filter: {', '.join(whole)}")
+    if low:
+        filters = f"{floor} filter{'s' if floor > 1 else ''}"
+        everywhere = (
+            "every layer is"
+            if len(low) == len(kept)
+            else f"{len(low)} of {len(kept)} layers {'is' if len(low) == 1 else 'are'}"
+        )
+        found.append(f"{everywhere} at its floor of {filters}: {', '.join(low)}")
+    return found
+
+
+def _above(scores: Mapping[str, Tensor], amount: Amount) -> Kept:
+    threshold, step = amount.threshold, amount.multiple_of
+    assert threshold is not None
+    kept = {}
+    for layer, score in scores.items():
+        best = score.argsort(descending=True, stable=True)
+        count = max(int((score > threshold).sum()), min(amount.min_filters, len(score)))
+        kept[layer] = best[: -(-count // step) * step].sort().values
+    low, high = min(float(s.min()) for s in scores.values()), max(float(s.max()) for s in scores.values())
+    if threshold >= high:
+        raise InputError(
+            f"pruning.threshold = {threshold:g} would remove every filter: the scores lie between {low:.4g} and "
+            f"{high:.4g}; use a lower one"
+        )
+    if all(len(kept[layer]) == len(score) for layer, score in scores.items()):
+        raise InputError(
+            f"pruning.threshold = {threshold:g} would remove nothing: the scores lie between {low:.4g} and {high:.4g}; "
+            "use a higher one"
+        )
+    return kept
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Filters of a layer that go together, after the `number` blocks of that layer before it."""
+
+    key: float
+    position: int
+    number: int
+    layer: str
+    filters: list[int]
+
+
+def _macs_a_filter(scores: Mapping[str, Tensor], macs: Callable[[Mapping[str, int]], float]) -> dict[str, float]:
+    """MACs that the dense network saves with the first filter of each layer."""
+    dense = {layer: len(score) for layer, score in scores.items()}
+    return {
+        layer: macs(dense) - macs({**dense, layer: width - 1}) if width > 1 else macs(dense)
+        for layer, width in dense.items()
+    }
+
+
+def _ranking(scores: Mapping[str, Tensor], amount: Amount, macs: Mapping[str, float] | None = None) -> list[_Block]:
+    """Blocks of filters (single ones, unless widths have to be multiples) in the order in which they go, floors
+    respected."""
+    blocks = []
+    step = amount.multiple_of
+    for position, (layer, score) in enumerate(scores.items()):
+        n_filters = len(score)
+        values = score.double()
+        if amount.normalize:
+            mean = values.abs().mean()
+            values = values / mean if mean > 0 else values
+        if macs is not None:
+            values = values / max(macs[layer], 1.0)
+        ascending = values.argsort(stable=True)
+        floor = -(-amount.min_filters // step) * step
+        # Dense width first, then the multiples below it.
+        widths = [n_filters, *range((n_filters - 1) // step * step, floor - 1, -step)]
+        for number, (wide, narrow) in enumerate(pairwise(widths)):
+            filters = ascending[n_filters - wide : n_filters - narrow]
+            key = float(values[filters].mean()) if amount.scope != "layer" else (n_filters - narrow) / n_filters
+            blocks.append(_Block(key, position, number, layer, filters.tolist()))
+    return sorted(blocks, key=lambda block: (block.key, block.position, block.number))
+
+
+def _that_fit(blocks: list[_Block], n_filters: int) -> list[_Block]:
+    """Blocks in order, as long as they hold no more than `n_filters` together; none before those of its layer that come
+    first."""
+    taken: list[_Block] = []
+    count: dict[str, int] = {}
+    for block in blocks:
+        if len(block.filters) <= n_filters and count.get(block.layer, 0) == block.number:
+            taken.append(block)
+            n_filters -= len(block.filters)
+            count[block.layer] = block.number + 1
+    return taken
+
+
+def _without(scores: Mapping[str, Tensor], removed: list[_Block]) -> Kept:
+    keep = {layer: torch.ones(len(score), dtype=torch.bool) for layer, score in scores.items()}
+    for block in removed:
+        keep[block.layer][block.filters] = False
+    return {layer: flags.nonzero().flatten() for layer, flags in keep.items()}
+
+
+def _to_macs(
+    scores: Mapping[str, Tensor], blocks: list[_Block], cut: float, macs: Callable[[Mapping[str, int]], float]
+) -> Kept:
+    dense = {layer: len(score) for layer, score in scores.items()}
+    whole = macs(dense)
+
+    def cut_by(removed: list[_Block]) -> float:
+        widths = dict(dense)
+        for block in removed:
+            widths[block.layer] -= len(block.filters)
+        return 1 - macs(widths) / whole
+
+    if cut_by(blocks) < cut:
+        raise InputError(
+            f"pruning.macs_cut = {cut} cannot be reached: with every layer at pruning.min_filters the cut is "
+            f"{cut_by(blocks):.3f}; "
+            "let more layers lose filters (pruning.layers) or cut less"
+        )
+    low, high = 0, len(blocks)
+    while low < high:  # fewest blocks that reach the cut; the cut only grows with every block
+        middle = (low + high) // 2
+        low, high = (low, middle) if cut_by(blocks[:middle]) >= cut else (middle + 1, high)
+    removed = blocks[:low]
+    # The last block may overshoot; give back what the cut can spare, best filters first.
+    for block in reversed(removed[:-1]):
+        rest = [other for other in removed if other is not block]
+        last = not any(other.layer == block.layer and other.number > block.number for other in rest)
+        if last and cut_by(rest) >= cut:
+            removed = rest
+    return _without(scores, removed)

@@ -1,0 +1,254 @@
+"""Filters kept → smaller network, proven equal to the network with the other filters silenced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+from freqprune.errors import InputError, closest
+from freqprune.networks import evaluating, hooked
+from freqprune.pruning.graph import CUSTOM_PRUNERS, ChannelGraph, Unit
+from freqprune.tagging import match_layers
+
+__all__ = ["CUSTOM_PRUNERS", "Plan", "masked_forward", "recalibrate_batch_norm"]
+
+
+class Plan:
+    """What may be removed from a network, what it would save, and the removal itself. The network itself is left as it
+    is.
+
+    Args:
+        model: the network.
+        example: an input batch, ``(n_images, n_channels, height, width)``.
+
+    Attributes:
+        graph: the units of filters that go together.
+        layers: convolutions whose filters can go without touching any other layer's outputs ("inner" ones, in a
+            residual network the first of each block), in the order of the network.
+        streams: for the first convolution of each residual stream, all layers that write to it; their filters go
+            together.
+        coupled: all other convolutions, with what shares their channels.
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        self.model, self.example = model, example[:1]
+        self.graph = ChannelGraph(model, example)
+        self.layers = list(self.graph.inner)
+        self.streams = {name: unit.members for name, unit in self.graph.streams.items()}
+        self.coupled = self.graph.coupled
+
+    def unit(self, name: str) -> Unit:
+        """A unit by its name.
+
+        Raises:
+            InputError: for an unknown or coupled layer.
+        """
+        self._check_name(name)
+        return self.graph.units[name]
+
+    def choose(
+        self,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        streams: bool = False,
+    ) -> list[str]:
+        """Names of the units to prune by shell-style patterns over convolutions; all inner layers (and all streams) if
+        `include` is None.
+
+        A stream is chosen if a pattern matches any of its layers.
+
+        Raises:
+            InputError: for patterns that match nothing, or layers that cannot be pruned alone.
+        """
+        everything = [*self.layers, *(name for name in self.coupled if name not in self.layers)]
+        allowed = [*self.layers, *(self.streams if streams else [])]
+        owner = {member: name for name, members in self.streams.items() for member in members} if streams else {}
+        wanted = allowed if include is None else match_layers(everything, include)
+        dropped = [] if exclude is None else match_layers(everything, exclude)
+        chosen = [name for name in wanted if name not in dropped]
+        shared = [name for name in chosen if name in self.coupled and name not in owner]
+        if shared:
+            way_out = f"leave them out, for example with pruning.layers={self._pattern()}"
+            if any(shared[0] in members for members in self.streams.values()):
+                way_out += ", or prune the stream as a whole with pruning.streams=true"
+            raise InputError(
+                f"pruning.layers picks {', '.join(shared)}, which share their channels with "
+                f"{', '.join(self.coupled[shared[0]][:3])}; {way_out}"
+            )
+        picked = list(dict.fromkeys(owner.get(name, name) for name in chosen))
+        spared = {owner.get(name, name) for name in dropped}
+        picked = [name for name in picked if name not in spared]
+        if not picked:
+            raise InputError("pruning.layers and pruning.exclude leave no layer to prune")
+        return picked
+
+    def _pattern(self) -> str:
+        endings = {name.rsplit(".", 1)[-1] for name in self.layers}
+        return f"'*.{endings.pop()}'" if len(endings) == 1 else "null"
+
+    def macs(self, widths: Mapping[str, int]) -> float:
+        """MACs of the network for one image with `widths` filters left in the named units, the others at full width.
+
+        Raises:
+            InputError: for an unknown or coupled layer.
+        """
+        for name in widths:
+            self._check_name(name)
+        return self.graph.macs(widths)
+
+    def apply(self, kept: Mapping[str, Tensor], check: bool = True) -> nn.Module:
+        """Smaller copy of the network with only the kept filters.
+
+        Args:
+            kept: indices of the filters kept in each unit; units that are not named keep all.
+            check: compare the result on the example with the network whose removed channels are silenced.
+
+        Returns:
+            A network of the same classes, in the same mode, with the kept filters' weights.
+
+        Raises:
+            InputError: for an unknown or coupled layer, an index out of range or given twice, a layer left without
+                filters, or a network that torch-pruning misreads, so that the smaller network would compute something
+                else.
+        """
+        for name, indices in kept.items():
+            self._check(name, indices)
+        # The graph speaks of one copy of the network, which the removal consumes.
+        graph = ChannelGraph(self.model, self.example)
+        twin, modules = graph.twin, dict(graph.twin.named_modules())
+        for name, indices in kept.items():
+            gone = self._removed(name, indices)
+            if not gone:
+                continue
+            group = graph.group(name, gone)
+            if not graph.possible(group):
+                raise InputError(
+                    f"keeping {len(indices)} filters of {name!r} would empty a layer that is coupled to it"
+                )
+            group.prune()
+            width = modules[name].weight.shape[0]
+            assert width == len(indices), f"{name}: {width} filters after surgery, {len(indices)} asked for"
+        for (_, old), (_, new) in zip(self.model.named_parameters(), twin.named_parameters(), strict=True):
+            new.requires_grad_(old.requires_grad)
+        for layer, module in self.model.named_modules():
+            modules[layer].training = module.training
+        if check:
+            self._prove(twin, kept)
+        return twin
+
+    def silenced(self, kept: Mapping[str, Tensor]) -> dict[str, list[int]]:
+        """Input channels, by layer that reads them, that carry removed filters."""
+        found: dict[str, list[int]] = {}
+        for name, indices in kept.items():
+            gone = self._removed(name, indices)
+            for reader, channels in self.graph.read_channels(name, gone).items() if gone else ():
+                found.setdefault(reader, []).extend(channels)
+        return found
+
+    def _removed(self, name: str, indices: Tensor) -> list[int]:
+        return sorted(set(range(self.unit(name).n_filters)) - set(indices.tolist()))
+
+    def _prove(self, twin: nn.Module, kept: Mapping[str, Tensor]) -> None:
+        try:
+            with evaluating(twin), torch.no_grad():
+                small = twin(self.example)
+        except Exception as error:
+            raise InputError(
+                f"the smaller network does not run ({type(error).__name__}: {error}): torch-pruning misreads how "
+                "channels pass through "
+                f"{type(self.model).__name__}, for example a shortcut padded with zero channels. {_WAY_OUT}"
+            ) from error
+        expected = masked_forward(self.model, self.silenced(kept), self.example)
+        for big, little in zip(_tensors(expected), _tensors(small), strict=True):
+            close = big.shape == little.shape and torch.allclose(
+                big, little, rtol=1e-3, atol=1e-3 * float(big.abs().max().clamp(min=1e-6))
+            )
+            if not close:
+                raise InputError(
+                    "the smaller network computes something else than the network with the removed filters silenced: "
+                    "torch-pruning misreads how "
+                    f"channels pass through {type(self.model).__name__}, for example a shortcut padded with zero "
+                    f"channels. {_WAY_OUT}"
+                )
+
+    def _check_name(self, name: str) -> None:
+        if name not in self.graph.units:
+            if name in self.coupled:
+                whole = next((stream for stream, members in self.streams.items() if name in members), None)
+                way_out = (
+                    f"; prune the stream by its first layer, {whole!r}" if whole else "; its filters cannot go alone"
+                )
+                raise InputError(f"{name!r} shares its channels with {', '.join(self.coupled[name])}{way_out}")
+            raise InputError(f"the network has no prunable layer {name!r}{closest(name, self.graph.units)}")
+
+    def _check(self, name: str, indices: Tensor) -> None:
+        self._check_name(name)
+        if (
+            not isinstance(indices, Tensor)
+            or indices.dim() != 1
+            or indices.is_floating_point()
+            or indices.dtype == torch.bool
+        ):
+            raise InputError(f"kept filters of {name!r} must be a 1-D tensor of integer indices, got {indices!r}")
+        width = self.unit(name).n_filters
+        found = indices.tolist()
+        if not found:
+            raise InputError(f"{name!r} would keep no filter, which cuts the network in two; keep at least one")
+        if len(set(found)) != len(found) or min(found) < 0 or max(found) >= width:
+            raise InputError(f"kept filters of {name!r} must be distinct indices in [0, {width - 1}], got {found}")
+
+
+_WAY_OUT = (
+    "Write the shortcut as freqprune.networks.IndexShortcut, or leave the residual stream out (pruning.streams=false) "
+    "and the layers around it (pruning.exclude)"
+)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else []
+    return [tensor for value in values for tensor in _tensors(value)]
+
+
+def masked_forward(model: nn.Module, silenced: Mapping[str, Sequence[int]], inputs: Tensor) -> Any:
+    """Output of a network in eval mode with some channels silenced where they are read: what a pruned network has to
+    compute.
+
+    Args:
+        model: the network, left as it is.
+        silenced: input channels (of a linear layer: features) set to zero, by layer.
+        inputs: input batch.
+    """
+
+    def silence(channels: Sequence[int]) -> Callable[..., Any]:
+        def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            x = args[0].clone()
+            x[(..., list(channels)) if isinstance(module, nn.Linear) else (slice(None), list(channels))] = 0
+            return (x, *args[1:])
+
+        return before
+
+    modules = dict(model.named_modules())
+    with (
+        evaluating(model),
+        torch.no_grad(),
+        hooked([(modules[name], silence(channels), None) for name, channels in silenced.items()]),
+    ):
+        return model(inputs)
+
+
+def recalibrate_batch_norm(model: nn.Module, batches: Sequence[Any], device: torch.device | None = None) -> None:
+    """Re-estimate the running statistics of every batch norm as plain averages over batches of (normalised) inputs, in
+    place.
+
+    Removing filters shifts what the following layers see; this takes no gradient step. Modes are restored.
+    """
+    modes = {module: module.training for module in model.modules()}
+    update_bn(batches, model, device=device)
+    for module, mode in modes.items():
+        module.training = mode

@@ -1,0 +1,12 @@
+from . import record as record
+from . import response_figures as response_figures
+from . import run_figures as run_figures
+from . import tables as tables
+from .drawing import save as save
+from .page import write_page as write_page
+from .sweep_jobs import asked as asked
+from .sweep_jobs import check_goes_on as check_goes_on
+from .sweeps import gather as gather
+from .tables import write_importance as write_importance
+from .terminal import show as show
+from .terminal import stage_table as stage_table

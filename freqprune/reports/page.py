@@ -1,0 +1,233 @@
+"""`report.html`: what a run or a sweep did and found, on one page that needs no network."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from freqprune.reports.record import METRICS, RUN, TRAINING, read_json, write_text
+from freqprune.reports.tables import percentages, stage_rows
+
+# Figures in the order of the page: file name without its ending, caption.
+CAPTIONS = {
+    "accuracy_over_cut": "Test accuracy over the share of MACs removed.",
+    "training_curves": "Loss and accuracy over training.",
+    "kept_per_layer": "Filters kept in each layer that could lose some.",
+    "important_filters": "Filters that answer the tags, layer by layer.",
+    "important_last_epoch": "Filters that answered the tags after the last tagged epoch.",
+    "important_over_epochs": "Share of important filters over training.",
+    "ranking_over_epochs": "How early the final ranking of the filters is known.",
+    "part_preference": "Which part drives each filter.",
+    "integration": "How much each filter combines the parts.",
+    "spectra_": "SNR spectra of a layer's filters: harmonics of each part, and intermodulation. Values above the axis "
+    "are drawn on it.",
+    "snr_bins": "One SNR in its bins: the response and the noise bins around it.",
+    "stimulus": "The stimulus: tagged frames, the scale of each part over time, and its spectrum.",
+}
+
+
+# What the page of a sweep shows: figures of its own, and of its first job.
+OF_A_SWEEP = {
+    "accuracy_over_cut": "Test accuracy over the share of MACs removed: mean over seeds, bars of one standard "
+    "deviation.",
+    "kept_over_depth": "Filters kept in each layer, mean over seeds.",
+    "part_preference": "Which part drives the filters: median of each layer before pruning, in the first job of each "
+    "kind.",
+    "integration": "How much the filters combine the parts: median of each layer before pruning, in the first job of "
+    "each kind.",
+}
+OF_THE_FIRST = ("spectra_", "snr_bins", "stimulus")
+
+
+@dataclass(frozen=True)
+class SweepPage:
+    """What the page of a sweep tells.
+
+    Attributes:
+        folders: names of the folders of the sweeps.
+        n_jobs: number of jobs, finished or not.
+        header: of the table.
+        rows: of the table.
+        missing: name, state, overrides and error of jobs that are not in the table.
+        commands: that started the sweeps.
+        finished: folder of every finished job, by the settings in which the jobs differ.
+    """
+
+    folders: Sequence[str]
+    n_jobs: int
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    missing: Sequence[Sequence[str]]
+    commands: Sequence[str]
+    finished: Mapping[str, Path]
+
+
+def write_page(folder: Path, sweep: SweepPage | None = None) -> Path:
+    """Write ``report.html`` from what else lies in a folder.
+
+    Args:
+        folder: of a run that has finished, or where a sweep was gathered.
+        sweep: for the page of a sweep.
+
+    Returns:
+        The file.
+    """
+    if sweep is None:
+        content, shown = _of_a_run(folder), _figures(folder / "figures", CAPTIONS)
+    else:
+        content, shown = _of_a_sweep(sweep), _figures(folder / "figures", OF_A_SWEEP)
+        for label, first in list(sweep.finished.items())[:1]:
+            note = f" (Job {first.name}: {label}.)" if label else ""
+            shown += [
+                {**one, "caption": one["caption"] + note}
+                for one in _figures(first / "figures", {name: CAPTIONS[name] for name in OF_THE_FIRST})
+            ]
+    environment = Environment(
+        loader=PackageLoader("freqprune.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return write_text(
+        folder / "report.html", environment.get_template("report.html.j2").render({**content, "figures": shown})
+    )
+
+
+def _of_a_sweep(sweep: SweepPage) -> dict[str, Any]:
+    recorded = [folder for folder in sweep.finished.values() if (folder / RUN).is_file()]
+    runs, metrics = (
+        [read_json(folder / RUN) for folder in recorded],
+        [read_json(folder / METRICS) for folder in recorded],
+    )
+    tables = [
+        {
+            "caption": "Mean ± standard deviation over seeds; accuracies on the test images where nothing else is "
+            "said.",
+            "header": sweep.header,
+            "rows": sweep.rows,
+        }
+    ]
+    notes = []
+    if sweep.missing:
+        notes.append(
+            f"{len(sweep.missing)} of {sweep.n_jobs} jobs are missing from the table; they are listed below it."
+        )
+        tables.append(
+            {"caption": "Missing jobs", "header": ["job", "state", "overrides", "error"], "rows": sweep.missing}
+        )
+    done = [f"{sweep.n_jobs - len(sweep.missing)} of {sweep.n_jobs} jobs are in the table."]
+    networks = dict.fromkeys(one["network"] for one in metrics if "network" in one)
+    if networks:
+        done.append(f"{'Network' if len(networks) == 1 else 'Networks'}: {' and '.join(networks)}.")
+    told = [_what_was_done(run.get("settings", {}), one) for run, one in zip(runs, metrics, strict=True)]
+    # What some jobs did differently is in the table.
+    done += [sentence for sentence in (told[0] if told else []) if all(sentence in others for others in told)]
+    seeds = sorted({run["settings"]["seed"] for run in runs if "seed" in run.get("settings", {})})
+    versions = _one_of_each([run.get("versions", {}) for run in runs])
+    return {
+        "title": "Sweep: " + ", ".join(sweep.folders),
+        "done": " ".join(done),
+        "notes": notes,
+        "tables": tables if sweep.rows else tables[1:],
+        "kind": "sweep",
+        "commands": sweep.commands,
+        "versions": versions,
+        "machine": {"system": "unknown system", "cores": "unknown"}
+        | _one_of_each([run.get("machine", {}) for run in runs]),
+        "seeds": _listed(seeds),
+        "settings": _as_text(runs[0].get("settings", {})) if runs else "",
+        "settings_of": f"All settings of job {recorded[0].name}" if runs else "",
+    }
+
+
+def _of_a_run(folder: Path) -> dict[str, Any]:
+    run = read_json(folder / RUN)
+    metrics, training = read_json(folder / METRICS), read_json(folder / TRAINING)
+    settings = run["settings"]
+    done, tables = [], []
+    model = metrics.get("network") or settings["model"].get("name") or "The network"
+    title = [model]
+    if training:
+        done.append(f"{model} was trained for {_count(training['epochs'], 'epoch')} in {training['seconds']:.0f} s.")
+        rows = [
+            ["validation", f"{100 * training['val_accuracy']:.2f}"],
+            ["test", f"{100 * training['test_accuracy']:.2f}"],
+        ]
+        tables.append(
+            {"caption": "After the last epoch of training", "header": ["images", "accuracy, %"], "rows": rows}
+        )
+    if metrics:
+        header, rows = stage_rows(metrics)
+        tables.append({"caption": "Stages; changes are from the dense network. MACs are those of convolutions and "
+                                  "linear layers for one image.",
+                       "header": header, "rows": rows})  # fmt: skip
+    if "pruned" in metrics:
+        title += [
+            f"filters kept by {settings['importance']['criterion']}",
+            f"{percentages(metrics)['cut']:.1f} % of the MACs cut",
+        ]
+    return {
+        "title": ", ".join([*title, f"seed {settings['seed']}"]),
+        "done": " ".join([*done, *_what_was_done(settings, metrics)]),
+        "notes": metrics.get("remarks", []),
+        "tables": tables,
+        "kind": "run",
+        "commands": [run["command"]] if run["command"] else [],
+        "versions": run["versions"],
+        "machine": run["machine"],
+        "seeds": str(settings["seed"]),
+        "settings": _as_text(settings),
+        "settings_of": "All settings",
+    }
+
+
+def _what_was_done(settings: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
+    """In sentences, from the settings and `metrics.json` of a run; none for a training run."""
+    if not metrics or "tagging" not in settings:
+        return []
+    tags = settings["tagging"]
+    freqs = " and ".join(f"{freq:g}" for freq in tags["tag_freqs"])
+    frames = f"{tags['n_frames']} frames at {tags['frame_rate']:g} frames/s, pixel noise sd {tags['noise_std']:g}"
+    done = [f"It was tagged at {freqs} Hz ({tags['parts']}), {frames}, {_count(tags['n_images'], 'image')}."]
+    if "pruned" in metrics:
+        done += [
+            f"{percentages(metrics)['cut']:.1f} % of the MACs were cut.",
+            f"Filters were kept by {settings['importance']['criterion']}.",
+        ]
+    if "finetuned" in metrics:
+        done.append(f"The smaller network was fine-tuned for {_count(settings['finetune']['epochs'], 'epoch')}.")
+    return done
+
+
+def _as_text(settings: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
+
+
+def _one_of_each(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Values by name, those that the records do not share side by side."""
+    names = dict.fromkeys(name for record in records for name in record)
+    return {name: " / ".join(dict.fromkeys(str(record.get(name, "unknown")) for record in records)) for name in names}
+
+
+def _listed(values: Sequence[Any]) -> str:
+    words = [str(value) for value in values]
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def _figures(folder: Path, captions: Mapping[str, str]) -> list[dict[str, str]]:
+    found = []
+    for start, caption in captions.items():
+        for path in sorted(folder.glob(f"{start}*.png" if start.endswith("_") else f"{start}.png")):
+            found.append({"name": path.stem, "caption": caption, "data": base64.b64encode(path.read_bytes()).decode()})
+    return found

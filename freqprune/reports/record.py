@@ -1,0 +1,120 @@
+"""The record of a run: what was asked for, with which versions, and how it ended. Files of a run folder by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from freqprune.errors import InputError
+
+RUN, METRICS, TRAINING, FAILED = "run.json", "metrics.json", "training.json", "failed.txt"
+PACKAGES = ("freqprune", "torch", "torchvision", "pytorch-lightning", "torch-pruning", "hydra-core", "numpy", "scipy")
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file, complete or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> Path:
+    """Write a JSON file, complete or not at all."""
+    return write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file; empty if there is none."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _settings(cfg: DictConfig) -> dict[str, Any]:
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(settings, dict)
+    settings.pop("output_dir", None)
+    # Paths inside the run folder differ from job to job and say nothing.
+    text = json.dumps(settings).replace(json.dumps(str(cfg.output_dir))[1:-1], "${output_dir}")
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def write(out: Path, cfg: DictConfig) -> None:
+    """Write ``run.json``: command, settings, versions, machine."""
+    command = None
+    if HydraConfig.initialized():
+        job = HydraConfig.get()
+        program = os.environ.get("FREQPRUNE_COMMAND", f"freqprune {job.job.name}")
+        command = f"{program} {shlex.join(job.overrides.task)}".strip()
+    machine = {"system": platform.platform(terse=True), "processor": platform.machine(), "cores": os.cpu_count()}
+    write_json(out / RUN, {"command": command, "settings": _settings(cfg), "versions": _versions(), "machine": machine})
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run of `prune.py` or `train.py` came to its end in this folder."""
+    if (folder / METRICS).is_file():
+        return bool(read_json(folder / METRICS).get("finished"))
+    if not (folder / TRAINING).is_file():
+        return False
+    run = read_json(folder / RUN)
+    # With pruning to follow, training is only the first half.
+    return not run.get("settings", {}).get("pruning", {}).get("enabled", False)
+
+
+def done_before(cfg: DictConfig) -> bool:
+    """Whether this job of a sweep has been done: the sweep was killed and is started again in the same folder.
+
+    Raises:
+        InputError: if another job was done there.
+    """
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return False
+    out = Path(cfg.output_dir)
+    if not is_finished(out):
+        return False
+    if read_json(out / RUN).get("settings") != _settings(cfg):
+        raise InputError(
+            f"{out} holds a finished job with other settings; a sweep goes on with its own command only: choose "
+            "another hydra.sweep.dir"
+        )
+    return True
+
+
+@contextmanager
+def failures_kept(out: Path) -> Iterator[None]:
+    """Leave ``failed.txt`` with the reason if what follows fails."""
+    with suppress(OSError):
+        (out / FAILED).unlink(missing_ok=True)
+    try:
+        yield
+    except BaseException as error:
+        # What went wrong must not be hidden by a full disk, nor results by what was refused in their folder.
+        with suppress(OSError, ValueError):
+            if not is_finished(out):
+                (out / FAILED).write_text(
+                    f"{error}\n" if isinstance(error, InputError) else f"{type(error).__name__}: {error}\n",
+                    encoding="utf-8",
+                )
+        raise

@@ -1,0 +1,245 @@
+"""What a run tells as tables: its stages, and CSV files of every filter and layer."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from freqprune.pruning import Verdict
+from freqprune.tagging import TagResponse
+
+STAGES = ("dense", "pruned", "recalibrated", "finetuned")
+
+
+def percentages(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Test accuracy of every stage that ran, and ``cut`` and ``params_cut``, the shares of MACs and parameters removed;
+    all in per cent.
+
+    Args:
+        metrics: as in ``metrics.json``; see the README.
+
+    >>> dense, pruned = {"test_accuracy": 0.5, "macs": 4, "params": 10}, {"test_accuracy": 0.25, "macs": 1, "params": 5}
+    >>> percentages({"dense": dense, "pruned": pruned})
+    {'dense': 50.0, 'pruned': 25.0, 'cut': 75.0, 'params_cut': 50.0}
+    """
+    found = {stage: 100 * metrics[stage]["test_accuracy"] for stage in STAGES if stage in metrics}
+    if "pruned" in metrics:
+        for name, key in (("cut", "macs"), ("params_cut", "params")):
+            found[name] = 100 * (1 - metrics["pruned"][key] / metrics["dense"][key])
+    return found
+
+
+def stage_rows(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and a row for each stage that ran: accuracy, MACs, parameters, file size, peak memory and latency.
+
+    Args:
+        metrics: as in ``metrics.json``; see the README.
+    """
+    columns: list[tuple[str, str, str, float, int]] = [
+        ("MACs, M", "macs", "", 1e6, 2), ("parameters, k", "params", "", 1e3, 1), ("file, kB", "file_bytes", "", 1e3, 0)
+    ]  # fmt: skip
+    dense = metrics["dense"]
+    columns += [(f"memory, MB (batch {size})", "memory_bytes", size, 1e6, 1) for size in dense.get("memory_bytes", {})]
+    columns += [(f"ms (batch {size})", "latency_ms", size, 1, 2) for size in dense.get("latency_ms", {})]
+    rows = []
+    for stage in STAGES:
+        if stage not in metrics:
+            continue
+        row = metrics[stage]
+        cells = [stage, f"{100 * row['test_accuracy']:.2f}"]
+        for _, key, size, unit, digits in columns:
+            value, before = (values.get(key, {}).get(size) if size else values.get(key) for values in (row, dense))
+            change = "" if stage == "dense" or value is None else f"\n{100 * (value / before - 1):+.1f} %"
+            cells.append("" if value is None else f"{value / unit:.{digits}f}{change}")
+        rows.append(cells)
+    return ["stage", "test accuracy, %", *(column[0] for column in columns)], rows
+
+
+def write_filters(path: Path, response: TagResponse, verdict: Verdict | None) -> None:
+    """CSV of every filter and component.
+
+    Columns: layer_index, layer, recorded_at (module and stage), filter, component, frequency (Hz), amplitude, snr,
+        p_value (not adjusted),
+    important (of the filter), noise_std (pixel units), undefined (why an SNR is missing).
+    """
+    components = response.components("all")
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            [
+                "layer_index",
+                "layer",
+                "recorded_at",
+                "filter",
+                "component",
+                "frequency",
+                "amplitude",
+                "snr",
+                "p_value",
+                "important",
+                "noise_std",
+                "undefined",
+            ]
+        )
+        for index, (layer, recorded) in enumerate(response.layers.items()):
+            amplitude, snr, why = (
+                response.amplitude(layer, "all"),
+                response.snr(layer, "all"),
+                response.why_no_snr(layer, "all"),
+            )
+            p_values = response.p_values(layer, "all") if response.noise_std else None
+            where = f"{recorded.site.module} ({recorded.site.stage})"
+            for number in range(len(amplitude)):
+                flag = "" if verdict is None else int(verdict.important[layer][number])
+                for i, component in enumerate(components):
+                    writer.writerow(
+                        [
+                            index,
+                            layer,
+                            where,
+                            number,
+                            component.name,
+                            component.freq,
+                            f"{amplitude[number, i]:.6g}",
+                            f"{snr[number, i]:.6g}",
+                            "" if p_values is None else f"{p_values[number, i]:.3g}",
+                            flag,
+                            response.noise_std,
+                            why[number],
+                        ]
+                    )
+
+
+def write_importance(
+    path: Path, epoch: int, response: TagResponse, score: Mapping[str, Tensor], verdict: Verdict
+) -> None:
+    """Append an epoch's rows to ``importance.csv``; rows of this and later epochs, left by an interrupted run, are
+    replaced.
+
+    Columns: epoch, layer_index, layer, filter, ``snr_<component>`` and ``amplitude_<component>`` for every component,
+        score, important.
+    """
+    components = response.components("all")
+    readings = [f"{kind}_{c.name}" for kind in ("snr", "amplitude") for c in components]
+    header = ["epoch", "layer_index", "layer", "filter", *readings, "score", "important"]
+    earlier: list[list[str]] = []
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))
+        earlier = (
+            [row for row in rows[1:] if len(row) == len(header) and int(row[0]) < epoch]
+            if rows and rows[0] == header
+            else []
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(earlier)
+        for index, layer in enumerate(response.layers):
+            values = torch.cat([response.snr(layer, "all"), response.amplitude(layer, "all")], dim=1).tolist()
+            for number, (row, s, flag) in enumerate(
+                zip(values, score[layer].tolist(), verdict.important[layer].tolist(), strict=True)
+            ):
+                writer.writerow([epoch, index, layer, number, *(f"{v:.6g}" for v in row), f"{s:.6g}", int(flag)])
+    partial.replace(path)
+
+
+def important_shares(path: Path) -> dict[int, dict[str, float]]:
+    """Share of important filters of each layer at each epoch, from an ``importance.csv``."""
+    flags: dict[int, dict[str, list[int]]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            flags.setdefault(int(row["epoch"]), {}).setdefault(row["layer"], []).append(int(row["important"]))
+    return {
+        epoch: {layer: sum(values) / len(values) for layer, values in layers.items()} for epoch, layers in flags.items()
+    }
+
+
+def rank_agreement(path: Path, column: str = "score") -> dict[int, dict[str, float]]:
+    """Spearman correlation of each layer's scores at each epoch with those at the last, from an ``importance.csv``.
+
+    Args:
+        path: the file.
+        column: ``"score"``, or the SNR or amplitude at a component, such as ``"amplitude_f1"``.
+
+    Returns:
+        By epoch and layer; NaN where all filters of a layer score the same. A filter without an SNR counts as 0.
+    """
+    values: dict[int, dict[str, list[float]]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            value = float(row[column])
+            values.setdefault(int(row["epoch"]), {}).setdefault(row["layer"], []).append(
+                0.0 if math.isnan(value) else value
+            )
+    last = values[max(values)]
+
+    def correlation(now: list[float], final: list[float]) -> float:
+        return float("nan") if min(len(set(now)), len(set(final))) < 2 else float(spearmanr(now, final).statistic)
+
+    return {
+        epoch: {layer: correlation(layers[layer], last[layer]) for layer in last}
+        for epoch, layers in sorted(values.items())
+    }
+
+
+def training_history(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """Values by epoch of every column of Lightning's ``metrics.csv`` that is logged once an epoch."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            for name in ("train/loss", "val/loss", "train/accuracy", "val/accuracy"):
+                if row.get(name):
+                    found.setdefault(name, []).append((int(row["epoch"]), float(row[name])))
+    return found
+
+
+def write_layers(path: Path, responses: Mapping[str, TagResponse]) -> None:
+    """CSV of what drives each filter and how much it combines the parts, by group of images.
+
+    Columns: group (``all`` or a class), layer_index, layer, filter, part_preference ((A1 - A2) / (A1 + A2) at the first
+        two fundamentals),
+    integration (intermodulation over fundamentals); empty where a filter does not answer.
+    """
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["group", "layer_index", "layer", "filter", "part_preference", "integration"])
+        for group, response in responses.items():
+            for index, layer in enumerate(response.layers):
+                values = zip(
+                    response.part_preference(layer).tolist(), response.integration(layer).tolist(), strict=True
+                )
+                for number, pair in enumerate(values):
+                    writer.writerow([group, index, layer, number, *("" if v != v else f"{v:.6g}" for v in pair)])
+
+
+def layer_medians(path: Path) -> dict[str, dict[str, float]]:
+    """Medians over the filters of each layer of the figures in a ``layers.csv``, over all images: by figure, then
+    layer; NaN where no filter answers."""
+    values: dict[str, dict[str, list[float]]] = {"part_preference": {}, "integration": {}}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["group"] == "all":
+                for name, by_layer in values.items():
+                    found = by_layer.setdefault(row["layer"], [])
+                    if row[name]:
+                        found.append(float(row[name]))
+    return {
+        name: {layer: median(found) if found else math.nan for layer, found in by_layer.items()}
+        for name, by_layer in values.items()
+    }
+
+
+def kept_counts(kept: Mapping[str, Tensor]) -> dict[str, int]:
+    """Number of filters kept a layer."""
+    return {layer: len(indices) for layer, indices in kept.items()}

@@ -1,0 +1,140 @@
+"""Frames → activation time courses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from freqprune.errors import InputError
+from freqprune.networks import evaluating, hooked, replaced
+from freqprune.tagging.sites import Site, first_tensor
+
+
+class _Enough(Exception):  # noqa: N818 - control flow, not an error
+    """Raised inside a forward once the last wanted layer has been read."""
+
+
+Reduction = Callable[[Tensor, int], Tensor]
+
+
+def map_mean(output: Tensor, channel_dim: int) -> Tensor:
+    """Mean of each filter's map, ``(n_frames, n_filters)``."""
+    positions = [d for d in range(1, output.dim()) if d != channel_dim]
+    output = _full(output)
+    return output.mean(dim=positions) if positions else output
+
+
+def every_position(output: Tensor, channel_dim: int) -> Tensor:
+    """Every position of each filter's map, ``(n_frames, n_filters, n_positions)``."""
+    output = _full(output)
+    return output.movedim(channel_dim, 1).flatten(2) if output.dim() > 2 else output.unsqueeze(-1)
+
+
+def _full(output: Tensor) -> Tensor:
+    # The mean of a half-precision map, rounded to half precision again, would be noise in the time course.
+    return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+
+
+class Recorder:
+    """Run frames through a network and return what its sites answer.
+
+    Use as a context manager: hooks are registered on entry and removed on exit, the network is in eval mode in between.
+    Each call runs one batch of frames and stops the forward after the last site.
+
+    Args:
+        model: the network.
+        sites: where to read, from `find_sites`.
+        reduce: what to keep of each output: `map_mean` or `every_position`.
+
+        folds: batch norms to fold into the convolutions before them while recording, from `freqprune.sites.find_folds`.
+
+        half: run under autocast in this dtype, ``torch.float16`` or ``torch.bfloat16``.
+
+    Raises:
+        InputError: if a site is not reached, or a response is not finite.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        reduce: Reduction = map_mean,
+        folds: Sequence[tuple[str, str]] = (),
+        half: torch.dtype | None = None,
+    ) -> None:
+        self.model = model
+        self.half = half
+        self.folds = list(folds)
+        self.sites = list(sites)
+        self.reduce = reduce
+        self._read: dict[str, Tensor] = {}
+        self._calls: dict[str, int] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Recorder:
+        by_module: dict[str, list[Site]] = {}
+        for site in self.sites:
+            by_module.setdefault(site.module, []).append(site)
+        with ExitStack() as stack:
+            stack.enter_context(evaluating(self.model))
+            stack.enter_context(replaced(self.model, self._folded()))
+            modules = dict(self.model.named_modules())
+            stack.enter_context(
+                hooked([(modules[name], None, self._hook(name, sites)) for name, sites in by_module.items()])
+            )
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+        self._read, self._calls = {}, {}
+
+    def _folded(self) -> dict[str, nn.Module]:
+        modules = dict(self.model.named_modules())
+        stand_ins: dict[str, nn.Module] = {}
+        for convolution, norm in self.folds:
+            stand_ins[convolution] = fuse_conv_bn_eval(modules[convolution], modules[norm])
+            stand_ins[norm] = nn.Identity()
+        return stand_ins
+
+    def _hook(self, name: str, sites: list[Site]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            call = self._calls.get(name, 0)
+            self._calls[name] = call + 1
+            for site in sites:
+                tensor = first_tensor(output) if site.call == call else None
+                if tensor is not None:
+                    response = site.then(tensor) if site.then is not None else tensor
+                    reading = self.reduce(response.detach(), site.channel_dim)
+                    # What shares the output's memory would change with the next operation in place.
+                    shared = reading.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+                    self._read[site.layer] = reading.clone() if shared else reading
+            if len(self._read) == len(self.sites):
+                raise _Enough
+
+        return hook
+
+    @torch.inference_mode()
+    def __call__(self, frames: Tensor) -> dict[str, Tensor]:
+        """Responses to a batch of frames ``(n_frames, ...)``, one tensor a layer, first dimension ``n_frames``."""
+        self._read, self._calls = {}, {}
+        with suppress(_Enough), torch.autocast(frames.device.type, dtype=self.half, enabled=self.half is not None):
+            self.model(frames)
+        missing = [site.layer for site in self.sites if site.layer not in self._read]
+        if missing:
+            raise InputError(
+                f"the forward did not reach {', '.join(missing)}; does the network take another path in eval mode?"
+            )
+        for layer, response in self._read.items():
+            if response.shape[0] != frames.shape[0]:
+                raise InputError(
+                    f"layer {layer!r} answers {frames.shape[0]} frames with {response.shape[0]} rows; the first "
+                    "dimension must count frames"
+                )
+        read, self._read = self._read, {}
+        return {site.layer: read[site.layer] for site in self.sites}

@@ -1,0 +1,190 @@
+"""What a network answers to the tags, and how to read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from freqprune.errors import InputError
+from freqprune.tagging.components import Component, find_components
+from freqprune.tagging.sites import Site
+from freqprune.tagging.spectrum import (
+    baseline,
+    corrected_amplitude,
+    frequencies,
+    is_noise_free,
+    power_ratio,
+    significance,
+    snr,
+    z_score,
+)
+from freqprune.tagging.stimulus import Stimulus
+
+
+@dataclass
+class LayerResponse:
+    """What the filters of one layer answer, averaged over images.
+
+    Attributes:
+        site: where the layer was read.
+        amplitude: clean pass, mean over images of the single-sided amplitude, ``(n_filters, n_freqs)``; the 0 Hz bin
+            holds the mean response.
+        noisy_amplitude: noisy pass, averaged over images as `TagResponse.average` says; None without noise.
+        noisy_power: noisy pass, mean over images of the squared amplitude; None without noise.
+        noisy_snr: mean over images of each image's SNR, ``(n_filters, n_components)``; only with ``average="snr"``.
+    """
+
+    site: Site
+    amplitude: Tensor
+    noisy_amplitude: Tensor | None = None
+    noisy_power: Tensor | None = None
+    noisy_snr: Tensor | None = None
+
+
+@dataclass
+class TagResponse:
+    """Response of every recorded layer to the tags.
+
+    Attributes:
+        stimulus: what was shown.
+        noise_std: standard deviation of the pixel noise, in units of the pixel range [0, 1]. SNR depends on it: report
+            it with every SNR.
+        n_images: images averaged.
+        average: what was averaged over images.
+        spatial: ``"mean"`` or ``"map"``, see `freqprune.tagging.tag`.
+        precision: dtype in which the network ran.
+        layers: one `LayerResponse` a layer, in the order in which the network runs them.
+    """
+
+    stimulus: Stimulus
+    noise_std: float
+    n_images: int
+    average: str
+    spatial: str
+    precision: torch.dtype
+    layers: dict[str, LayerResponse]
+
+    @property
+    def freqs(self) -> Tensor:
+        """Frequencies of the bins in Hz, ``(n_freqs,)``."""
+        return frequencies(self.stimulus.n_frames, self.stimulus.frame_rate)
+
+    def components(self, which: Sequence[str] | str = "all") -> list[Component]:
+        """Components by name or set, see `freqprune.components.find_components`."""
+        return find_components(which, self.stimulus.components)
+
+    def amplitude(self, layer: str, which: Sequence[str] | str = "fundamentals") -> Tensor:
+        """Clean amplitude at components, ``(n_filters, n_components)``, in units of the activation."""
+        return self.layers[layer].amplitude[:, [c.bin for c in self.components(which)]]
+
+    def snr(self, layer: str, which: Sequence[str] | str = "fundamentals") -> Tensor:
+        """SNR at components, ``(n_filters, n_components)``; NaN for dead filters, and everywhere without noise (see
+        `why_no_snr`)."""
+        response, picked = self.layers[layer], self.components(which)
+        if response.noisy_snr is not None:
+            every = self.stimulus.components
+            return response.noisy_snr[:, [every.index(c) for c in picked]]
+        spectrum = response.amplitude if response.noisy_amplitude is None else response.noisy_amplitude
+        return snr(spectrum, [c.bin for c in picked], precision=self.precision)
+
+    def snr_spectrum(self, layer: str) -> Tensor:
+        """SNR at every bin from the first with two neighbours on each side, ``(n_filters, n_freqs)``; NaN at the
+        edges."""
+        response = self.layers[layer]
+        spectrum = response.amplitude if response.noisy_amplitude is None else response.noisy_amplitude
+        bins = range(3, spectrum.shape[-1] - 2)
+        full = torch.full_like(spectrum, torch.nan)
+        full[:, list(bins)] = snr(spectrum, list(bins), precision=self.precision)
+        return full
+
+    def power_ratio(
+        self, layer: str, which: Sequence[str] | str = "fundamentals", n_neighbours: int = 2, skip: int = 0
+    ) -> Tensor:
+        """Power SNR against `n_neighbours` bins on each side after `skip`, predicted responses left out; see
+        `freqprune.spectrum.power_ratio`."""
+        return power_ratio(self._noisy_power(layer), self._bins(which), n_neighbours, skip, self._predicted)
+
+    def z_score(self, layer: str, which: Sequence[str] | str = "fundamentals", n_neighbours: int = 10) -> Tensor:
+        """Standard deviations above `n_neighbours` noise bins on each side, predicted responses left out, ``(n_filters,
+        n_components)``."""
+        return z_score(self._noisy_amplitude(layer), self._bins(which), range(1, n_neighbours + 1), self._predicted)
+
+    def corrected_amplitude(self, layer: str, which: Sequence[str] | str = "harmonics") -> Tensor:
+        """Amplitude less that of the noise bins, summed over components, ``(n_filters,)`` (Retter, Rossion & Schiltz
+        2021)."""
+        return corrected_amplitude(self._noisy_amplitude(layer), self._bins(which), avoid=self._predicted).sum(-1)
+
+    def part_preference(self, layer: str, first: int = 0, second: int = 1) -> Tensor:
+        """Which of two parts drives a filter: (A1 - A2) / (A1 + A2) of the clean amplitudes at their fundamentals.
+
+        1: the first part only, -1: the second only, 0: both alike; NaN for a filter that answers neither.
+
+        Args:
+            layer: name of the layer.
+            first: index of the first part.
+            second: index of the second part.
+
+        Returns:
+            ``(n_filters,)``.
+        """
+        a, b = self.amplitude(layer, [f"f{first + 1}", f"f{second + 1}"]).unbind(-1)
+        return torch.where(a + b > self._rounding(layer), (a - b) / (a + b), torch.nan)
+
+    def integration(self, layer: str) -> Tensor:
+        """How much a filter combines the parts: clean amplitude summed over intermodulation components, over that at
+        the fundamentals.
+
+        0 for an affine filter; NaN for a filter that does not answer the fundamentals. ``(n_filters,)``.
+        """
+        fundamentals = self.amplitude(layer, "fundamentals").sum(-1)
+        bins = [c.bin for c in self.stimulus.components if c.kind == "intermodulation"]
+        mixed = self.layers[layer].amplitude[:, bins].sum(-1)
+        return torch.where(fundamentals > self._rounding(layer), mixed / fundamentals, torch.nan)
+
+    def _bins(self, which: Sequence[str] | str) -> list[int]:
+        return [c.bin for c in self.components(which)]
+
+    @property
+    def _predicted(self) -> set[int]:
+        return {c.bin for c in self.stimulus.components}
+
+    def _rounding(self, layer: str) -> Tensor:
+        """What rounding alone can leave in an amplitude of each filter."""
+        relative = 1e-12 if self.precision == torch.float64 else 1e-6
+        return relative * self.layers[layer].amplitude.amax(-1)
+
+    def _noisy_amplitude(self, layer: str) -> Tensor:
+        noisy = self.layers[layer].noisy_amplitude
+        if noisy is None:
+            raise InputError("noise_std = 0: this measure compares with noise; tag with noise_std above 0")
+        return noisy
+
+    def _noisy_power(self, layer: str) -> Tensor:
+        power = self.layers[layer].noisy_power
+        if power is None:
+            raise InputError("noise_std = 0: a noise-free response has no significance; tag with noise_std above 0")
+        return power
+
+    def p_values(self, layer: str, which: Sequence[str] | str = "fundamentals") -> Tensor:
+        """p-values of the power at components against the noise bins, ``(n_filters, n_components)``, not adjusted.
+
+        Raises:
+            InputError: for a response that was recorded without noise.
+        """
+        return significance(self._noisy_power(layer), self._bins(which), self.n_images)
+
+    def why_no_snr(self, layer: str, which: Sequence[str] | str = "fundamentals") -> list[str]:
+        """One word a filter: ``""`` where the SNR is defined, ``"dead"`` (it answers nothing) or ``"noise-free"``."""
+        response = self.layers[layer]
+        spectrum = response.amplitude if response.noisy_amplitude is None else response.noisy_amplitude
+        floor = baseline(spectrum, [c.bin for c in self.components(which)])
+        undefined = is_noise_free(spectrum, floor, self.precision).any(-1)
+        # A filter that the tags themselves move by no more than rounding answers nothing, whatever its mean.
+        dead = response.amplitude[:, 1:].amax(-1) <= self._rounding(layer)
+        return [
+            "" if not u else "dead" if d else "noise-free"
+            for u, d in zip(undefined.tolist(), dead.tolist(), strict=True)
+        ]

@@ -1,0 +1,11 @@
+from .classifier import Classifier as Classifier
+from .classifier import Distillation as Distillation
+from .classifier import Optimization as Optimization
+from .datamodule import CIFAR10Data as CIFAR10Data
+from .datamodule import DigitsData as DigitsData
+from .datamodule import ImageData as ImageData
+from .datamodule import ImageFolderData as ImageFolderData
+from .pruning_callback import TagPruning as TagPruning
+from .sources import Images as Images
+from .sources import Source as Source
+from .tagging_callback import FrequencyTagging as FrequencyTagging

@@ -1,0 +1,231 @@
+"""Pruning by the tags while a LightningModule trains."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from freqprune.errors import InputError
+from freqprune.networks import of_the_dense
+from freqprune.pruning import Material, Plan, Recipe, cut
+from freqprune.tagging import Stimulus
+from freqprune.training.tagging_callback import _pixels, _TagsInTraining
+
+log = logging.getLogger(__name__)
+
+
+class TagPruning(_TagsInTraining):
+    """Cut filters by their response to the tags at the start of given epochs of ``fit``, in any LightningModule.
+
+    The network is replaced by a smaller one; the optimizer goes on with its parameters, and the kept filters keep their
+    momentum (every state tensor of a parameter's shape). A checkpoint written after a cut resumes with the same
+    callback.
+
+    Args:
+        recipe: how to cut each time; its amount counts in the network of that time.
+        epochs: epochs at whose start to cut, counted from 0.
+        network: attribute of the LightningModule that holds the network; its only child with convolutions if left out.
+        stimulus: the tags; left and right half at 6 and 7.5 Hz if left out.
+        n_images: validation images to tag, and to calibrate with.
+        mean: channel means that validation batches are normalised with; the data module's ``mean`` if left out, none if
+            it has none.
+        std: channel standard deviations, likewise.
+
+    Raises:
+        InputError: for epochs that are not 0, 1, 2, ..., a network that cannot be found, a run over several processes,
+            or what `cut` refuses.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        epochs: Sequence[int],
+        *,
+        network: str | None = None,
+        stimulus: Stimulus | None = None,
+        n_images: int = 32,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__(n_images, network, mean, std)
+        if not epochs or any(not isinstance(epoch, int) or epoch < 0 for epoch in epochs):
+            raise InputError(f"epochs must be epochs to prune at, counted from 0, got {list(epochs)}")
+        self.recipe, self.epochs = recipe, sorted(set(epochs))
+        self.stimulus = stimulus or Stimulus()
+        self.kept: list[dict[str, list[int]]] = []
+
+    @property
+    def state_key(self) -> str:
+        return "TagPruning"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kept": self.kept}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.kept = state_dict["kept"]
+
+    @property
+    def kept_of_dense(self) -> dict[str, list[int]]:
+        """Filters of the dense network that are left, by unit."""
+        found: dict[str, list[int]] = {}
+        for kept in self.kept:
+            found = of_the_dense({name: torch.tensor(indices) for name, indices in kept.items()}, found)
+        return found
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if trainer.world_size > 1:
+            raise InputError(
+                f"TagPruning replaces the network, which {trainer.world_size} processes would each do on their own; "
+                "train on one device, or prune "
+                "with prune.py between two runs"
+            )
+        self._attribute(pl_module)
+        loading = pl_module.on_load_checkpoint
+
+        def rebuild_first(checkpoint: dict[str, Any]) -> None:
+            # The weights of a run that was cut are those of the smaller network.
+            self._rebuild(pl_module, checkpoint.get("callbacks", {}).get(self.state_key, {}).get("kept", []))
+            loading(checkpoint)
+
+        # Callbacks are restored only after the weights; this method of the module is called before them.
+        pl_module.on_load_checkpoint = rebuild_first  # type: ignore[method-assign]
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        pl_module.__dict__.pop("on_load_checkpoint", None)
+
+    def _rebuild(self, pl_module: pl.LightningModule, cuts: Sequence[Mapping[str, list[int]]]) -> None:
+        example = self._example(pl_module)
+        for kept in cuts:
+            small = Plan(self._net(pl_module), example).apply(
+                {name: torch.tensor(indices) for name, indices in kept.items()}, check=False
+            )
+            setattr(pl_module, self._attribute(pl_module), small)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.enable_validation:
+            raise InputError("TagPruning needs a validation loader: it tags validation images; pass val_dataloaders")
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch not in self.epochs:
+            return
+        net = self._net(pl_module)
+        mean, std = self._normalization(trainer)
+        with isolate_rng():
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+            stage, trainer.state.stage = trainer.state.stage, pl.trainer.states.RunningStage.VALIDATING
+            try:
+                # In the validation stage batches come without augmentation.
+                raw, labels = self._validation_images(trainer)
+            finally:
+                trainer.state.stage = stage
+            images = _pixels(raw, mean, std)
+            labelled = None if labels is None else (images, labels)
+            material = Material(images, _normalizer(mean, std), mean, std, calibration=images, labelled=labelled)
+            done = cut(net, material, self.recipe, self.stimulus)
+        small = done.net.to(memory_format=torch.channels_last)
+        for optimizer in trainer.optimizers:
+            carry_over(optimizer, net, small, done.kept, _normalizer(mean, std)(images[:1]))
+        setattr(pl_module, self._attribute(pl_module), small)
+        self.kept.append({name: indices.tolist() for name, indices in done.kept.items()})
+        config = getattr(small, "config", None)
+        if isinstance(config, Mapping) and isinstance(pl_module.hparams.get("model"), Mapping):
+            pl_module.hparams["model"] = dict(config)
+        for remark in done.remarks:
+            log.warning("%s", remark)
+        n_filters = float(sum(map(len, done.kept.values())))
+        pl_module.log("pruning/filters", n_filters, on_step=False, on_epoch=True)
+
+    def _attribute(self, pl_module: pl.LightningModule) -> str:
+        if self.network is not None:
+            self._network(pl_module)
+            return self.network
+        found = [
+            name
+            for name, child in pl_module.named_children()
+            if any(isinstance(m, nn.modules.conv._ConvNd) for m in child.modules())
+        ]
+        if len(found) != 1:
+            raise InputError(
+                f"{type(pl_module).__name__} has {len(found)} children with convolutions ({', '.join(found)}); say "
+                "which with network=..."
+            )
+        return found[0]
+
+    def _net(self, pl_module: pl.LightningModule) -> nn.Module:
+        net = getattr(pl_module, self._attribute(pl_module))
+        assert isinstance(net, nn.Module)
+        return net
+
+    def _example(self, pl_module: pl.LightningModule) -> Tensor:
+        """Input for tracing before any data are loaded: the module's own example, or the size of its first layer and 32
+        x 32 pixels."""
+        example = getattr(pl_module, "example_input_array", None)
+        if isinstance(example, Tensor):
+            return example
+        first = next(m for m in self._net(pl_module).modules() if isinstance(m, nn.modules.conv._ConvNd))
+        return torch.zeros(1, first.in_channels, 32, 32, device=first.weight.device)
+
+
+def _normalizer(mean: Sequence[float] | None, std: Sequence[float] | None) -> Any:
+    def normalize(pixels: Tensor) -> Tensor:
+        if mean is None or std is None:
+            return pixels
+        shift, scale = (
+            torch.tensor([float(v) for v in values], device=pixels.device).view(1, -1, 1, 1) for values in (mean, std)
+        )
+        return (pixels - shift) / scale
+
+    return normalize
+
+
+def carry_over(
+    optimizer: Optimizer, dense: nn.Module, small: nn.Module, kept: Mapping[str, Tensor], example: Tensor
+) -> None:
+    """Let an optimizer go on with the parameters of the pruned network, in place; kept filters keep their state, e.g.
+    momentum.
+
+    Args:
+        optimizer: holds parameters of `dense`, and maybe others, which stay.
+        dense: network before the cut.
+        small: network after it.
+        kept: filters kept of each unit.
+        example: network input.
+    """
+    names = {parameter: name for name, parameter in dense.named_parameters()}
+    new = dict(small.named_parameters())
+    plan = Plan(dense, example)
+    state: dict[Tensor, dict[str, Any]] = {}
+    keys = {
+        key
+        for parameter in names
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor) and value.dim()
+    }
+    for key in sorted(keys):
+        # The state goes through the same surgery, in the place of the weights it belongs to.
+        carrier = copy.deepcopy(dense)
+        with torch.no_grad():
+            for parameter, name in names.items():
+                value = optimizer.state.get(parameter, {}).get(key)
+                target = carrier.get_parameter(name)
+                target.copy_(value) if isinstance(value, Tensor) and value.shape == target.shape else target.zero_()
+        plan.model = carrier
+        for name, value in plan.apply(kept, check=False).named_parameters():
+            state.setdefault(new[name], {})[key] = value.detach().clone()
+    for parameter, name in names.items():
+        for key, value in optimizer.state.pop(parameter, {}).items():
+            if not (isinstance(value, Tensor) and value.dim()):
+                state.setdefault(new[name], {})[key] = value
+    optimizer.state.update(state)
+    for group in optimizer.param_groups:
+        group["params"] = [new[names[p]] if p in names else p for p in group["params"]]

@@ -1,0 +1,244 @@
+"""Frequency tagging during training, for any LightningModule."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from freqprune.errors import InputError, check_fields
+from freqprune.pruning import Evidence, Judgement, judge, scores
+from freqprune.reports import write_importance
+from freqprune.tagging import Readout, Stimulus, tag
+
+
+class _TagsInTraining(pl.Callback):
+    """What callbacks that show tags during training share: the network, and pixels of validation images.
+
+    Args:
+        n_images: validation images, the first of the validation loader.
+        network: attribute of the LightningModule that holds the network.
+        mean: channel means that validation batches are normalised with; the data module's ``mean`` if left out, none if
+            it has none.
+        std: channel standard deviations, likewise.
+    """
+
+    def __init__(
+        self, n_images: int, network: str | None, mean: Sequence[float] | None, std: Sequence[float] | None
+    ) -> None:
+        super().__init__()
+        if n_images < 1:
+            raise InputError(f"n_images must be at least 1, got {n_images}")
+        self.n_images, self.network, self.mean, self.std = n_images, network, mean, std
+
+    def _network(self, pl_module: pl.LightningModule) -> nn.Module:
+        if self.network is None:
+            return pl_module
+        network = getattr(pl_module, self.network, None)
+        if not isinstance(network, nn.Module):
+            children = ", ".join(name for name, _ in pl_module.named_children())
+            raise InputError(
+                f"network = {self.network!r} is no module of {type(pl_module).__name__}; it has {children}"
+            )
+        return network
+
+    def _normalization(self, trainer: pl.Trainer) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+        if self.mean is not None:
+            return self.mean, self.std
+        data = getattr(trainer, "datamodule", None)
+        return getattr(data, "mean", None), getattr(data, "std", None)
+
+    def _validation_images(self, trainer: pl.Trainer) -> tuple[Tensor, Tensor | None]:
+        """Images as the loader gives them, and their labels where it gives any."""
+        loaders = trainer.val_dataloaders
+        loader: Iterable[Any] = loaders[0] if isinstance(loaders, list | tuple) else loaders  # type: ignore[assignment]
+        wanted = len(range(trainer.global_rank, self.n_images, trainer.world_size))
+        found: list[Tensor] = []
+        labels: list[Tensor] = []
+        for batch in loader:
+            moved = trainer.strategy.batch_to_device(batch)
+            found.append(_images_of(moved))
+            label = (
+                moved.get("label", moved.get("labels"))
+                if isinstance(moved, Mapping)
+                else moved[1]
+                if _is_pair(moved)
+                else None
+            )
+            if isinstance(label, Tensor) and label.dim() == 1:
+                labels.append(label)
+            if sum(map(len, found)) >= wanted:
+                break
+        return torch.cat(found)[:wanted], torch.cat(labels)[:wanted] if len(labels) == len(found) else None
+
+
+class FrequencyTagging(_TagsInTraining):
+    """Tag the network at the end of every N-th epoch and count its important filters.
+
+    Works in any LightningModule whose forward takes images and whose validation batches are ``(images, ...)`` or a dict
+    with ``"image"``. With several processes each tags its share of the images. Logs ``important/<layer>``, their sum
+    ``important/total`` and the time it took; writes ``importance.csv``; keeps the latest SNR and verdict in the
+    checkpoint (`latest`).
+
+    Args:
+        stimulus: the tags; left and right half at 6 and 7.5 Hz if left out.
+        n_images: validation images, the first of the validation loader.
+        every_n_epochs: tag every so many epochs, counted from the first; 0 for never.
+        network: attribute of the LightningModule that holds the network; the module itself if left out.
+        components: components of the score and the verdict.
+        criterion: score written to ``importance.csv``.
+        important_by: ``"significance"`` or ``"threshold"``, see `freqprune.verdict.judge`.
+        alpha: false discovery rate.
+        threshold: SNR above which a filter is important.
+        mean: channel means that validation batches are normalised with; the data module's ``mean`` if left out, none if
+            it has none.
+        std: channel standard deviations, likewise.
+        folder: where ``importance.csv`` goes; the trainer's ``default_root_dir`` if left out.
+        seed: seed of the noise, the same every epoch.
+        readout: further arguments of `freqprune.tag`: ``layers``, ``where``, ``spatial``, ``noise_std``, ``average``,
+            ``half``.
+    """
+
+    def __init__(
+        self,
+        stimulus: Stimulus | None = None,
+        *,
+        n_images: int = 32,
+        every_n_epochs: int = 1,
+        network: str | None = None,
+        components: Sequence[str] | str = "fundamentals",
+        criterion: str = "snr",
+        important_by: str = "significance",
+        alpha: float = 0.001,
+        threshold: float | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        folder: str | Path | None = None,
+        seed: int = 0,
+        **readout: Any,
+    ) -> None:
+        super().__init__(n_images, network, mean, std)
+        check_fields(Readout, readout)
+        if every_n_epochs < 0:
+            raise InputError(f"every_n_epochs must be 0 (never) or more, got {every_n_epochs}")
+        self.tag_settings = {**asdict(Readout(**readout)), "seed": seed}
+        if self.tag_settings["noise_std"] == 0:
+            raise InputError("noise_std must be above 0 to judge filters by signal against noise, got 0")
+        Judgement(components, important_by, alpha, threshold)
+        self.stimulus = stimulus or Stimulus()
+        self.every_n_epochs = every_n_epochs
+        self.components, self.criterion = components, criterion
+        self.verdict_settings = {"by": important_by, "alpha": alpha, "threshold": threshold}
+        self.folder = folder
+        self.latest: dict[str, Any] = {}
+        self.seconds = 0.0
+        self._epoch_start = time.perf_counter()
+
+    @property
+    def state_key(self) -> str:
+        return "FrequencyTagging"
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.latest)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.latest = dict(state_dict)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._network(pl_module)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.every_n_epochs and not trainer.enable_validation:
+            raise InputError(
+                "FrequencyTagging needs a validation loader: it tags validation images; pass val_dataloaders, or "
+                "every_n_epochs=0"
+            )
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._epoch_start = time.perf_counter()
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Inside the validation stage batches come without augmentation, and this runs before checkpoints are written.
+        due = self.every_n_epochs and not trainer.sanity_checking and trainer.state.fn == "fit"
+        if not due or (trainer.current_epoch + 1) % self.every_n_epochs:
+            return
+        start = time.perf_counter()
+        mean, std = self._normalization(trainer)
+        network = self._network(pl_module)
+        # A loader draws from the global generators as it starts: training must not notice that tags were shown.
+        with isolate_rng():
+            images, _ = self._validation_images(trainer)
+            images = _pixels(images, mean, std)
+            # Lightning's sampler deals the images out in turn: image i of this process is number rank + i * world_size
+            # of all.
+            numbers = [trainer.global_rank + i * trainer.world_size for i in range(len(images))]
+            together = trainer.world_size > 1
+            response = tag(
+                network, images, self.stimulus, mean=mean, std=std, numbers=numbers, share=together, **self.tag_settings
+            )
+        verdict = judge(response, self.components, **self.verdict_settings)  # type: ignore[arg-type]
+        score = scores(self.criterion, Evidence(network, response, self.components), list(response.layers))
+        self.latest = {
+            "epoch": trainer.current_epoch,
+            "layers": list(response.layers),
+            "components": [c.name for c in response.components("all")],
+            "noise_std": response.noise_std,
+            "n_images": response.n_images,
+            "snr": {layer: response.snr(layer, "all") for layer in response.layers},
+            "score": score,
+            "important": verdict.important,
+        }
+        if trainer.is_global_zero:
+            folder = Path(self.folder or trainer.default_root_dir)
+            write_importance(folder / "importance.csv", trainer.current_epoch, response, score, verdict)
+        self.seconds = time.perf_counter() - start
+        counts = {f"important/{layer}": float(count) for layer, count in verdict.counts.items()}
+        share = self.seconds / max(1e-9, time.perf_counter() - self._epoch_start)
+        pl_module.log_dict(
+            {**counts, "important/total": sum(counts.values()), "tagging/seconds": self.seconds, "tagging/share": share}
+        )
+
+
+def _is_pair(batch: Any) -> bool:
+    return isinstance(batch, list | tuple) and len(batch) > 1
+
+
+def _images_of(batch: Any) -> Tensor:
+    images = (
+        batch.get("image", batch.get("images"))
+        if isinstance(batch, Mapping)
+        else batch[0]
+        if isinstance(batch, list | tuple)
+        else batch
+    )
+    if not isinstance(images, Tensor) or images.dim() != 4:
+        raise InputError(
+            "FrequencyTagging expects validation batches (images, ...), {'image': images, ...} or images of shape "
+            "(n_images, n_channels, height, width)"
+        )
+    return images.float()
+
+
+def _pixels(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
+    """Undo the normalisation; rounding that leaves [0, 1] by less than 1e-3 is clipped, more means that mean and std
+    are wrong."""
+    if mean is not None and std is not None:
+        shift, scale = (
+            torch.tensor([float(v) for v in value], device=images.device).view(1, -1, 1, 1) for value in (mean, std)
+        )
+        images = images * scale + shift
+    low, high = images.amin().item(), images.amax().item()
+    if low < -1e-3 or high > 1 + 1e-3:
+        raise InputError(
+            f"validation images hold values from {low:.3g} to {high:.3g} after undoing the normalisation (mean {mean}, "
+            f"std {std}), expected pixels "
+            "in [0, 1]; give FrequencyTagging the mean and std that the batches are normalised with"
+        )
+    return images.clamp(0, 1)

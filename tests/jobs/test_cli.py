@@ -1,0 +1,167 @@
+"""The command line from outside: messages, exit status, interrupts, sweeps."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from freqprune.networks.registry import build_model
+from tests.conftest import ROOT
+from tests.jobs.test_jobs import SMALL
+
+
+def call(script: str, *arguments: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        check=False,
+        timeout=timeout,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["epochs=3"], "epochs is not a setting; did you mean finetune.epochs"),
+        (["+epochs=3"], "epochs is not a setting; did you mean finetune.epochs"),
+        (["optimizer.lrr=3"], "optimizer.lrr is not a setting; did you mean optimizer.lr?"),
+        (["trainer.max_epoch=3"], "did you mean trainer.max_epochs?"),
+        (["model=resnet32", "model.depht=5"], "model.depht is not a setting"),
+        (["data=cifar"], "Could not find 'data/cifar'"),
+        (["optimizer.lr=fast"], "Value 'fast' of type 'str' could not be converted to Float"),
+        (["seed"], "seed"),
+        (["tagging.tag_freqs=[6,7.3]"], "tag_freqs[1] = 7.3 Hz is not on a bin (1 / duration = 0.5 Hz); use 7 or 7.5"),
+        (["data=image_folder"], "data.root is not set; give data.root=VALUE"),
+    ],
+)
+def test_errors_are_messages(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = call("train.py", *arguments, f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "\nerror: " in "\n" + done.stderr
+
+
+def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
+    script = str(ROOT / "train.py")
+    code = (
+        f"import sys, runpy; sys.argv = [{script!r}, '--help']\n"
+        f"try: runpy.run_path({script!r}, run_name='__main__')\nexcept SystemExit: pass\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print('torch' in sys.modules)"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.stdout.strip().endswith("False"), done.stderr
+    assert "tagging: " in done.stdout
+
+
+def test_sweep_gathers_its_jobs_and_goes_on_when_killed(tmp_path: Path) -> None:
+    torch.save(build_model({"name": "resnet8"}).state_dict(), tmp_path / "w.pt")
+    sweep = [
+        f"ckpt={tmp_path / 'w.pt'}",
+        "pruning.macs_cut=0.2,0.99",
+        "seed=0,1",
+        "finetune.epochs=0",
+        f"hydra.sweep.dir={tmp_path / 'sweep'}",
+    ]
+    done = call("prune.py", "-m", *SMALL, *sweep, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "pruning.macs_cut = 0.99 cannot be reached" in done.stderr
+    found = [json.loads((tmp_path / "sweep" / str(job) / "metrics.json").read_text()) for job in range(2)]
+    cuts = [1 - m["pruned"]["macs"] / m["dense"]["macs"] for m in found]
+    assert cuts == pytest.approx([0.2, 0.2], abs=0.02)
+    assert all((tmp_path / "sweep" / str(job) / "pruned.ckpt").exists() for job in range(2))
+    text = (tmp_path / "sweep" / "sweep.md").read_text()
+    assert "2 of 4 jobs are missing" in text
+    assert "| 2 | failed | pruning.macs_cut=0.99, seed=0 | pruning.macs_cut = 0.99 cannot be reached" in text
+
+    # As if killed in job 1.
+    interrupted = tmp_path / "sweep" / "1" / "metrics.json"
+    before = (tmp_path / "sweep" / "0" / "metrics.json").stat().st_mtime_ns
+    content = json.loads(interrupted.read_text())
+    interrupted.write_text(json.dumps({key: value for key, value in content.items() if key != "finished"}))
+    again = call("prune.py", "-m", *SMALL, *sweep, cwd=tmp_path)
+    assert again.returncode == 2
+    assert json.loads(interrupted.read_text())["pruned"]["test_accuracy"] == content["pruned"]["test_accuracy"]
+    assert json.loads(interrupted.read_text())["finished"]
+    assert (tmp_path / "sweep" / "0" / "metrics.json").stat().st_mtime_ns == before
+    assert "2 of 4 jobs are missing" in (tmp_path / "sweep" / "sweep.md").read_text()
+
+    # Another sweep, which would run where this one has finished jobs.
+    table, set_before = (
+        (tmp_path / "sweep" / "sweep.md").read_text(),
+        (tmp_path / "sweep" / "0" / ".hydra" / "overrides.yaml").read_text(),
+    )
+    other = call("prune.py", "-m", *SMALL, *sweep, "pruning.macs_cut=0.3", "seed=0", cwd=tmp_path)
+    assert other.returncode == 2
+    assert "0 holds a finished job of another sweep" in other.stderr
+    assert (tmp_path / "sweep" / "sweep.md").read_text() == table
+    assert (tmp_path / "sweep" / "0" / ".hydra" / "overrides.yaml").read_text() == set_before
+
+    # Job 0 with other defaults.
+    (tmp_path / "sweep" / "0" / "run.json").write_text('{"settings": {}}')
+    other = call("prune.py", "-m", *SMALL, *sweep, "pruning.macs_cut=0.2", "seed=0", cwd=tmp_path)
+    assert "holds a finished job with other settings" in other.stderr
+
+
+def test_submitit_runs_jobs_on_this_machine(tmp_path: Path) -> None:
+    torch.save(build_model({"name": "resnet8"}).state_dict(), tmp_path / "w.pt")
+    sweep = [
+        f"ckpt={tmp_path / 'w.pt'}",
+        "pruning=none",
+        "seed=3",
+        "hydra/launcher=submitit_local",
+        f"hydra.sweep.dir={tmp_path / 'sweep'}",
+    ]
+    done = call("prune.py", "-m", *SMALL, *sweep, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "| seeds | dense, % |\n|---|---|\n| 1 |" in (tmp_path / "sweep" / "sweep.md").read_text()
+    assert (tmp_path / "sweep" / "0" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_leaves_a_checkpoint_that_resumes(how: signal.Signals, tmp_path: Path) -> None:
+    arguments = [*SMALL, "tagging.every_n_epochs=0", "trainer.max_epochs=400", f"hydra.run.dir={tmp_path / 'run'}"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *arguments],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A shell that runs in the background hands SIGINT down ignored, and Python would then ignore it too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not last.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.2)
+    os.kill(process.pid, how)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == (1 if how == signal.SIGINT else 128 + signal.SIGTERM), said
+    assert last.exists(), said
+    assert f"ckpt_path={last}" in said
+    if how == signal.SIGINT:
+        return  # resuming is the same for both
+    done_epochs = torch.load(last, weights_only=True)["epoch"] + 1
+    again = call(
+        "train.py",
+        *arguments,
+        f"ckpt_path={last}",
+        f"trainer.max_epochs={done_epochs + 1}",
+        f"hydra.run.dir={tmp_path / 'again'}",
+        cwd=tmp_path,
+    )
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "again" / "training.json").read_text())["epochs"] == done_epochs + 1

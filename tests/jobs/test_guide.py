@@ -1,0 +1,58 @@
+"""The guide's commands and code, in its order and in one folder, with the work made smaller."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.conftest import ROOT
+
+GUIDE = (ROOT / "docs" / "guide.md").read_text()
+SMALLER = {
+    "train.py": ["data.limit_train=96", "data.limit_test=20", "trainer.max_epochs=1", "tagging.epoch_images=2"],
+    "prune.py": [
+        "data.limit_train=96",
+        "data.limit_test=20",
+        "tagging.n_images=2",
+        "latency.n_runs=1",
+        "latency.batch_sizes=[1]",
+        "pruning.measured_images=4",
+    ],
+}
+HERE = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+
+
+def smaller(line: str) -> list[str]:
+    words = [word for word in shlex.split(line) if not word.startswith("OMP_NUM_THREADS=")]
+    assert words[0] == "python"
+    if words[1] not in SMALLER:
+        return [sys.executable, *words[1:]]
+    more = [item for item in SMALLER[words[1]] if not ("image_folder" in line and item.startswith("data.limit"))]
+    quiet = ["callbacks.progress=null", "+trainer.enable_progress_bar=false"]
+    return [sys.executable, str(ROOT / words[1]), *words[2:], *more, *quiet]
+
+
+@pytest.mark.slow
+def test_every_command_and_every_piece_of_code_runs(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for kind in ("cats", "dogs"):
+            (tmp_path / "images" / split / kind).mkdir(parents=True)
+            for number in range(40):
+                Image.new("RGB", (40, 36), (number, 90, 200)).save(tmp_path / "images" / split / kind / f"{number}.png")
+    blocks = re.findall(r"```(sh|python)\n(.*?)```", GUIDE, re.DOTALL)
+    assert len(blocks) == 11
+    commands = []
+    for kind, text in blocks:
+        commands += (
+            [smaller(line) for line in text.strip().splitlines()] if kind == "sh" else [[sys.executable, "-c", text]]
+        )
+    for command in commands:
+        done = subprocess.run(command, cwd=tmp_path, env=HERE, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    assert (tmp_path / "runs" / "pruned" / "report.html").is_file()
+    assert "| importance | seeds |" in (tmp_path / "sweep" / "sweep.md").read_text()

@@ -1,0 +1,157 @@
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import freqprune
+from freqprune.errors import InputError
+from freqprune.networks.checkpoint import load_network, load_pruned, read, save_pruned
+from freqprune.networks.registry import build_model
+from freqprune.pruning.surgery import Plan
+
+X = torch.rand(2, 3, 32, 32)
+
+
+@pytest.fixture
+def pruned(tmp_path: Path) -> tuple[Path, torch.nn.Module]:
+    net = build_model({"name": "resnet8"}).eval()
+    kept = {"layer1.0.conv1": torch.tensor([0, 3, 7]), "layer3.0.conv1": torch.arange(5)}
+    small = Plan(net, X).apply(kept)
+    save_pruned(tmp_path / "pruned.ckpt", small, kept, {"mean": [0.5] * 3, "std": [0.2] * 3})
+    return tmp_path / "pruned.ckpt", small
+
+
+def test_rebuilds_in_a_fresh_process(pruned: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
+    path, net = pruned
+    torch.save({"x": X, "y": net(X).detach()}, tmp_path / "io.pt")
+    code = (
+        "import sys, torch, freqprune; torch.set_num_threads(1)\n"
+        "io = torch.load(sys.argv[2], weights_only=True); net = freqprune.load_pruned(sys.argv[1])\n"
+        "assert not net.training; torch.testing.assert_close(net(io['x']), io['y'], rtol=0, atol=1e-6); print('equal')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path), str(tmp_path / "io.pt")], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "equal", done.stderr
+
+
+def test_pruned_checkpoint_is_plain(pruned: tuple[Path, torch.nn.Module]) -> None:
+    content = torch.load(pruned[0], weights_only=True)
+    assert content["kept"] == {"layer1.0.conv1": [0, 3, 7], "layer3.0.conv1": [0, 1, 2, 3, 4]}
+    assert content["model"]["widths"] == {"layer1.0.conv1": 3, "layer3.0.conv1": 5}
+    stored = load_network(pruned[0])
+    assert stored.normalization == {"mean": [0.5] * 3, "std": [0.2] * 3}
+    assert os.listdir(pruned[0].parent) == ["pruned.ckpt"]
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "net."])
+def test_plain_state_dicts(prefix: str, tmp_path: Path) -> None:
+    net = build_model({"name": "resnet8"}).eval()
+    torch.save({f"{prefix}{k}": v for k, v in net.state_dict().items()}, tmp_path / "w.pt")
+    found = load_network(tmp_path / "w.pt", {"name": "resnet8"}).net
+    assert torch.equal(found(X), net(X))
+    torch.save({"state_dict": {f"{prefix}{k}": v for k, v in net.state_dict().items()}}, tmp_path / "w.pt")
+    assert torch.equal(load_network(tmp_path / "w.pt", {"name": "resnet8"}).net(X), net(X))
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch executed",)
+
+
+def test_pickled_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {}, "extra": Harmful()}, "bad.ckpt")
+    Path("raw.ckpt").write_bytes(pickle.dumps(Harmful()))
+    for name in ("bad.ckpt", "raw.ckpt"):
+        with pytest.raises(InputError, match=r"pickled Python objects|no PyTorch checkpoint"):
+            read(name)
+    with pytest.raises(InputError, match="holds pickled Python objects"):
+        read("bad.ckpt")
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 10, 1000, 0.5, 0.99])
+def test_truncated(keep: float, pruned: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
+    whole = pruned[0].read_bytes()
+    cut = tmp_path / "cut.ckpt"
+    cut.write_bytes(whole[: int(keep if keep > 1 else keep * len(whole))])
+    with pytest.raises(InputError, match=r"truncated|damaged"):
+        read(cut)
+
+
+def test_missing_names_what_is_there(pruned: tuple[Path, torch.nn.Module]) -> None:
+    with pytest.raises(InputError, match=r"does not exist; in that folder: .*pruned.ckpt"):
+        read(pruned[0].with_name("last.ckpt"))
+
+
+def test_no_checkpoint_at_all(tmp_path: Path) -> None:
+    (tmp_path / "x.ckpt").write_text("hello")
+    with pytest.raises(InputError, match="no PyTorch checkpoint"):
+        read(tmp_path / "x.ckpt")
+    torch.save(torch.ones(3), tmp_path / "x.ckpt")
+    with pytest.raises(InputError, match="holds a Tensor"):
+        read(tmp_path / "x.ckpt")
+
+
+def test_another_architecture(pruned: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
+    torch.save(build_model({"name": "resnet8"}).state_dict(), tmp_path / "w.pt")
+    with pytest.raises(InputError, match=r"does not fit resnet14 .*missing"):
+        load_network(tmp_path / "w.pt", {"name": "resnet14"})
+    with pytest.raises(InputError, match=r"of another shape, e.g. linear.weight is \(10, 64\), expected \(7, 64\)"):
+        load_network(tmp_path / "w.pt", {"name": "resnet8", "num_classes": 7})
+    with pytest.raises(InputError, match="say which with model=resnet32"):
+        load_network(tmp_path / "w.pt")
+    with pytest.raises(InputError, match=r"holds a resnet8, but model.name = resnet20; use model=resnet8"):
+        load_network(pruned[0], {"name": "resnet20"})
+    with pytest.raises(InputError, match=r"not a pruned.ckpt"):
+        load_pruned(tmp_path / "w.pt")
+
+
+def test_networks_without_a_config_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has no config to rebuild it from"):
+        save_pruned(tmp_path / "p.ckpt", torch.nn.Linear(2, 2), {})
+
+
+def test_every_public_name_resolves() -> None:
+    assert all(getattr(freqprune, name) is not None for name in freqprune.__all__)
+    with pytest.raises(AttributeError, match="nope"):
+        _ = freqprune.nope
+
+
+def test_no_damage_ends_in_anything_but_a_message(pruned: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
+    import random
+
+    torch.save({"a": torch.arange(4), "b": [1, "x", {"y": 2.0}]}, tmp_path / "small.pt")
+    refused = 0
+    for whole in ((tmp_path / "small.pt").read_bytes(), pruned[0].read_bytes()):
+        for seed in range(150):
+            draw = random.Random(seed)
+            damaged = bytearray(whole)
+            for _ in range(draw.choice([1, 5, 50])):
+                damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+            (tmp_path / "damaged.ckpt").write_bytes(damaged)
+            try:
+                read(tmp_path / "damaged.ckpt")
+            except InputError:
+                refused += 1
+    assert refused > 50
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"state_dict": {}, "hyper_parameters": {"model": "resnet8"}}, "its hyper-parameter model is a str"),
+        ({"state_dict": 3, "hyper_parameters": {}}, "state_dict is a int, expected a dict"),
+        ({"format": "freqprune.pruned/1", "model": {}}, "is incomplete: it has no state_dict, kept, normalization"),
+        ({"state_dict": {}, "hyper_parameters": {}}, "does not name its network"),
+    ],
+)
+def test_foreign_files(content: dict[str, object], message: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "x.ckpt")
+    with pytest.raises(InputError, match=message):
+        load_network(tmp_path / "x.ckpt")

@@ -1,0 +1,44 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from freqprune.errors import InputError
+from freqprune.networks.exports import Exports, export
+from freqprune.networks.registry import build_model
+from freqprune.pruning.surgery import Plan
+
+X = torch.rand(2, 3, 32, 32)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_pruned_networks_export(tmp_path: Path, streams: bool) -> None:
+    pytest.importorskip("onnxruntime", reason="needs pip install 'freqprune[onnx]'")
+    pytest.importorskip("onnxscript", reason="needs pip install 'freqprune[onnx]'")
+    net = build_model({"name": "resnet8"}).eval()
+    plan = Plan(net, X)
+    small = plan.apply({unit: torch.arange(3) for unit in plan.choose(streams=streams)})
+    found = export(small, X, tmp_path, onnx=True, torch_export=True)
+    assert set(found) == {"model.onnx", "model.pt2"} == {path.name for path in tmp_path.iterdir()}
+    assert max(found.values()) < 1e-5
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    with torch.no_grad():
+        torch.testing.assert_close(program(torch.rand(7, 3, 32, 32)).shape, torch.Size([7, 10]))
+
+
+def test_a_file_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Loaded:
+        def module(self) -> nn.Module:
+            return build_model({"name": "resnet8"}).eval()
+
+    monkeypatch.setattr(torch.export, "load", lambda path: Loaded())
+    with pytest.raises(InputError, match="differs from the network"):
+        export(build_model({"name": "resnet8"}).eval(), X, tmp_path, torch_export=True)
+
+
+def test_missing_packages_are_told_before_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"needs onnx, onnxscript, onnxruntime; pip install 'freqprune\[onnx\]'"):
+        Exports(onnx=True, torch_export=False)
+    assert Exports(onnx=False, torch_export=True) is None

@@ -1,0 +1,244 @@
+"""One cut from images to a smaller network, and the callback that cuts during training."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from freqprune.errors import InputError
+from freqprune.networks.profiling import cost, peak_memory
+from freqprune.networks.registry import build_model
+from freqprune.pruning.cutting import Material, Recipe, cut, step_amount
+from freqprune.pruning.selection import Amount
+from freqprune.pruning.surgery import Plan
+from freqprune.tagging.stimulus import Stimulus
+from freqprune.training.classifier import Classifier
+from freqprune.training.pruning_callback import TagPruning, carry_over
+
+PIXELS = torch.rand(6, 3, 16, 16)
+
+
+def material(**more: Any) -> Material:
+    return Material(PIXELS[:2], lambda pixels: pixels * 2 - 1, [0.5] * 3, [0.5] * 3, **more)
+
+
+def test_cut_selects_by_score_and_tells() -> None:
+    torch.manual_seed(0)
+    net = build_model({"name": "resnet8"})
+    done = cut(net, material(), Recipe(Amount(ratio=0.5, scope="layer"), criterion="amplitude"), Stimulus())
+    for layer, score in done.scores.items():
+        assert set(done.kept[layer].tolist()) == set(
+            score.argsort(descending=True, stable=True)[: len(score) // 2].tolist()
+        )
+    assert done.remarks == []
+    assert done.net.config["widths"] == {"layer1.0.conv1": 8, "layer2.0.conv1": 16, "layer3.0.conv1": 32}
+    done = cut(net, material(), Recipe(Amount(macs_cut=0.05, multiple_of=32), criterion="l2"), Stimulus())
+    assert any("lost no filter: layer1.0.conv1" in remark for remark in done.remarks)
+    assert any("whole blocks of filters allow no closer cut" in remark for remark in done.remarks)
+
+
+@pytest.mark.parametrize("calibrate_on", ["frames", "images"])
+@pytest.mark.parametrize("bn", [None, PIXELS])
+def test_compensated_cut(calibrate_on: str, bn: Tensor | None) -> None:
+    torch.manual_seed(0)
+    net = build_model({"name": "resnet8", "stage_widths": [4, 4, 8]})
+    recipe = Recipe(
+        Amount(ratio=0.4, scope="layer"),
+        criterion="redundancy",
+        compensation="least_squares",
+        calibrate_on=calibrate_on,
+        frames_an_image=4,
+    )
+    done = cut(net, material(calibration=PIXELS, bn_images=bn), recipe, Stimulus())
+    plain = cut(
+        net,
+        material(calibration=PIXELS),
+        Recipe(Amount(ratio=0.4, scope="layer"), criterion="redundancy", calibrate_on=calibrate_on, frames_an_image=4),
+        Stimulus(),
+    )
+    assert {k: v.tolist() for k, v in done.kept.items()} == {k: v.tolist() for k, v in plain.kept.items()}
+    assert not torch.equal(done.net.layer2[0].conv2.weight, plain.net.layer2[0].conv2.weight)
+    with pytest.raises(InputError, match="need calibration images"):
+        cut(net, material(), recipe, Stimulus())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"criterion": "snrr"}, "must be one of .* did you mean snr"),
+        ({"compensation": "lstsq"}, "pruning.compensation must be one of"),
+        ({"calibrate_on": "noise"}, "pruning.calibrate_on must be one of"),
+        ({"frames_an_image": 0}, "pruning.frames_an_image must be at least 1"),
+        ({"measured_images": 0}, "pruning.measured_images must be at least 1"),
+    ],
+)
+def test_recipe_refuses(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Recipe(Amount(ratio=0.5), **settings)
+
+
+@pytest.mark.parametrize("kind", ["ratio", "macs_cut"])
+def test_steps_add_up(kind: str) -> None:
+    left = 1.0
+    for step in range(3):
+        now = step_amount(Amount(**{kind: 0.6}), step, 3, left)
+        left *= 1 - getattr(now, kind)
+        assert left == pytest.approx(1 - 0.2 * (step + 1))
+    assert step_amount(Amount(threshold=2.0), 1, 3, 0.5) == Amount(threshold=2.0)
+
+
+def test_peak_memory_of_a_chain_by_hand() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 1, bias=False), nn.Conv2d(4, 2, 1, bias=False), nn.Conv2d(2, 1, 1, bias=False)
+    ).eval()
+    x = torch.zeros(1, 1, 10, 10)
+    # Weights, input, and the two largest maps that live together.
+    assert peak_memory(net, x) == 4 * (4 + 8 + 2 + 100) + 4 * (400 + 200)
+    found = cost(net, torch.zeros(3, 1, 10, 10))
+    assert found["memory_bytes"] == {"3": 4 * 14 + 3 * 4 * (100 + 600)}
+    assert found["file_bytes"] > 4 * 14
+
+
+class Foreign(pl.LightningModule):
+    """Someone else's module: its own names, Adam beside another parameter, and a scheduler."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = build_model({"name": "resnet8", "stage_widths": [4, 8, 8]})
+        self.temperature = nn.Parameter(torch.ones(1))
+        self.seen: list[int] = []
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        self.seen.append(sum(p.numel() for p in self.backbone.parameters()))
+        return nn.functional.cross_entropy(self.backbone(batch[0]) * self.temperature, batch[1])
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.log("val/loss", nn.functional.cross_entropy(self.backbone(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), lr=1e-3)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+
+def loaders() -> list[DataLoader[Any]]:
+    data = TensorDataset(torch.rand(24, 3, 32, 32), torch.arange(24) % 10)
+    return [DataLoader(data, 8), DataLoader(data, 8)]
+
+
+def trainer(folder: Path, *callbacks: pl.Callback, epochs: int = 3, **more: Any) -> pl.Trainer:
+    return pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=str(folder),
+        num_sanity_val_steps=0,
+        **more,
+    )
+
+
+RECIPE = Recipe(Amount(ratio=0.25, scope="layer"), criterion="amplitude")
+
+
+def test_callback_prunes_during_fit(tmp_path: Path) -> None:
+    module, pruning = Foreign(), TagPruning(RECIPE, [1, 2], n_images=2)
+    run = trainer(tmp_path, pruning, enable_checkpointing=False)
+    run.fit(module, *loaders())
+    sizes = sorted(set(module.seen), reverse=True)
+    assert len(sizes) == 3
+    assert [module.seen.count(size) for size in sizes] == [3, 3, 3]
+    in_optimizer = {p for group in run.optimizers[0].param_groups for p in group["params"]}
+    assert in_optimizer == set(module.parameters())
+    assert set(run.optimizers[0].state) == set(module.parameters())
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-6)
+    assert {layer: len(indices) for layer, indices in pruning.kept_of_dense.items()} == module.backbone.config["widths"]
+
+
+def test_momentum_of_kept_filters_is_carried_over() -> None:
+    torch.manual_seed(0)
+    net = build_model({"name": "resnet8", "stage_widths": [4, 4, 8]})
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    x = torch.rand(4, 3, 8, 8)
+    for _ in range(2):
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        optimizer.step()
+    kept = {"layer2.0.conv1": torch.tensor([1, 3])}
+    small = Plan(net, x).apply(kept)
+    momentum = {name: optimizer.state[p]["momentum_buffer"].clone() for name, p in net.named_parameters()}
+    carry_over(optimizer, net, small, kept, x)
+    found = {name: optimizer.state[p]["momentum_buffer"] for name, p in small.named_parameters()}
+    assert torch.equal(found["layer2.0.conv1.weight"], momentum["layer2.0.conv1.weight"][[1, 3]])
+    assert torch.equal(found["layer2.0.bn1.bias"], momentum["layer2.0.bn1.bias"][[1, 3]])
+    assert torch.equal(found["layer2.0.conv2.weight"], momentum["layer2.0.conv2.weight"][:, [1, 3]])
+    assert torch.equal(found["linear.weight"], momentum["linear.weight"])
+    assert [p for group in optimizer.param_groups for p in group["params"]] == list(small.parameters())
+    optimizer.zero_grad()
+    small(x).square().mean().backward()
+    optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*")
+def test_a_run_pruned_on_its_way_resumes(tmp_path: Path) -> None:
+    saving = pl.callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    unbroken = Foreign()
+    trainer(tmp_path, TagPruning(RECIPE, [1], n_images=2), saving).fit(unbroken, *loaders_by_seed())
+    again = Foreign()
+    pruning = TagPruning(RECIPE, [1], n_images=2)
+    trainer(tmp_path, pruning, enable_checkpointing=False).fit(
+        again, *loaders_by_seed(), ckpt_path=str(tmp_path / "epoch=1.ckpt"), weights_only=True
+    )
+    assert {name: p.shape for name, p in again.named_parameters()} == {
+        name: p.shape for name, p in unbroken.named_parameters()
+    }
+    for name, value in unbroken.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, msg=name)
+    assert len(set(again.seen)) == 1
+
+
+def loaders_by_seed() -> list[DataLoader[Any]]:
+    torch.manual_seed(1)
+    return loaders()
+
+
+def test_callback_refuses(tmp_path: Path) -> None:
+    for epochs in ([], [-1], [0.5]):
+        with pytest.raises(InputError, match="epochs must be epochs"):
+            TagPruning(RECIPE, epochs)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="is no module of Foreign"):
+        trainer(tmp_path, TagPruning(RECIPE, [0], network="net")).fit(Foreign(), *loaders())
+    module = Foreign()
+    module.second = nn.Conv2d(3, 3, 1)
+    with pytest.raises(InputError, match=r"2 children with convolutions \(backbone, second\); say which"):
+        trainer(tmp_path, TagPruning(RECIPE, [0])).fit(module, *loaders())
+    with pytest.raises(InputError, match="needs a validation loader"):
+        trainer(tmp_path, TagPruning(RECIPE, [0], network="backbone"), limit_val_batches=0).fit(Foreign(), *loaders())
+
+
+def test_distillation_by_hand() -> None:
+    torch.manual_seed(0)
+    teacher = build_model({"name": "resnet8", "stage_widths": [4, 4, 4]}).eval()
+    student = Classifier(
+        {"name": "resnet8", "stage_widths": [4, 4, 4]}, num_classes=10, teacher=teacher, distill=0.7, temperature=3.0
+    )
+    student.log = lambda *a, **k: None  # type: ignore[method-assign]
+    x, y = torch.rand(5, 3, 8, 8), torch.arange(5)
+    student.eval()
+    with torch.no_grad():
+        own, target = student(x), teacher(x)
+        found = student.training_step((x, y), 0)
+        soft = nn.functional.kl_div((own / 3).log_softmax(1), (target / 3).softmax(1), reduction="batchmean") * 9
+        torch.testing.assert_close(found, 0.3 * nn.functional.cross_entropy(own, y) + 0.7 * soft)
+    assert not any("teacher" in key for key in student.state_dict())
+    assert not {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}
+    with pytest.raises(InputError, match="needs a teacher"):
+        Classifier({"name": "resnet8"}, distill=0.5)
+    with pytest.raises(InputError, match=r"must lie in \[0, 1\], got 1.5"):
+        Classifier({"name": "resnet8"}, teacher=teacher, distill=1.5)

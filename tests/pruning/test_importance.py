@@ -1,0 +1,152 @@
+import pytest
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from freqprune.errors import InputError
+from freqprune.networks.registry import build_model
+from freqprune.pruning.adapter import TagImportance
+from freqprune.pruning.compensation import readers_of
+from freqprune.pruning.criteria import criterion_names, scores
+from freqprune.pruning.graph import ChannelGraph
+from freqprune.pruning.importance import Evidence, criterion
+from freqprune.pruning.moments import input_moments, output_gradients
+from freqprune.pruning.surgery import CUSTOM_PRUNERS
+from freqprune.pruning.verdict import judge
+from freqprune.tagging.measurement import tag
+from tests.tagging.test_measurement import WHITE, Affine
+
+
+@pytest.mark.parametrize("name", criterion_names())
+def test_every_criterion_scores_every_filter(name: str, images: Tensor) -> None:
+    net = build_model({"name": "resnet8"})
+    response = tag(net, images[:2])
+    layers = ["layer1.0.conv1", "layer3.0.conv1"]
+    for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+    graph = ChannelGraph(net, images)
+    moments = input_moments(net, readers_of(graph, layers), [images])
+    gradients = output_gradients(net, readers_of(graph, layers), [images])
+    labelled = [(images, torch.tensor([0, 1, 2, 3]))]
+    table = scores(
+        name,
+        Evidence(
+            net, response, graph=graph, moments=moments, gradients_at=gradients, labelled=labelled, frames=[images]
+        ),
+        layers,
+    )
+    assert {layer: score.shape for layer, score in table.items()} == {"layer1.0.conv1": (16,), "layer3.0.conv1": (64,)}
+    assert all(score.isfinite().all() and score.dtype == torch.float64 for score in table.values())
+    assert len(torch.unique(table["layer3.0.conv1"])) > 32
+
+
+def test_scores_by_hand() -> None:
+    response = tag(Affine(), WHITE.expand(5, -1, -1, -1))
+    evidence = Evidence(Affine(), response)
+    torch.testing.assert_close(
+        scores("amplitude", evidence, ["conv"])["conv"], torch.tensor([0.25, 0.25, 0.25, 0], dtype=torch.float64)
+    )
+    snr = response.snr("conv").nan_to_num(0.0)
+    torch.testing.assert_close(scores("snr", evidence, ["conv"])["conv"], snr.mean(1))
+    assert scores("snr", evidence, ["conv"])["conv"][3] == 0
+    torch.testing.assert_close(scores("snr_db", evidence, ["conv"])["conv"][:3], (20 * snr[:3].log10()).mean(1))
+    torch.testing.assert_close(
+        scores("l1", evidence, ["conv"])["conv"], torch.tensor([1, 1, 1, 0], dtype=torch.float64)
+    )
+    torch.testing.assert_close(
+        scores("l2", evidence, ["conv"])["conv"], torch.tensor([128**-0.5, 128**-0.5, 1 / 16, 0], dtype=torch.float64)
+    )
+
+
+def test_an_own_criterion() -> None:
+    @criterion("bias")
+    def bias(evidence: Evidence, layer: str) -> Tensor:
+        return evidence.model.get_submodule(layer).bias.detach()
+
+    assert scores("bias", Evidence(Affine()), ["conv"])["conv"].tolist() == [0, 0, -0.75, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("snrr", "did you mean snr"), ("snr", "needs the response of other"), ("random", "")]
+)
+def test_scores_refuse(name: str, message: str) -> None:
+    response = tag(Affine(), WHITE)
+    if name == "random":
+        with pytest.raises(InputError, match="pass Evidence"):
+            scores("snr", Evidence(Affine()), ["conv"])
+    else:
+        with pytest.raises(InputError, match=message):
+            scores(name, Evidence(Affine(), response), ["other"])
+
+
+def test_noise_free_snr_is_no_score() -> None:
+    response = tag(Affine(), WHITE, noise_std=0.0)
+    with pytest.raises(InputError, match="hold rounding error only"):
+        scores("snr", Evidence(Affine(), response), ["conv"])
+
+
+def test_fits_the_pruners_of_torch_pruning(images: Tensor) -> None:
+    net = build_model({"name": "resnet8", "shortcut": "B"}).eval()
+    layers = ["layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1"]
+    table = scores("random", Evidence(net), layers)
+    importance = TagImportance(net, table)
+    ignored = [m for n, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and n not in layers]
+    pruner = tp.pruner.BasePruner(net, images[:1], importance=importance, pruning_ratio=0.5, ignored_layers=ignored)
+    kept_before = {layer: net.get_submodule(layer).weight.detach().clone() for layer in layers}
+    pruner.step()
+    for layer in layers:
+        best = table[layer].argsort(descending=True)[: len(table[layer]) // 2].sort().values
+        now = net.get_submodule(layer).weight.detach()
+        torch.testing.assert_close(now, kept_before[layer][best])
+
+
+def test_coupled_layers_share_one_score(images: Tensor) -> None:
+    net = build_model({"name": "resnet8"}).eval()
+    table = {"conv1": torch.arange(16.0), "layer1.0.conv2": torch.arange(16.0).flip(0)}
+    graph = tp.DependencyGraph().build_dependency(net.layer1, torch.rand(1, 16, 8, 8))
+    group = graph.get_pruning_group(net.layer1[0].conv2, tp.prune_conv_out_channels, idxs=[2, 5])
+    assert TagImportance(net, table)(group).tolist() == [13, 10]
+    group = graph.get_pruning_group(net.layer1[0].conv1, tp.prune_conv_out_channels, idxs=[2, 5])
+    assert TagImportance(net, table)(group) is None
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"nope": torch.ones(16)}, "does not have: 'nope'"),
+        ({"conv1": torch.ones(15)}, r"must have the shape \(16,\), got \(15,\)"),
+        ({"conv1": torch.full((16,), torch.nan)}, "hold NaN"),
+    ],
+)
+def test_tag_importance_refuses(table: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TagImportance(build_model({"name": "resnet8"}), table)
+
+
+def test_one_dead_filter_does_not_stop_the_others(images: Tensor) -> None:
+    net = build_model({"name": "resnet8"})
+    with torch.no_grad():
+        net.bn1.weight[2] = 1e-9
+        net.bn1.bias.fill_(1.0)
+    response = tag(net, images[:2])
+    assert scores("snr", Evidence(net, response), ["conv1"])["conv1"][2] == 0
+    assert not judge(response, by="threshold", threshold=0.1).important["conv1"][2]
+
+
+def test_fits_the_pruners_of_torch_pruning_on_option_a() -> None:
+    net, x = build_model({"name": "resnet20"}).eval(), torch.rand(1, 3, 32, 32)
+    layers = [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d)]
+    importance = TagImportance(net, scores("random", Evidence(net), layers))
+    pruner = tp.pruner.BasePruner(
+        net,
+        x,
+        importance=importance,
+        pruning_ratio=0.5,
+        ignored_layers=[net.linear],
+        customized_pruners=CUSTOM_PRUNERS,
+        root_module_types=[nn.Conv2d],
+    )
+    pruner.step()
+    assert net.conv1.out_channels == 8
+    assert net.layer3[2].conv2.out_channels == 32
+    assert net(x).shape == (1, 10)

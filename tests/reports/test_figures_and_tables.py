@@ -1,0 +1,168 @@
+"""Figures hold what they should: drawn values, labels that do not overlap, marks told apart without colour."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from freqprune.networks.registry import build_model
+from freqprune.pruning.verdict import judge
+from freqprune.reports import record, response_figures, run_figures, stage_table, tables
+from freqprune.reports.drawing import save
+from freqprune.tagging.measurement import tag
+from freqprune.tagging.response import TagResponse
+from freqprune.tagging.stimulus import Stimulus
+
+
+@pytest.fixture(scope="module")
+def response() -> TagResponse:
+    torch.manual_seed(0)
+    return tag(build_model({"name": "resnet8"}), torch.rand(4, 3, 16, 16))
+
+
+def overlaps(figure: Figure) -> list[tuple[str, str]]:
+    """Pairs of visible texts whose boxes overlap."""
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    # Axes that are switched off draw their title and nothing else.
+    off = [axis for axis in figure.findobj(Axes) if not (axis.axison and axis.get_visible())]
+    hidden = {
+        id(text) for axis in off for text in axis.findobj(Text) if text is not axis.title or not axis.get_visible()
+    }
+    boxes = [
+        (text.get_text(), text.get_window_extent(canvas.get_renderer()).shrunk(0.9, 0.8))
+        for text in figure.findobj(Text)
+        if text.get_visible() and text.get_text().strip() and id(text) not in hidden
+    ]
+    # Rotated tick labels lie side by side by construction; every other pair must be apart.
+    return [
+        (a, b)
+        for i, (a, x) in enumerate(boxes)
+        for b, y in boxes[i + 1 :]
+        if x.overlaps(y) and not (a.startswith("layer") and b.startswith("layer"))
+    ]
+
+
+def test_no_figure_has_overlapping_text(response: TagResponse, tmp_path: Path) -> None:
+    important = judge(response).important
+    shares = {epoch: dict.fromkeys(important, 0.5) for epoch in range(30)}
+    drawn = {
+        "stimulus": response_figures.stimulus_figure(Stimulus(), torch.rand(3, 16, 16)),
+        "stimulus4": response_figures.stimulus_figure(
+            Stimulus(parts="quadrants", tag_freqs=(8.5, 15.5, 19.0, 20.5), max_order=2), torch.rand(1, 16, 16)
+        ),
+        "bins": response_figures.snr_bins(response, "conv1", 0),
+        "spectra": response_figures.snr_spectra(response, "conv1"),
+        "spectra3": response_figures.snr_spectra(response, "conv1", filters=[1, 5, 7]),
+        "important": response_figures.important_per_layer(important, "a title"),
+        "epochs": run_figures.important_over_epochs(shares, "a title"),
+        "kept": run_figures.kept_over_depth({f"way {i}": dict.fromkeys(important, i / 9) for i in range(9)}),
+        "one kept": run_figures.kept_over_depth({"all jobs": dict.fromkeys(important, 0.5)}),
+        "medians": run_figures.medians_over_depth(
+            {f"way {i}": dict.fromkeys(important, i / 9) for i in range(9)}, "intermodulation / fundamentals"
+        ),
+        "preference": response_figures.part_preference_over_depth(response),
+        "integration": response_figures.integration_over_depth(response, {"cat": response, "dog": response}),
+    }
+    for name, figure in drawn.items():
+        assert overlaps(figure) == [], name
+        assert save(figure, tmp_path / f"{name}.png").stat().st_size > 3000
+
+
+def test_spectra_draw_the_snr_and_cut_it(response: TagResponse) -> None:
+    figure = response_figures.snr_spectra(response, "conv1", filters=[3], ceiling=5.0)
+    (axis,) = [a for a in figure.axes if a.get_visible()]
+    drawn = {
+        float(line.get_xdata()[0]): float(line.get_ydata()[0])
+        for line in axis.lines
+        if line.get_marker() != "None" and len(line.get_xdata()) == 1
+    }
+    snr = response.snr("conv1", "all")[3]
+    for component, value in zip(response.components("all"), snr.tolist(), strict=True):
+        # The lowest component lacks two noise bins on its left and is drawn from the spectrum.
+        if component.bin >= 3:
+            assert drawn[component.freq] == pytest.approx(min(value, 5.0))
+
+
+def test_kinds_differ_in_marker_and_colour() -> None:
+    handles = response_figures._legend(Stimulus())
+    assert len({h.get_marker() for h in handles}) == len({h.get_color() for h in handles}) == 3
+
+
+def test_dead_filters_are_said_to_be(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU())
+    with torch.no_grad():
+        net[0].weight.zero_()
+        net[0].bias.fill_(-1)
+    dead = tag(net, torch.rand(2, 3, 16, 16))
+    figure = response_figures.snr_spectra(dead, "0")
+    assert [t.get_text() for a in figure.axes for t in a.texts] == ["no response"] * 2
+    assert overlaps(response_figures.part_preference_over_depth(dead)) == []
+    save(response_figures.integration_over_depth(dead), tmp_path / "i.png")
+
+
+def test_table_tells_the_changes() -> None:
+    metrics = {
+        "dense": {"test_accuracy": 0.9, "macs": 2_000_000, "params": 1000, "latency_ms": {"1": 2.0}},
+        "pruned": {"test_accuracy": 0.1, "macs": 1_000_000, "params": 500, "latency_ms": {"1": 1.5}},
+        "finetuned": {"test_accuracy": 0.85},
+    }
+    table = stage_table(metrics)
+    rows = list(zip(*(list(column.cells) for column in table.columns), strict=True))
+    assert rows[1] == ("pruned", "10.00", "1.00\n-50.0 %", "0.5\n-50.0 %", "", "1.50\n-25.0 %")
+    assert [row[0] for row in rows] == ["dense", "pruned", "finetuned"]
+
+
+def test_metrics_appear_complete_or_not_at_all(tmp_path: Path) -> None:
+    record.write_json(tmp_path / "metrics.json", {"a": 1})
+    with pytest.raises(TypeError):
+        record.write_json(tmp_path / "metrics.json", {"a": object()})
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"a": 1}
+
+
+def test_rank_agreement_with_the_last_epoch(tmp_path: Path) -> None:
+    rows = ["epoch,layer,filter,score,amplitude_f1"]
+    for epoch, a, b in ((0, [3, 2, 1], [1, 1, 1]), (4, [1, 3, 2], [1, 2, "nan"]), (9, [1, 2, 3], [1, 2, 0])):
+        rows += [
+            f"{epoch},{layer},{i},{value},0" for layer, values in (("a", a), ("b", b)) for i, value in enumerate(values)
+        ]
+    (tmp_path / "importance.csv").write_text("\n".join(rows) + "\n")
+    found = tables.rank_agreement(tmp_path / "importance.csv")
+    assert found[0]["a"] == pytest.approx(-1)
+    assert found[4] == pytest.approx({"a": 0.5, "b": 1.0})
+    assert found[9] == pytest.approx({"a": 1.0, "b": 1.0})
+    assert found[0]["b"] != found[0]["b"]  # all equal: no ranking
+    assert all(
+        value != value for value in tables.rank_agreement(tmp_path / "importance.csv", "amplitude_f1")[9].values()
+    )
+
+
+def test_figures_of_runs_and_sweeps_draw_what_they_are_given() -> None:
+    point = {"cut": (50.0, 0.1), "dense": (92.0, 0.0), "pruned": (20.0, 1.0), "finetuned": (90.0, 0.5)}
+    lines = {"snr": [point, {**point, "cut": (30.0, float("nan")), "finetuned": (91.0, float("nan"))}], "l2": [point]}
+    figure = run_figures.accuracy_over_cut(lines)
+    drawn = [[container.lines[0].get_xydata().tolist() for container in axis.containers] for axis in figure.axes]
+    assert drawn[0] == [[[30.0, 20.0], [50.0, 20.0]], [[50.0, 20.0]]]
+    assert drawn[1] == [[[30.0, 91.0], [50.0, 90.0]], [[50.0, 90.0]]]
+    assert (
+        len(
+            run_figures.accuracy_over_cut(
+                {"a": [{"cut": (50.0, 0.1), "recalibrated": (30.0, 1.0), "pruned": (20.0, 1.0)}]}
+            ).axes
+        )
+        == 1
+    )
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["snr", "l2"]
+    assert not overlaps(figure)
+    bars = run_figures.kept_per_layer({"a": 3, "b": 4}, {"a": 6, "b": 8, "unpruned": 9}).axes[0].containers
+    assert [[bar.get_height() for bar in group] for group in bars] == [[6, 8], [3, 4]]
+    curves = run_figures.training_curves({"train/loss": [(0, 2.0), (1, 1.0)], "val/accuracy": [(0, 0.25)]})
+    assert curves.axes[0].lines[0].get_xydata().tolist() == [[1, 2.0], [2, 1.0]]
+    assert curves.axes[1].lines[1].get_xydata().tolist() == [[1, 25.0]]

@@ -1,0 +1,345 @@
+"""Tables of sweeps from folders as Hydra leaves them."""
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from freqprune.errors import InputError
+from freqprune.jobs import cli
+from freqprune.reports.record import failures_kept
+from freqprune.reports.sweep_jobs import check_goes_on, commands_of, counted_once, planned, read_sweep, told_apart
+from freqprune.reports.sweeps import gather, grouped, table
+from freqprune.reports.tables import layer_medians
+
+
+def job(folder: Path, overrides: list[str], finetuned: float | None = None, failed: str = "") -> None:
+    (folder / ".hydra").mkdir(parents=True)
+    OmegaConf.save(OmegaConf.create(overrides), folder / ".hydra" / "overrides.yaml")
+    if finetuned is not None:
+        stages = {
+            "dense": {"test_accuracy": 0.9, "macs": 200, "params": 100},
+            "pruned": {"test_accuracy": 0.1, "macs": 100, "params": 75},
+        }
+        counts = {"kept": {"a": 3, "b": 2}, "widths": {"a": 4, "b": 8}}
+        (folder / "metrics.json").write_text(
+            json.dumps({**stages, **counts, "finetuned": {"test_accuracy": finetuned}, "finished": True})
+        )
+        rows = [
+            "group,layer_index,layer,filter,part_preference,integration",
+            "all,0,a,0,0.5,1",
+            "all,0,a,1,,",
+            "all,0,a,2,0.1,2",
+            "cat,0,a,0,9,9",
+            "all,1,b,0,,",
+        ]
+        (folder / "layers.csv").write_text("\n".join(rows) + "\n")
+    if failed:
+        (folder / "failed.txt").write_text(failed)
+
+
+def multirun(folder: Path, task: Sequence[str], hydra: Sequence[str] = ()) -> None:
+    content = {"hydra": {"job": {"name": "prune"}, "overrides": {"task": list(task), "hydra": list(hydra)}}}
+    OmegaConf.save(OmegaConf.create(content), folder / "multirun.yaml")
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    folder = tmp_path / "sweep"
+    job(folder / "0", ["data=digits", "compile=False", "importance=snr", "seed=0"], 0.80)
+    job(folder / "1", ["data=digits", "compile=False", "importance=snr", "seed=1"], 0.82)
+    job(
+        folder / "2", ["data=digits", "compile=False", "importance=l2", "seed=0"], failed="InputError: no | pipes\nmore"
+    )
+    job(folder / "10", ["data=digits", "compile=False", "importance=l2", "seed=1"], 0.7)
+    job(folder / "9", ["data=digits", "compile=False", "importance=random", "seed=0"])
+    given = ["data=digits", "compile=false", "importance=snr,l2,random", "seed=0,1"]
+    multirun(folder, given, ["hydra/launcher=joblib", "hydra.mode=MULTIRUN"])
+    return folder
+
+
+def test_means_and_deviations_over_seeds(sweep: Path) -> None:
+    groups = grouped(read_sweep(sweep))
+    assert [(g.settings, g.seeds) for g in groups] == [({"importance": "snr"}, 2), ({"importance": "l2"}, 1)]
+    assert groups[0].mean["finetuned"] == pytest.approx(81)
+    assert groups[0].sd["finetuned"] == pytest.approx(2**0.5)
+    assert groups[0].mean["cut"] == pytest.approx(50)
+    header, rows = table(groups)
+    assert header == [
+        "importance",
+        "seeds",
+        "MACs cut, %",
+        "parameters cut, %",
+        "dense, %",
+        "pruned, %",
+        "finetuned, %",
+    ]
+    assert rows[0] == ["snr", "2", "50.00 ± 0.00", "25.00 ± 0.00", "90.00 ± 0.00", "10.00 ± 0.00", "81.00 ± 1.41"]
+    assert rows[1][-1] == "70.00"
+
+
+def test_no_job_is_dropped(sweep: Path) -> None:
+    jobs = read_sweep(sweep)
+    assert [(j.name, j.state) for j in jobs] == [
+        ("0", "finished"), ("1", "finished"), ("2", "failed"), ("9", "unfinished"), ("10", "finished"), ("5", "not "
+                                                                                                              "started"),
+    ]  # fmt: skip
+    assert jobs[-1].overrides == {"data": "digits", "compile": "false", "importance": "random", "seed": "1"}
+
+
+def test_what_gathering_writes(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = gather([sweep], tmp_path / "out")
+    text = (out / "sweep.md").read_text()
+    assert "3 of 6 jobs are missing" in text
+    assert r"| 2 | failed | importance=l2, seed=0 | InputError: no \| pipes |" in text
+    assert "| 5 | not started | importance=random, seed=1 |  |" in text
+    with (out / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["finetuned_mean"] == "81.0000"
+    assert rows[1]["finetuned_sd"] == ""
+    for name in ("accuracy_over_cut", "kept_over_depth", "part_preference", "integration"):
+        assert (out / "figures" / f"{name}.png").stat().st_size > 5000
+    page = (out / "report.html").read_text()
+    assert "3 of 6 jobs are missing" in page
+    assert "81.00 ± 1.41" in page
+    assert (
+        '<pre class="command">python prune.py -m data=digits compile=false importance=snr,l2,random seed=0,1 '
+        "hydra/launcher=joblib</pre>" in page
+    )
+    assert page.count("<img ") == 4
+    assert "81.00 ± 1.41" in capsys.readouterr().out
+
+
+def test_several_sweeps_go_into_one_table(sweep: Path, tmp_path: Path) -> None:
+    job(tmp_path / "more" / "0", ["data=digits", "compile=false", "importance=random", "seed=0"], 0.6)
+    gather([sweep, tmp_path / "more"], tmp_path / "out")
+    assert "| random | 1 |" in (tmp_path / "out" / "sweep.md").read_text()
+
+
+def test_a_job_that_was_done_twice_counts_once(sweep: Path, tmp_path: Path) -> None:
+    job(tmp_path / "more" / "0", ["data=digits", "compile=false", "importance=l2", "seed=1"], 0.9)
+    text = (gather([sweep, tmp_path / "more"], tmp_path / "out") / "sweep.md").read_text()
+    assert "| l2 | 1 | 50.00 | 25.00 | 90.00 | 10.00 | 70.00 |" in text
+    assert "| more/0 | repeated | importance=l2, seed=1 |  |" in text
+
+
+def test_medians_of_a_layer_are_over_the_filters_that_answer(sweep: Path) -> None:
+    medians = layer_medians(sweep / "0" / "layers.csv")
+    assert medians["part_preference"]["a"] == pytest.approx(0.3)
+    assert medians["integration"]["a"] == pytest.approx(1.5)
+    assert math.isnan(medians["integration"]["b"])
+
+
+def settings(folder: Path, **changed: object) -> None:
+    record = {
+        "settings": {"seed": 0, "importance": {"criterion": "snr"}, **changed},
+        "versions": {"torch": "2"},
+        "machine": {"system": "x", "cores": 2},
+    }
+    (folder / "run.json").write_text(json.dumps({"command": None, **record}))
+
+
+def test_jobs_that_ran_with_other_defaults_are_told_apart(tmp_path: Path) -> None:
+    tags = {
+        "tag_freqs": [6.0],
+        "n_frames": 240,
+        "frame_rate": 120.0,
+        "noise_std": 0.02,
+        "n_images": 4,
+        "parts": "halves",
+    }
+    for name, criterion in (("old", "snr"), ("new", "l2")):
+        for seed in (0, 1):
+            job(tmp_path / name / str(seed), ["pretrained=true", f"seed={seed}"], 0.8 if name == "old" else 0.9)
+            settings(
+                tmp_path / name / str(seed),
+                seed=seed,
+                importance={"criterion": criterion},
+                tagging=tags,
+                finetune={"epochs": 1},
+            )
+    # Another layout of run.json, as of an older version, is no other setting.
+    settings(tmp_path / "old" / "0", importance={"criterion": "snr"}, tagging=tags, finetune={"epochs": 1}, gone=1)
+    text = (gather([tmp_path / "old", tmp_path / "new"], tmp_path / "out") / "sweep.md").read_text()
+    assert '| "snr" | 2 | 50.00 ± 0.00 | 25.00 ± 0.00 | 90.00 ± 0.00 | 10.00 ± 0.00 | 80.00 ± 0.00 |' in text
+    assert '| "l2" | 2 | 50.00 ± 0.00 | 25.00 ± 0.00 | 90.00 ± 0.00 | 10.00 ± 0.00 | 90.00 ± 0.00 |' in text
+
+
+def test_groups_that_were_adjusted_are_told_apart(tmp_path: Path) -> None:
+    for number, compensation in enumerate(("none", "least_squares")):
+        job(tmp_path / str(number), ["importance=snr", "seed=0"], 0.5 + 0.4 * number)
+        settings(tmp_path / str(number), importance={"criterion": "snr", "compensation": compensation})
+    text = (gather([tmp_path], tmp_path / "out") / "sweep.md").read_text()
+    assert "| importance.compensation | seeds |" in text
+    assert "repeated" not in text
+
+
+def test_a_job_without_overrides_is_a_job_of_its_own_and_seed_0_the_same_as_none(tmp_path: Path) -> None:
+    for name, overrides in (("0", []), ("1", ["importance=l2"]), ("2", ["seed=0"])):
+        job(tmp_path / name, overrides, 0.8)
+        settings(tmp_path / name)
+    rows = table(grouped(counted_once(told_apart(read_sweep(tmp_path)))))[1]
+    assert [row[:2] for row in rows] == [["default", "1"], ["l2", "1"]]
+
+
+def test_an_older_record_of_a_run_still_makes_a_report(tmp_path: Path) -> None:
+    job(tmp_path / "0", ["importance=snr"], 0.8)
+    (tmp_path / "0" / "run.json").write_text('{"settings": {"importance": {"criterion": "snr"}}}')
+    assert "1 of 1 jobs are in the table" in (gather([tmp_path], tmp_path / "out") / "report.html").read_text()
+
+
+def test_what_a_job_recorded_counts_not_what_was_refused_in_its_folder(tmp_path: Path) -> None:
+    job(tmp_path / "0", ["importance=snr"], 0.8)
+    settings(tmp_path / "0", tagging={}, finetune={})
+    record = json.loads((tmp_path / "0" / "run.json").read_text())
+    (tmp_path / "0" / "run.json").write_text(json.dumps({**record, "command": "python prune.py importance=l2"}))
+    (found,) = read_sweep(tmp_path)
+    assert found.overrides == {"importance": "l2"}
+    with pytest.raises(InputError, match="refused"), failures_kept(tmp_path / "0"):
+        raise InputError("refused")
+    assert not (tmp_path / "0" / "failed.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("metrics.json", ""),
+        ("metrics.json", "null"),
+        ("metrics.json", '{"finished": true}'),
+        ("run.json", "{"),
+        (".hydra/overrides.yaml", "[1"),
+    ],
+)
+def test_a_damaged_job_is_listed_and_the_others_counted(sweep: Path, tmp_path: Path, file: str, content: str) -> None:
+    (sweep / "10" / file).write_text(content)
+    text = (gather([sweep], tmp_path / "out") / "sweep.md").read_text()
+    assert "| snr | 2 |" in text
+    assert "| 10 | damaged |" in text
+
+
+def test_a_damaged_multirun_file_or_reason_does_not_stop_the_table(sweep: Path, tmp_path: Path) -> None:
+    (sweep / "multirun.yaml").write_text("")
+    (sweep / "2" / "failed.txt").write_bytes(b"\xff out of memory")
+    text = (gather([sweep], tmp_path / "out") / "sweep.md").read_text()
+    assert "2 of 5 jobs are missing" in text
+    assert "out of memory" in text
+
+
+def test_a_refused_job_does_not_show_the_figures_of_another(sweep: Path) -> None:
+    (sweep / "0" / "failed.txt").write_text("holds a finished job with other settings")
+    assert read_sweep(sweep)[0].state == "failed"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["optimizer.lr=1e-5,0.1", "compile=True,no"],
+        ["+q=a b,c", "~text"],
+        ["ckpt=runs/d${seed}/last.ckpt", "seed=0,1"],
+        ["++seed=range(0,3)"],
+        ["tagging.tag_freqs=[6.0,7.5],[5.0,7.0]", "pruning.layers='layer3.*.conv1'"],
+        ["x=choice(a,b)", "hydra.verbose=true"],
+        ["ckpt='a\\${seed}'"],
+    ],
+)
+def test_planned_jobs_are_those_that_hydra_starts(given: list[str], tmp_path: Path) -> None:
+    parsed = OverridesParser.create().parse_overrides(given)
+    (started,) = BasicSweeper.split_arguments(parsed, None)
+    for number, overrides in enumerate(started):
+        job(tmp_path / str(number), list(overrides), 0.8)
+    multirun(tmp_path, given)
+    assert [one.state for one in read_sweep(tmp_path)] == ["finished"] * len(started)
+    assert len(planned(given)) == len(started)
+
+
+def test_jobs_of_a_glob_are_those_that_began(sweep: Path, tmp_path: Path) -> None:
+    multirun(sweep, ["importance=glob(*)"])
+    assert len(read_sweep(sweep)) == 5
+
+
+def test_a_sweep_does_not_start_over_the_jobs_of_another(sweep: Path) -> None:
+    check_goes_on(sweep, ["data=digits", "compile=false", "importance=snr,l2,random", "seed=0,1"])
+    # Only the first two are finished; l2 with seed 0 failed.
+    check_goes_on(sweep, ["data=digits", "compile=false", "importance=snr", "seed=0,1,2"])
+    with pytest.raises(InputError, match="0 holds a finished job of another sweep"):
+        check_goes_on(sweep, ["data=digits", "compile=false", "importance=random", "seed=0"])
+
+
+def test_a_parent_folder_counts_the_jobs_of_every_sweep(sweep: Path, tmp_path: Path) -> None:
+    job(tmp_path / "other" / "0", ["data=digits", "compile=false", "importance=lamp", "seed=0"], 0.6)
+    multirun(tmp_path / "other", ["data=digits", "compile=false", "importance=lamp,taylor", "seed=0"])
+    jobs = read_sweep(tmp_path)
+    assert [(one.name, one.state) for one in jobs if one.overrides["importance"] in ("lamp", "taylor")] == [
+        ("other/0", "finished"), ("other/1", "not started")
+    ]  # fmt: skip
+    assert len(commands_of(tmp_path)) == 2
+
+
+def test_the_report_of_a_single_run_is_not_overwritten(sweep: Path, tmp_path: Path) -> None:
+    settings(sweep / "0")
+    with pytest.raises(
+        InputError, match="folder of a single run, whose report would be overwritten; give another with --out"
+    ):
+        gather([sweep / "0"])
+    (sweep / "0" / "run.json").unlink()
+    gather([sweep, sweep], tmp_path / "out")
+    assert "3 of 6 jobs are missing" in (tmp_path / "out" / "sweep.md").read_text()
+
+
+def test_figures_of_an_earlier_gathering_go(sweep: Path, tmp_path: Path) -> None:
+    out = gather([sweep], tmp_path / "out")
+    for path in sweep.glob("*/layers.csv"):
+        path.unlink()
+    gather([sweep], out)
+    assert {path.name for path in (out / "figures").iterdir()} == {"accuracy_over_cut.png", "kept_over_depth.png"}
+
+
+def test_stages_that_only_some_jobs_reached(sweep: Path) -> None:
+    metrics = json.loads((sweep / "0" / "metrics.json").read_text())
+    del metrics["finetuned"]
+    (sweep / "0" / "metrics.json").write_text(json.dumps(metrics))
+    assert table(grouped(read_sweep(sweep)))[1][0][-1] == "82.00 (1 of 2)"
+
+
+def test_labels_stay_apart_and_short(tmp_path: Path) -> None:
+    for number in range(2):
+        for key in ("optimizer.lr", "finetune.lr"):
+            job(tmp_path / f"{key}{number}", [f"{key}=0.1", f"seed={number}", "ckpt='a$_$b^'"], 0.8)
+    job(tmp_path / "plain", ["seed=0", "ckpt=" + "x" * 300], 0.8)
+    groups = grouped(read_sweep(tmp_path))
+    assert len({group.label() for group in groups}) == len(groups) == 3
+    gather([tmp_path], tmp_path / "out")
+
+
+def test_a_sweep_is_gathered_whatever_ended_it(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def main() -> None:
+        cli.Gather.folder = str(sweep)
+        raise RuntimeError("out of memory")
+
+    for name in ("FREQPRUNE_RUN_ID", "HYDRA_FULL_ERROR"):
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cli._run(main, "prune")
+    assert "3 of 6 jobs are missing" in (sweep / "sweep.md").read_text()
+
+
+def test_a_gathering_that_fails_does_not_hide_the_error(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cli.Gather, "folder", str(sweep))
+    monkeypatch.setattr("freqprune.reports.sweeps.gather", lambda folders: 1 / 0)
+    cli.gather_sweep()
+    assert "could not be gathered (ZeroDivisionError" in caplog.text
+
+
+def test_folders_without_jobs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no jobs"):
+        read_sweep(tmp_path)
+    with pytest.raises(InputError, match="is not a folder"):
+        read_sweep(tmp_path / "none")

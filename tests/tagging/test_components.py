@@ -1,0 +1,95 @@
+import itertools
+
+import pytest
+
+from freqprune.errors import InputError
+from freqprune.tagging.components import collision, component_name, components, find_components, noise_bins
+
+
+def test_order_four_of_six_and_seven_and_a_half_hertz() -> None:
+    found = components((12, 15), 240, 120.0, 4)
+    assert {c.name: c.freq for c in found} == {
+        "f2-f1": 1.5,
+        "2f2-2f1": 3.0,
+        "2f1-f2": 4.5,
+        "f1": 6.0,
+        "f2": 7.5,
+        "2f2-f1": 9.0,
+        "3f1-f2": 10.5,
+        "2f1": 12.0,
+        "f1+f2": 13.5,
+        "2f2": 15.0,
+        "3f2-f1": 16.5,
+        "3f1": 18.0,
+        "2f1+f2": 19.5,
+        "f1+2f2": 21.0,
+        "3f2": 22.5,
+        "4f1": 24.0,
+        "3f1+f2": 25.5,
+        "2f1+2f2": 27.0,
+        "f1+3f2": 28.5,
+        "4f2": 30.0,
+    }
+
+
+def test_thirty_hertz_is_the_lower_order_of_two_aliases() -> None:
+    (thirty,) = [c for c in components((12, 15), 240, 120.0, 5) if c.freq == 30]
+    assert thirty.name == "4f2"
+    assert "5f1" in thirty.aliases
+    assert thirty.order == 4
+    assert thirty.part == 1
+
+
+@pytest.mark.parametrize("max_order", [2, 5, 9])
+def test_every_combination_is_on_exactly_one_component(max_order: int) -> None:
+    cycles, n = (12, 15), 240
+    found = components(cycles, n, 120.0, max_order)
+    assert len({c.bin for c in found}) == len(found)
+    by_bin = {c.bin: c for c in found}
+    for a, b in itertools.product(range(-max_order, max_order + 1), repeat=2):
+        if not 1 <= abs(a) + abs(b) <= max_order:
+            continue
+        position = (a * 12 + b * 15) % n
+        where = min(position, n - position)
+        if where == 0:
+            continue
+        component = by_bin[where]
+        assert component.order <= abs(a) + abs(b)
+        if a * 12 + b * 15 > 0:
+            assert component_name((a, b)) in (component.name, *component.aliases)
+
+
+def test_above_nyquist_folds_back() -> None:
+    # 3 x 50 Hz at 120 frames/s is 30 Hz.
+    found = {c.name: c.freq for c in components((100,), 240, 120.0, 3)}
+    assert found == {"f1": 50.0, "2f1": 20.0, "3f1": 30.0}
+
+
+def test_three_tags() -> None:
+    names = {c.name for c in components((10, 13, 17), 400, 100.0, 2)}
+    assert {"f1", "f3", "f1+f3", "f3-f2", "2f2"} <= names
+
+
+def test_collision_names_both_responses() -> None:
+    assert "the noise bins of f1 hold the response f2" in str(collision((12, 13), 240, 1))
+    assert collision((12, 24), 240, 4) == "f2-f1 falls on f1 itself"
+    assert collision((12, 15), 240, 6) is None
+
+
+def test_noise_bins_stay_inside() -> None:
+    assert noise_bins([1, 2], 121) == [[2, 3], [1, 3, 4]]
+
+
+def test_find_components() -> None:
+    available = components((12, 15), 240, 120.0, 5)
+    assert [c.name for c in find_components("fundamentals", available)] == ["f1", "f2"]
+    assert [c.name for c in find_components(["f1+f2", "5f1"], available)] == ["f1+f2", "4f2"]
+    assert all(c.kind == "intermodulation" for c in find_components("intermodulation", available))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"), [("fundamental", "did you mean fundamentals"), (["f9"], "got 'f9'"), ([], "picks none")]
+)
+def test_find_components_refuses(names: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        find_components(names, components((12, 15), 240, 120.0, 2))  # type: ignore[arg-type]

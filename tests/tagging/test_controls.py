@@ -1,0 +1,87 @@
+"""Controls, and the torus reference against the time course."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from freqprune.errors import InputError
+from freqprune.networks.registry import build_model
+from freqprune.tagging.controls import shuffled, static, swapped, torus, untrained
+from freqprune.tagging.measurement import tag
+from freqprune.tagging.stimulus import Stimulus
+from tests.tagging.test_measurement import WHITE, Affine
+
+
+class Square(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x**2 + 0.3 * x**3
+
+
+@pytest.mark.parametrize(("activation", "tolerance"), [(Square(), 1e-14), (nn.ReLU(), 1e-3), (nn.Softplus(), 1e-9)])
+def test_time_course_agrees_with_the_torus(activation: nn.Module, tolerance: float) -> None:
+    # A polynomial has no high orders, so the two agree to rounding; a rectifier has them, and they fold onto the bins
+    # of the recording.
+    net, stimulus = nn.Sequential(Affine(), activation), Stimulus()
+    response = tag(net, WHITE, stimulus, layers="1", noise_std=0.0)
+    reference = torus(net, WHITE, stimulus, n_phases=128, layers="1")["1"]
+    for component in response.components("all"):
+        n, m = component.coefficients
+        pair = (n, m) if n > 0 or (n == 0 and m > 0) else (-n, -m)
+        torch.testing.assert_close(
+            response.amplitude("1", [component.name])[:, 0], reference[pair], rtol=0, atol=tolerance
+        )
+
+
+def test_swapped_tags_follow_their_part() -> None:
+    stimulus = swapped(Stimulus())
+    assert stimulus.tag_freqs == (7.5, 6.0)
+    found = tag(Affine(), WHITE, stimulus, noise_std=0.0).layers["conv"].amplitude[0]
+    assert found[15].item() == pytest.approx(0.25)
+    assert found[12].item() < 1e-14
+
+
+def test_shuffled_frames_leave_no_tag() -> None:
+    stimulus = shuffled(Stimulus())
+    torch.testing.assert_close(stimulus.scale.sort().values, Stimulus().scale.sort().values)
+    images = WHITE.expand(40, -1, -1, -1) * torch.linspace(0.5, 1, 40).view(-1, 1, 1, 1)
+    found = tag(Affine(), images, stimulus, noise_std=0.0).layers["conv"].amplitude
+    plain = tag(Affine(), images, Stimulus(), noise_std=0.0).layers["conv"].amplitude
+    assert found[0, 12] < 0.2 * plain[0, 12]
+    torch.testing.assert_close(found[:, 0], plain[:, 0])
+
+
+def test_a_static_image_answers_to_nothing() -> None:
+    stimulus = static(Stimulus())
+    assert len(stimulus.distinct_frames[0]) == 1
+    response = tag(Affine(), WHITE.expand(30, -1, -1, -1), stimulus)
+    assert response.amplitude("conv", "all").max() < 1e-14
+    assert response.p_values("conv", "all").min() > 1e-4
+    assert response.snr("conv")[:3].max() < 1.5
+
+
+def test_untrained_networks_are_fresh_and_leave_the_trained_one_alone() -> None:
+    net = build_model({"name": "resnet8"}).eval()
+    before = net.conv1.weight.clone()
+    state = torch.get_rng_state()
+    fresh = untrained(net, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(net.conv1.weight, before)
+    assert not torch.equal(fresh.conv1.weight, before)
+    assert torch.equal(untrained(net, seed=3).conv1.weight, fresh.conv1.weight)
+    assert not fresh.training
+
+
+def test_refusals() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+    with pytest.raises(InputError, match="no reset_parameters"):
+        untrained(nn.Sequential(Own()))
+    with pytest.raises(InputError, match="torus takes two parts"):
+        torus(Affine(), WHITE, Stimulus(tag_freqs=(8.5, 15.5, 19.0, 20.5), parts="quadrants", max_order=1))
+    with pytest.raises(InputError, match="n_phases must be above"):
+        torus(Affine(), WHITE, Stimulus(), n_phases=8)
+    with pytest.raises(InputError, match="control must be one of"):
+        Stimulus(control="swap")

@@ -1,0 +1,212 @@
+"""The whole measurement, against nets whose answer is known on paper and against the plain way of running it."""
+
+import math
+
+import pytest
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+from freqprune.errors import InputError
+from freqprune.networks.registry import build_model
+from freqprune.tagging.measurement import tag
+from freqprune.tagging.recording import Recorder, map_mean
+from freqprune.tagging.response import TagResponse
+from freqprune.tagging.sites import find_sites
+from freqprune.tagging.spectrum import amplitude_spectrum
+from freqprune.tagging.stimulus import Stimulus
+
+
+class Affine(nn.Module):
+    """Filter 0 sums the left half, filter 1 the right half, filter 2 both, filter 3 nothing."""
+
+    def __init__(self, activation: nn.Module | None = None, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 16, dtype=dtype)
+        self.act = activation or nn.Identity()
+        with torch.no_grad():
+            self.conv.weight.zero_()
+            self.conv.bias.copy_(torch.tensor([0.0, 0.0, -0.75, 0.0]))
+            self.conv.weight[0, 0, :, :8] = 1 / 128
+            self.conv.weight[1, 0, :, 8:] = 1 / 128
+            self.conv.weight[2, 0] = 1 / 256
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.conv(x))
+
+
+WHITE = torch.ones(1, 1, 16, 16, dtype=torch.float64)
+
+
+def test_an_affine_unit_answers_with_the_fundamentals_of_its_parts_only() -> None:
+    response = tag(Affine(), WHITE, noise_std=0.0)
+    amplitude = response.layers["conv"].amplitude
+    expected = torch.zeros(4, 121, dtype=torch.float64)
+    # Scale has mean 0.75 and amplitude depth / 2 = 0.25.
+    expected[0, [0, 12]] = torch.tensor([0.75, 0.25], dtype=torch.float64)
+    expected[1, [0, 15]] = torch.tensor([0.75, 0.25], dtype=torch.float64)
+    expected[2, [12, 15]] = 0.125
+    torch.testing.assert_close(amplitude, expected, rtol=0, atol=1e-14)
+
+
+def test_a_rectifier_brings_intermodulation() -> None:
+    response = tag(Affine(nn.ReLU()), WHITE, noise_std=0.0)
+    # Filter 2 is relu(0.125 (s1 + s2)): f1 = f2 = 1/2, f1 ± f2 = 8 / (3 pi^2) of the amplitude.
+    names = [c.name for c in response.components("all")]
+    amplitude = dict(zip(names, response.amplitude("conv", "all")[2].tolist(), strict=True))
+    assert amplitude["f1"] == pytest.approx(0.0625, abs=1e-4)
+    assert amplitude["f1+f2"] == pytest.approx(0.125 * 8 / (3 * math.pi**2), abs=1e-3)
+    assert response.amplitude("conv", "intermodulation")[0].max() < 1e-14
+
+
+def test_swapped_tags_leave_the_fundamentals_of_each_half_unchanged() -> None:
+    plain, swapped = tag(Affine(), WHITE), tag(Affine(), WHITE, Stimulus(tag_freqs=(7.5, 6.0)))
+    left = plain.amplitude("conv", ["f1"])[0]
+    torch.testing.assert_close(swapped.amplitude("conv", ["f1"])[0], left, rtol=0, atol=1e-14)
+    assert swapped.components(["f1"])[0].freq == 7.5
+
+
+def test_equals_the_plain_way(images: Tensor) -> None:
+    """All 240 frames one by one, whole maps kept, one image at a time."""
+    net = build_model({"name": "resnet8"}).eval()
+    stimulus = Stimulus()
+    response = tag(net, images, noise_std=0.0, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
+    sites = find_sites(net, images[:1])
+    shift, scale = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.25]).view(3, 1, 1)
+    total = {site.layer: 0.0 for site in sites}
+    with Recorder(net, sites, lambda maps, dim: maps) as recorder:
+        for image in images:
+            frames = stimulus.frames(image[None])[0]
+            maps = [recorder((frame[None] - shift) / scale) for frame in frames]
+            for site in sites:
+                course = torch.cat([map_mean(m[site.layer], 1) for m in maps]).double()
+                total[site.layer] = total[site.layer] + amplitude_spectrum(course.T) / len(images)
+    for layer, expected in total.items():
+        # float32 activations: rounding of 1e-7 of their size.
+        torch.testing.assert_close(response.layers[layer].amplitude, expected, rtol=1e-4, atol=2e-6)
+
+
+def test_noise_gives_the_snr_of_paper() -> None:
+    # Filter 0 averages 128 pixels: noise sd is 0.02 / sqrt(128); a tone of 0.25.
+    response = tag(Affine(), WHITE.expand(200, -1, -1, -1), noise_std=0.02)
+    floor = 0.02 / math.sqrt(128) * math.sqrt(math.pi / 240)
+    # Averaged amplitudes: the baseline is the mean floor; five standard errors of 200 images.
+    assert response.snr("conv", ["f1"])[0].item() == pytest.approx(0.25 / floor, rel=0.1)
+    assert response.snr("conv", ["f2"])[0].item() == pytest.approx(1.0, abs=0.25)
+    assert response.p_values("conv", ["f1"])[0].item() < 1e-10
+    assert response.p_values("conv", ["f2"])[0].item() > 1e-4
+
+
+def test_noise_free_and_dead_are_named() -> None:
+    quiet = tag(Affine(), WHITE, noise_std=0.0)
+    assert quiet.snr("conv").isnan().all()
+    assert quiet.why_no_snr("conv") == ["noise-free", "noise-free", "noise-free", "dead"]
+    with pytest.raises(InputError, match="no significance"):
+        quiet.p_values("conv")
+    noisy = tag(Affine(), WHITE, noise_std=0.02)
+    assert noisy.why_no_snr("conv") == ["", "", "", "dead"]
+    assert noisy.snr("conv")[3].isnan().all()
+    assert noisy.p_values("conv")[3].eq(1).all()
+
+
+@pytest.mark.parametrize("average", ["amplitude", "power", "complex", "snr"])
+def test_results_do_not_depend_on_the_batches(average: str, images: Tensor) -> None:
+    net = build_model({"name": "resnet8"}).double()
+    one = tag(net, images.double(), average=average, frames_a_batch=37)
+    other = tag(net, images.double(), average=average, frames_a_batch=2000)
+    for layer in one.layers:
+        torch.testing.assert_close(one.layers[layer].amplitude, other.layers[layer].amplitude, rtol=0, atol=1e-12)
+        torch.testing.assert_close(one.snr(layer, "all"), other.snr(layer, "all"), rtol=1e-7, atol=0, equal_nan=True)
+
+
+def test_averages_differ_as_they_should() -> None:
+    images = torch.cat([WHITE, WHITE * 0.5])
+    found = {
+        a: tag(Affine(), images, average=a, noise_std=1e-3).layers["conv"].noisy_amplitude[0, 12].item()
+        for a in ("amplitude", "power", "complex")
+    }
+    assert found["amplitude"] == pytest.approx((0.25 + 0.125) / 2, rel=1e-2)
+    assert found["power"] == pytest.approx(math.sqrt((0.25**2 + 0.125**2) / 2), rel=1e-2)
+    assert found["complex"] == pytest.approx((0.25 + 0.125) / 2, rel=1e-2)
+
+
+def test_the_same_seed_gives_the_same_bits(images: Tensor) -> None:
+    net = build_model({"name": "resnet8"})
+    a, b, c = (tag(net, images[:2], seed=s).snr("conv1") for s in (1, 1, 2))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_modes_and_layers(images: Tensor) -> None:
+    net = build_model({"name": "resnet8"}).train()
+    response = tag(net, images[:1], layers="layer2*", noise_std=0.0)
+    assert list(response.layers) == ["layer2.0.conv1", "layer2.0.conv2"]
+    assert all(m.training for m in net.modules())
+    assert response.snr_spectrum("layer2.0.conv1").shape == (32, 121)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"noise_std": -0.1}, r"noise_std must lie in \[0, 1\]"),
+        ({"noise_std": math.nan}, "noise_std must lie"),
+        ({"average": "mean"}, "average must be one of"),
+        ({"layers": "block*"}, "matches none of"),
+        ({"where": "after"}, "where must be one of"),
+        ({"mean": (0.5,)}, "3 channels, 1 values"),
+        ({"std": (0.0, 1.0, 1.0)}, "std must be positive"),
+        ({"frames_a_batch": 0}, "frames_a_batch must be at least 1"),
+    ],
+)
+def test_bad_settings(settings: dict[str, object], message: str, images: Tensor) -> None:
+    with pytest.raises(InputError, match=message):
+        tag(build_model({"name": "resnet8"}), images, **settings)  # type: ignore[arg-type]
+
+
+def test_weights_that_are_not_finite_are_named(images: Tensor) -> None:
+    net = build_model({"name": "resnet8"})
+    with torch.no_grad():
+        net.layer2[0].conv1.weight[0] = torch.nan
+    with pytest.raises(InputError, match=r"layer 'layer2.0.conv1' answers with NaN"):
+        tag(net, images)
+
+
+@pytest.mark.parametrize("size", [9, 30])
+def test_noise_does_not_depend_on_the_batches_for_any_image_size(size: int) -> None:
+    net = nn.Conv2d(3, 2, 3, dtype=torch.float64)
+    net = nn.Sequential(net)
+    images = torch.rand(2, 3, size, size, dtype=torch.float64)
+    one, other = tag(net, images, frames_a_batch=17), tag(net, images, frames_a_batch=240)
+    torch.testing.assert_close(one.snr("0"), other.snr("0"), rtol=1e-9, atol=0)
+
+
+def test_an_image_that_leaves_a_filter_silent_leaves_the_average_to_the_others() -> None:
+    lit = WHITE.expand(3, -1, -1, -1)
+    relu = Affine(nn.ReLU())
+    with torch.no_grad():
+        relu.conv.bias.fill_(-0.1)
+    images = torch.cat([lit, torch.zeros_like(WHITE)])
+    mixed, alone = tag(relu, images, average="snr"), tag(relu, lit, average="snr")
+    torch.testing.assert_close(mixed.snr("conv")[:2, 0], alone.snr("conv")[:2, 0])
+    assert mixed.snr("conv")[3].isnan().all()
+
+
+def test_a_filter_that_is_all_but_dead_is_called_so() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    with torch.no_grad():
+        net[1].weight[2] = 1e-9
+        net[1].bias.fill_(1.0)
+    response = tag(net, torch.rand(3, 3, 16, 16))
+    assert response.why_no_snr("0") == ["", "", "dead", ""]
+
+
+@pytest.mark.parametrize(("half", "agreement"), [("float16", 0.995), ("bfloat16", 0.97)])
+def test_half_precision_keeps_the_ranks(half: str, agreement: float) -> None:
+    torch.manual_seed(0)
+    net, images = build_model({"name": "resnet8"}), torch.rand(2, 3, 32, 32)
+    full, fast = tag(net, images), tag(net, images, half=half)
+    assert net.conv1.weight.dtype == torch.float32
+    for layer in full.layers:
+        for value in (TagResponse.amplitude, TagResponse.snr):
+            ranks = spearmanr(value(full, layer).sum(-1).nan_to_num(0), value(fast, layer).sum(-1).nan_to_num(0))
+            assert ranks.statistic > agreement, (layer, value)

@@ -1,0 +1,69 @@
+"""Tagging other people's networks: every layer is found, read, and its filters counted."""
+
+import importlib.util
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from freqprune.tagging.measurement import tag
+from freqprune.tagging.sites import default_layers, find_sites
+
+
+@pytest.mark.parametrize(
+    ("name", "n_layers"), [("resnet18", 20), ("vgg16_bn", 13), ("mobilenet_v2", 52), ("densenet121", 120)]
+)
+def test_torchvision_convolutions(name: str, n_layers: int) -> None:
+    net = torchvision.models.get_model(name, num_classes=10)
+    sites = find_sites(net, torch.rand(1, 3, 32, 32))
+    assert len(sites) == n_layers
+    modules = dict(net.named_modules())
+    assert all(site.n_filters == modules[site.layer].out_channels for site in sites)
+    last = sites[-1].layer
+    response = tag(net, torch.rand(1, 3, 32, 32), layers=[sites[0].layer, last], noise_std=0.0)
+    assert response.amplitude(sites[0].layer).shape == (modules[sites[0].layer].out_channels, 2)
+    assert response.amplitude(sites[0].layer).max() > 0
+    assert default_layers(net)[0] == sites[0].layer
+
+
+def test_vision_transformer_linear_and_attention() -> None:
+    net = torchvision.models.VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24, num_classes=5
+    )
+    # The head is initialised to zero, and a network that answers nothing shows nothing.
+    nn.init.normal_(net.heads.head.weight)
+    layers = ["conv_proj", "*.mlp.0", "*.self_attention", "heads.head"]
+    response = tag(net, torch.rand(2, 3, 32, 32), layers=layers)
+    widths = {layer: len(r.amplitude) for layer, r in response.layers.items()}
+    blocks = [f"encoder.layers.encoder_layer_{i}" for i in (0, 1)]
+    assert widths == {"conv_proj": 16, "heads.head": 5} | {f"{b}.mlp.0": 24 for b in blocks} | {
+        f"{b}.self_attention": 16 for b in blocks
+    }
+    sites = {layer: r.site for layer, r in response.layers.items()}
+    assert sites[f"{blocks[0]}.mlp.0"].stage == "activation"
+    assert "no activation of its own" in sites[f"{blocks[0]}.self_attention"].note
+    # The patch projection is affine: intermodulation appears behind it only.
+    assert response.integration("conv_proj").max() < 1e-4
+    assert response.integration(f"{blocks[1]}.mlp.0").median() > 1e-3
+
+
+def test_vit_b_16_has_sites() -> None:
+    net = torchvision.models.vit_b_16()
+    names = [
+        name
+        for name, module in net.named_modules()
+        if isinstance(module, nn.Linear | nn.MultiheadAttention) and not name.endswith("out_proj")
+    ]
+    sites = find_sites(net, torch.rand(1, 3, 224, 224), names)
+    assert len(sites) == 12 * 3 + 1
+    assert {site.n_filters for site in sites} == {768, 3072, 1000}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
+def test_timm() -> None:
+    import timm
+
+    net = timm.create_model("resnet10t", num_classes=3)
+    response = tag(net, torch.rand(1, 3, 64, 64), noise_std=0.0)
+    assert len(response.layers) == len(default_layers(net))

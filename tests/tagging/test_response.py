@@ -1,0 +1,100 @@
+"""Measures of a response, against loops and known answers."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from freqprune.errors import InputError
+from freqprune.tagging.measurement import tag
+from freqprune.tagging.spectrum import corrected_amplitude, power_ratio, z_score
+from tests.tagging.test_measurement import WHITE, Affine
+
+SPECTRUM = torch.from_numpy(np.random.default_rng(0).uniform(1, 2, (3, 121)))
+
+
+def test_power_ratio_is_that_of_mne() -> None:
+    # mne.org, "Frequency-tagging: Basic analysis of an SSVEP": n neighbours a side after skipping some, mean power as
+    # noise.
+    kernel = np.concatenate([np.ones(3), np.zeros(2 * 1 + 1), np.ones(3)]) / 6
+    expected = [[row[b] / np.convolve(row, kernel, mode="same")[b] for b in (12, 40)] for row in SPECTRUM.numpy()]
+    np.testing.assert_allclose(power_ratio(SPECTRUM, [12, 40], n_neighbours=3, skip=1), expected, rtol=1e-12)
+    assert power_ratio(torch.zeros(1, 121), [12]).isnan().all()
+
+
+def test_predicted_responses_are_no_noise() -> None:
+    clean = power_ratio(SPECTRUM, [12], n_neighbours=3, avoid={15})
+    loud = SPECTRUM.clone()
+    loud[:, 15] = 1e6
+    torch.testing.assert_close(power_ratio(loud, [12], n_neighbours=3, avoid={15}), clean)
+
+
+def test_z_and_corrected_amplitude_by_a_loop() -> None:
+    for i, b in enumerate((12, 40)):
+        noise = SPECTRUM[:, [b - 2, b - 1, b + 1, b + 2]].numpy()
+        np.testing.assert_allclose(
+            z_score(SPECTRUM, [12, 40])[:, i],
+            (SPECTRUM[:, b].numpy() - noise.mean(1)) / noise.std(1, ddof=1),
+            rtol=1e-12,
+        )
+        np.testing.assert_allclose(
+            corrected_amplitude(SPECTRUM, [12, 40])[:, i], SPECTRUM[:, b].numpy() - noise.mean(1), rtol=1e-12
+        )
+
+
+@pytest.mark.parametrize("settings", [{"n_neighbours": 0}, {"skip": -1}])
+def test_power_ratio_refuses(settings: dict[str, int]) -> None:
+    with pytest.raises(InputError, match="n_neighbours must be at least 1"):
+        power_ratio(SPECTRUM, [12], **settings)
+    with pytest.raises(InputError, match="bin 12 has no noise bins"):
+        power_ratio(SPECTRUM, [12], 1, avoid={11, 13})
+
+
+def test_part_preference_and_integration_of_known_filters() -> None:
+    response = tag(Affine(nn.ReLU()), WHITE, noise_std=0.0)
+    assert response.part_preference("conv")[:3].tolist() == pytest.approx([1, -1, 0], abs=1e-3)
+    assert response.part_preference("conv")[3].isnan()
+    integration = response.integration("conv")
+    assert integration[:2].tolist() == pytest.approx([0, 0], abs=1e-12)
+    # relu(s1 + s2): f1 = f2 = 1/2, f1 ± f2 = 8 / (3 pi^2) and the higher orders beside them.
+    assert integration[2] > 2 * 8 / (3 * math.pi**2)
+    assert integration[3].isnan()
+
+
+def test_measures_of_a_response_leave_predicted_bins_out() -> None:
+    response = tag(Affine(), WHITE.expand(20, -1, -1, -1))
+    power = response.layers["conv"].noisy_power
+    assert power is not None
+    predicted = {c.bin for c in response.components("all")}
+    around = [b for b in range(12 - 5, 12 + 6) if b != 12 and b not in predicted]
+    expected = power[0, 12] / power[0, around].mean()
+    torch.testing.assert_close(response.power_ratio("conv", ["f1"], n_neighbours=5)[0, 0], expected)
+    assert response.z_score("conv", ["f1"])[0, 0] > 50
+    assert response.corrected_amplitude("conv")[0].item() == pytest.approx(0.25, rel=0.02)
+    quiet = tag(Affine(), WHITE, noise_std=0.0)
+    for measure in (quiet.z_score, quiet.corrected_amplitude, quiet.power_ratio):
+        with pytest.raises(InputError, match="noise_std above 0"):
+            measure("conv")
+
+
+def test_map_amplitude_does_not_cancel() -> None:
+    # Two positions in antiphase: their mean does not answer, each of them does.
+    net = nn.Conv2d(1, 1, 1, bias=False, dtype=torch.float64)
+    nn.init.ones_(net.weight)
+
+    class Antiphase(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = net
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x[..., :1, :1]
+            return self.conv(torch.cat([x, 1.5 - x], dim=-1))
+
+    images = torch.ones(1, 1, 8, 8, dtype=torch.float64)
+    mean = tag(Antiphase(), images, noise_std=0.0, where="convolution").amplitude("conv", ["f1"])
+    each = tag(Antiphase(), images, noise_std=0.0, where="convolution", spatial="map").amplitude("conv", ["f1"])
+    assert mean.item() < 1e-14
+    assert each.item() == pytest.approx(0.25, abs=1e-14)

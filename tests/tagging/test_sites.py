@@ -1,0 +1,132 @@
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from freqprune.errors import InputError
+from freqprune.networks.registry import build_model
+from freqprune.tagging.sites import default_layers, find_sites, match_layers, pick_layers
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.second = nn.Conv2d(4, 5, 3)
+        self.unused = nn.Conv2d(3, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.second(F.leaky_relu(self.norm(self.first(x)), 0.1, inplace=True)))
+
+
+class SharedReLU(nn.Module):
+    """One ReLU for both convolutions, a residual added in place: as torchvision's blocks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv2(self.relu(self.conv1(x)))
+        out += x
+        return self.relu(out)
+
+
+def test_every_convolution_of_a_resnet_is_followed(images: Tensor) -> None:
+    sites = find_sites(build_model({"name": "resnet32"}), images[:1])
+    assert len(sites) == 31
+    assert [s.layer for s in sites][:3] == ["conv1", "layer1.0.conv1", "layer1.0.conv2"]
+    by_layer = {s.layer: s for s in sites}
+    assert (by_layer["layer2.3.conv1"].module, by_layer["layer2.3.conv1"].stage) == ("layer2.3.relu1", "activation")
+    inner = by_layer["layer2.3.conv2"]
+    assert (inner.module, inner.stage) == ("layer2.3.bn2", "norm")
+    assert "no activation of its own" in inner.note
+    assert "add" in inner.note
+
+
+@pytest.mark.parametrize(
+    ("where", "module"), [("convolution", "layer1.0.conv1"), ("norm", "layer1.0.bn1"), ("activation", "layer1.0.relu1")]
+)
+def test_where(where: str, module: str, images: Tensor) -> None:
+    (site,) = find_sites(build_model({"name": "resnet8"}), images[:1], ["layer1.0.conv1"], where)
+    assert (site.module, site.stage, site.note) == (module, where, "")
+
+
+def test_functional_activations_are_replayed(images: Tensor) -> None:
+    net = Functional()
+    first, second = find_sites(net, images[:1], ["first", "second"])
+    assert (first.module, first.stage) == ("norm", "activation")
+    assert (second.module, second.stage) == ("second", "activation")
+    assert first.then is not None
+    x = torch.randn(2, 4, 3, 3)
+    torch.testing.assert_close(first.then(x), F.leaky_relu(x, 0.1))
+    assert x.min() < 0, "the replay must not work in place"
+
+
+def test_in_place_sums_end_the_trail(images: Tensor) -> None:
+    first, second = find_sites(SharedReLU(), images[:1])
+    assert (first.module, first.call, first.stage) == ("relu", 0, "activation")
+    assert (second.module, second.stage) == ("conv2", "convolution")
+    assert "add" in second.note
+
+
+def test_layers_run_twice_are_read_the_first_time(images: Tensor) -> None:
+    shared = nn.Conv2d(3, 3, 3, padding=1)
+    net = nn.Sequential(shared, nn.Tanh(), shared, nn.ReLU())
+    (site,) = find_sites(net, images[:1], ["0"])
+    assert (site.module, site.call) == ("1", 0)
+
+
+def test_transformer_blocks_have_sites() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    sites = find_sites(layer, torch.randn(1, 5, 8), ["linear1"], "convolution")
+    assert (sites[0].n_filters, sites[0].channel_dim) == (16, 2)
+
+
+@pytest.mark.parametrize(
+    ("layers", "where", "message"),
+    [
+        (["frist"], "norm", "no layer 'frist'; did you mean first"),
+        (["unused"], "norm", "never runs unused"),
+        (None, "relu", "where must be one of"),
+    ],
+)
+def test_bad_requests(layers: list[str] | None, where: str, message: str, images: Tensor) -> None:
+    with pytest.raises(InputError, match=message):
+        find_sites(Functional(), images[:1], layers, where)
+
+
+def test_no_layers_to_record(images: Tensor) -> None:
+    with pytest.raises(InputError, match="no convolution and no linear layer"):
+        find_sites(nn.ReLU(), images[:1])
+
+
+def test_nothing_is_left_behind(images: Tensor) -> None:
+    net = Functional().train()
+    net.norm.eval()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(InputError):
+        find_sites(net, images[:1])
+    assert net.training
+    assert not net.norm.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_pick_layers() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3, 4), nn.Linear(4, 2))
+    assert pick_layers(net, None) == ["0"]
+    assert pick_layers(net, "*") == ["0"]
+    assert pick_layers(net, ["4", "3", "0"]) == ["0", "3", "4"]
+    assert pick_layers(net, "1") == ["1"]
+    with pytest.raises(InputError, match="'9' matches none of 0, 3, 4"):
+        pick_layers(net, "9")
+
+
+def test_patterns() -> None:
+    names = default_layers(build_model({"name": "resnet8"}))
+    assert match_layers(names, ["*.conv1", "conv1"]) == ["conv1", "layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1"]
+    with pytest.raises(InputError, match="matches none of"):
+        match_layers(names, "block*")

@@ -1,0 +1,156 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from freqprune.errors import InputError
+from freqprune.tagging.parts import part_masks
+from freqprune.tagging.stimulus import Stimulus
+
+
+def test_scale_is_the_published_sine() -> None:
+    t = np.arange(240) / 120
+    expected = np.stack([0.5 + 0.5 * (1 + np.sin(2 * np.pi * f * t)) / 2 for f in (6, 7.5)])
+    np.testing.assert_allclose(Stimulus().scale, expected, atol=1e-13)
+
+
+def test_phase_and_depth() -> None:
+    t = np.arange(240) / 120
+    stimulus = Stimulus(depth=0.8, phases=(0.3, 2.0))
+    expected = np.stack([0.2 + 0.8 * (1 + np.sin(2 * np.pi * f * t + p)) / 2 for f, p in ((6, 0.3), (7.5, 2.0))])
+    np.testing.assert_allclose(stimulus.scale, expected, atol=1e-13)
+
+
+def test_luminance_scales_each_half(images: Tensor) -> None:
+    stimulus = Stimulus()
+    frames = stimulus.frames(images)
+    assert frames.shape == (4, 240, 3, 16, 16)
+    for frame in (0, 7, 100):
+        left, right = stimulus.scale[:, frame].float()
+        torch.testing.assert_close(frames[:, frame, :, :, :8], images[..., :8] * left)
+        torch.testing.assert_close(frames[:, frame, :, :, 8:], images[..., 8:] * right)
+
+
+@pytest.mark.parametrize(("pivot", "value"), [("gray", 0.5), ((0.1, 0.2, 0.3), None), ("image", None)])
+def test_contrast_keeps_the_pivot(images: Tensor, pivot: object, value: float | None) -> None:
+    stimulus = Stimulus(mode="contrast", pivot=pivot)  # type: ignore[arg-type]
+    level = (
+        images.mean((2, 3), keepdim=True)
+        if pivot == "image"
+        else torch.tensor(pivot).view(1, 3, 1, 1)
+        if value is None
+        else torch.tensor(value)
+    )
+    frame = stimulus.frames(images, torch.tensor([7]))[:, 0]
+    left, right = stimulus.scale[:, 7].float()
+    torch.testing.assert_close(frame[..., :8], (level + left * (images - level))[..., :8])
+    torch.testing.assert_close(frame[..., 8:], (level + right * (images - level))[..., 8:])
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"), [({}, 49), ({"phases": (0.3, 0.0)}, 80), ({"tag_freqs": (6.0, 10.5)}, 77)]
+)
+def test_distinct_frames_are_bit_equal_to_the_frames_they_stand_for(
+    images: Tensor, settings: dict[str, object], count: int
+) -> None:
+    stimulus = Stimulus(**settings)  # type: ignore[arg-type]
+    first, inverse = stimulus.distinct_frames
+    assert len(first) <= 80
+    if "phases" not in settings:
+        assert len(first) == count
+    assert torch.equal(stimulus.frames(images), stimulus.frames(images, first)[:, inverse])
+    distinct = stimulus.frames(images[:1], first)[0].flatten(1)
+    assert len(torch.unique(distinct, dim=0)) == len(first)
+
+
+def test_layouts_are_disjoint_and_cover_without_gap() -> None:
+    for layout, n_parts in (("halves", 2), ("top_bottom", 2), ("quadrants", 4), ("centre_surround", 2)):
+        masks = part_masks(layout, 32, 32)
+        assert masks.shape == (n_parts, 32, 32)
+        assert (masks.sum(0) == 1).all(), layout
+        with_gap = part_masks(layout, 32, 32, gap=4)
+        assert (with_gap.sum(0) <= 1).all()
+        assert with_gap.sum() < masks.sum()
+
+
+def test_gap_is_counted_in_pixels_and_left_alone(images: Tensor) -> None:
+    stimulus = Stimulus(gap=4)
+    masks = stimulus.masks(16, 16)
+    assert masks.any(0)[0].tolist() == [True] * 6 + [False] * 4 + [True] * 6
+    assert torch.equal(stimulus.frames(images)[..., 6:10], images[:, None, :, :, 6:10].expand(-1, 240, -1, -1, -1))
+
+
+def test_gap_is_in_pixels_on_oblong_images() -> None:
+    assert part_masks("halves", 32, 64, gap=4).any(0)[0].sum() == 60
+    assert part_masks("top_bottom", 32, 64, gap=4).any(0)[:, 0].sum() == 28
+
+
+def test_centre_is_half_of_the_image() -> None:
+    assert part_masks("centre_surround", 64, 64)[0].float().mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_own_masks(images: Tensor) -> None:
+    masks = torch.zeros(2, 16, 16, dtype=torch.bool)
+    masks[0, 0, 0] = masks[1, 5, 5] = True
+    frames = Stimulus(parts=masks).frames(images)
+    moving = frames.std(1) > 1e-6
+    assert moving.any(1).any(0).nonzero().tolist() == [[0, 0], [5, 5]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"tag_freqs": (6.0, 7.3)},
+            r"tag_freqs\[1\] = 7.3 Hz is not on a bin \(1 / duration = 0.5 Hz\); use 7 or 7.5, or n_frames = 1200",
+        ),
+        ({"tag_freqs": (6.0, 60.0)}, r"tag_freqs\[1\] = 60 Hz is not below the Nyquist.*use at most 59.5"),
+        ({"tag_freqs": (6.0, 6.0)}, r"tag_freqs\[1\] = 6 Hz is also the frequency of part 1"),
+        ({"tag_freqs": (6.0, 6.5)}, r"noise bins of .* hold the response .*nearest legal: tag_freqs = \[6.0, 7.5\]"),
+        ({"tag_freqs": (6.0, 12.0)}, r"f2-f1 falls on f1 itself .*nearest legal"),
+        ({"tag_freqs": (6.0, -7.5)}, "must be a positive frequency"),
+        ({"tag_freqs": (6.0, math.nan)}, "must be a positive frequency"),
+        ({"tag_freqs": (6.0,)}, "2 parts .left, right., 1 frequencies"),
+        ({"parts": "halfs"}, "did you mean halves"),
+        ({"parts": torch.ones(2, 4, 4)}, "boolean tensor"),
+        ({"parts": torch.ones(2, 4, 4, dtype=torch.bool)}, "overlap"),
+        ({"parts": torch.stack([torch.ones(4, 4), torch.zeros(4, 4)]).bool()}, r"parts\[1\] is empty"),
+        ({"mode": "brightness"}, "mode must be one of luminance, contrast"),
+        ({"pivot": "black", "mode": "contrast"}, "pivot must be one of image, gray"),
+        ({"depth": 0.0}, "depth must be above 0"),
+        ({"depth": 1.5}, r"depth must lie in \(0, 1\]"),
+        ({"n_frames": 4}, "n_frames must be a whole number of at least 8"),
+        ({"frame_rate": 0.0}, "frame_rate must be above 0"),
+        ({"phases": (0.0,)}, "one phase a part"),
+        ({"gap": -1}, "gap must be 0 or more"),
+        ({"max_order": 0}, "max_order must be at least 1"),
+    ],
+)
+def test_bad_settings(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Stimulus(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (torch.rand(3, 16, 16), r"floats of shape \(n_images"),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "divide uint8 pixels by 255"),
+        (torch.rand(1, 3, 16, 16) * 255, "undo the normalisation"),
+        (torch.full((1, 3, 16, 16), torch.nan), r"pixels in \[0, 1\]"),
+    ],
+)
+def test_bad_images(pixels: Tensor, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Stimulus().frames(pixels)
+
+
+def test_gap_and_mask_sizes_are_checked(images: Tensor) -> None:
+    with pytest.raises(InputError, match="leaves the part 'left' of a 16 x 16 image empty"):
+        Stimulus(gap=20).frames(images)
+    with pytest.raises(InputError, match="the images have"):
+        Stimulus(parts=part_masks("halves", 8, 8)).frames(images)
+    with pytest.raises(InputError, match="3 channel means"):
+        Stimulus(mode="contrast", pivot=(0.5,)).frames(images)

@@ -1,0 +1,210 @@
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from freqprune import FrequencyTagging, Stimulus, tag
+from freqprune.errors import InputError
+from freqprune.networks.registry import build_model
+from freqprune.training.classifier import Classifier
+from freqprune.training.datamodule import DigitsData
+
+
+def trainer(folder: Path, *callbacks: pl.Callback, **settings: Any) -> pl.Trainer:
+    defaults = {
+        "max_epochs": 2,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 1,
+    }
+    return pl.Trainer(
+        default_root_dir=folder, callbacks=list(callbacks), **{**defaults, "enable_checkpointing": False, **settings}
+    )
+
+
+def digits() -> DigitsData:
+    return DigitsData(limit_train=128, limit_test=50, flip=False, batch_size=16)
+
+
+def test_learns_and_schedules(tmp_path: Path) -> None:
+    module = Classifier({"name": "resnet8"}, lr=0.05, warmup_epochs=1)
+    run = trainer(tmp_path, max_epochs=4)
+    run.fit(module, datamodule=digits())
+    assert run.callback_metrics["train/loss"] < 2.0
+    (group,) = run.optimizers[0].param_groups
+    assert group["lr"] == pytest.approx(0.0, abs=1e-9)
+    assert group["nesterov"]
+    assert {id(p) for p in group["params"]} == {id(p) for p in module.net.parameters()}
+
+
+def test_nan_loss_stops_with_advice(tmp_path: Path) -> None:
+    module = Classifier({"name": "resnet8"}, lr=1e30)
+    with pytest.raises(
+        InputError, match=r"training loss became (nan|inf) in epoch 0, step \d+: lower the learning rate \(now 1e\+30\)"
+    ):
+        trainer(tmp_path).fit(module, datamodule=digits())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": float("nan")}, "optimizer.lr"),
+        ({"momentum": 1.0}, r"in \[0, 1\)"),
+        ({"label_smoothing": 1.0}, "smoothing"),
+    ],
+)
+def test_bad_optimizer(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Classifier({"name": "resnet8"}, **settings)  # type: ignore[arg-type]
+
+
+def test_checkpoint_is_plain_and_resumes(tmp_path: Path) -> None:
+    saver = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+    data = digits()
+    module = Classifier({"name": "resnet8"}, normalization={"mean": [0.5] * 3, "std": [0.5] * 3})
+    trainer(tmp_path, saver, FrequencyTagging(n_images=2, network="net"), max_epochs=1, enable_checkpointing=True).fit(
+        module, datamodule=data
+    )
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert content["hyper_parameters"]["model"] == {"name": "resnet8"}
+    state = content["callbacks"]["FrequencyTagging"]
+    assert state["epoch"] == 0
+    assert state["snr"]["conv1"].shape == (16, 20)
+    tagging = FrequencyTagging(n_images=2, network="net", every_n_epochs=0)
+    again = trainer(
+        tmp_path,
+        pl.callbacks.ModelCheckpoint(tmp_path / "again", save_last=True),
+        tagging,
+        max_epochs=2,
+        enable_checkpointing=True,
+    )
+    with pytest.warns(UserWarning, match="The dirpath has changed"):
+        again.fit(Classifier({"name": "resnet8"}), datamodule=data, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert again.current_epoch == 2
+    assert torch.equal(tagging.latest["snr"]["conv1"], state["snr"]["conv1"])
+
+
+class Foreign(pl.LightningModule):
+    """Somebody else's module: another name for everything, normalised inputs, dict batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch["image"]), batch["label"])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("seen", float(len(batch["label"])))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def loader(images: Tensor) -> DataLoader[Any]:
+    rows = [{"image": image, "label": 0} for image in images]
+    return DataLoader(rows, batch_size=3)  # type: ignore[arg-type]
+
+
+def test_works_in_any_lightning_module(images: Tensor, tmp_path: Path) -> None:
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+    shift, scale = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+    module = Foreign()
+    tagging = FrequencyTagging(Stimulus(), n_images=4, mean=mean, std=std, every_n_epochs=2, folder=tmp_path / "out")
+    run = trainer(tmp_path, tagging, max_epochs=4)
+    run.fit(module, loader((images - shift) / scale), loader((images - shift) / scale))
+    assert tagging.latest["epoch"] == 3
+    assert tagging.latest["layers"] == ["body.0"]
+    # The same images through the function give the same answer: nothing of the loader's normalisation is left in.
+    expected = tag(module, images, mean=mean, std=std).snr("body.0", "all")
+    torch.testing.assert_close(tagging.latest["snr"]["body.0"], expected, rtol=1e-3, atol=1e-3)
+    assert run.callback_metrics["important/body.0"] == run.callback_metrics["important/total"]
+    assert 0 < run.callback_metrics["tagging/share"] <= 1
+    with (tmp_path / "out" / "importance.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["epoch"], r["layer"], r["filter"]) for r in rows] == [
+        (e, "body.0", str(f)) for e in ("1", "3") for f in range(5)
+    ]
+    assert float(rows[-5]["snr_f1"]) == pytest.approx(expected[0, 3].item(), rel=1e-2)
+    assert list(rows[0])[:4] == ["epoch", "layer_index", "layer", "filter"]
+    assert list(rows[0])[-2:] == ["score", "important"]
+
+
+def test_tagging_does_not_change_training(tmp_path: Path) -> None:
+    final = []
+    for every in (0, 1):
+        pl.seed_everything(3, verbose=False)
+        module = Classifier({"name": "resnet8"})
+        trainer(tmp_path, FrequencyTagging(n_images=2, network="net", every_n_epochs=every)).fit(
+            module, datamodule=digits()
+        )
+        final.append({key: value.clone() for key, value in module.net.state_dict().items()})
+    assert all(torch.equal(value, final[1][key]) for key, value in final[0].items())
+
+
+def test_rows_of_an_interrupted_run_are_replaced(images: Tensor, tmp_path: Path) -> None:
+    for epochs in (3, 2):
+        trainer(tmp_path, FrequencyTagging(n_images=2), max_epochs=epochs).fit(
+            Foreign(), loader(images), loader(images)
+        )
+    with (tmp_path / "importance.csv").open() as file:
+        assert [r["epoch"] for r in csv.DictReader(file)] == ["0"] * 5 + ["1"] * 5
+
+
+def test_no_validation_images_is_an_error(images: Tensor, tmp_path: Path) -> None:
+    with (
+        pytest.raises(InputError, match="needs a validation loader"),
+        pytest.warns(UserWarning, match="no `val_dataloader`"),
+    ):
+        trainer(tmp_path, FrequencyTagging(n_images=2)).fit(Foreign(), loader(images))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_images": 0}, "n_images must be at least 1"),
+        ({"every_n_epochs": -1}, "every_n_epochs must be 0"),
+        ({"noise_std": 0.0}, "noise_std must be above 0"),
+        ({"alpha": 2.0}, "alpha must lie between"),
+        ({"important_by": "luck"}, "significance or threshold"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        FrequencyTagging(**settings)
+
+
+def test_wrong_normalisation_and_network_are_named(images: Tensor, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="after undoing the normalisation"):
+        trainer(tmp_path, FrequencyTagging(n_images=2)).fit(Foreign(), loader(images * 4 - 2), loader(images * 4 - 2))
+    with pytest.raises(InputError, match=r"network = 'net' is no module of Foreign; it has body"):
+        trainer(tmp_path, FrequencyTagging(n_images=2, network="net")).fit(Foreign(), loader(images), loader(images))
+    data = DataLoader(TensorDataset(torch.rand(4, 7), torch.zeros(4)), batch_size=2)
+    with pytest.raises(InputError, match="expects validation batches"):
+        FrequencyTagging(n_images=2)._validation_images(_Fake(data))  # type: ignore[arg-type]
+
+
+class _Fake:
+    def __init__(self, loader: Any) -> None:
+        self.val_dataloaders = loader
+        self.strategy = self
+        self.global_rank, self.world_size = 0, 1
+
+    def batch_to_device(self, batch: Any) -> Any:
+        return batch
+
+
+def test_networks_are_accepted_as_they_are() -> None:
+    net = build_model({"name": "resnet8"})
+    assert Classifier(net).net is net
+    assert Classifier(net).hparams["model"] is None

@@ -1,0 +1,220 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets import CIFAR10
+
+from freqprune.errors import InputError
+from freqprune.training.augment import random_crop_flip
+from freqprune.training.datamodule import CIFAR10Data, DigitsData, ImageFolderData
+from freqprune.training.sources import Images, channel_statistics, digits, stratified_split
+
+
+def write_tree(root: Path, classes: int = 2, per_class: int = 20, size: int = 8) -> Path:
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for c in range(classes):
+            folder = root / split / f"class{c}"
+            folder.mkdir(parents=True)
+            for i in range(per_class):
+                Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / f"{i:02d}.png")
+    return root
+
+
+def test_image_folder_reads_pixels_exactly(tmp_path: Path) -> None:
+    write_tree(tmp_path)
+    data = ImageFolderData(tmp_path, val_fraction=0.25)
+    data.setup()
+    assert data.classes == ("class0", "class1")
+    assert (len(data.split("train")), len(data.split("val")), len(data.split("test"))) == (30, 10, 40)
+    with Image.open(tmp_path / "test" / "class1" / "03.png") as image:
+        assert np.array_equal(data.split("test").pixels[23].permute(1, 2, 0).numpy(), np.array(image))
+    assert data.split("test").labels[23] == 1
+
+
+def test_own_statistics_are_those_of_the_training_split(tmp_path: Path) -> None:
+    data = ImageFolderData(write_tree(tmp_path))
+    data.setup()
+    pixels = data.split("train").pixels.double() / 255
+    np.testing.assert_allclose(data.mean, pixels.mean((0, 2, 3)), atol=1e-6)
+    np.testing.assert_allclose(data.std, pixels.std((0, 2, 3), correction=0), atol=1e-6)
+    assert channel_statistics(data.split("train").pixels) == (data.mean, data.std)
+
+
+def test_split_is_stratified_seeded_and_disjoint() -> None:
+    labels = torch.arange(5).repeat_interleave(40)
+    images = Images(torch.arange(200, dtype=torch.uint8).view(200, 1, 1, 1), labels)
+    rest, part = stratified_split(images, 0.25, seed=3)
+    assert torch.bincount(part.labels).tolist() == [10] * 5
+    assert sorted([*rest.pixels.flatten().tolist(), *part.pixels.flatten().tolist()]) == list(range(200))
+    again = stratified_split(images, 0.25, seed=3)[1]
+    assert torch.equal(part.pixels, again.pixels)
+    assert not torch.equal(part.pixels, stratified_split(images, 0.25, seed=4)[1].pixels)
+    # In random order: the first few are no single class.
+    assert len(part.labels[:10].unique()) > 1
+
+
+def test_digits() -> None:
+    source = digits()
+    assert source.train.pixels.shape[1:] == (3, 32, 32)
+    assert len(source.train) + len(source.test) == 1797
+    assert source.train.pixels.dtype == torch.uint8
+    assert source.train.pixels.max() > 250
+
+
+def test_every_image_gets_its_own_crop_and_flip() -> None:
+    image = torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8)
+    batch = random_crop_flip(image.expand(300, -1, -1, -1), 2, True, torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(image[0, 0], (2, 2, 2, 2))
+    legal = {}
+    for y in range(5):
+        for x in range(5):
+            window = padded[y : y + 8, x : x + 8]
+            legal[window.numpy().tobytes()] = legal[window.flip(1).contiguous().numpy().tobytes()] = (y, x)
+    found = [legal[one[0].contiguous().numpy().tobytes()] for one in batch]
+    assert len(set(found)) == 25
+    assert len({one.contiguous().numpy().tobytes() for one in batch}) == 50
+
+
+def test_no_augmentation_is_the_identity() -> None:
+    batch = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    assert torch.equal(random_crop_flip(batch, 0, False), batch)
+
+
+def test_batches_are_normalised_and_only_training_ones_augmented(tmp_path: Path) -> None:
+    data = ImageFolderData(write_tree(tmp_path), mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.4], batch_size=8)
+    pixels, labels = next(iter(data.test_dataloader()))
+    assert pixels.dtype == torch.uint8
+    found, same = data.on_after_batch_transfer((pixels, labels), 0)
+    expected = (pixels.float() / 255 - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)) / torch.tensor(
+        [0.2, 0.3, 0.4]
+    ).view(3, 1, 1)
+    torch.testing.assert_close(found, expected)
+    assert same is labels
+
+
+def test_loaders_cover_each_split_once(tmp_path: Path) -> None:
+    data = ImageFolderData(write_tree(tmp_path), batch_size=7)
+    seen = torch.cat([labels for _, labels in data.test_dataloader()])
+    assert torch.equal(seen, data.split("test").labels)
+    assert all(len(labels) == 7 for _, labels in data.train_dataloader())
+
+
+def test_limits_and_pixels(tmp_path: Path) -> None:
+    data = ImageFolderData(write_tree(tmp_path), limit_train=5, limit_test=6, val_fraction=0.5)
+    assert (len(data.split("train")), len(data.split("test"))) == (5, 6)
+    assert torch.equal(data.pixels("val", 3), data.split("val").pixels[:3].float() / 255)
+    with pytest.raises(InputError, match=r"n_images must lie in \[1, 20\]"):
+        data.pixels("val", 21)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "data.batch_size must be at least 1"),
+        ({"val_fraction": 0.0}, "val_fraction must lie between 0 and 1"),
+        ({"mean": [0.5]}, "come together"),
+        ({"crop_padding": -1}, "crop_padding must be at least 0"),
+        ({"limit_train": 0}, "limit_train must be at least 1"),
+    ],
+)
+def test_bad_settings(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        DigitsData(**settings)  # type: ignore[arg-type]
+
+
+def damage(root: Path, how: str) -> None:
+    if how == "nothing there":
+        return
+    write_tree(root, classes=1 if how == "one class" else 2)
+    first = root / "train" / "class0" / "00.png"
+    match how:
+        case "no test":
+            (root / "test").rename(root / "tset")
+        case "empty class":
+            for path in (root / "train" / "class1").iterdir():
+                path.unlink()
+        case "corrupt":
+            first.write_bytes(first.read_bytes()[:40])
+        case "text":
+            first.write_text("hello")
+        case "sizes":
+            Image.new("RGB", (9, 8)).save(first)
+        case "classes":
+            (root / "test" / "class1").rename(root / "test" / "other")
+        case "too few":
+            for path in sorted((root / "train" / "class1").iterdir())[1:]:
+                path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("nothing there", "is missing; data.root must hold"),
+        ("no test", "test is missing"),
+        ("one class", r"holds one class \(class0\)"),
+        ("empty class", "holds no images, or a class folder"),
+        ("corrupt", r"00.png is not a readable image"),
+        ("text", r"00.png is not a readable image"),
+        ("sizes", "set data.image_size"),
+        ("classes", "same classes; only one of them has class1, other"),
+        ("too few", "does not split"),
+    ],
+)
+def test_bad_folders(how: str, message: str, tmp_path: Path) -> None:
+    damage(tmp_path, how)
+    with pytest.raises(InputError, match=message):
+        ImageFolderData(tmp_path).setup()
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a folder"):
+        ImageFolderData(tmp_path / "none").setup()
+
+
+def test_image_size_resizes(tmp_path: Path) -> None:
+    damage(tmp_path, "sizes")
+    data = ImageFolderData(tmp_path, image_size=16)
+    assert data.split("train").pixels.shape[1:] == (3, 16, 16)
+
+
+def test_statistics_must_fit_the_channels(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"data.mean must hold 3 values"):
+        ImageFolderData(write_tree(tmp_path), mean=[0.5], std=[0.5]).setup()
+
+
+def test_cifar10_that_is_not_there_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"could not be downloaded .* use data=image_folder"):
+        CIFAR10Data(tmp_path, download=False).setup()
+
+
+def test_cifar10_goes_through_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(self: CIFAR10, root: str, train: bool, download: bool) -> None:
+        self.data = np.random.default_rng(train).integers(0, 256, (60, 32, 32, 3), dtype=np.uint8)
+        self.targets = [i % 10 for i in range(60)]
+        self.classes = [str(i) for i in range(10)]
+
+    monkeypatch.setattr(CIFAR10, "__init__", fake)
+    data = CIFAR10Data(tmp_path, val_fraction=0.5)
+    test: Tensor = data.split("test").pixels
+    # Sorted by class: the second image of class 0 is the eleventh of the file.
+    assert np.array_equal(
+        test[1].permute(1, 2, 0).numpy(),
+        np.random.default_rng(False).integers(0, 256, (60, 32, 32, 3), dtype=np.uint8)[10],
+    )
+    assert data.mean == [0.4914, 0.4822, 0.4465]
+
+
+def test_cifar10_folder(cifar10: Path) -> None:
+    data = ImageFolderData(cifar10)
+    data.setup()
+    assert data.classes == ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    counts = {name: torch.bincount(data.split(name).labels) for name in ("train", "val", "test")}
+    assert all(len(c) == 10 and c.min() == c.max() for c in counts.values())
+    assert counts["train"][0] == 9 * counts["val"][0]
+    # The statistics of the whole set; a part of it comes close.
+    np.testing.assert_allclose(data.mean, [0.4914, 0.4822, 0.4465], atol=0.02)
+    np.testing.assert_allclose(data.std, [0.2470, 0.2435, 0.2616], atol=0.02)

@@ -1,0 +1,176 @@
+"""Two CPU processes share the images and get what one process gets."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from freqprune import FrequencyTagging
+from freqprune.errors import InputError
+from freqprune.networks.registry import build_model
+from freqprune.tagging.measurement import tag
+from freqprune.training.classifier import Classifier
+from freqprune.training.datamodule import DigitsData
+from tests.jobs.test_cli import call
+from tests.jobs.test_jobs import SMALL
+
+
+def network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return build_model({"name": "resnet8"})
+
+
+def images() -> torch.Tensor:
+    return torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+
+
+AVERAGES = ("amplitude", "complex", "snr")
+
+
+def one_process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    numbers = list(range(rank, 5, 2))
+    for average in AVERAGES:
+        response = tag(network(), images()[numbers], numbers=numbers, share=True, average=average)
+        deep = response.layers["layer3.0.conv2"].amplitude
+        torch.save(
+            {"n": response.n_images, "snr": response.snr("conv1", "all"), "amplitude": deep},
+            f"{folder}/{average}{rank}.pt",
+        )
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    mp.spawn(one_process, (str(tmp_path),), nprocs=2)
+    for average in AVERAGES:
+        alone = tag(network(), images(), average=average)
+        for rank in (0, 1):
+            found = torch.load(tmp_path / f"{average}{rank}.pt", weights_only=True)
+            assert found["n"] == 5
+            torch.testing.assert_close(found["snr"], alone.snr("conv1", "all"), rtol=1e-6, atol=0, equal_nan=True)
+            torch.testing.assert_close(
+                found["amplitude"], alone.layers["layer3.0.conv2"].amplitude, rtol=1e-6, atol=1e-9
+            )
+
+
+class Shown(pl.LightningModule):
+    """Trains nothing; there to be tagged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return 0 * self(batch[0]).sum()
+
+    def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    def on_train_start(self) -> None:
+        # Batch statistics would differ between the processes; this test is about the tags.
+        self.net.eval()
+
+
+def test_callback_under_ddp_equals_one_process(tmp_path: Path) -> None:
+    found = []
+    for devices in (1, 2):
+        loader = DataLoader(TensorDataset(images()), batch_size=2)
+        torch.set_num_threads(1)
+        run = pl.Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            devices=devices,
+            strategy="ddp_spawn" if devices == 2 else "auto",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=True,
+            limit_train_batches=1,
+            callbacks=[FrequencyTagging(n_images=4, network="net", folder=tmp_path / str(devices))],
+        )
+        run.fit(Shown(), loader, DataLoader(TensorDataset(images()), batch_size=2))
+        with (tmp_path / str(devices) / "importance.csv").open() as file:
+            found.append(list(csv.DictReader(file)))
+    assert len(found[0]) == len(found[1]) > 200
+    for one, other in zip(*found, strict=True):
+        assert (one["layer"], one["filter"], one["important"]) == (other["layer"], other["filter"], other["important"])
+        assert float(one["snr_f1"]) == pytest.approx(float(other["snr_f1"]), rel=1e-5, nan_ok=True)
+
+
+def test_sharing_without_a_group_is_an_error() -> None:
+    with pytest.raises(InputError, match="none is initialised"):
+        tag(network(), images()[:1], share=True)
+    with pytest.raises(InputError, match="numbers must give one number an image"):
+        tag(network(), images(), numbers=[0])
+
+
+def without_batch_statistics() -> nn.Module:
+    """Batch norms see the images of one process only; group norms do not care."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2),
+        nn.GroupNorm(2, 8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * 49, 10),
+    )
+
+
+def test_training_on_two_processes_has_the_loss_curve_of_one(tmp_path: Path) -> None:
+    curves = []
+    for devices in (1, 2):
+        pl.seed_everything(0, verbose=False)
+        torch.set_num_threads(1)
+        logger = pl.loggers.CSVLogger(tmp_path / str(devices), name="", version="")
+        run = pl.Trainer(
+            max_epochs=3,
+            accelerator="cpu",
+            devices=devices,
+            strategy="ddp_spawn" if devices == 2 else "auto",
+            logger=logger,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        data = DigitsData(batch_size=32 // devices, crop_padding=0, flip=False, limit_train=256)
+        run.fit(Classifier(without_batch_statistics(), lr=0.01, num_classes=10), datamodule=data)
+        with (tmp_path / str(devices) / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        curves.append([float(row["train/loss"]) for row in rows if row["train/loss"]])
+    assert len(curves[0]) == 3
+    assert curves[0][2] < curves[0][0]
+    # Sums in another order: rounding, which later steps magnify.
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+
+
+def test_train_runs_on_two_processes_with_one_run_folder(tmp_path: Path) -> None:
+    ddp = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    small = [argument for argument in SMALL if argument != "trainer=cpu"]
+    done = call("train.py", *small, *ddp, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "outputs" / "train").iterdir()
+    assert json.loads((run / "training.json").read_text())["epochs"] == 1
+    assert (run / "checkpoints" / "last.ckpt").exists()
+    assert done.stdout.count("trained resnet8") == 1
+    done = call("train.py", *small, *ddp, "pruning=filters", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "2 processes train, one prunes: use train.py pruning=none" in done.stderr
