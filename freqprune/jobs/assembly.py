@@ -91,7 +91,7 @@ def load_data(settings: Mapping[str, Any]) -> ImageData:
             raise error.__cause__ from None
         raise
     if not isinstance(data, ImageData):
-        raise InputError(f"data._target_ must be a freqprune.data.ImageData, got {type(data).__name__}")
+        raise InputError(f"data._target_ must be a freqprune.training.ImageData, got {type(data).__name__}")
     data.setup()
     return data
 

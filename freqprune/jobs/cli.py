@@ -47,9 +47,9 @@ def main() -> None:
         train() if job == "train" else prune()
     elif words[:1] == ["sweep"]:
         # Figures and tables take seconds to import.
-        from freqprune.reports.sweeps import main as sweep
+        from freqprune.reports import sweeps
 
-        sweep(words[1:], "freqprune sweep")
+        sweeps.main(words[1:], "freqprune sweep")
     elif words in (["--help"], ["-h"]):
         print(USAGE)
     else:

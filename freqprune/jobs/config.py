@@ -99,6 +99,9 @@ def _check(cfg: DictConfig) -> None:
             check_file(key, cfg[key])
     if cfg.resume is not None and not Path(cfg.resume).is_dir():
         raise InputError(f"resume = {cfg.resume} is not a folder; give the folder of the run that is to go on")
+    root = cfg.data.get("root")
+    if str(cfg.data.get("_target_")).endswith("ImageFolderData") and not Path(root).is_dir():
+        raise InputError(f"data.root = {root} is not a folder; it must hold train/<class>/*.png and test/<class>/*.png")
     import_modules(cfg.imports)
 
 

@@ -7,10 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import Tensor
 
 from freqprune.errors import InputError, at_least, one_of
 from freqprune.jobs.config import no_such_key, plain
@@ -211,9 +212,23 @@ def _names(cls: type[Any]) -> list[str]:
 def _typed(hint: Any, value: Any, key: str) -> Any:
     try:
         return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
-    except ValidationError as error:
-        reasons = dict.fromkeys(one["msg"] for one in error.errors())
-        raise InputError(f"{key} = {value!r}: {' or '.join(reasons)}") from None
+    except ValidationError:
+        raise InputError(f"{key} must be {_in_words(hint)}, got {value!r}") from None
+
+
+WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "a word", type(None): "null"}
+
+
+def _in_words(hint: Any) -> str:
+    """A type as users know it.
+
+    >>> _in_words(float | None), _in_words(Sequence[float] | str)
+    ('a number or null', 'a list ([...]) or a word')
+    """
+    parts = [part for part in get_args(hint) or (hint,) if part is not Tensor]
+    if get_origin(hint) is Sequence:
+        parts = [hint]
+    return " or ".join(WORDS.get(part, "a list ([...])") for part in parts)
 
 
 def _check_keys(cfg: DictConfig) -> None:

@@ -185,7 +185,7 @@ class CifarResNet(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Plain dict for `freqprune.models.build_model`: this architecture with the widths it has now."""
+        """Plain dict for `freqprune.build_model`: this architecture with the widths it has now."""
         dense = dict(
             zip(
                 ("conv1", "layer1", "layer2", "layer3"),

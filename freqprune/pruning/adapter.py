@@ -19,7 +19,7 @@ class TagImportance:
 
     Args:
         model: the network the scores belong to. Networks of this package need
-            ``customized_pruners=freqprune.surgery.CUSTOM_PRUNERS`` in the pruner, which else takes channel i of one
+            ``customized_pruners=freqprune.pruning.CUSTOM_PRUNERS`` in the pruner, which else takes channel i of one
             stage for channel i of the next.
         table: scores by layer name, ``(n_filters,)`` each, of the unpruned network.
         reduce: ``"max"`` or ``"mean"`` over the layers of a coupled group.

@@ -40,8 +40,8 @@ def compensate(
         plan: the plan of the dense network.
         small: what ``plan.apply(kept)`` returned.
         kept: filters kept of each unit.
-        moments: second moments of the inputs of every layer that lost some, from `freqprune.moments.input_moments` on
-            the dense network.
+        moments: second moments of the inputs of every layer that lost some, from
+            `freqprune.pruning.moments.input_moments` on the dense network.
         method: ``"mean"``: add the mean response of what was removed; ``"least_squares"``: the weights on what is kept
             that come closest to the old output; ``"none"``.
         reestimated: the batch norms of `small` have been re-estimated already, so that they know the means of what is

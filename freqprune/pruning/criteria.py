@@ -114,14 +114,14 @@ def activation_score(evidence: Evidence, layer: str) -> Tensor:
 @criterion("redundancy", "moments")
 def redundancy_score(evidence: Evidence, layer: str) -> Tensor:
     """What the other filters cannot make up for in the layers that read this one, see
-    `freqprune.moments.elimination_errors`."""
+    `freqprune.pruning.moments.elimination_errors`."""
     return _elimination_errors(evidence, layer, None)
 
 
 @criterion("logit_error", "moments", "gradients", "frames")
 def logit_error_score(evidence: Evidence, layer: str) -> Tensor:
     """`logit_redundancy`, scaled at every eighth of a layer to how far the logits really move over the frames given,
-    see `freqprune.damage`."""
+    see `freqprune.pruning.damage`."""
     estimates = logit_redundancy_score(evidence, layer)
     order, n_filters = estimates.argsort(stable=True), len(estimates)
     counts = sorted({-(-n_filters * eighth // 8) for eighth in range(1, 9)})

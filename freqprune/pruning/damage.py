@@ -13,7 +13,8 @@ from freqprune.networks import evaluating, replaced
 from freqprune.pruning.moments import least_squares
 
 Readers = Mapping[str, tuple[Tensor, Tensor, Tensor]]
-"""Layers that read a layer's filters: weight, moments and columns, as for `freqprune.moments.elimination_errors`."""
+"""Layers that read a layer's filters: weight, moments and columns, as for
+`freqprune.pruning.moments.elimination_errors`."""
 
 
 def logit_errors(

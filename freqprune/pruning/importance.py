@@ -26,13 +26,13 @@ class Evidence:
     Attributes:
         model: the network to be pruned.
         response: its response to the tags; None for criteria that do not need one.
-        components: response components that the tag criteria read, see `freqprune.components.find_components`.
+        components: response components that the tag criteria read, see `freqprune.tagging.components.find_components`.
         seed: for criteria that draw.
         graph: what depends on which filters, for criteria that look at more than a layer's own weights.
         moments: second moments of the inputs of the layers that read the filters, see
-            `freqprune.moments.input_moments`.
+            `freqprune.pruning.moments.input_moments`.
         gradients_at: second moments of the gradients at the outputs of those layers, see
-            `freqprune.moments.output_gradients`.
+            `freqprune.pruning.moments.output_gradients`.
         labelled: batches of network inputs and class labels, for criteria that need gradients or activations.
         frames: batches of network inputs, e.g. tagged frames, for criteria that measure what becomes of the network's
             answer.

@@ -50,11 +50,11 @@ class Recipe:
         layers: patterns of the layers to prune; all inner layers (and streams) if left out.
         exclude: patterns of layers to spare.
         streams: let the filters of residual streams go as well.
-        compensation: ``"none"``, ``"mean"`` or ``"least_squares"``, see `freqprune.compensation`.
+        compensation: ``"none"``, ``"mean"`` or ``"least_squares"``, see `freqprune.pruning.compensation`.
         calibrate_on: take second moments over tagged ``"frames"`` or over plain ``"images"``.
         frames_an_image: tagged frames of each calibration image.
         measured_images: calibration images for criteria that measure what a cut does to the logits.
-        tagging: further arguments of `freqprune.tagging.tag`.
+        tagging: further arguments of `freqprune.tag`.
         seed: of noise, positions and random scores.
 
     Raises:

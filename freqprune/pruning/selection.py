@@ -106,7 +106,7 @@ def select(
     if macs is None and (amount.macs_cut is not None or amount.scope == "per_mac"):
         raise InputError(
             "macs_cut and scope=per_mac need the function macs, which counts the MACs for given widths "
-            "(freqprune.surgery.Plan.macs)"
+            "(freqprune.Plan.macs)"
         )
     blocks = _ranking(
         scores, amount, _macs_a_filter(scores, macs) if amount.scope == "per_mac" and macs is not None else None

@@ -1,6 +1,7 @@
 from . import record as record
 from . import response_figures as response_figures
 from . import run_figures as run_figures
+from . import sweeps as sweeps
 from . import tables as tables
 from .drawing import save as save
 from .page import write_page as write_page

@@ -10,13 +10,27 @@ import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 # Okabe & Ito's palette: told apart with every common form of colour blindness; kinds differ in marker as well.
 RED, GREEN, BLUE, GREY, ORANGE, PURPLE = "#D55E00", "#009E73", "#0072B2", "#777777", "#E69F00", "#CC79A7"
 PALE = "#e4e4e4"
-LINES = (BLUE, RED, GREEN, ORANGE, PURPLE, "#56B4E9", "#000000", GREY)
+# That palette, then three of Paul Tol's muted one that it lacks.
+LINES = (BLUE, RED, GREEN, ORANGE, PURPLE, "#56B4E9", "#000000", GREY, "#882255", "#999933", "#332288")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def line_styles(n_lines: int) -> list[tuple[str, str]]:
+    """A colour and a marker for each of several lines; no colour twice, however many there are.
+
+    >>> len({colour for colour, _ in line_styles(40)})
+    40
+    """
+    colours = list(LINES[:n_lines])
+    if n_lines > len(LINES):
+        colours = [to_hex(matplotlib.colormaps["turbo"](place)) for place in np.linspace(0, 1, n_lines)]
+    return [(colour, MARKERS[number % len(MARKERS)]) for number, colour in enumerate(colours)]
 
 
 def save(figure: Figure, path: str | Path, dpi: int = 130) -> Path:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from freqprune.reports.drawing import BLUE, GREY, LINES, MARKERS, RED, counts_per_layer, in_words, layer_ticks, tidy
+from freqprune.reports.drawing import BLUE, GREY, RED, counts_per_layer, in_words, layer_ticks, line_styles, tidy
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -60,7 +60,8 @@ def agreement_over_epochs(agreement: Mapping[int, Mapping[str, float]], title: s
     epoch.
 
     Args:
-        agreement: for each tagged epoch (from 0) the correlation, a layer, see `freqprune.report.rank_agreement`.
+        agreement: for each tagged epoch (from 0) the correlation, a layer, see
+            `freqprune.reports.tables.rank_agreement`.
         title: line above the figure.
     """
     return _over_epochs(agreement, "rank correlation with the last epoch", title, 1, 0, 1)
@@ -125,8 +126,7 @@ def medians_over_depth(medians: Mapping[str, Mapping[str, float]], label: str) -
     n_rows = math.ceil(len(medians) / 2) if len(medians) > 1 else 0
     figure = Figure(figsize=(max(5.0, 0.27 * len(layers) + 1.5), 3.8 + 0.2 * n_rows), layout="constrained")
     axis = figure.subplots()
-    for number, (name, by_layer) in enumerate(medians.items()):
-        colour, marker = LINES[number % len(LINES)], MARKERS[(number + number // len(LINES)) % len(MARKERS)]
+    for (colour, marker), (name, by_layer) in zip(line_styles(len(medians)), medians.items(), strict=True):
         values = [by_layer.get(layer, math.nan) for layer in layers]
         axis.plot(
             range(len(layers)), values, color=colour, marker=marker, markersize=4, linewidth=1.1, label=in_words(name)
@@ -179,7 +179,7 @@ def accuracy_over_cut(lines: Mapping[str, Sequence[Mapping[str, tuple[float, flo
     dense = sorted({round(point["dense"][0], 2) for point in everything if "dense" in point})
     handles = {}
     for axis, (pick, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for number, (label, points) in enumerate(lines.items()):
+        for (colour, marker), (label, points) in zip(line_styles(len(lines)), lines.items(), strict=True):
             shown = [(point["cut"][0], *value) for point in points if (value := pick(point)) is not None]
             if not shown:
                 continue
@@ -188,8 +188,8 @@ def accuracy_over_cut(lines: Mapping[str, Sequence[Mapping[str, tuple[float, flo
                 cuts,
                 means,
                 yerr=np.nan_to_num(deviations),
-                color=LINES[number % len(LINES)],
-                marker=MARKERS[(number + number // len(LINES)) % len(MARKERS)],
+                color=colour,
+                marker=marker,
                 linewidth=1.2,
                 markersize=5,
                 capsize=3,

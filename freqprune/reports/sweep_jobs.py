@@ -6,6 +6,7 @@ import itertools
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -284,5 +285,8 @@ def commands_of(folder: Path) -> list[str]:
 
 def _program(sweep: Path, name: str) -> str:
     """What the first job that tells of itself was started by."""
-    told = next((command for path in _job_folders(sweep) if (command := read_json(path / RUN).get("command"))), "")
-    return f"freqprune {name}" if told.startswith("freqprune ") else f"python {name}.py"
+    for path in _job_folders(sweep):
+        with suppress(ValueError):
+            if command := read_json(path / RUN).get("command"):
+                return f"freqprune {name}" if command.startswith("freqprune ") else f"python {name}.py"
+    return f"python {name}.py"

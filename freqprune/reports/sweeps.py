@@ -1,4 +1,5 @@
-"""What the jobs of a sweep found, in one table and one figure: python -m freqprune.sweeps FOLDER [FOLDER ...]"""
+"""What the jobs of a sweep found, in one table and one figure: python -m freqprune.reports.sweeps FOLDER [FOLDER
+...]"""
 
 from __future__ import annotations
 
@@ -270,7 +271,7 @@ def gather(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
     return out
 
 
-def main(arguments: Sequence[str] | None = None, program: str = "python -m freqprune.sweeps") -> None:
+def main(arguments: Sequence[str] | None = None, program: str = "python -m freqprune.reports.sweeps") -> None:
     """``freqprune sweep``: gather the sweeps in the folders given."""
     parser = argparse.ArgumentParser(
         prog=program, description="Gather the jobs of sweeps into one table, figure and report."

@@ -72,8 +72,8 @@ def torus(
         images: pixels in [0, 1], normalisation left to the network.
         stimulus: two parts.
         n_phases: phases of each tag.
-        layers: layers to read, see `freqprune.sites.pick_layers`.
-        where: see `freqprune.tagging.tag`.
+        layers: layers to read, see `freqprune.tagging.sites.pick_layers`.
+        where: see `freqprune.tag`.
 
     Returns:
         For each layer the amplitude averaged over images, ``(n_filters,)``, of every (n, m) up to `Stimulus.max_order`,

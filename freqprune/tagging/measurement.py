@@ -49,8 +49,8 @@ def tag(
         model: network; runs in eval mode, which is restored, as is everything else about it.
         images: pixels in [0, 1], ``(n_images, n_channels, height, width)``, not normalised.
         stimulus: the tags; left and right half at 6 and 7.5 Hz if left out.
-        layers: names or shell-style patterns of layers, see `freqprune.sites.pick_layers`; all convolutions if left
-            out.
+        layers: names or shell-style patterns of layers, see `freqprune.tagging.sites.pick_layers`; all convolutions if
+            left out.
         where: read at the ``"convolution"``, after its ``"norm"`` or after its ``"activation"``.
         spatial: ``"mean"``: spectrum of the mean of a filter's map (Böge et al. 2024); ``"map"``: spectrum at every
             position, then the mean of the amplitudes, so that positions do not cancel (slower).

@@ -51,7 +51,8 @@ class Recorder:
         sites: where to read, from `find_sites`.
         reduce: what to keep of each output: `map_mean` or `every_position`.
 
-        folds: batch norms to fold into the convolutions before them while recording, from `freqprune.sites.find_folds`.
+        folds: batch norms to fold into the convolutions before them while recording, from
+            `freqprune.tagging.sites.find_folds`.
 
         half: run under autocast in this dtype, ``torch.float16`` or ``torch.bfloat16``.
 

@@ -54,7 +54,7 @@ class TagResponse:
             it with every SNR.
         n_images: images averaged.
         average: what was averaged over images.
-        spatial: ``"mean"`` or ``"map"``, see `freqprune.tagging.tag`.
+        spatial: ``"mean"`` or ``"map"``, see `freqprune.tag`.
         precision: dtype in which the network ran.
         layers: one `LayerResponse` a layer, in the order in which the network runs them.
     """
@@ -73,7 +73,7 @@ class TagResponse:
         return frequencies(self.stimulus.n_frames, self.stimulus.frame_rate)
 
     def components(self, which: Sequence[str] | str = "all") -> list[Component]:
-        """Components by name or set, see `freqprune.components.find_components`."""
+        """Components by name or set, see `freqprune.tagging.components.find_components`."""
         return find_components(which, self.stimulus.components)
 
     def amplitude(self, layer: str, which: Sequence[str] | str = "fundamentals") -> Tensor:
@@ -104,7 +104,7 @@ class TagResponse:
         self, layer: str, which: Sequence[str] | str = "fundamentals", n_neighbours: int = 2, skip: int = 0
     ) -> Tensor:
         """Power SNR against `n_neighbours` bins on each side after `skip`, predicted responses left out; see
-        `freqprune.spectrum.power_ratio`."""
+        `freqprune.tagging.spectrum.power_ratio`."""
         return power_ratio(self._noisy_power(layer), self._bins(which), n_neighbours, skip, self._predicted)
 
     def z_score(self, layer: str, which: Sequence[str] | str = "fundamentals", n_neighbours: int = 10) -> Tensor:

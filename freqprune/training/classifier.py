@@ -81,7 +81,7 @@ class Classifier(pl.LightningModule):
     """Cross-entropy training with SGD (Nesterov) and a cosine schedule to zero, one update of the rate a step.
 
     Args:
-        model: config for `freqprune.models.build_model`, or a network. Only the config is saved in the checkpoint: to
+        model: config for `freqprune.build_model`, or a network. Only the config is saved in the checkpoint: to
             load a checkpoint of another network, pass the network again.
         num_classes: classes, for the metrics; read off the config's ``num_classes`` if left out.
         normalization: ``{"mean": [...], "std": [...]}`` of the inputs, kept with the weights.

@@ -94,7 +94,7 @@ class FrequencyTagging(_TagsInTraining):
         network: attribute of the LightningModule that holds the network; the module itself if left out.
         components: components of the score and the verdict.
         criterion: score written to ``importance.csv``.
-        important_by: ``"significance"`` or ``"threshold"``, see `freqprune.verdict.judge`.
+        important_by: ``"significance"`` or ``"threshold"``, see `freqprune.pruning.verdict.judge`.
         alpha: false discovery rate.
         threshold: SNR above which a filter is important.
         mean: channel means that validation batches are normalised with; the data module's ``mean`` if left out, none if

@@ -36,7 +36,7 @@ def call(script: str, *arguments: str, cwd: Path, timeout: float = 300) -> subpr
         (["trainer.max_epoch=3"], "did you mean trainer.max_epochs?"),
         (["model=resnet32", "model.depht=5"], "model.depht is not a setting"),
         (["data=cifar"], "Could not find 'data/cifar'"),
-        (["optimizer.lr=fast"], "Value 'fast' of type 'str' could not be converted to Float"),
+        (["optimizer.lr=fast"], "optimizer.lr must be a number, got 'fast'"),
         (["seed"], "seed"),
         (["tagging.tag_freqs=[6,7.3]"], "tag_freqs[1] = 7.3 Hz is not on a bin (1 / duration = 0.5 Hz); use 7 or 7.5"),
         (["data=image_folder"], "data.root is not set; give data.root=VALUE"),
@@ -48,6 +48,40 @@ def test_errors_are_messages(arguments: list[str], message: str, tmp_path: Path)
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert "\nerror: " in "\n" + done.stderr
+    assert "Error executing job" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("prune.py", ["ckpt=none.pt"], "error: ckpt = none.pt does not exist; in that folder: there.pt\n"),
+        ("prune.py", ["ckpt=there.pt", "pretrained=true"], "pretrained=true names the package's own network"),
+        ("prune.py", ["pretrained=true", "resume=nowhere"], "resume = nowhere is not a folder"),
+        ("prune.py", ["pretrained=true", "data=image_folder"], "data.root is not set"),
+        ("prune.py", ["pretrained=true", "imports=[nothing_there]"], "there is no module 'nothing_there'"),
+        (
+            "prune.py",
+            ["pretrained=true", "data=image_folder", "data.root=nowhere"],
+            "data.root = nowhere is not a folder",
+        ),
+        ("train.py", ["ckpt_path=none.ckpt"], "ckpt_path = none.ckpt does not exist"),
+        ("train.py", ["pretrained=true"], "leave it out to train"),
+    ],
+)
+def test_what_is_not_there_is_said_before_torch_is_imported(
+    script: str, arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "there.pt").touch()
+    path = str(ROOT / script)
+    code = (
+        f"import sys, runpy; sys.argv = [{path!r}, *{arguments!r}]\n"
+        f"try: runpy.run_path({path!r}, run_name='__main__')\nexcept SystemExit as end: print(end.code)\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.stdout.split() == ["2", "False"], done.stderr
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ")
 
 
 def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:

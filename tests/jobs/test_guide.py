@@ -29,6 +29,8 @@ HERE = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHO
 
 def smaller(line: str) -> list[str]:
     words = [word for word in shlex.split(line) if not word.startswith("OMP_NUM_THREADS=")]
+    if words[0] == "freqprune":
+        return [str(Path(sys.executable).parent / "freqprune"), *words[1:]]
     assert words[0] == "python"
     if words[1] not in SMALLER:
         return [sys.executable, *words[1:]]
@@ -49,7 +51,9 @@ def test_every_command_and_every_piece_of_code_runs(tmp_path: Path) -> None:
     commands = []
     for kind, text in blocks:
         commands += (
-            [smaller(line) for line in text.strip().splitlines()] if kind == "sh" else [[sys.executable, "-c", text]]
+            [smaller(line) for line in text.replace("\\\n", " ").strip().splitlines()]
+            if kind == "sh"
+            else [[sys.executable, "-c", text]]
         )
     for command in commands:
         done = subprocess.run(command, cwd=tmp_path, env=HERE, capture_output=True, text=True, check=False, timeout=300)

@@ -70,10 +70,10 @@ def test_compensated_cut(calibrate_on: str, bn: Tensor | None) -> None:
     ("settings", "message"),
     [
         ({"criterion": "snrr"}, "must be one of .* did you mean snr"),
-        ({"compensation": "lstsq"}, "pruning.compensation must be one of"),
-        ({"calibrate_on": "noise"}, "pruning.calibrate_on must be one of"),
-        ({"frames_an_image": 0}, "pruning.frames_an_image must be at least 1"),
-        ({"measured_images": 0}, "pruning.measured_images must be at least 1"),
+        ({"compensation": "lstsq"}, "compensation must be one of"),
+        ({"calibrate_on": "noise"}, "calibrate_on must be one of"),
+        ({"frames_an_image": 0}, "frames_an_image must be at least 1"),
+        ({"measured_images": 0}, "measured_images must be at least 1"),
     ],
 )
 def test_recipe_refuses(settings: dict[str, Any], message: str) -> None:

@@ -43,7 +43,7 @@ def test_without_noise_there_is_no_verdict() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"by": "p"}, "significance or threshold"),
+        ({"by": "p"}, "important_by must be one of significance, threshold"),
         ({"alpha": 0.0}, "alpha must lie between"),
         ({"by": "threshold"}, "threshold must be a positive SNR"),
         ({"by": "threshold", "threshold": -1.0}, "threshold must be a positive SNR"),

@@ -333,7 +333,7 @@ def test_a_gathering_that_fails_does_not_hide_the_error(
     sweep: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(cli.Gather, "folder", str(sweep))
-    monkeypatch.setattr("freqprune.reports.sweeps.gather", lambda folders: 1 / 0)
+    monkeypatch.setattr("freqprune.reports.gather", lambda folders: 1 / 0)
     cli.gather_sweep()
     assert "could not be gathered (ZeroDivisionError" in caplog.text
 

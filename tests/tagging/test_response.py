@@ -9,7 +9,10 @@ from torch import nn
 
 from freqprune.errors import InputError
 from freqprune.tagging.measurement import tag
+from freqprune.tagging.response import LayerResponse, TagResponse
+from freqprune.tagging.sites import find_sites
 from freqprune.tagging.spectrum import corrected_amplitude, power_ratio, z_score
+from freqprune.tagging.stimulus import Stimulus
 from tests.tagging.test_measurement import WHITE, Affine
 
 SPECTRUM = torch.from_numpy(np.random.default_rng(0).uniform(1, 2, (3, 121)))
@@ -98,3 +101,14 @@ def test_map_amplitude_does_not_cancel() -> None:
     each = tag(Antiphase(), images, noise_std=0.0, where="convolution", spatial="map").amplitude("conv", ["f1"])
     assert mean.item() < 1e-14
     assert each.item() == pytest.approx(0.25, abs=1e-14)
+
+
+def test_a_filter_that_answers_at_the_first_bin_only_is_not_dead() -> None:
+    stimulus, amplitude = Stimulus(), torch.zeros(2, 121, dtype=torch.float64)
+    amplitude[:, 0] = 1.0
+    amplitude[1, 1] = 0.5
+    site = find_sites(Affine(nn.ReLU()), WHITE, ["conv"])[0]
+    response = TagResponse(
+        stimulus, 0.0, 1, "amplitude", "mean", torch.float64, {"conv": LayerResponse(site, amplitude)}
+    )
+    assert response.why_no_snr("conv") == ["dead", "noise-free"]

@@ -55,7 +55,7 @@ def test_nan_loss_stops_with_advice(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr": float("nan")}, "optimizer.lr"),
+        ({"lr": float("nan")}, "lr must be above 0"),
         ({"momentum": 1.0}, r"in \[0, 1\)"),
         ({"label_smoothing": 1.0}, "smoothing"),
     ],
@@ -176,7 +176,7 @@ def test_no_validation_images_is_an_error(images: Tensor, tmp_path: Path) -> Non
         ({"every_n_epochs": -1}, "every_n_epochs must be 0"),
         ({"noise_std": 0.0}, "noise_std must be above 0"),
         ({"alpha": 2.0}, "alpha must lie between"),
-        ({"important_by": "luck"}, "significance or threshold"),
+        ({"important_by": "luck"}, "important_by must be one of significance, threshold"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:

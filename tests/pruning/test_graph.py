@@ -1,0 +1,32 @@
+"""Units of filters: what writes them and what reads them, by name."""
+
+import torch
+from torch import nn
+from torchvision.models import mobilenet_v2
+
+from freqprune.networks.registry import build_model
+from freqprune.pruning.graph import ChannelGraph
+
+
+def test_readers_are_the_layers_that_multiply_a_units_filters_and_no_others() -> None:
+    """Neither the layer itself, nor the norms and activations that its filters pass on their way."""
+    graph = ChannelGraph(build_model({"name": "resnet8", "shortcut": "B"}), torch.zeros(1, 3, 32, 32))
+    assert {name: unit.readers for name, unit in graph.inner.items()} == {
+        f"layer{stage}.0.conv1": (f"layer{stage}.0.conv2",) for stage in (1, 2, 3)
+    }
+    readers = {name: set(unit.readers) for name, unit in graph.streams.items()}
+    assert readers["conv1"] == {"layer1.0.conv1", "layer2.0.conv1", "layer2.0.shortcut.0"}
+    assert readers["layer3.0.conv2"] == {"linear"}
+
+
+def test_a_depthwise_layer_hands_filters_on_and_reads_none() -> None:
+    graph = ChannelGraph(mobilenet_v2(num_classes=4).eval(), torch.zeros(1, 3, 64, 64))
+    assert graph.inner["features.2.conv.0.0"].readers == ("features.2.conv.2",)
+
+
+def test_a_linear_layer_after_pooling_reads_the_last_filters() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 2)
+    )
+    unit = ChannelGraph(net, torch.zeros(1, 3, 8, 8)).inner["0"]
+    assert (unit.members, unit.n_filters, unit.readers) == (("0",), 4, ("5",))
