@@ -37,7 +37,7 @@ MOVED = {
     "models": ["networks.registry", "networks.resnet"],
     "models.resnet": ["networks.resnet"],
     "module": ["training.classifier"],
-    "moments": ["pruning.moments"],
+    "moments": ["pruning.moments", "pruning.elimination"],
     "outputs": ["jobs.outputs"],
     "page": ["reports.page"],
     "parts": ["tagging.parts"],

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from freqprune.errors import InputError
 from freqprune.pruning.damage import corrected, logit_errors
+from freqprune.pruning.elimination import elimination_errors
 from freqprune.pruning.importance import Evidence, criterion, criterion_names, needs, scores
-from freqprune.pruning.moments import columns_of, elimination_errors
+from freqprune.pruning.moments import columns_of
 from freqprune.tagging import Recorder, find_sites, map_mean
 
 # Who asks for a criterion by name asks here, where those of the package are known.
@@ -114,7 +115,7 @@ def activation_score(evidence: Evidence, layer: str) -> Tensor:
 @criterion("redundancy", "moments")
 def redundancy_score(evidence: Evidence, layer: str) -> Tensor:
     """What the other filters cannot make up for in the layers that read this one, see
-    `freqprune.pruning.moments.elimination_errors`."""
+    `freqprune.pruning.elimination.elimination_errors`."""
     return _elimination_errors(evidence, layer, None)
 
 

@@ -14,7 +14,7 @@ from freqprune.pruning.moments import least_squares
 
 Readers = Mapping[str, tuple[Tensor, Tensor, Tensor]]
 """Layers that read a layer's filters: weight, moments and columns, as for
-`freqprune.pruning.moments.elimination_errors`."""
+`freqprune.pruning.elimination.elimination_errors`."""
 
 
 def logit_errors(

@@ -7,15 +7,15 @@ values) and a 1 appended for the constant; ``G = E[x x^T]``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from freqprune.errors import InputError
 from freqprune.networks import evaluating, hooked
+from freqprune.pruning.patches import Geometry, multiplications, pick
 
 MAX_VALUES = 8192
 RIDGE = 1e-4
@@ -57,23 +57,25 @@ def input_moments(
     counts: dict[str, int] = {}
     generator = torch.Generator().manual_seed(seed)
 
-    def hook(name: str) -> Callable[..., None]:
-        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = _patches(module, args[0].detach(), n_positions, generator)
-            x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-            # Float32 products of a batch, summed over batches in float64.
-            total = (x.T @ x).double().cpu()
-            sums[name] = sums[name] + total if name in sums else total
-            counts[name] = counts.get(name, 0) + len(x)
+    def seen(name: str, x: Tensor, geometry: Geometry) -> None:
+        rows = geometry.patches(x, pick(geometry.n_positions(x.shape), n_positions, generator))
+        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+        # Float32 products of a batch, summed over batches in float64.
+        total = (rows.T @ rows).double().cpu()
+        sums[name] = sums[name] + total if name in sums else total
+        counts[name] = counts.get(name, 0) + len(rows)
 
-        return before
-
-    with evaluating(model), torch.no_grad(), hooked([(modules[name], hook(name), None) for name in layers]):
+    with evaluating(model), torch.no_grad(), multiplications(model, layers, seen):
         for batch in batches:
             model(batch)
     missing = [name for name in layers if name not in sums]
     if missing:
-        raise InputError(f"no moments of {', '.join(missing)}: no batch was given, or the forward does not reach them")
+        raise InputError(
+            f"no moments of {', '.join(missing)}: no batch was given, the forward does not reach them, or it "
+            "multiplies with "
+            "something else than their weight (standardised or shared weights); leave the layers before them out "
+            "(pruning.exclude), or do without moments (importance=l2 pruning.compensation=none)"
+        )
     return {name: sums[name] / counts[name] for name in layers}
 
 
@@ -138,39 +140,6 @@ def output_gradients(
     return {name: sums[name] / n_inputs for name in layers}
 
 
-def _patches(module: nn.Module, x: Tensor, n_positions: int | None, generator: torch.Generator) -> Tensor:
-    """What a layer multiplies with its weights, ``(n_samples, n_values)``."""
-    if isinstance(module, nn.Linear):
-        return x.flatten(0, -2)
-    assert isinstance(module, nn.Conv2d)
-    if isinstance(module.padding, str):
-        before, after = (0, 0) if module.padding == "valid" else _same(module)
-        pads = [before, after, before, after]
-    else:
-        pads = [module.padding[1], module.padding[1], module.padding[0], module.padding[0]]
-    x = F.pad(x, pads, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
-    spans = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-    height, width = (
-        (size - span - 1) // s + 1 for size, span, s in zip(x.shape[-2:], spans, module.stride, strict=True)
-    )
-    if n_positions is None or n_positions >= height * width:
-        chosen = torch.arange(height * width)
-    else:
-        chosen = torch.randperm(height * width, generator=generator)[:n_positions]
-    rows = (chosen // width * module.stride[0])[:, None] + torch.arange(module.kernel_size[0]) * module.dilation[0]
-    columns = (chosen % width * module.stride[1])[:, None] + torch.arange(module.kernel_size[1]) * module.dilation[1]
-    picked = x[:, :, rows[:, :, None].to(x.device), columns[:, None, :].to(x.device)]
-    # (n, channels, positions, kernel, kernel) to one row a sample.
-    return picked.permute(0, 2, 1, 3, 4).flatten(2).flatten(0, 1)
-
-
-def _same(module: nn.Conv2d) -> tuple[int, int]:
-    total = module.dilation[0] * (module.kernel_size[0] - 1)
-    if len(set(module.kernel_size)) > 1 or len(set(module.dilation)) > 1:
-        raise InputError("moments of a convolution with padding='same' need a square kernel")
-    return total // 2, total - total // 2
-
-
 def columns_of(module: nn.Module, channels: Sequence[int]) -> Tensor:
     """Columns of the flattened weight ``(n_outputs, n_values)`` that read the given input channels (of a linear layer:
     features)."""
@@ -195,7 +164,7 @@ def least_squares(
     """
     columns = torch.cat([kept, kept.new_tensor([moments.shape[0] - 1])]) if constant else kept
     target = weight.double() @ moments[:-1][:, columns]
-    solved = torch.linalg.solve(_with_ridge(moments[columns][:, columns], len(kept), ridge), target.T).T
+    solved = torch.linalg.solve(with_ridge(moments[columns][:, columns], len(kept), ridge), target.T).T
     return (solved[:, :-1], solved[:, -1]) if constant else (solved, solved.new_zeros(len(solved)))
 
 
@@ -204,69 +173,9 @@ def mean_response(weight: Tensor, moments: Tensor, removed: Tensor) -> Tensor:
     return weight.double()[:, removed] @ moments[removed, -1]
 
 
-def _with_ridge(matrix: Tensor, n_values: int, ridge: float) -> Tensor:
+def with_ridge(matrix: Tensor, n_values: int, ridge: float) -> Tensor:
+    """A copy with the ridge on the first `n_values` of its diagonal, in units of their mean."""
     diagonal = matrix.diagonal()[:n_values]
     lift = torch.zeros(len(matrix), dtype=matrix.dtype)
     lift[:n_values] = ridge * diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
     return matrix + torch.diag(lift)
-
-
-def elimination_errors(
-    readers: Mapping[str, tuple[Tensor, Tensor, Tensor]],
-    gradients: Mapping[str, Tensor] | None = None,
-    ridge: float = RIDGE,
-) -> Tensor:
-    """What each filter adds that the others cannot make up for, found by removing one after the other, the least missed
-    first.
-
-    The structured form of the optimal brain surgeon (Hassibi & Stork 1993). With ``H = G^-1``, removing filter c and
-    letting the others make up for it costs ``tr(W_c [H_cc]^-1 W_c^T)`` in the mean squared output of a layer that reads
-    it; W and H are then updated. With the gradients S of `output_gradients` it is ``tr(S W_c [H_cc]^-1 W_c^T)``: the
-    squared change of the logits, to first order in the outputs.
-
-    Args:
-        readers: for each layer that reads the filters its weight ``(n_outputs, n_values)``, its moments and the columns
-            of each filter, ``(n_filters, n_columns)``.
-        gradients: for each reader S, ``(n_outputs, n_outputs)``, to weigh its outputs with.
-        ridge: see `least_squares`.
-
-    Returns:
-        Error over the variance of the layer's output (with `gradients`: in squared logits), summed over the readers,
-        ``(n_filters,)``; never below that of a filter removed before.
-    """
-    states = []
-    for name, (weight, moments, columns) in readers.items():
-        inverse = torch.linalg.inv(_with_ridge(moments, len(moments) - 1, ridge))
-        w = torch.cat([weight.double(), weight.new_zeros(len(weight), 1).double()], dim=1)
-        means = moments[:-1, -1]
-        covariance = moments[:-1, :-1] - torch.outer(means, means)
-        variance = (weight.double() @ covariance * weight.double()).sum().clamp(min=1e-30)
-        if gradients is not None:
-            eigenvalues, vectors = torch.linalg.eigh(gradients[name])
-            w = (vectors * eigenvalues.clamp(min=0).sqrt()).T @ w
-            variance = torch.ones((), dtype=torch.float64)
-        states.append([w, inverse, columns, variance])
-    n_filters = len(states[0][2])
-    left = torch.arange(n_filters)
-    found = torch.zeros(n_filters, dtype=torch.float64)
-    worst = 0.0
-    while len(left):
-        errors = torch.zeros(len(left), dtype=torch.float64)
-        for w, inverse, columns, variance in states:
-            own = columns[left]
-            blocks = inverse[own[:, :, None], own[:, None, :]]
-            pieces = w[:, own].permute(1, 2, 0)
-            errors += (pieces * torch.linalg.solve(blocks, pieces)).sum((1, 2)) / variance
-        at = int(errors.argmin())
-        worst = max(worst, float(errors[at]))
-        found[left[at]] = worst
-        for state in states:
-            w, inverse, columns, _ = state
-            own = columns[left[at]]
-            factor = torch.linalg.solve(inverse[own][:, own], inverse[own])
-            state[0] = w - w[:, own] @ factor
-            state[1] = inverse - inverse[:, own] @ factor
-            # What is gone stays gone: rounding must not bring it back.
-            state[0][:, own] = 0
-        left = torch.cat([left[:at], left[at + 1 :]])
-    return found

@@ -11,11 +11,11 @@ from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
 from freqprune.pruning.compensation import compensate, readers_of
 from freqprune.pruning.criteria import scores
+from freqprune.pruning.elimination import elimination_errors
 from freqprune.pruning.graph import ChannelGraph
 from freqprune.pruning.importance import Evidence
 from freqprune.pruning.moments import (
     columns_of,
-    elimination_errors,
     input_moments,
     least_squares,
     mean_response,
