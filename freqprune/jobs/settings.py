@@ -16,7 +16,7 @@ from torch import Tensor
 from freqprune.errors import InputError, at_least, one_of
 from freqprune.jobs.config import no_such_key, plain
 from freqprune.networks import Exports, Latency
-from freqprune.pruning import Amount, Judgement, Recipe, needs
+from freqprune.pruning import Amount, Judgement, Recipe, Reconstruction, needs
 from freqprune.tagging import Readout, Stimulus, find_components
 from freqprune.training import Distillation, Optimization
 
@@ -83,7 +83,7 @@ class Course:
     def __post_init__(self) -> None:
         at_least(1, steps=self.steps, calibration_images=self.calibration_images)
         at_least(0, step_epochs=self.step_epochs, bn_images=self.bn_images)
-        one_of(("before", "after"), bn_when=self.bn_when)
+        one_of(("auto", "before", "after"), bn_when=self.bn_when)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Epochs:
 SECTIONS: dict[str, tuple[type[Any], ...]] = {
     "tagging": (Stimulus, Readout, Showing),
     "importance": (Judgement, Scoring),
-    "pruning": (Amount, Recipe, Course),
+    "pruning": (Amount, Recipe, Reconstruction, Course),
     "optimizer": (Optimization,),
     "finetune": (Optimization, Distillation, Epochs),
     "latency": (Latency,),
@@ -109,7 +109,10 @@ SECTIONS: dict[str, tuple[type[Any], ...]] = {
 # Sections whose keys are the arguments of whatever their _target_ (of model: its name) stands for.
 FREE = ("data", "model", "trainer", "logger", "callbacks")
 # Fields of a recipe that come from other sections.
-ELSEWHERE = {Recipe: ("amount", "criterion", "components", "tagging", "seed")}
+ELSEWHERE = {
+    Recipe: ("amount", "criterion", "components", "tagging", "reconstruction", "seed"),
+    Reconstruction: ("seed",),
+}
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,8 @@ def read(cfg: DictConfig) -> Settings:
         recipe = _build(
             Recipe, "pruning", values,
             amount=_build(Amount, "pruning", {"pruning": amount}), criterion=scoring.criterion,
-            components=judgement.components, tagging=dict(vars(readout)), seed=values["seed"],
+            components=judgement.components, tagging=dict(vars(readout)),
+            reconstruction=_build(Reconstruction, "pruning", values), seed=values["seed"],
         )  # fmt: skip
     return Settings(
         common=_build(Common, "", {"": values}),

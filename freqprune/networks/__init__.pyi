@@ -26,3 +26,10 @@ from .registry import register_model as register_model
 from .resnet import BasicBlock as BasicBlock
 from .resnet import CifarResNet as CifarResNet
 from .resnet import IndexShortcut as IndexShortcut
+from .trace import BATCH_NORM as BATCH_NORM
+from .trace import IDENTITIES as IDENTITIES
+from .trace import LINEAR as LINEAR
+from .trace import SUMS as SUMS
+from .trace import Trace as Trace
+from .trace import equal_batches as equal_batches
+from .trace import run as run

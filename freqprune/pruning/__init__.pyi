@@ -16,6 +16,8 @@ from .moments import input_moments as input_moments
 from .moments import output_gradients as output_gradients
 from .recipe import Material as Material
 from .recipe import Recipe as Recipe
+from .reconstruction import Reconstruction as Reconstruction
+from .reconstruction import reconstruct as reconstruct
 from .selection import Amount as Amount
 from .selection import Kept as Kept
 from .selection import select as select

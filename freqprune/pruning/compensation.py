@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from freqprune.errors import InputError, closest
+from freqprune.errors import InputError, one_of
 from freqprune.pruning.graph import ChannelGraph
 from freqprune.pruning.moments import columns_of, least_squares, mean_response
 from freqprune.pruning.surgery import Plan
 from freqprune.tagging import find_folds
 
-METHODS = ("none", "mean", "least_squares")
+METHODS = ("none", "mean", "least_squares", "sequential")
+# Those that solve every layer from the dense network's moments alone.
+AT_ONCE = ("mean", "least_squares")
 
 
 def readers_of(graph: ChannelGraph, units: Sequence[str]) -> list[str]:
@@ -53,10 +55,7 @@ def compensate(
     Raises:
         InputError: for an unknown method, or missing moments.
     """
-    if method not in METHODS:
-        raise InputError(
-            f"pruning.compensation must be one of {', '.join(METHODS)}, got {method!r}{closest(method, METHODS)}"
-        )
+    one_of(("none", *AT_ONCE), method=method)
     if method == "none":
         return []
     dense, pruned = dict(plan.model.named_modules()), dict(small.named_modules())

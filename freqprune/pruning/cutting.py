@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
+from freqprune.networks import equal_batches
 from freqprune.pruning.compensation import compensate
 from freqprune.pruning.criteria import needs, scores
-from freqprune.pruning.evidence import gather
+from freqprune.pruning.evidence import calibration, gather
 from freqprune.pruning.importance import Evidence
 from freqprune.pruning.recipe import Material, Recipe
+from freqprune.pruning.reconstruction import reconstruct
 from freqprune.pruning.selection import Amount, Kept, remarks, select
 from freqprune.pruning.surgery import Plan, recalibrate_batch_norm
 from freqprune.tagging import Progress, Stimulus, TagResponse, pick_layers
@@ -90,18 +92,32 @@ def cut(
     kept = select(found, recipe.amount, plan.macs)
     small = plan.apply(kept)
     notes = remarks(kept, {name: plan.unit(name).n_filters for name in kept}, recipe.amount)
-    notes += _made_up_for(plan, small, kept, evidence, material, recipe) + _overshoot(plan, kept, recipe.amount)
+    small, more = _made_up_for(plan, small, kept, evidence, material, recipe, stimulus, progress)
+    notes += more + _overshoot(plan, kept, recipe.amount)
     return Cut(small, kept, found, evidence.response, notes)
 
 
 def _made_up_for(
-    plan: Plan, small: nn.Module, kept: Kept, evidence: Evidence, material: Material, recipe: Recipe
-) -> list[str]:
+    plan: Plan,
+    small: nn.Module,
+    kept: Kept,
+    evidence: Evidence,
+    material: Material,
+    recipe: Recipe,
+    stimulus: Stimulus,
+    progress: Progress | None,
+) -> tuple[nn.Module, list[str]]:
+    """The smaller network after the compensation that the recipe asks for, and remarks."""
+    if recipe.compensation == "sequential":
+        batches = equal_batches(calibration(plan.model, material, recipe, stimulus))
+        how = replace(recipe.reconstruction, seed=recipe.seed)
+        twin, notes = reconstruct(plan.model, plan.silenced(kept), batches, how, progress)
+        return plan.apply(kept, weights=twin), notes
     if material.bn_images is not None:
-        batches = [batch for batch in material.bn_images.split(128) if len(batch) > 1]
-        recalibrate_batch_norm(small, [material.normalize(batch.to(plan.example.device)) for batch in batches])
+        images = [batch for batch in material.bn_images.split(128) if len(batch) > 1]
+        recalibrate_batch_norm(small, [material.normalize(batch.to(plan.example.device)) for batch in images])
     reestimated = material.bn_images is not None
-    return compensate(plan, small, kept, evidence.moments or {}, recipe.compensation, reestimated=reestimated)
+    return small, compensate(plan, small, kept, evidence.moments or {}, recipe.compensation, reestimated=reestimated)
 
 
 def _overshoot(plan: Plan, kept: Kept, amount: Amount) -> list[str]:

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from freqprune.errors import at_least, one_of
-from freqprune.pruning.compensation import METHODS
+from freqprune.pruning.compensation import AT_ONCE, METHODS
 from freqprune.pruning.criteria import needs
+from freqprune.pruning.reconstruction import Reconstruction
 from freqprune.pruning.selection import Amount
 
 CALIBRATIONS = ("frames", "images")
@@ -50,7 +51,9 @@ class Recipe:
         layers: patterns of the layers to prune; all inner layers (and streams) if left out.
         exclude: patterns of layers to spare.
         streams: let the filters of residual streams go as well.
-        compensation: ``"none"``, ``"mean"`` or ``"least_squares"``, see `freqprune.pruning.compensation`.
+        compensation: ``"none"``, ``"mean"`` or ``"least_squares"``, see `freqprune.pruning.compensation`, or
+            ``"sequential"``, see `freqprune.pruning.reconstruction`.
+        reconstruction: settings of ``"sequential"``.
         calibrate_on: take second moments over tagged ``"frames"`` or over plain ``"images"``.
         frames_an_image: tagged frames of each calibration image.
         measured_images: calibration images for criteria that measure what a cut does to the logits.
@@ -68,6 +71,7 @@ class Recipe:
     exclude: Sequence[str] | str | None = None
     streams: bool = False
     compensation: str = "none"
+    reconstruction: Reconstruction = field(default_factory=Reconstruction)
     calibrate_on: str = "frames"
     frames_an_image: int = 2
     measured_images: int = 256
@@ -82,4 +86,4 @@ class Recipe:
 
     @property
     def needs_moments(self) -> bool:
-        return self.compensation != "none" or "moments" in needs(self.criterion)
+        return self.compensation in AT_ONCE or "moments" in needs(self.criterion)

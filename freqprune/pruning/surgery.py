@@ -100,12 +100,14 @@ class Plan:
             self._check_name(name)
         return self.graph.macs(widths)
 
-    def apply(self, kept: Mapping[str, Tensor], check: bool = True) -> nn.Module:
+    def apply(self, kept: Mapping[str, Tensor], check: bool = True, weights: nn.Module | None = None) -> nn.Module:
         """Smaller copy of the network with only the kept filters.
 
         Args:
             kept: indices of the filters kept in each unit; units that are not named keep all.
             check: compare the result on the example with the network whose removed channels are silenced.
+            weights: network of the same shape whose weights to take, e.g. one that was made up for; this one if left
+                out.
 
         Returns:
             A network of the same classes, in the same mode, with the kept filters' weights.
@@ -118,7 +120,8 @@ class Plan:
         for name, indices in kept.items():
             self._check(name, indices)
         # The graph speaks of one copy of the network, which the removal consumes.
-        graph = ChannelGraph(self.model, self.example)
+        source = self.model if weights is None else weights
+        graph = ChannelGraph(source, self.example)
         twin, modules = graph.twin, dict(graph.twin.named_modules())
         for name, indices in kept.items():
             gone = self._removed(name, indices)
@@ -137,7 +140,7 @@ class Plan:
         for layer, module in self.model.named_modules():
             modules[layer].training = module.training
         if check:
-            self._prove(twin, kept)
+            self._prove(source, twin, kept)
         return twin
 
     def silenced(self, kept: Mapping[str, Tensor]) -> dict[str, list[int]]:
@@ -152,7 +155,7 @@ class Plan:
     def _removed(self, name: str, indices: Tensor) -> list[int]:
         return sorted(set(range(self.unit(name).n_filters)) - set(indices.tolist()))
 
-    def _prove(self, twin: nn.Module, kept: Mapping[str, Tensor]) -> None:
+    def _prove(self, source: nn.Module, twin: nn.Module, kept: Mapping[str, Tensor]) -> None:
         try:
             with evaluating(twin), torch.no_grad():
                 small = twin(self.example)
@@ -162,7 +165,7 @@ class Plan:
                 "channels pass through "
                 f"{type(self.model).__name__}, for example a shortcut padded with zero channels. {_WAY_OUT}"
             ) from error
-        expected = masked_forward(self.model, self.silenced(kept), self.example)
+        expected = masked_forward(source, self.silenced(kept), self.example)
         for big, little in zip(_tensors(expected), _tensors(small), strict=True):
             close = big.shape == little.shape and torch.allclose(
                 big, little, rtol=1e-3, atol=1e-3 * float(big.abs().max().clamp(min=1e-6))

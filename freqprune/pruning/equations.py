@@ -1,0 +1,116 @@
+"""Normal equations of a layer, summed over batches, and weights that solve them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+class Sums:
+    """Moments of inputs and targets of the groups of a layer about an origin, summed over batches in float64."""
+
+    def __init__(self, groups: int, origin: tuple[Tensor, Tensor]) -> None:
+        self.groups, self.origin, self.n_samples = groups, origin, 0
+        self.xx = self.xt = self.x = self.t = torch.zeros((), dtype=torch.float64)
+
+    def add(self, x: Tensor, t: Tensor) -> None:
+        """Add rows of inputs ``(n_samples, groups * n_values)`` and of targets ``(n_samples, groups * n_outputs)``."""
+        # Float32 products of what is small beside its mean would hold nothing but rounding.
+        x, t = (
+            (v - zero).view(len(v), self.groups, -1).transpose(0, 1)
+            for v, zero in zip((x, t), self.origin, strict=True)
+        )
+        self.xx = self.xx + (x.mT @ x).double()
+        self.xt = self.xt + (x.mT @ t).double()
+        self.x, self.t = self.x + x.double().sum(1), self.t + t.double().sum(1)
+        self.n_samples += x.shape[1]
+
+    @property
+    def finite(self) -> bool:
+        return bool(self.xx.isfinite().all() and self.xt.isfinite().all())
+
+    def __add__(self, other: Sums) -> Sums:
+        both = Sums(self.groups, self.origin)
+        both.n_samples = self.n_samples + other.n_samples
+        for name in ("xx", "xt", "x", "t"):
+            setattr(both, name, getattr(self, name) + getattr(other, name))
+        return both
+
+    def equations(self, where: Tensor, constant: bool) -> Equations:
+        """Normal equations for the inputs `where` of each group."""
+        zero_x, zero_t = (zero.double().view(self.groups, -1) for zero in self.origin)
+        xx, xt = self.xx[:, where][:, :, where] / self.n_samples, self.xt[:, where] / self.n_samples
+        x, t, zero_x = self.x[:, where] / self.n_samples, self.t / self.n_samples, zero_x[:, where]
+        # The constant takes the means away; without one the moments are about zero.
+        xx, xt = xx - x[:, :, None] * x[:, None, :], xt - x[:, :, None] * t[:, None, :]
+        x, t = x + zero_x, t + zero_t
+        if not constant:
+            xx, xt = xx + x[:, :, None] * x[:, None, :], xt + x[:, :, None] * t[:, None, :]
+        return Equations(xx, xt, x, t)
+
+
+@dataclass
+class Equations:
+    """``xx w = xt`` for each group, of centred variables where there is a constant; means of inputs and targets."""
+
+    xx: Tensor
+    xt: Tensor
+    x: Tensor
+    t: Tensor
+
+    def solve(self, start: Tensor, ridge: float) -> Tensor | None:
+        """Weights ``(n_groups, n_values, n_outputs)``, ridge towards `start`; None if that does not determine them."""
+        variance = self.xx.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float32).tiny)
+        # Sums of float32 products can miss being positive by more than the ridge.
+        for lift in (1, 10, 100):
+            at = (ridge * lift * variance)[:, None]
+            matrix = self.xx.clone()
+            matrix.diagonal(dim1=1, dim2=2).add_(at)
+            factor, info = torch.linalg.cholesky_ex(matrix)
+            if not info.any():
+                return torch.cholesky_solve(self.xt + at[:, :, None] * start, factor)
+        return None
+
+    def error(self, w: Tensor) -> float:
+        """Mean squared error of weights, but for what does not depend on them."""
+        return float(((self.xx @ w - 2 * self.xt) * w).sum())
+
+
+def solve(
+    parts: Sequence[Sums], weight: Tensor, stays: Tensor, ridge: float | None, constant: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Weights ``(n_outputs, n_values)`` on the columns that stay and constants ``(n_outputs,)``, from all parts
+    together.
+
+    Args:
+        parts: moments; without a ridge given, the one that does best on the second from the first is taken.
+        weight: which the ridge pulls towards, ``(n_outputs, n_values)``.
+        stays: columns that may be other than zero, ``(n_values,)``.
+        ridge: in units of the mean variance of the inputs.
+        constant: let a constant help.
+    """
+    groups = parts[0].groups
+    old = weight.double().view(groups, -1, weight.shape[1]).mT
+    where = stays.nonzero().flatten()
+    start = old[:, where]
+    if ridge is None:
+        ridge = RIDGES[0]
+        if all(part.n_samples for part in parts):
+            seen, held_out = (part.equations(where, constant) for part in parts)
+            tried = {one: seen.solve(start, one) for one in RIDGES}
+            errors = {one: held_out.error(w) for one, w in tried.items() if w is not None}
+            ridge = min(errors, key=errors.__getitem__, default=ridge)
+    together = parts[0] + parts[1] if parts[1].n_samples else parts[0]
+    equations = together.equations(where, constant)
+    solved = equations.solve(start, ridge)
+    if solved is None:
+        return None
+    whole = torch.zeros_like(old)
+    whole[:, where] = solved
+    constants = equations.t - (solved * equations.x[:, :, None]).sum(1)
+    return whole.mT.flatten(0, 1), constants.flatten()

@@ -1,0 +1,128 @@
+"""One Gauss-Newton step of a layer's weights towards what the layer after it is to answer, by conjugate gradients.
+
+Least squares solves the layer that a target belongs to; the layer before it, on the other side of an activation, can
+still move. Linearised there, its best step is a least-squares problem too, which needs products with the Jacobian and
+its transpose only. A block-wise reconstruction (Li et al. 2021, BRECQ, arXiv 2102.05426) without labels and without a
+learning rate.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vjp
+
+N_PRODUCTS = 6
+DAMPING = 1e-3
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Two layers and what lies between them, for the batches by number.
+
+    Attributes:
+        feed: linear: weight and constants of the first layer, and the number of a batch, to its output.
+        between: output of the first layer to input of the second.
+        read: linear: input of the second layer to its answer.
+        targets: what the second layer is to answer, one a batch.
+        energy: mean square of what each weight of the first layer multiplies, in a shape that spreads over the weight.
+    """
+
+    feed: Callable[[Tensor, Tensor, int], Tensor]
+    between: Callable[[Tensor, int], Tensor]
+    read: Callable[[Tensor, int], Tensor]
+    targets: Sequence[Tensor]
+    energy: Tensor
+
+    def error(self, weight: Tensor, constant: Tensor) -> float:
+        """Squared error of the answers, summed."""
+        total = 0.0
+        for i, target in enumerate(self.targets):
+            answer = self.read(self.between(self.feed(weight, constant, i), i), i)
+            total += float((answer - target).double().square().sum())
+        return total
+
+
+def gauss_newton(
+    segment: Segment, weight: Tensor, constant: Tensor, movable: bool, seed: int = 0
+) -> tuple[Tensor, Tensor] | None:
+    """New weight and constants with a smaller squared error; None if the step finds none.
+
+    Args:
+        segment: the layer whose weights these are, first, and the layer that is to come close to its targets.
+        weight: ``(n_outputs, ...)``.
+        constant: added to the layer's output, ``(n_outputs,)``.
+        movable: whether the constants may move.
+        seed: of the random signs that scale the problem.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    numbers = range(len(segment.targets))
+    # Of linear maps, any point will do to take the transposed one at.
+    start = [segment.feed(weight, constant, i) for i in numbers]
+    back = []
+    for i in numbers:
+        _, to_weight = vjp(lambda w, c, i=i: segment.feed(w, c, i), weight, constant)  # type: ignore[misc]
+        inner, through = vjp(lambda z, i=i: segment.between(z, i), start[i])  # type: ignore[misc]
+        answer, to_inner = vjp(lambda h, i=i: segment.read(h, i), inner)  # type: ignore[misc]
+        back.append((answer, lambda u, a=to_inner, b=through, c=to_weight: c(b(a(u)[0])[0])))
+
+    def transposed(vectors: Callable[[int], Tensor], squared: bool = False) -> list[Tensor]:
+        """Jacobian, transposed, times a vector a batch, summed over batches (their squares, if asked for)."""
+        total = [torch.zeros_like(weight), torch.zeros_like(constant)]
+        for i in numbers:
+            for into, found in zip(total, back[i][1](vectors(i)), strict=True):
+                into.add_(found.square() if squared else found)
+        if not movable:
+            total[1].zero_()
+        return total
+
+    def times(direction: Sequence[Tensor], i: int) -> Tensor:
+        """Jacobian times a direction, for a batch."""
+        moved = segment.feed(direction[0], direction[1], i)
+        with warnings.catch_warnings():
+            # torch warns of its own use of torch.jit on the first call.
+            warnings.simplefilter("ignore", FutureWarning)
+            return segment.read(jvp(lambda z: segment.between(z, i), (start[i],), (moved,))[1], i)
+
+    def signs(i: int) -> Tensor:
+        shape = segment.targets[i].shape
+        drawn = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8)
+        return (2 * drawn - 1).to(segment.targets[i])
+
+    # The diagonal of the matrix to invert: what the signs say of the constants (Hutchinson), times the inputs' energy.
+    reach = _floored(transposed(signs, squared=True)[1]) if movable else torch.ones_like(constant)
+    spread = reach.view(-1, *[1] * (weight.dim() - 1)) * _floored(segment.energy)
+    scales = [spread.expand_as(weight), reach]
+    residual = transposed(lambda i: segment.targets[i] - back[i][0])
+    step = [torch.zeros_like(weight), torch.zeros_like(constant)]
+    lifted = [r / s for r, s in zip(residual, scales, strict=True)]
+    direction, size = lifted, _dot(residual, lifted)
+    for _ in range(N_PRODUCTS):
+        if size <= 0:
+            break
+        product = transposed(lambda i, towards=direction: times(towards, i))  # type: ignore[misc]
+        product = [q + DAMPING * s * d for q, s, d in zip(product, scales, direction, strict=True)]
+        length = size / max(_dot(direction, product), 1e-30)
+        step = [x + length * d for x, d in zip(step, direction, strict=True)]
+        residual = [r - length * q for r, q in zip(residual, product, strict=True)]
+        lifted = [r / s for r, s in zip(residual, scales, strict=True)]
+        before, size = size, _dot(residual, lifted)
+        direction = [y + size / before * d for y, d in zip(lifted, direction, strict=True)]
+    now = sum(float((a - t).double().square().sum()) for (a, _), t in zip(back, segment.targets, strict=True))
+    for share in (1.0, 0.5):
+        found = weight + share * step[0], constant + share * step[1]
+        if segment.error(*found) < now:
+            return found
+    return None
+
+
+def _floored(values: Tensor) -> Tensor:
+    return values.clamp(min=1e-6 * float(values.max().clamp(min=1e-30)))
+
+
+def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    return sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))

@@ -1,0 +1,343 @@
+"""Making up for a cut in sequence: exact where it can be, against NumPy, never worse than doing nothing, refused by
+name."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import densenet121, mobilenet_v2, resnet18
+
+from freqprune.errors import InputError
+from freqprune.networks.registry import build_model
+from freqprune.networks.trace import Trace, equal_batches, run
+from freqprune.pruning.reconstruction import Reconstruction, mute, reconstruct
+from freqprune.pruning.surgery import Plan
+
+EXACT = Reconstruction(positions=10_000, ridge=1e-9, rounds=0)
+
+
+def images(n_images: int = 24, size: int = 12, seed: int = 0) -> Tensor:
+    return torch.rand(n_images, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def double(layer: nn.Module, norm: nn.BatchNorm2d | None = None) -> None:
+    """The second half of a layer's filters: copies of the first, each times its own factor."""
+    half = len(layer.weight) // 2  # type: ignore[arg-type, index]
+    factors = torch.linspace(0.5, 2, half)
+    with torch.no_grad():
+        for name, tensor in [*layer.named_parameters(), *([] if norm is None else norm.named_parameters())]:
+            if norm is None or tensor is not layer.weight:
+                scale = factors.view(-1, *[1] * (tensor.dim() - 1))
+                tensor[half:] = tensor[:half] * (scale if name in ("weight", "bias") else 1)
+        if norm is not None:
+            layer.weight[half:] = layer.weight[:half]  # type: ignore[index, operator]
+
+
+class Residual(nn.Module):
+    """A block whose shortcut is the identity or a convolution, after another that shifts what it reads."""
+
+    def __init__(self, projected: bool) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv1, self.bn1 = nn.Conv2d(8, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.conv2, self.bn2 = nn.Conv2d(12, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.shortcut = nn.Conv2d(8, 8, 1) if projected else nn.Identity()
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y)) + self.shortcut(x)
+        return self.head(F.relu(y).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Concatenated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1)
+        self.b, self.head = nn.Conv2d(14, 6, 3, padding=1), nn.Linear(20, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = torch.cat([x, F.relu(self.a(x))], 1)
+        x = torch.cat([x, F.relu(self.b(x))], 1)
+        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Depthwise(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand, self.norm = nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.depthwise, self.project = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 6, 1)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.expand(x)))
+        return self.head(F.relu(self.project(F.relu(self.depthwise(x)))).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def settled(net: nn.Module) -> nn.Module:
+    """With statistics and scales that no batch norm starts with."""
+    torch.manual_seed(1)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.3, 0.3)  # type: ignore[union-attr]
+            module.running_var.uniform_(0.3, 2)  # type: ignore[union-attr]
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.3, 0.3)
+    return net.eval()
+
+
+def copied(norm: nn.BatchNorm2d) -> None:
+    half = norm.num_features // 2
+    for tensor in (norm.running_mean, norm.running_var):
+        tensor[half:] = tensor[:half]  # type: ignore[index]
+
+
+def residual(projected: bool) -> tuple[nn.Module, str, int]:
+    net = settled(Residual(projected))
+    double(net.conv1, net.bn1)
+    copied(net.bn1)
+    return net, "conv1", 6
+
+
+def concatenated() -> tuple[nn.Module, str, int]:
+    net = settled(Concatenated())
+    double(net.a)
+    return net, "a", 4
+
+
+def depthwise() -> tuple[nn.Module, str, int]:
+    net = settled(Depthwise())
+    double(net.expand, net.norm)
+    copied(net.norm)
+    with torch.no_grad():
+        # Kernels copied as they are: the factors are those of what comes in; a bias would not scale with it.
+        net.depthwise.weight[4:] = net.depthwise.weight[:4]
+        net.depthwise.bias.zero_()
+    return net, "expand", 4
+
+
+@pytest.mark.parametrize(
+    "case",
+    [lambda: residual(False), lambda: residual(True), concatenated, depthwise],
+    ids=["identity", "projection", "concatenation", "depthwise"],
+)
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_copies_of_what_is_left_are_made_up_for_exactly(
+    case: Callable[[], tuple[nn.Module, str, int]], rounds: int
+) -> None:
+    net, unit, n_kept = case()
+    x = images()
+    plan = Plan(net, x)
+    kept = {unit: torch.arange(n_kept)}
+    twin, remarks = reconstruct(net, plan.silenced(kept), equal_batches([x], 8), replace(EXACT, rounds=rounds))
+    small = plan.apply(kept, weights=twin)
+    new = images(seed=5)
+    with torch.no_grad():
+        cut, made_up = (float((one(new) - net(new)).abs().max()) for one in (plan.apply(kept), small))
+    assert made_up < 2e-3 * cut
+    assert not [remark for remark in remarks if "fewer samples" not in remark]
+
+
+def test_weights_are_those_of_numpys_least_squares() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3, stride=2, padding=1), nn.AvgPool2d(2)).eval()
+    x, ridge = images(16), 1e-3
+    twin, _ = reconstruct(net, {"2": [1, 4]}, equal_batches([x], 4), Reconstruction(10_000, ridge, rounds=0))
+    hidden = F.pad(net[1](net[0](x)), [1] * 4).detach().double().numpy()
+    with torch.no_grad():
+        target = net[2](net[1](net[0](x))).double().numpy()
+    rows, answers = [], []
+    for n in range(len(x)):
+        for i in range(target.shape[2]):
+            for j in range(target.shape[3]):
+                rows.append(hidden[n][[0, 2, 3, 5], 2 * i : 2 * i + 3, 2 * j : 2 * j + 3].ravel())
+                answers.append(target[n, :, i, j])
+    a, t = np.array(rows), np.array(answers)
+    old = net[2].weight.detach().double().numpy()[:, [0, 2, 3, 5]].reshape(4, -1)
+    # The ridge as further equations, the constant as a further column that it does not pull at.
+    lift = np.sqrt(ridge * a.var(0).mean() * len(a))
+    whole = np.block([[a, np.ones((len(a), 1))], [lift * np.eye(a.shape[1]), np.zeros((a.shape[1], 1))]])
+    solved = np.linalg.lstsq(whole, np.vstack([t, lift * old.T]), rcond=None)[0]
+    found = twin.get_submodule("2")
+    np.testing.assert_allclose(found.weight.detach()[:, [0, 2, 3, 5]].flatten(1), solved[:-1].T, atol=2e-4)
+    np.testing.assert_allclose(found.bias.detach(), solved[-1], atol=2e-4)
+    assert not found.weight[:, [1, 4]].any()
+
+
+NETWORKS = {
+    "resnet8 A": lambda: build_model({"name": "resnet8"}),
+    "resnet8 B": lambda: build_model({"name": "resnet8", "shortcut": "B"}),
+    "resnet18": lambda: resnet18(num_classes=6),
+    "mobilenet_v2": lambda: mobilenet_v2(num_classes=6),
+    "densenet121": lambda: densenet121(num_classes=6),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_never_further_from_the_dense_network_than_the_bare_cut(name: str) -> None:
+    torch.manual_seed(0)
+    net, x = settled(NETWORKS[name]()), images(16, 32)
+    plan = Plan(net, x)
+    widths = {unit: plan.unit(unit).n_filters for unit in plan.choose()}
+    kept = {unit: torch.arange(-(-width * 2 // 3)) for unit, width in widths.items()}
+    silenced, batches = plan.silenced(kept), equal_batches([x], 8)
+    before = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+    twin, _ = reconstruct(net, silenced, batches, Reconstruction(positions=16, rounds=0))
+    muted = copy.deepcopy(net)
+    mute(muted, silenced)
+    with torch.no_grad():
+        answers = net(x)
+        made_up, cut = (float((one(x) - answers).square().mean()) for one in (twin, muted))
+    assert made_up < 0.5 * cut
+    assert all(torch.equal(tensor, before[key]) for key, tensor in net.state_dict().items())
+    # The proof of the cut runs with the new weights.
+    small = plan.apply(kept, weights=twin)
+    torch.testing.assert_close(small(x), twin(x), rtol=1e-3, atol=1e-3)
+
+
+def test_a_gauss_newton_step_comes_closer_and_bits_are_equal_for_equal_seeds() -> None:
+    torch.manual_seed(0)
+    net, x = settled(build_model({"name": "resnet8"})), images(240, 16)
+    plan = Plan(net, x)
+    kept = {unit: torch.arange(plan.unit(unit).n_filters // 2) for unit in plan.choose()}
+    how = Reconstruction(positions=16, ridge=1e-4, rounds=0)
+    silenced, batches = plan.silenced(kept), equal_batches([x], 60)
+    errors, twins = [], []
+    for one in (how, replace(how, rounds=1), replace(how, rounds=1), replace(how, rounds=1, seed=1)):
+        twin, _ = reconstruct(net, silenced, batches, one)
+        with torch.no_grad():
+            errors.append(float((twin(x) - net(x)).square().mean()))
+        twins.append(twin.state_dict())
+    assert errors[1] < 0.9 * errors[0]
+    assert all(torch.equal(tensor, twins[2][key]) for key, tensor in twins[1].items())
+    assert not all(torch.equal(tensor, twins[3][key]) for key, tensor in twins[1].items())
+
+
+def test_only_layers_that_lost_inputs_are_solved_if_asked_for() -> None:
+    net, unit, n_kept = residual(False)
+    plan = Plan(net, images())
+    silenced = plan.silenced({unit: torch.arange(n_kept)})
+    twin, _ = reconstruct(net, silenced, equal_batches([images()], 8), replace(EXACT, resolve="lost"))
+    changed = {name for name, p in net.named_parameters() if not torch.equal(p, twin.get_parameter(name))}
+    assert changed == {"conv2.weight"}
+
+
+class PadsItself(nn.Conv2d):
+    """As TensorFlow pads: nothing at the left, one pixel at the right."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, [0, 1, 0, 1]), self.weight, self.bias, self.stride)
+
+
+def test_a_convolution_that_pads_in_its_forward_is_solved_for_what_it_multiplies() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), PadsItself(8, 5, 3, stride=2), nn.Flatten(), nn.Linear(180, 4)
+    ).eval()
+    double(net[0])
+    twin, _ = reconstruct(net, {"2": [4, 5, 6, 7]}, equal_batches([images()], 8), EXACT)
+    new = images(seed=5)
+    torch.testing.assert_close(twin(new), net(new), rtol=1e-3, atol=1e-4)
+
+
+def test_too_few_samples_are_counted_and_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    net, unit, n_kept = residual(False)
+    plan = Plan(net, images())
+    how = Reconstruction(positions=1, rounds=0)
+    _, remarks = reconstruct(net, plan.silenced({unit: torch.arange(n_kept)}), [images(10)], how)
+    # 6 channels x 9 weights and a constant, 10 images of 1 position; 8 inputs of the head and a constant are enough.
+    assert "1 layers have fewer samples than unknowns, worst conv2, which lacks 45" in remarks[0]
+    assert remarks[0] in caplog.text
+
+
+class Draws(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.dropout(self.a(x), 0.5, training=True)).mean((2, 3))  # type: ignore[no-any-return]
+
+
+class Chooses(Draws):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(y if y.sum() > 0 else -y).mean((2, 3))  # type: ignore[no-any-return]
+
+
+class Fails(Draws):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).log()).mean((2, 3))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (Draws, "answers the same images differently from call to call"),
+        (Chooses, "torch.export cannot follow Chooses"),
+        (Fails, "Fails answers calibration images with NaN or infinite values"),
+    ],
+)
+def test_networks_that_cannot_be_taken_step_by_step_are_refused(net: type[Draws], message: str) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(InputError, match=message):
+        reconstruct(net().eval(), {"b": [0]}, [images(4)])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"positions": 0}, "positions must be at least 1"),
+        ({"ridge": 0.0}, "ridge must be above 0"),
+        ({"rounds": -1}, "rounds must be at least 0"),
+        ({"resolve": "all"}, "resolve must be one of shifted, lost"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Reconstruction(**settings)  # type: ignore[arg-type]
+
+
+def test_images_are_needed() -> None:
+    with pytest.raises(InputError, match="needs calibration images"):
+        reconstruct(Draws().eval(), {"b": [0]}, [])
+
+
+class WritesInPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.relu = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        y = self.b(self.relu(x))
+        y += x
+        return self.relu(y).mean((2, 3))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("net", [WritesInPlace, lambda: Residual(True), Concatenated, lambda: resnet18(num_classes=3)])
+def test_operations_give_what_the_network_gives_and_write_into_nothing(net: Callable[[], nn.Module]) -> None:
+    model, x = settled(net()), images(2, 32)
+    trace = Trace(model, x)
+    values: dict[object, Tensor] = {trace.entrance: x.clone(), **trace.inputs(model)}
+    for node in trace.nodes:
+        before = {key: value.clone() for key, value in values.items() if isinstance(value, Tensor)}
+        values[node] = run(node, values.__getitem__)
+        assert all(torch.equal(values[key], value) for key, value in before.items())
+    torch.testing.assert_close(values[trace.exit], model(x))
+    assert set(trace.layers.values()) == {
+        name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)
+    }
+    assert trace.weights_made == []
+
+
+def test_equal_batches_leave_out_less_than_one_image_a_batch() -> None:
+    sizes = [len(batch) for batch in equal_batches([torch.zeros(7, 1), torch.zeros(6, 1)], 4)]
+    assert sizes == [3, 3, 3, 3]
