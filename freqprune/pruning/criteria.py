@@ -130,7 +130,7 @@ def logit_error_score(evidence: Evidence, layer: str) -> Tensor:
         estimates,
         order,
         counts,
-        logit_errors(evidence.model, _readers(evidence, layer), order, counts, evidence.frames),
+        logit_errors(evidence.model, _readers(evidence, layer), order, counts, evidence.frames, evidence.trace),
     )
 
 

@@ -88,7 +88,7 @@ def cut(
     example = material.normalize(material.images[:1].to(next(net.parameters()).device))
     plan, chosen = plan_cut(net, example, recipe)
     evidence = gather(plan, chosen, material, recipe, stimulus, response, progress)
-    found = scores(recipe.criterion, evidence, chosen)
+    found = scores(recipe.criterion, evidence, chosen, progress)
     kept = select(found, recipe.amount, plan.macs)
     small = plan.apply(kept)
     notes = remarks(kept, {name: plan.unit(name).n_filters for name in kept}, recipe.amount)

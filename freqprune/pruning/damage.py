@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.networks import evaluating, replaced
+from freqprune.networks import Trace, equal_batches, evaluating, replaced, run
 from freqprune.pruning.moments import least_squares
 
 Readers = Mapping[str, tuple[Tensor, Tensor, Tensor]]
@@ -18,7 +19,12 @@ Readers = Mapping[str, tuple[Tensor, Tensor, Tensor]]
 
 
 def logit_errors(
-    model: nn.Module, readers: Readers, order: Tensor, counts: Sequence[int], batches: Sequence[Tensor]
+    model: nn.Module,
+    readers: Readers,
+    order: Tensor,
+    counts: Sequence[int],
+    batches: Sequence[Tensor],
+    trace: Trace | None = None,
 ) -> Tensor:
     """Mean squared change of the logits without the first filters of an order, the others making up for them by least
     squares.
@@ -29,6 +35,8 @@ def logit_errors(
         order: filters in the order in which they go, ``(n_filters,)``.
         counts: how many of them are gone, ascending, each from 1 to n_filters.
         batches: network inputs.
+        trace: the network's operations for batches as `equal_batches` makes them: what comes before the layers then
+            runs once for all counts.
 
     Returns:
         Squared change, summed over the logits, mean over the inputs, ``(n_counts,)``; never below that of fewer filters
@@ -39,21 +47,63 @@ def logit_errors(
     """
     if not batches:
         raise InputError("no batch was given to measure the change of the logits on")
-    modules = dict(model.named_modules())
-    found = []
     with evaluating(model), torch.no_grad():
-        answers = [model(batch) for batch in batches]
-        if not isinstance(answers[0], Tensor) or answers[0].dim() != 2:
-            raise InputError("the network must return logits, (n_images, n_classes), to measure their change")
-        for count in counts:
-            stand_ins = {name: _without(modules[name], *reader, order[:count]) for name, reader in readers.items()}
-            with replaced(model, stand_ins):
-                changes = [
-                    (model(batch) - answer).double().square().sum()
-                    for batch, answer in zip(batches, answers, strict=True)
-                ]
-            found.append(float(sum(changes)) / sum(map(len, batches)))
-    return torch.tensor(found, dtype=torch.float64).cummax(0).values
+        answer = model(batches[0])
+    if not isinstance(answer, Tensor) or answer.dim() != 2:
+        raise InputError("the network must return logits, (n_images, n_classes), to measure their change")
+    modules = dict(model.named_modules())
+    solved = [
+        {name: _without(modules[name], *reader, order[:count]) for name, reader in readers.items()} for count in counts
+    ]
+    n_images, found = 0, torch.zeros(len(counts), dtype=torch.float64)
+    with torch.no_grad():
+        for batch, outputs in _answers(model, solved, equal_batches(batches), trace):
+            n_images += len(batch)
+            found += torch.tensor([float((output - outputs[0]).double().square().sum()) for output in outputs[1:]])
+    return (found / n_images).cummax(0).values
+
+
+def _answers(
+    model: nn.Module, solved: Sequence[Mapping[str, nn.Module]], batches: Sequence[Tensor], trace: Trace | None
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Each batch, with the logits of the network and then of the network with each set of layers in the place of its
+    own."""
+    if trace is None or not all(name in trace.layers.values() for layers in solved for name in layers):
+        with evaluating(model):
+            for batch in batches:
+                outputs = [model(batch)]
+                for layers in solved:
+                    with replaced(model, layers):
+                        outputs.append(model(batch))
+                yield batch, outputs
+        return
+    fixed = trace.inputs(model)
+    start = min(at for at, node in enumerate(trace.nodes) if trace.layers.get(node) in solved[0])
+    for batch in batches:
+        values: dict[Any, Any] = {trace.entrance: batch}
+        _go_on(trace, trace.nodes[:start], values, fixed, {})
+        # What comes before the layers is the same for all.
+        yield batch, [_go_on(trace, trace.nodes[start:], dict(values), fixed, layers) for layers in ({}, *solved)]
+
+
+def _go_on(
+    trace: Trace,
+    nodes: Sequence[Any],
+    values: dict[Any, Any],
+    fixed: Mapping[Any, Tensor],
+    layers: Mapping[str, nn.Module],
+) -> Any:
+    """Run operations, some layers replaced; the network's answer, once it is there."""
+    for node in nodes:
+        layer = layers.get(trace.layers.get(node, ""))
+        values[node] = (
+            run(node, lambda of: fixed[of] if of in fixed else values[of])
+            if layer is None
+            else node.target(values[node.args[0]], layer.weight, layer.bias, *node.args[3:])
+        )
+        for done in trace.done_with(node):
+            values.pop(done, None)
+    return values.get(trace.exit)
 
 
 def _without(layer: nn.Module, weight: Tensor, moments: Tensor, columns: Tensor, gone: Tensor) -> nn.Module:

@@ -7,14 +7,16 @@ Add one by decorating it with `criterion`; those of the package are in `freqprun
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError, closest
+from freqprune.networks import Trace, equal_batches
 from freqprune.pruning.graph import ChannelGraph
 from freqprune.tagging import TagResponse
 
@@ -62,6 +64,14 @@ class Evidence:
         """Layers whose filters go together with those of `layer`; the layer alone without a graph."""
         units = {} if self.graph is None else self.graph.units
         return units[layer].members if layer in units else (layer,)
+
+    @cached_property
+    def trace(self) -> Trace | None:
+        """The network's operations for batches of the frames; None for a network that cannot be traced."""
+        try:
+            return Trace(self.model, equal_batches(self.frames)[0])
+        except InputError:
+            return None
 
     @cached_property
     def gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -138,7 +148,12 @@ def needs(name: str) -> frozenset[str]:
     return _CRITERIA[name].needs
 
 
-def scores(name: str, evidence: Evidence, layers: Sequence[str]) -> dict[str, Tensor]:
+def scores(
+    name: str,
+    evidence: Evidence,
+    layers: Sequence[str],
+    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+) -> dict[str, Tensor]:
     """Score of every filter of `layers` by a named criterion, float64 ``(n_filters,)`` a layer.
 
     Where the filters of several layers go together (a residual stream), a filter scores the largest of theirs.
@@ -184,7 +199,8 @@ def scores(name: str, evidence: Evidence, layers: Sequence[str]) -> dict[str, Te
             )
     score = _CRITERIA[name].score
     found = {}
-    for layer in layers:
+    said = [f"ranking the filters of {layer}" for layer in layers]
+    for layer, _ in zip(layers, progress(said) if progress is not None else said, strict=True):
         members = [layer] if wanted & {"graph", "moments"} else list(evidence.members(layer))
         found[layer] = torch.stack([score(evidence, member).double() for member in members]).amax(0)
     for layer, values in found.items():

@@ -100,8 +100,8 @@ def reconstruct(
     with torch.no_grad():
         walk = _Walk(model, twin, Trace(model, batches[0]), silenced, batches, how)
         mute(twin, silenced)
-        steps = walk.trace.nodes
-        for node in progress(steps) if progress is not None else steps:
+        steps = [f"making up for the cut in {walk.trace.layers.get(node, node.name)}" for node in walk.trace.nodes]
+        for node, _ in zip(walk.trace.nodes, progress(steps) if progress is not None else steps, strict=True):
             walk.step(node)
         walk.check_exit(model, batches[0])
         walk.remark_on_samples()

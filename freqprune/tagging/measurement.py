@@ -317,7 +317,14 @@ def _normalizer(
 
 
 def rounds(total: Iterable[Any]) -> Iterator[Any]:
-    """Iterate with a progress bar on the terminal, for the `progress` argument of `tag`."""
-    from rich.progress import track
+    """Iterate with a progress bar on the terminal, for arguments named `progress`; words are shown as they come."""
+    from rich.progress import Progress as Bar
 
-    yield from track(list(total), description="tagging")
+    items = list(total)
+    with Bar(transient=True) as bar:
+        task = bar.add_task("tagging", total=len(items))
+        for item in items:
+            if isinstance(item, str):
+                bar.update(task, description=item)
+            yield item
+            bar.advance(task)

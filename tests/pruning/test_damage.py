@@ -1,11 +1,15 @@
 """The measured change of the logits against the network that surgery and compensation really leave."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
+from freqprune.networks.hooks import hooked
 from freqprune.networks.registry import build_model
+from freqprune.networks.trace import Trace, equal_batches
 from freqprune.pruning.compensation import compensate, readers_of
 from freqprune.pruning.criteria import scores
 from freqprune.pruning.damage import corrected, logit_errors
@@ -46,6 +50,31 @@ def test_it_is_the_change_that_surgery_and_least_squares_leave(net: nn.Module) -
         with torch.no_grad():
             assert error == pytest.approx(float((small(X) - net(X)).square().sum(1).mean()), rel=1e-3)
     assert found[0] < found[1] < found[2]
+
+
+def test_what_comes_before_the_layers_runs_once_and_changes_nothing(net: nn.Module) -> None:
+    order, batches = torch.arange(8), equal_batches([X], 6)
+    moments = input_moments(net, ["layer2.0.conv2"], [X], n_positions=None)
+    weight = net.get_parameter("layer2.0.conv2.weight").detach().flatten(1)
+    columns = torch.stack([columns_of(net.get_submodule("layer2.0.conv2"), [channel]) for channel in range(8)])
+    reader = {"layer2.0.conv2": (weight, moments["layer2.0.conv2"], columns)}
+    calls = {"stem": 0, "head": 0}
+
+    def count(name: str) -> Callable[..., None]:
+        def after(*_: object) -> None:
+            calls[name] += 1
+
+        return after
+
+    whole = logit_errors(net, reader, order, [1, 4, 8], batches)
+    trace = Trace(net, batches[0])
+    with hooked(
+        [(net.get_submodule("conv1"), None, count("stem")), (net.get_submodule("linear"), None, count("head"))]
+    ):
+        found = logit_errors(net, reader, order, [1, 4, 8], batches, trace)
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=0)
+    # The first batch alone goes through the modules, to see that they give logits.
+    assert calls == {"stem": 1, "head": 1}
 
 
 def test_estimates_are_scaled_between_the_measured_points() -> None:

