@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 from freqprune.errors import InputError, at_least, one_of
 from freqprune.networks import BATCH_NORM, IDENTITIES, LINEAR, SUMS, Trace, evaluating, run
@@ -47,6 +48,8 @@ class Reconstruction:
             inputs.
         rounds: after a layer is solved, so many times the layer that feeds it takes a Gauss-Newton step towards the
             same target, and it is solved again.
+        memory_gb: gigabytes that the activations of all calibration images may take; fewer images are used where more
+            would be needed.
         seed: of the positions.
 
     Raises:
@@ -57,12 +60,15 @@ class Reconstruction:
     ridge: float | None = None
     resolve: str = "shifted"
     rounds: int = 1
+    memory_gb: float = 4.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         at_least(1, positions=self.positions)
         at_least(0, rounds=self.rounds)
         one_of(RESOLVE, resolve=self.resolve)
+        if not self.memory_gb > 0:
+            raise InputError(f"memory_gb must be above 0, got {self.memory_gb}")
         if self.ridge is not None and not self.ridge > 0:
             raise InputError(f"ridge must be above 0, got {self.ridge}")
 
@@ -98,7 +104,15 @@ def reconstruct(
     twin, muted = (copy.deepcopy(model).eval() for _ in range(2))
     mute(muted, silenced)
     with torch.no_grad():
-        walk = _Walk(model, twin, Trace(model, batches[0]), silenced, batches, how)
+        trace = Trace(model, batches[0])
+        n_fit = max(1, int(how.memory_gb * 1e9 / _bytes_of(trace, model, batches[0])))
+        n_images, batches = sum(map(len, batches)), batches[:n_fit]
+        walk = _Walk(model, twin, trace, silenced, batches, how)
+        if sum(map(len, batches)) < n_images:
+            walk.remarks.append(
+                f"made up for on {sum(map(len, batches))} of {n_images} calibration images, whose activations fit into "
+                f"pruning.memory_gb = {how.memory_gb:g}"
+            )
         mute(twin, silenced)
         steps = [f"making up for the cut in {walk.trace.layers.get(node, node.name)}" for node in walk.trace.nodes]
         for node, _ in zip(walk.trace.nodes, progress(steps) if progress is not None else steps, strict=True):
@@ -142,6 +156,21 @@ def _check_repeatable(model: nn.Module, batch: Tensor) -> None:
             "forward "
             "draws at random, so that nothing can be made up for; switch that off for pruning"
         )
+
+
+def _bytes_of(trace: Trace, model: nn.Module, batch: Tensor) -> int:
+    """What is held of one batch at the worst moment: results of the dense network and of its twin, and a step's own."""
+    fixed = trace.inputs(model)
+    values: dict[Node, Any] = {trace.entrance: batch}
+    most = 0
+    for node in trace.nodes:
+        values[node] = run(node, lambda of: fixed[of] if of in fixed else values[of])
+        most = max(
+            most, sum(tensor.nbytes for tensor in tree_leaves(list(values.values())) if isinstance(tensor, Tensor))
+        )
+        for done in trace.done_with(node):
+            values.pop(done, None)
+    return 3 * most
 
 
 class _Walk:

@@ -257,6 +257,20 @@ def test_too_few_samples_are_counted_and_warned_of(caplog: pytest.LogCaptureFixt
     assert remarks[0] in caplog.text
 
 
+def test_images_that_do_not_fit_into_memory_are_left_out_and_that_is_said() -> None:
+    net, unit, n_kept = residual(False)
+    silenced = Plan(net, images()).silenced({unit: torch.arange(n_kept)})
+    # 12 channels of 12 x 12 floats in the block, 8 in the stream, for two networks and a step: about 35 kB an image.
+    how = replace(EXACT, memory_gb=1e-3)
+    _, remarks = reconstruct(net, silenced, equal_batches([images(100)], 10), how)
+    used = int(remarks[0].split()[4])
+    assert (
+        remarks[0]
+        == f"made up for on {used} of 100 calibration images, whose activations fit into pruning.memory_gb = 0.001"
+    )
+    assert 10 <= used <= 50
+
+
 class Draws(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -296,6 +310,7 @@ def test_networks_that_cannot_be_taken_step_by_step_are_refused(net: type[Draws]
     [
         ({"positions": 0}, "positions must be at least 1"),
         ({"ridge": 0.0}, "ridge must be above 0"),
+        ({"memory_gb": 0.0}, "memory_gb must be above 0"),
         ({"rounds": -1}, "rounds must be at least 0"),
         ({"resolve": "all"}, "resolve must be one of shifted, lost"),
     ],
