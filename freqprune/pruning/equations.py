@@ -16,7 +16,7 @@ class Sums:
 
     def __init__(self, groups: int, origin: tuple[Tensor, Tensor]) -> None:
         self.groups, self.origin, self.n_samples = groups, origin, 0
-        self.xx = self.xt = self.x = self.t = torch.zeros((), dtype=torch.float64)
+        self.xx = self.xt = self.x = self.t = self.tt = torch.zeros((), dtype=torch.float64)
 
     def add(self, x: Tensor, t: Tensor) -> None:
         """Add rows of inputs ``(n_samples, groups * n_values)`` and of targets ``(n_samples, groups * n_outputs)``."""
@@ -28,6 +28,7 @@ class Sums:
         self.xx = self.xx + (x.mT @ x).double()
         self.xt = self.xt + (x.mT @ t).double()
         self.x, self.t = self.x + x.double().sum(1), self.t + t.double().sum(1)
+        self.tt = self.tt + t.double().square().sum()
         self.n_samples += x.shape[1]
 
     @property
@@ -37,7 +38,7 @@ class Sums:
     def __add__(self, other: Sums) -> Sums:
         both = Sums(self.groups, self.origin)
         both.n_samples = self.n_samples + other.n_samples
-        for name in ("xx", "xt", "x", "t"):
+        for name in ("xx", "xt", "x", "t", "tt"):
             setattr(both, name, getattr(self, name) + getattr(other, name))
         return both
 
@@ -48,20 +49,24 @@ class Sums:
         x, t, zero_x = self.x[:, where] / self.n_samples, self.t / self.n_samples, zero_x[:, where]
         # The constant takes the means away; without one the moments are about zero.
         xx, xt = xx - x[:, :, None] * x[:, None, :], xt - x[:, :, None] * t[:, None, :]
+        tt = self.tt / self.n_samples - t.square().sum()
         x, t = x + zero_x, t + zero_t
         if not constant:
             xx, xt = xx + x[:, :, None] * x[:, None, :], xt + x[:, :, None] * t[:, None, :]
-        return Equations(xx, xt, x, t)
+            tt = tt + t.square().sum()
+        return Equations(xx, xt, x, t, float(tt))
 
 
 @dataclass
 class Equations:
-    """``xx w = xt`` for each group, of centred variables where there is a constant; means of inputs and targets."""
+    """``xx w = xt`` for each group, of centred variables where there is a constant; means of inputs and targets, and
+    the targets' mean square."""
 
     xx: Tensor
     xt: Tensor
     x: Tensor
     t: Tensor
+    tt: float
 
     def solve(self, start: Tensor, ridge: float) -> Tensor | None:
         """Weights ``(n_groups, n_values, n_outputs)``, ridge towards `start`; None if that does not determine them."""
@@ -77,8 +82,8 @@ class Equations:
         return None
 
     def error(self, w: Tensor) -> float:
-        """Mean squared error of weights, but for what does not depend on them."""
-        return float(((self.xx @ w - 2 * self.xt) * w).sum())
+        """Mean squared error of weights, summed over the outputs."""
+        return self.tt + float(((self.xx @ w - 2 * self.xt) * w).sum())
 
 
 def solve(
@@ -104,7 +109,8 @@ def solve(
             seen, held_out = (part.equations(where, constant) for part in parts)
             tried = {one: seen.solve(start, one) for one in RIDGES}
             errors = {one: held_out.error(w) for one, w in tried.items() if w is not None}
-            ridge = min(errors, key=errors.__getitem__, default=ridge)
+            # The least of those that do about as well.
+            ridge = next((one for one, error in errors.items() if error <= 1.01 * min(errors.values())), ridge)
     together = parts[0] + parts[1] if parts[1].n_samples else parts[0]
     equations = together.equations(where, constant)
     solved = equations.solve(start, ridge)

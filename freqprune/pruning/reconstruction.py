@@ -337,12 +337,17 @@ class _Walk:
             at = before[0]
         return []
 
-    def _some(self, number: int) -> list[int]:
-        """Batches for one step: `STEP_IMAGES` images at most, others each time."""
-        count = max(1, min(self.n_batches, STEP_IMAGES // self.batch_size))
-        return [(number * count + i) % self.n_batches for i in range(count)]
+    def _some(self, number: int) -> tuple[list[int], list[int]]:
+        """Batches for one step, `STEP_IMAGES` images at most and others each time, and batches that judge it."""
+        held_out = [i for i in range(self.n_batches) if i % HELD_OUT == HELD_OUT - 1]
+        others = [i for i in range(self.n_batches) if i not in held_out]
+        count = max(1, min(len(others), STEP_IMAGES // self.batch_size))
+        used = [others[(number * count + i) % len(others)] for i in range(count)]
+        return used, held_out[: max(1, count // HELD_OUT)] or used
 
-    def _refine(self, node: Node, norm: Node | None, others: Sequence[Node], some: Sequence[int]) -> bool:
+    def _refine(
+        self, node: Node, norm: Node | None, others: Sequence[Node], some: tuple[Sequence[int], Sequence[int]]
+    ) -> bool:
         """A Gauss-Newton step of the layer that feeds `node` towards the target of `node`; whether that came closer."""
         path = self.paths.get(node)
         if not path:
@@ -351,37 +356,38 @@ class _Walk:
         constant_in = self._constant_in(feeding, self._target_of(source)[0])
         scale: Tensor | float = 1.0 if norm is None else self._channelwise(self._scale(norm), node)
         bias: Any = self.twin_net.get_submodule(self.trace.layers[node]).bias
-        targets = []
-        for i in some:
-            target = self.dense[node][i]
+        weight = self.twin_net.get_parameter(f"{feeding}.weight").detach()
+        own: Any = self.twin_net.get_submodule(feeding).bias
+        constant = weight.new_zeros(len(weight)) if own is None else own.detach()
+        reader = self.twin_net.get_parameter(f"{self.trace.layers[node]}.weight").detach()
+
+        def target(i: int) -> Tensor:
+            found: Tensor = self.dense[node][i]
             for other in others:
                 lost = self.dense[other][i] - self.twin[other][i]
-                target = target + (lost if norm is None else lost / scale)
-            targets.append((target if bias is None else target - self._channelwise(bias.detach(), node)) * scale)
-
-        def feed(weight: Tensor, constant: Tensor, i: int) -> Tensor:
-            return self._times_weight(source, weight, some[i]) + self._channelwise(constant, source)
+                found = found + (lost if norm is None else lost / scale)
+            return (found if bias is None else found - self._channelwise(bias.detach(), node)) * scale
 
         def between(z: Tensor, i: int) -> Tensor:
             values: dict[Node, Any] = {source: z}
-            read = self._reader(self.twin, self.fixed[1], some[i])
+            read = self._reader(self.twin, self.fixed[1], i)
             for one in path[1:]:
                 values[one] = run(one, lambda of: values[of] if of in values else read(of))
             result: Tensor = values[path[-1]]
             return result
 
-        weight = self.twin_net.get_parameter(f"{feeding}.weight").detach()
-        own: Any = self.twin_net.get_submodule(feeding).bias
-        constant = weight.new_zeros(len(weight)) if own is None else own.detach()
-        reader = self.twin_net.get_parameter(f"{self.trace.layers[node]}.weight").detach()
-        segment = Segment(
-            feed,
-            between,
-            lambda h, i: self._times_weight(node, reader, some[i], h) * scale,
-            targets,
-            self._energy(source, weight, some),
+        def segment(batches: Sequence[int]) -> Segment:
+            return Segment(
+                lambda w, c, i: self._times_weight(source, w, batches[i]) + self._channelwise(c, source),
+                lambda z, i: between(z, batches[i]),
+                lambda h, i: self._times_weight(node, reader, batches[i], h) * scale,
+                [target(i) for i in batches],
+                self._energy(source, weight, batches),
+            )
+
+        step = gauss_newton(
+            segment(some[0]), segment(some[1]), weight, constant, constant_in is not None, self.how.seed
         )
-        step = gauss_newton(segment, weight, constant, constant_in is not None, self.how.seed)
         if step is None:
             return False
         if constant_in is not None:
