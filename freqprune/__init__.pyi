@@ -1,3 +1,8 @@
+from . import networks as networks
+from . import pruning as pruning
+from . import reports as reports
+from . import tagging as tagging
+from . import training as training
 from .errors import InputError as InputError
 from .networks import build_model as build_model
 from .networks import load_network as load_network

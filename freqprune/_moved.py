@@ -93,6 +93,7 @@ class _Moved(MetaPathFinder, InspectLoader):
 
 
 def install() -> None:
-    """Let the old names be found, after all others."""
+    """Let the old names be found."""
     if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
-        sys.meta_path.append(_Moved())
+        # Before the others: folders that were packages may still lie about, with nothing but caches in them.
+        sys.meta_path.insert(0, _Moved())

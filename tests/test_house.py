@@ -100,6 +100,14 @@ def test_old_module_names_go_on_working(old: str) -> None:
         module.no_such_name  # noqa: B018
 
 
+def test_old_names_are_found_although_their_folders_lie_about(tmp_path: Path) -> None:
+    (tmp_path / "freqprune" / "data" / "__pycache__").mkdir(parents=True)
+    code = f"import freqprune; freqprune.__path__.append({str(tmp_path / 'freqprune')!r})\n"
+    code += "from freqprune.data import CIFAR10Data; print(CIFAR10Data.__name__)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "CIFAR10Data", done.stderr
+
+
 def test_sweeps_are_gathered_by_the_old_command_too(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "freqprune.sweeps", str(tmp_path / "none")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -116,7 +124,8 @@ def test_importing_the_package_takes_no_time() -> None:
 
 
 def test_a_setting_is_a_field_of_its_class_and_a_line_of_its_yaml() -> None:
-    from freqprune.jobs.settings import SECTIONS, Common, _names
+    from freqprune.jobs.config import Common
+    from freqprune.jobs.settings import SECTIONS, _names
 
     common = OmegaConf.load(ROOT / "conf" / "common.yaml")
     there = {

@@ -18,7 +18,8 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import nn
 
 from freqprune.errors import InputError
-from freqprune.jobs.settings import Common, Settings
+from freqprune.jobs.config import Common
+from freqprune.jobs.settings import Settings
 from freqprune.networks import build_model, write_atomically
 from freqprune.reports import show
 from freqprune.training import Classifier, ImageData

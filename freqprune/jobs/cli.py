@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from freqprune.errors import InputError
-from freqprune.jobs.config import check_pruning, check_training, no_such_key
+from freqprune.jobs.config import Common, check_pruning, check_training, no_such_key, read_common, typed
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +42,9 @@ def main() -> None:
     words = sys.argv[1:]
     if words[:1] in (["train"], ["prune"]):
         job = words.pop(0)
-        # Hydra reads sys.argv.
-        sys.argv = [f"freqprune {job}", *words]
+        os.environ.setdefault("FREQPRUNE_COMMAND", f"freqprune {job}")
+        # Hydra reads sys.argv, and Lightning starts the further processes of a distributed run by it.
+        sys.argv = [str(Path(__file__).with_name(f"as_{job}.py")), *words]
         train() if job == "train" else prune()
     elif words[:1] == ["sweep"]:
         # Figures and tables take seconds to import.
@@ -76,22 +77,25 @@ def conf_dir() -> Path:
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")
 def _train(cfg: DictConfig) -> None:
-    _job(cfg, True)
+    _job(cfg, lambda _: True)
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="prune")
 def _prune(cfg: DictConfig) -> None:
-    _job(cfg, cfg.ckpt is None and not cfg.pretrained)
+    _job(cfg, lambda common: common.ckpt is None and not common.pretrained)
 
 
-def _job(cfg: DictConfig, training: bool) -> None:
+def _job(cfg: DictConfig, trains: Callable[[Common], bool]) -> None:
     """Train, prune or both, as the configuration says."""
     # Light on purpose: what can be refused at once is refused before torch and Lightning are imported, which takes
     # seconds.
     from freqprune.reports import record
 
     try:
-        with record.failures_kept(Path(cfg.output_dir)):
+        common = read_common(cfg)
+        training, pruning = trains(common), cfg.get("pruning") or {}
+        prunes = typed(bool, pruning.get("enabled", False), "pruning.enabled")
+        with record.failures_kept(Path(common.output_dir)):
             check_training(cfg) if training else check_pruning(cfg)
             if record.done_before(cfg):
                 return
@@ -102,9 +106,9 @@ def _job(cfg: DictConfig, training: bool) -> None:
                 prune(cfg)
                 return
             _, objects = train(cfg)
-            if cfg.pruning.enabled:
+            if prunes:
                 prune(cfg, dense=objects["classifier"].net, data=objects["data"])
-    except (InputError, OSError) as error:
+    except (InputError, OSError, HydraException) as error:
         # Past Hydra, which would print a line of its own above; in a sweep that line says which job it was.
         if HydraConfig.get().mode == RunMode.MULTIRUN or _message(error) is None:
             raise
@@ -115,9 +119,7 @@ def _run(task: Callable[[], Any], name: str) -> None:
     """Call a Hydra main function; bad input ends with one clear message and exit status 2 instead of a traceback."""
     # One name for the run folder, also for the further processes of a distributed run.
     os.environ.setdefault("FREQPRUNE_RUN_ID", time.strftime("%Y-%m-%d_%H-%M-%S"))
-    os.environ.setdefault(
-        "FREQPRUNE_COMMAND", f"python {name}.py" if sys.argv[0].endswith(".py") else f"freqprune {name}"
-    )
+    os.environ.setdefault("FREQPRUNE_COMMAND", f"python {name}.py")
     # Hydra would print its own shortened traceback; with this set, exceptions come through to here.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     keep_freed_memory()
@@ -139,6 +141,11 @@ def _message(error: Exception) -> str | None:
     """What a person is to read; None for an error that is a defect."""
     if isinstance(error, InputError):
         return str(error)
+    if isinstance(error, HydraException):
+        return str(error).strip()
+    if isinstance(error, BrokenPipeError):
+        # Whoever read our output has stopped reading.
+        sys.exit(1)
     if isinstance(error, OSError) and error.errno is not None:
         where = error.filename or "while writing"
         return f"{error.strerror}: {where}; check the free space and the permissions of the output folder"

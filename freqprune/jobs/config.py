@@ -6,12 +6,14 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from freqprune.errors import InputError, check_file, closest
+from freqprune.errors import InputError, at_least, check_file, closest, one_of
 
 
 def plain(section: Any) -> Any:
@@ -19,15 +21,77 @@ def plain(section: Any) -> Any:
     return OmegaConf.to_container(section, resolve=True, throw_on_missing=True)
 
 
+@dataclass(frozen=True)
+class Common:
+    """What belongs to no section; see ``conf/common.yaml``."""
+
+    seed: int
+    output_dir: str
+    ckpt: str | None
+    ckpt_path: str | None
+    resume: str | None
+    pretrained: bool
+    imports: Sequence[str]
+    compile: bool
+    matmul_precision: str
+
+    def __post_init__(self) -> None:
+        at_least(0, seed=self.seed)
+        one_of(("highest", "high", "medium"), matmul_precision=self.matmul_precision)
+
+
+def read_common(cfg: DictConfig) -> Common:
+    """The settings of no section, typed and in range."""
+    hints = get_type_hints(Common)
+    for name in hints:
+        if name not in cfg:
+            raise InputError(f"{name} is not set; give {name}=VALUE")
+    return Common(**{name: typed(hint, plain_value(cfg, name), name) for name, hint in hints.items()})
+
+
+def plain_value(cfg: DictConfig, name: str) -> Any:
+    """A value as plain lists or scalars."""
+    value = cfg[name]
+    return plain(value) if OmegaConf.is_config(value) else value
+
+
+def typed(hint: Any, value: Any, key: str) -> Any:
+    """A value as the type that its field has; InputError with the key and what is allowed if that cannot be."""
+    # A file may have a number for its name.
+    if str in (hint, *get_args(hint)) and isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    try:
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError:
+        raise InputError(f"{key} must be {_in_words(hint)}, got {value!r}") from None
+
+
+WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "a word", type(None): "null"}
+
+
+def _in_words(hint: Any) -> str:
+    """A type as users know it.
+
+    >>> _in_words(float | None), _in_words(Sequence[float] | str)
+    ('a number or null', 'a list ([...]) or a word')
+    """
+    parts = [part for part in get_args(hint) or (hint,) if part in WORDS or get_origin(part) is Sequence]
+    if get_origin(hint) is Sequence:
+        parts = [hint]
+    return " or ".join(WORDS.get(part, "a list ([...])") for part in parts)
+
+
 def no_such_key(given: str, cfg: DictConfig) -> str:
     """Message for a key that does not exist, with those that look like it."""
     keys = _keys(cfg)
     last = given.rsplit(".", 1)[-1]
     # The same last word elsewhere in the tree beats a similar spelling.
-    same = [key for key in keys if key != given and key.rsplit(".", 1)[-1] == last]
+    if given == "experiment":
+        return "experiment is not a setting: a config of an experiment begins with the line # @package _global_"
+    keys = [key for key in keys if key != given and not key.startswith(f"{given}.")]
+    same = [key for key in keys if key.rsplit(".", 1)[-1] == last]
     same += [key for key in keys if key.rsplit(".", 1)[-1].endswith(f"_{last}")]
-    others = [key for key in keys if key != given]
-    hint = f"; did you mean {' or '.join(same[:3])}?" if same else closest(given, others)
+    hint = f"; did you mean {' or '.join(same[:3])}?" if same else closest(given, keys)
     return f"{given} is not a setting{hint or '; --cfg job lists all of them'}"
 
 
@@ -48,19 +112,20 @@ def check_training(cfg: DictConfig) -> None:
         InputError: for settings that only pruning has a use for, values that are missing, files and modules that are
             not there.
     """
-    if cfg.ckpt is not None:
+    common = read_common(cfg)
+    if common.ckpt is not None:
         raise InputError(
-            f"ckpt = {cfg.ckpt} is the network that prune.py prunes; to resume training use ckpt_path={cfg.ckpt}"
+            f"ckpt = {common.ckpt} is the network that prune.py prunes; to resume training use ckpt_path={common.ckpt}"
         )
-    if cfg.pretrained:
+    if common.pretrained:
         raise InputError("pretrained=true names a network that is trained already, for prune.py; leave it out to train")
-    if cfg.resume is not None:
-        trained = Path(cfg.resume) / "checkpoints" / "last.ckpt"
+    if common.resume is not None:
+        trained = Path(common.resume) / "checkpoints" / "last.ckpt"
         raise InputError(
-            f"resume = {cfg.resume} goes on with pruning and needs the dense network: "
+            f"resume = {common.resume} goes on with pruning and needs the dense network: "
             f"use prune.py with ckpt={trained} as well"
         )
-    _check(cfg)
+    _check(cfg, common)
 
 
 def check_pruning(cfg: DictConfig, at_hand: bool = False) -> None:
@@ -74,35 +139,39 @@ def check_pruning(cfg: DictConfig, at_hand: bool = False) -> None:
         InputError: for a network that is given twice or not at all, values that are missing, files and modules that are
             not there.
     """
-    if cfg.pretrained and cfg.ckpt is not None:
+    common = read_common(cfg)
+    if common.pretrained and common.ckpt is not None:
         raise InputError(
-            f"pretrained=true names the package's own network and ckpt = {cfg.ckpt} another; leave one of them out"
+            f"pretrained=true names the package's own network and ckpt = {common.ckpt} another; leave one of them out"
         )
-    if not at_hand and not cfg.pretrained and cfg.ckpt is None:
+    if not at_hand and not common.pretrained and common.ckpt is None:
         raise InputError(
             "ckpt is not set: give the network to prune, ckpt=FILE, or pretrained=true for the package's ResNet-32"
         )
-    if not at_hand and cfg.ckpt_path is not None:
+    if not at_hand and common.ckpt_path is not None:
         raise InputError(
             "ckpt_path resumes training and has no part in pruning a checkpoint; "
             "leave it out, or leave ckpt out to train first"
         )
-    _check(cfg)
+    _check(cfg, common)
 
 
-def _check(cfg: DictConfig) -> None:
+def _check(cfg: DictConfig, common: Common) -> None:
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise InputError(f"{missing[0]} is not set; give {missing[0]}=VALUE")
-    for key in ("ckpt", "ckpt_path"):
-        if cfg[key] is not None:
-            check_file(key, cfg[key])
-    if cfg.resume is not None and not Path(cfg.resume).is_dir():
-        raise InputError(f"resume = {cfg.resume} is not a folder; give the folder of the run that is to go on")
-    root = cfg.data.get("root")
-    if str(cfg.data.get("_target_")).endswith("ImageFolderData") and not Path(root).is_dir():
+    for key, path in (("ckpt", common.ckpt), ("ckpt_path", common.ckpt_path)):
+        if path is not None:
+            check_file(key, path)
+    if common.resume is not None and not Path(common.resume).is_dir():
+        raise InputError(f"resume = {common.resume} is not a folder; give the folder of the run that is to go on")
+    data = cfg.get("data")
+    if not isinstance(data, DictConfig):
+        raise InputError("data is not set; name one of its choices, e.g. data=cifar10")
+    root = data.get("root")
+    if str(data.get("_target_")).endswith("ImageFolderData") and not Path(str(root)).is_dir():
         raise InputError(f"data.root = {root} is not a folder; it must hold train/<class>/*.png and test/<class>/*.png")
-    import_modules(cfg.imports)
+    import_modules(common.imports)
 
 
 def import_modules(names: Sequence[str]) -> None:

@@ -4,40 +4,19 @@ else."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import DictConfig
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from torch import Tensor
 
 from freqprune.errors import InputError, at_least, one_of
-from freqprune.jobs.config import no_such_key, plain
+from freqprune.jobs.config import Common, no_such_key, plain, read_common, typed
 from freqprune.networks import Exports, Latency
 from freqprune.pruning import Amount, Judgement, Recipe, Reconstruction, needs
 from freqprune.tagging import Readout, Stimulus, find_components
 from freqprune.training import Distillation, Optimization
-
-
-@dataclass(frozen=True)
-class Common:
-    """What belongs to no section; see ``conf/common.yaml``."""
-
-    seed: int
-    output_dir: str
-    ckpt: str | None
-    ckpt_path: str | None
-    resume: str | None
-    pretrained: bool
-    imports: Sequence[str]
-    compile: bool
-    matmul_precision: str
-
-    def __post_init__(self) -> None:
-        at_least(0, seed=self.seed)
-        one_of(("highest", "high", "medium"), matmul_precision=self.matmul_precision)
 
 
 @dataclass(frozen=True)
@@ -155,7 +134,10 @@ def read(cfg: DictConfig) -> Settings:
     values = plain(cfg)
     stimulus, readout = _build(Stimulus, "tagging", values), _build(Readout, "tagging", values)
     judgement, scoring = _build(Judgement, "importance", values), _build(Scoring, "importance", values)
-    find_components(judgement.components, stimulus.components)
+    try:
+        find_components(judgement.components, stimulus.components)
+    except InputError as error:
+        raise InputError(f"importance.components: {error}") from None
     course = _build(Course, "pruning", values)
     recipe = None
     if course.enabled:
@@ -168,8 +150,14 @@ def read(cfg: DictConfig) -> Settings:
             components=judgement.components, tagging=dict(vars(readout)),
             reconstruction=_build(Reconstruction, "pruning", values), seed=values["seed"],
         )  # fmt: skip
+    if recipe is not None and recipe.compensation == "sequential" and course.bn_when == "before":
+        raise InputError(
+            "pruning.bn_when = before does not go with pruning.compensation = sequential, which sets the means of "
+            "batch "
+            "norms itself; use bn_when=auto or bn_when=after"
+        )
     return Settings(
-        common=_build(Common, "", {"": values}),
+        common=read_common(cfg),
         stimulus=stimulus,
         readout=readout,
         showing=_build(Showing, "tagging", values),
@@ -196,7 +184,7 @@ def _build(cls: type[T], section: str, values: Mapping[str, Any], **more: Any) -
     hints = get_type_hints(cls)
     prefix = f"{section}." if section else ""
     given = {
-        name: _typed(hints[name], values[section][name], prefix + name)
+        name: typed(hints[name], values[section][name], prefix + name)
         for name in _names(cls)
         if name in values[section]
     }
@@ -213,35 +201,19 @@ def _names(cls: type[Any]) -> list[str]:
     return [field.name for field in fields(cls) if field.init and field.name not in ELSEWHERE.get(cls, ())]
 
 
-def _typed(hint: Any, value: Any, key: str) -> Any:
-    try:
-        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
-    except ValidationError:
-        raise InputError(f"{key} must be {_in_words(hint)}, got {value!r}") from None
-
-
-WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "a word", type(None): "null"}
-
-
-def _in_words(hint: Any) -> str:
-    """A type as users know it.
-
-    >>> _in_words(float | None), _in_words(Sequence[float] | str)
-    ('a number or null', 'a list ([...]) or a word')
-    """
-    parts = [part for part in get_args(hint) or (hint,) if part is not Tensor]
-    if get_origin(hint) is Sequence:
-        parts = [hint]
-    return " or ".join(WORDS.get(part, "a list ([...])") for part in parts)
-
-
 def _check_keys(cfg: DictConfig) -> None:
-    known = {*SECTIONS, *FREE, *_names(Common)}
-    for key in map(str, cfg):
-        if key not in known:
-            raise InputError(no_such_key(key, cfg))
-    for section, classes in SECTIONS.items():
-        allowed = {name for cls in classes for name in _names(cls)}
-        for key in map(str, cfg[section]):
-            if key not in allowed:
-                raise InputError(no_such_key(f"{section}.{key}", cfg))
+    """Every key is a setting, and every setting is there: a default that no YAML says would be none that users see."""
+    wanted = {"": [*SECTIONS, *FREE, *_names(Common)]}
+    wanted |= {section: [name for cls in classes for name in _names(cls)] for section, classes in SECTIONS.items()}
+    for section, names in wanted.items():
+        prefix, found = (f"{section}.", cfg[section]) if section else ("", cfg)
+        if not isinstance(found, DictConfig):
+            raise InputError(
+                f"{section} must hold settings, got {found!r}; leave it out of the command, or name one of its choices"
+            )
+        for key in map(str, found):
+            if key not in names:
+                raise InputError(no_such_key(prefix + key, cfg))
+        for name in names:
+            if name not in found:
+                raise InputError(f"{prefix}{name} is not set; give {prefix}{name}=VALUE")

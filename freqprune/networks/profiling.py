@@ -44,7 +44,7 @@ def macs_by_layer(model: nn.Module, example: Tensor) -> dict[str, int]:
 def count_macs(model: nn.Module, example: Tensor) -> int:
     """MACs of the convolutions and linear layers for one image.
 
-    >>> from freqprune.models import build_model
+    >>> from freqprune import build_model
     >>> count_macs(build_model({"name": "resnet32"}), torch.zeros(1, 3, 32, 32))
     68862592
     """

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,7 @@ class Reconstruction:
 
     Args:
         positions: random positions of each map that enter the equations, drawn anew for every batch.
-        ridge: pulls the weights towards those that the cut left, in units of the inputs' mean variance; if left out, of
+        ridge: pulls the weights towards those that the cut left, in units of the inputs' mean variance; None: of
             `freqprune.pruning.equations.RIDGES` for each layer the one that does best on every fourth batch from the
             others.
         resolve: ``"shifted"``: every layer whose inputs have changed is solved again; ``"lost"``: only those that lost
@@ -56,10 +57,10 @@ class Reconstruction:
         InputError: for an argument out of range.
     """
 
-    positions: int = 64
-    ridge: float | None = None
+    positions: int = 256
+    ridge: float | None = 1e-2
     resolve: str = "shifted"
-    rounds: int = 1
+    rounds: int = 3
     memory_gb: float = 4.0
     seed: int = 0
 
@@ -69,8 +70,8 @@ class Reconstruction:
         one_of(RESOLVE, resolve=self.resolve)
         if not self.memory_gb > 0:
             raise InputError(f"memory_gb must be above 0, got {self.memory_gb}")
-        if self.ridge is not None and not self.ridge > 0:
-            raise InputError(f"ridge must be above 0, got {self.ridge}")
+        if self.ridge is not None and not (self.ridge > 0 and math.isfinite(self.ridge)):
+            raise InputError(f"ridge must be a finite number above 0, got {self.ridge}")
 
 
 def reconstruct(
@@ -105,7 +106,7 @@ def reconstruct(
     mute(muted, silenced)
     with torch.no_grad():
         trace = Trace(model, batches[0])
-        n_fit = max(1, int(how.memory_gb * 1e9 / _bytes_of(trace, model, batches[0])))
+        n_fit = max(1, int(min(how.memory_gb * 1e9 / _bytes_of(trace, model, batches[0]), len(batches))))
         n_images, batches = sum(map(len, batches)), batches[:n_fit]
         walk = _Walk(model, twin, trace, silenced, batches, how)
         if sum(map(len, batches)) < n_images:

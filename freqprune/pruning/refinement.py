@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import jvp, vjp
 
 N_PRODUCTS = 6
-DAMPING = 1e-3
+DAMPING = 0.1
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,9 @@ def test_errors_are_messages(arguments: list[str], message: str, tmp_path: Path)
         ),
         ("train.py", ["ckpt_path=none.ckpt"], "ckpt_path = none.ckpt does not exist"),
         ("train.py", ["pretrained=true"], "leave it out to train"),
+        ("prune.py", ["pretrained=off", "ckpt=5"], "ckpt = 5 does not exist"),
+        ("prune.py", ["pretrained=maybe"], "pretrained must be true or false, got 'maybe'"),
+        ("prune.py", ["output_dir=null"], "output_dir must be a word, got None"),
     ],
 )
 def test_what_is_not_there_is_said_before_torch_is_imported(

@@ -99,6 +99,16 @@ def test_train_and_prune_in_an_empty_folder(command: Path, tmp_path: Path) -> No
     assert "| l2 | 1 |" in (tmp_path / "sweep" / "sweep.md").read_text()
 
 
+@pytest.mark.slow
+def test_the_command_starts_its_further_processes(command: Path, tmp_path: Path) -> None:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    one = [item for item in SMALL if not item.startswith("trainer=")]
+    more = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "tagging.every_n_epochs=0"]
+    done = run([str(command), "train", *one, *more, "hydra.run.dir=two"], tmp_path, env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "two" / "training.json").read_text())["epochs"] == 1
+
+
 def test_configs_of_a_user_extend_ours(command: Path, tmp_path: Path) -> None:
     folder = tmp_path / "mine" / "experiment"
     folder.mkdir(parents=True)

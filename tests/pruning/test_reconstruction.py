@@ -309,7 +309,7 @@ def test_networks_that_cannot_be_taken_step_by_step_are_refused(net: type[Draws]
     ("settings", "message"),
     [
         ({"positions": 0}, "positions must be at least 1"),
-        ({"ridge": 0.0}, "ridge must be above 0"),
+        ({"ridge": 0.0}, "ridge must be a finite number above 0"),
         ({"memory_gb": 0.0}, "memory_gb must be above 0"),
         ({"rounds": -1}, "rounds must be at least 0"),
         ({"resolve": "all"}, "resolve must be one of shifted, lost"),
