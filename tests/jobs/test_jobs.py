@@ -321,7 +321,7 @@ def test_every_choice_of_every_group_is_valid(group: str, tmp_path: Path) -> Non
         (["imports=foo"], r"imports must be a list"),
         (["~tagging.n_images"], "tagging.n_images is not set; give tagging.n_images=VALUE"),
         (["~optimizer.lr"], "optimizer.lr is not set"),
-        (["~trainer"], "trainer is not set"),
+        (["~logger"], "logger is not set"),
         (["importance.components=abc"], "importance.components: "),
         (["pruning=filters", "pruning.compensation=sequential", "pruning.bn_when=before"], "does not go with"),
         (["tagging.where=relu"], "tagging.where must be one of"),
