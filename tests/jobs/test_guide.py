@@ -22,6 +22,8 @@ SMALLER = {
         "latency.n_runs=1",
         "latency.batch_sizes=[1]",
         "pruning.measured_images=4",
+        "pruning.calibration_images=16",
+        "pruning.rounds=1",
     ],
 }
 HERE = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}

@@ -45,6 +45,7 @@ SMALL = (
     "latency.n_runs=2",
     "latency.batch_sizes=[1,4]",
     "pruning.calibration_images=8",
+    "pruning.rounds=1",
     "importance.labelled_images=8",
 )
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import densenet121, mobilenet_v2, resnet18
+from torchvision.models import mobilenet_v2, resnet18
 
 from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
@@ -176,7 +176,6 @@ NETWORKS = {
     "resnet8 B": lambda: build_model({"name": "resnet8", "shortcut": "B"}),
     "resnet18": lambda: resnet18(num_classes=6),
     "mobilenet_v2": lambda: mobilenet_v2(num_classes=6),
-    "densenet121": lambda: densenet121(num_classes=6),
 }
 
 
