@@ -356,7 +356,7 @@ class _Walk:
         source, feeding = path[0], self.trace.layers[path[0]]
         constant_in = self._constant_in(feeding, self._target_of(source)[0])
         scale: Tensor | float = 1.0 if norm is None else self._channelwise(self._scale(norm), node)
-        bias: Any = self.twin_net.get_submodule(self.trace.layers[node]).bias
+        own_constant = self._constant_of(node, norm)
         weight = self.twin_net.get_parameter(f"{feeding}.weight").detach()
         own: Any = self.twin_net.get_submodule(feeding).bias
         constant = weight.new_zeros(len(weight)) if own is None else own.detach()
@@ -367,7 +367,7 @@ class _Walk:
             for other in others:
                 lost = self.dense[other][i] - self.twin[other][i]
                 found = found + (lost if norm is None else lost / scale)
-            return (found if bias is None else found - self._channelwise(bias.detach(), node)) * scale
+            return (found if own_constant is None else found - self._channelwise(own_constant, node)) * scale
 
         def between(z: Tensor, i: int) -> Tensor:
             values: dict[Node, Any] = {source: z}
@@ -384,6 +384,7 @@ class _Walk:
                 lambda h, i: self._times_weight(node, reader, batches[i], h) * scale,
                 [target(i) for i in batches],
                 self._energy(source, weight, batches),
+                -1 if source.target is LINEAR else 1,
             )
 
         step = gauss_newton(
@@ -452,6 +453,18 @@ class _Walk:
         scale: Tensor = (values[4] + values[7]).rsqrt() * (1.0 if values[1] is None else values[1])
         least = 1e-3 * scale.abs().max().clamp(min=torch.finfo(scale.dtype).tiny)
         return torch.where(scale.abs() < least, torch.where(scale < 0, -least, least), scale)
+
+    def _constant_of(self, node: Node, norm: Node | None) -> Tensor | None:
+        """What is added to the products of a layer in the twin: its bias, or what went into the norm's mean."""
+        layer = self.trace.layers[node]
+        bias: Any = self.twin_net.get_submodule(layer).bias
+        if bias is not None:
+            return bias.detach().clone()  # type: ignore[no-any-return]
+        where = self._constant_in(layer, norm)
+        if where is None:
+            return None
+        dense, twin = (fixed[self._placeholder(where[0])] for fixed in self.fixed)
+        return where[1] * (twin - dense)
 
     def _constant_in(self, layer: str, norm: Node | None) -> tuple[str, int] | None:
         """Where a constant added to a layer's output goes: its bias, or, with the other sign, the norm's mean."""

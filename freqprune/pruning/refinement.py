@@ -30,6 +30,7 @@ class Segment:
         read: linear: input of the second layer to its answer.
         targets: what the second layer is to answer, one a batch.
         energy: mean square of what each weight of the first layer multiplies, in a shape that spreads over the weight.
+        channel_dim: dimension of the first layer's output that its weights' first one is.
     """
 
     feed: Callable[[Tensor, Tensor, int], Tensor]
@@ -37,6 +38,7 @@ class Segment:
     read: Callable[[Tensor, int], Tensor]
     targets: Sequence[Tensor]
     energy: Tensor
+    channel_dim: int = 1
 
     def error(self, weight: Tensor, constant: Tensor) -> float:
         """Squared error of the answers, summed."""
@@ -64,19 +66,19 @@ def gauss_newton(
     numbers = range(len(segment.targets))
     # Of linear maps, any point will do to take the transposed one at.
     start = [segment.feed(weight, constant, i) for i in numbers]
-    back = []
+    back, to_weight = [], []
     for i in numbers:
-        _, to_weight = vjp(lambda w, c, i=i: segment.feed(w, c, i), weight, constant)  # type: ignore[misc]
+        to_weight.append(vjp(lambda w, c, i=i: segment.feed(w, c, i), weight, constant)[1])  # type: ignore[misc]
         inner, through = vjp(lambda z, i=i: segment.between(z, i), start[i])  # type: ignore[misc]
         answer, to_inner = vjp(lambda h, i=i: segment.read(h, i), inner)  # type: ignore[misc]
-        back.append((answer, lambda u, a=to_inner, b=through, c=to_weight: c(b(a(u)[0])[0])))
+        back.append((answer, lambda u, a=to_inner, b=through: b(a(u)[0])[0]))
 
-    def transposed(vectors: Callable[[int], Tensor], squared: bool = False) -> list[Tensor]:
-        """Jacobian, transposed, times a vector a batch, summed over batches (their squares, if asked for)."""
+    def transposed(vectors: Callable[[int], Tensor]) -> list[Tensor]:
+        """Jacobian, transposed, times a vector a batch, summed over batches."""
         total = [torch.zeros_like(weight), torch.zeros_like(constant)]
         for i in numbers:
-            for into, found in zip(total, back[i][1](vectors(i)), strict=True):
-                into.add_(found.square() if squared else found)
+            for into, found in zip(total, to_weight[i](back[i][1](vectors(i))), strict=True):
+                into.add_(found)
         if not movable:
             total[1].zero_()
         return total
@@ -94,10 +96,14 @@ def gauss_newton(
         drawn = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8)
         return (2 * drawn - 1).to(segment.targets[i])
 
-    # The diagonal of the matrix to invert: what the signs say of the constants (Hutchinson), times the inputs' energy.
-    reach = _floored(transposed(signs, squared=True)[1]) if movable else torch.ones_like(constant)
-    spread = reach.view(-1, *[1] * (weight.dim() - 1)) * _floored(segment.energy)
-    scales = [spread.expand_as(weight), reach]
+    # The diagonal of the matrix to invert: squared gradients of random signs at the first layer's output (Hutchinson's
+    # estimate), times the energy of what the weights multiply.
+    reach = torch.zeros_like(constant)
+    for i in numbers:
+        gradient = back[i][1](signs(i)).square()
+        reach += gradient.sum([d for d in range(gradient.dim()) if d != segment.channel_dim % gradient.dim()])
+    reach = _floored(reach)
+    scales = [(reach.view(-1, *[1] * (weight.dim() - 1)) * _floored(segment.energy)).expand_as(weight), reach]
     residual = transposed(lambda i: segment.targets[i] - back[i][0])
     step = [torch.zeros_like(weight), torch.zeros_like(constant)]
     lifted = [r / s for r, s in zip(residual, scales, strict=True)]
