@@ -459,7 +459,7 @@ class _Walk:
         layer = self.trace.layers[node]
         bias: Any = self.twin_net.get_submodule(layer).bias
         if bias is not None:
-            return bias.detach().clone()  # type: ignore[no-any-return]
+            return bias.detach().clone()
         where = self._constant_in(layer, norm)
         if where is None:
             return None

@@ -68,7 +68,7 @@ def gauss_newton(
     start = [segment.feed(weight, constant, i) for i in numbers]
     back, to_weight = [], []
     for i in numbers:
-        to_weight.append(vjp(lambda w, c, i=i: segment.feed(w, c, i), weight, constant)[1])  # type: ignore[misc]
+        to_weight.append(vjp(lambda w, c, i=i: segment.feed(w, c, i), weight, constant)[1])
         inner, through = vjp(lambda z, i=i: segment.between(z, i), start[i])  # type: ignore[misc]
         answer, to_inner = vjp(lambda h, i=i: segment.read(h, i), inner)  # type: ignore[misc]
         back.append((answer, lambda u, a=to_inner, b=through: b(a(u)[0])[0]))
