@@ -338,17 +338,12 @@ class _Walk:
             at = before[0]
         return []
 
-    def _some(self, number: int) -> tuple[list[int], list[int]]:
-        """Batches for one step, `STEP_IMAGES` images at most and others each time, and batches that judge it."""
-        held_out = [i for i in range(self.n_batches) if i % HELD_OUT == HELD_OUT - 1]
-        others = [i for i in range(self.n_batches) if i not in held_out]
-        count = max(1, min(len(others), STEP_IMAGES // self.batch_size))
-        used = [others[(number * count + i) % len(others)] for i in range(count)]
-        return used, held_out[: max(1, count // HELD_OUT)] or used
+    def _some(self, number: int) -> list[int]:
+        """Batches for one step, `STEP_IMAGES` images at most and others each time."""
+        count = max(1, min(self.n_batches, STEP_IMAGES // self.batch_size))
+        return [(number * count + i) % self.n_batches for i in range(count)]
 
-    def _refine(
-        self, node: Node, norm: Node | None, others: Sequence[Node], some: tuple[Sequence[int], Sequence[int]]
-    ) -> bool:
+    def _refine(self, node: Node, norm: Node | None, others: Sequence[Node], some: Sequence[int]) -> bool:
         """A Gauss-Newton step of the layer that feeds `node` towards the target of `node`; whether that came closer."""
         path = self.paths.get(node)
         if not path:
@@ -377,19 +372,15 @@ class _Walk:
             result: Tensor = values[path[-1]]
             return result
 
-        def segment(batches: Sequence[int]) -> Segment:
-            return Segment(
-                lambda w, c, i: self._times_weight(source, w, batches[i]) + self._channelwise(c, source),
-                lambda z, i: between(z, batches[i]),
-                lambda h, i: self._times_weight(node, reader, batches[i], h) * scale,
-                [target(i) for i in batches],
-                self._energy(source, weight, batches),
-                -1 if source.target is LINEAR else 1,
-            )
-
-        step = gauss_newton(
-            segment(some[0]), segment(some[1]), weight, constant, constant_in is not None, self.how.seed
+        segment = Segment(
+            lambda w, c, i: self._times_weight(source, w, some[i]) + self._channelwise(c, source),
+            lambda z, i: between(z, some[i]),
+            lambda h, i: self._times_weight(node, reader, some[i], h) * scale,
+            [target(i) for i in some],
+            self._energy(source, weight, some),
+            -1 if source.target is LINEAR else 1,
         )
+        step = gauss_newton(segment, weight, constant, constant_in is not None, self.how.seed)
         if step is None:
             return False
         if constant_in is not None:

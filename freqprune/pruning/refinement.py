@@ -50,13 +50,12 @@ class Segment:
 
 
 def gauss_newton(
-    segment: Segment, check: Segment, weight: Tensor, constant: Tensor, movable: bool, seed: int = 0
+    segment: Segment, weight: Tensor, constant: Tensor, movable: bool, seed: int = 0
 ) -> tuple[Tensor, Tensor] | None:
-    """New weight and constants with a smaller squared error on other batches; None if the step finds none.
+    """New weight and constants with a smaller squared error; None if the step finds none.
 
     Args:
         segment: the layer whose weights these are, first, and the layer that is to come close to its targets.
-        check: the same layers on other batches, whose error says whether the step is taken.
         weight: ``(n_outputs, ...)``.
         constant: added to the layer's output, ``(n_outputs,)``.
         movable: whether the constants may move.
@@ -119,10 +118,10 @@ def gauss_newton(
         lifted = [r / s for r, s in zip(residual, scales, strict=True)]
         before, size = size, _dot(residual, lifted)
         direction = [y + size / before * d for y, d in zip(lifted, direction, strict=True)]
-    now = check.error(weight, constant)
+    now = segment.error(weight, constant)
     for share in (1.0, 0.5):
         found = weight + share * step[0], constant + share * step[1]
-        if check.error(*found) < now:
+        if segment.error(*found) < now:
             return found
     return None
 
