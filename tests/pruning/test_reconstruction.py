@@ -15,7 +15,9 @@ from torchvision.models import mobilenet_v2, resnet18
 from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
 from freqprune.networks.trace import Trace, equal_batches, run
+from freqprune.pruning import reconstruction
 from freqprune.pruning.reconstruction import Reconstruction, mute, reconstruct
+from freqprune.pruning.refinement import Segment
 from freqprune.pruning.surgery import Plan
 
 EXACT = Reconstruction(positions=10_000, ridge=1e-9, rounds=0)
@@ -217,6 +219,24 @@ def test_a_gauss_newton_step_comes_closer_and_bits_are_equal_for_equal_seeds() -
     assert errors[1] < 0.97 * errors[0]
     assert all(torch.equal(tensor, twins[2][key]) for key, tensor in twins[1].items())
     assert not all(torch.equal(tensor, twins[3][key]) for key, tensor in twins[1].items())
+
+
+def test_a_gauss_newton_step_starts_from_what_least_squares_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A solution with a constant leaves residuals without a mean; a step that forgot the constant would see one."""
+    seen = []
+
+    def spy(segment: Segment, weight: Tensor, constant: Tensor, movable: bool, seed: int) -> None:
+        for i, target in enumerate(segment.targets):
+            answer = segment.read(segment.between(segment.feed(weight, constant, i), i), i)
+            seen.append((target - answer).movedim(1, -1).flatten(0, -2))
+
+    monkeypatch.setattr(reconstruction, "gauss_newton", spy)
+    torch.manual_seed(0)
+    net, x = settled(Residual(True)), images(24)
+    how = Reconstruction(positions=10_000, ridge=1e-9, rounds=1)
+    reconstruct(net, {"conv2": range(6)}, [x], how)
+    assert len(seen) == 1
+    assert seen[0].mean(0).abs().max() < 1e-3 * seen[0].std(0).min()
 
 
 def test_only_layers_that_lost_inputs_are_solved_if_asked_for() -> None:
