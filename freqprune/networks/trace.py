@@ -22,6 +22,8 @@ BATCH_NORM = _ATEN.batch_norm.default
 SUMS = (_ATEN.add.Tensor,)
 # In eval mode these hand on what they get.
 IDENTITIES = (_ATEN.dropout.default, _ATEN.clone.default, _ATEN.contiguous.default)
+# Of a batch, at most: 64 images of 64 x 64.
+BATCH_PIXELS = 64**3
 
 
 class Trace:
@@ -145,9 +147,12 @@ def _without_writing(graph: Graph) -> None:
                 user.replace_input_with(written, node)
 
 
-def equal_batches(images: Iterable[Tensor], size: int = 64) -> list[Tensor]:
-    """Batches of one size, of at most `size` images; of n batches, up to n - 1 images at the end are left out."""
+def equal_batches(images: Iterable[Tensor], size: int | None = None) -> list[Tensor]:
+    """Batches of one size, of at most `size` images (64, or fewer of more than 64 x 64 pixels, if left out) and of at
+    least half as many; the size is the one that leaves out fewest images at the end."""
     everything = torch.cat(list(images))
-    n_batches = -(-len(everything) // size)
-    each = len(everything) // n_batches
-    return list(everything[: each * n_batches].split(each))
+    if size is None:
+        size = max(1, min(64, BATCH_PIXELS // max(1, everything[0, 0].numel())))
+    most = min(size, len(everything))
+    each = min(range(most, most // 2, -1), key=lambda one: len(everything) % one)
+    return list(everything[: len(everything) // each * each].split(each))

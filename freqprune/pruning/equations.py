@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+# Rows that are multiplied at once.
+MIN_ROWS = 4096
 
 
 class Sums:
@@ -17,9 +19,22 @@ class Sums:
     def __init__(self, groups: int, origin: tuple[Tensor, Tensor]) -> None:
         self.groups, self.origin, self.n_samples = groups, origin, 0
         self.xx = self.xt = self.x = self.t = self.tt = torch.zeros((), dtype=torch.float64)
+        self._waiting: list[tuple[Tensor, Tensor]] = []
 
     def add(self, x: Tensor, t: Tensor) -> None:
         """Add rows of inputs ``(n_samples, groups * n_values)`` and of targets ``(n_samples, groups * n_outputs)``."""
+        self.n_samples += len(x)
+        self._waiting.append((x, t))
+        # One addition to the sums of many columns costs as much as the products of many rows.
+        if sum(len(rows) for rows, _ in self._waiting) >= MIN_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Take the rows that wait into the sums."""
+        if not self._waiting:
+            return
+        x, t = (torch.cat(rows) for rows in zip(*self._waiting, strict=True))
+        self._waiting = []
         # Float32 products of what is small beside its mean would hold nothing but rounding.
         x, t = (
             (v - zero).view(len(v), self.groups, -1).transpose(0, 1)
@@ -29,13 +44,15 @@ class Sums:
         self.xt = self.xt + (x.mT @ t).double()
         self.x, self.t = self.x + x.double().sum(1), self.t + t.double().sum(1)
         self.tt = self.tt + t.double().square().sum()
-        self.n_samples += x.shape[1]
 
     @property
     def finite(self) -> bool:
+        self.flush()
         return bool(self.xx.isfinite().all() and self.xt.isfinite().all())
 
     def __add__(self, other: Sums) -> Sums:
+        self.flush()
+        other.flush()
         both = Sums(self.groups, self.origin)
         both.n_samples = self.n_samples + other.n_samples
         for name in ("xx", "xt", "x", "t", "tt"):
@@ -44,6 +61,7 @@ class Sums:
 
     def equations(self, where: Tensor, constant: bool) -> Equations:
         """Normal equations for the inputs `where` of each group."""
+        self.flush()
         zero_x, zero_t = (zero.double().view(self.groups, -1) for zero in self.origin)
         xx, xt = self.xx[:, where][:, :, where] / self.n_samples, self.xt[:, where] / self.n_samples
         x, t, zero_x = self.x[:, where] / self.n_samples, self.t / self.n_samples, zero_x[:, where]

@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 
 RESOLVE = ("shifted", "lost")
 HELD_OUT = 4
-# Images of one Gauss-Newton step.
-STEP_IMAGES = 1200
+# Pixels of the images of one Gauss-Newton step, 1,200 of 32 x 32: larger images have more positions to learn from.
+STEP_PIXELS = 1200 * 32**2
 # Most inputs of a layer that are solved for at once: the matrix of 8,192 takes half a gigabyte.
 MAX_VALUES = 8192
 
@@ -187,7 +187,7 @@ class _Walk:
         how: Reconstruction,
     ) -> None:
         self.twin_net, self.trace, self.silenced, self.how = twin, trace, silenced, how
-        self.n_batches, self.batch_size = len(batches), len(batches[0])
+        self.n_batches, self.batch_pixels = len(batches), batches[0][:, :1].numel()
         self.generator = torch.Generator().manual_seed(how.seed)
         self.fixed = trace.inputs(dense), trace.inputs(twin)
         self.dense: dict[Node, list[Any]] = {trace.entrance: list(batches)}
@@ -339,8 +339,8 @@ class _Walk:
         return []
 
     def _some(self, number: int) -> list[int]:
-        """Batches for one step, `STEP_IMAGES` images at most and others each time."""
-        count = max(1, min(self.n_batches, STEP_IMAGES // self.batch_size))
+        """Batches for one step, `STEP_PIXELS` at most and others each time."""
+        count = max(1, min(self.n_batches, STEP_PIXELS // self.batch_pixels))
         return [(number * count + i) % self.n_batches for i in range(count)]
 
     def _refine(self, node: Node, norm: Node | None, others: Sequence[Node], some: Sequence[int]) -> bool:

@@ -372,6 +372,11 @@ def test_operations_give_what_the_network_gives_and_write_into_nothing(net: Call
     assert trace.weights_made == []
 
 
-def test_equal_batches_leave_out_less_than_one_image_a_batch() -> None:
-    sizes = [len(batch) for batch in equal_batches([torch.zeros(7, 1), torch.zeros(6, 1)], 4)]
-    assert sizes == [3, 3, 3, 3]
+@pytest.mark.parametrize(
+    ("shape", "size", "sizes"),
+    [((13, 1), 4, [4, 4, 4]), ((7, 1), 4, [3, 3]), ((3, 1), 4, [3]), ((8, 3, 256, 256), None, [4, 4])],
+)
+def test_equal_batches_leave_out_few_images_and_hold_few_pixels(
+    shape: tuple[int, ...], size: int | None, sizes: list[int]
+) -> None:
+    assert [len(batch) for batch in equal_batches([torch.zeros(shape)], size)] == sizes
