@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -88,13 +89,38 @@ def cut(
     example = material.normalize(material.images[:1].to(next(net.parameters()).device))
     plan, chosen = plan_cut(net, example, recipe)
     evidence = gather(plan, chosen, material, recipe, stimulus, response, progress)
+    chosen, notes = _seen_enough(plan, chosen, evidence.short, recipe)
     found = scores(recipe.criterion, evidence, chosen, progress)
     kept = select(found, recipe.amount, plan.macs)
     small = plan.apply(kept)
-    notes = remarks(kept, {name: plan.unit(name).n_filters for name in kept}, recipe.amount)
+    notes += remarks(kept, {name: plan.unit(name).n_filters for name in kept}, recipe.amount)
     small, more = _made_up_for(plan, small, kept, evidence, material, recipe, stimulus, progress)
     notes += more + _overshoot(plan, kept, recipe.amount)
     return Cut(small, kept, found, evidence.response, notes)
+
+
+def _seen_enough(
+    plan: Plan, chosen: list[str], short: Mapping[str, int], recipe: Recipe
+) -> tuple[list[str], list[str]]:
+    """The units whose readers were seen in as many samples as they have unknowns, and a remark on the others.
+
+    From fewer samples any filter is a combination of others, and would be called redundant for that alone.
+    """
+    lacking = {name: [reader for reader in plan.unit(name).readers if reader in short] for name in chosen}
+    lacking = {name: readers for name, readers in lacking.items() if readers}
+    if not lacking or "moments" not in needs(recipe.criterion):
+        return chosen, []
+    worst = max((reader for readers in lacking.values() for reader in readers), key=short.__getitem__)
+    found = (
+        f"{len(lacking)} of {len(chosen)} layers are read by a layer that the calibration images give fewer samples "
+        f"than it has inputs, worst {worst}, which lacks {short[worst]}"
+    )
+    advice = "give more calibration images (pruning.calibration_images)"
+    if len(lacking) == len(chosen):
+        raise InputError(f"{found}: nothing can be said of their filters; {advice}, or use importance=l2")
+    return [name for name in chosen if name not in lacking], [
+        f"{found}: {', '.join(lacking)} keep their filters, which would look redundant for that alone; {advice}"
+    ]
 
 
 def _made_up_for(

@@ -11,10 +11,14 @@ from freqprune.errors import InputError
 from freqprune.pruning.compensation import readers_of
 from freqprune.pruning.criteria import needs
 from freqprune.pruning.importance import Evidence
-from freqprune.pruning.moments import input_moments, output_gradients
+from freqprune.pruning.moments import counted_moments, output_gradients
 from freqprune.pruning.recipe import Material, Recipe
 from freqprune.pruning.surgery import Plan
 from freqprune.tagging import Progress, Stimulus, TagResponse, tag
+
+# 256 images of 32 x 32.
+MEASURED_PIXELS = 256 * 32**2
+LEAST_MEASURED = 16
 
 
 def gather(
@@ -56,16 +60,25 @@ def gather(
         )
     readers = readers_of(plan.graph, chosen)
     moments = gradients = None
+    short: dict[str, int] = {}
     if recipe.needs_moments:
-        moments = input_moments(net, readers, calibration(net, material, recipe, stimulus), seed=recipe.seed)
+        moments, counts = counted_moments(net, readers, calibration(net, material, recipe, stimulus), seed=recipe.seed)
+        short = {name: len(moments[name]) - count for name, count in counts.items() if count < len(moments[name])}
     if "gradients" in wanted:
         gradients = output_gradients(net, readers, calibration(net, material, recipe, stimulus), seed=recipe.seed)
-    frames = list(calibration(net, material, recipe, stimulus, recipe.measured_images)) if "frames" in wanted else []
+    frames: list[Tensor] = []
+    if "frames" in wanted:
+        n_measured = recipe.measured_images
+        if n_measured is None:
+            n_measured = max(LEAST_MEASURED, MEASURED_PIXELS // material.images[0, 0].numel())
+        frames = list(calibration(net, material, recipe, stimulus, n_measured))
     labelled = []
     if material.labelled is not None and "labels" in wanted:
         pixels, labels = material.labelled
         labelled = [(material.normalize(pixels.to(device)), labels.to(device))]
-    return Evidence(net, response, recipe.components, recipe.seed, plan.graph, moments, gradients, labelled, frames)
+    return Evidence(
+        net, response, recipe.components, recipe.seed, plan.graph, moments, gradients, labelled, frames, short
+    )
 
 
 def calibration(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -38,6 +38,7 @@ class Evidence:
         labelled: batches of network inputs and class labels, for criteria that need gradients or activations.
         frames: batches of network inputs, e.g. tagged frames, for criteria that measure what becomes of the network's
             answer.
+        short: of layers whose moments come from fewer samples than the layer has unknowns, how many are missing.
     """
 
     model: nn.Module
@@ -49,6 +50,7 @@ class Evidence:
     gradients_at: Mapping[str, Tensor] | None = None
     labelled: Sequence[tuple[Tensor, Tensor]] = ()
     frames: Sequence[Tensor] = ()
+    short: Mapping[str, int] = field(default_factory=dict)
 
     def weight(self, layer: str) -> Tensor:
         """Weight of a layer as ``(n_filters, n_weights)``."""

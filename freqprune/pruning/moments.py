@@ -19,6 +19,7 @@ from freqprune.pruning.patches import Geometry, multiplications, pick
 
 MAX_VALUES = 8192
 RIDGE = 1e-4
+SAMPLES_A_VALUE = 4
 
 
 def input_moments(
@@ -39,6 +40,16 @@ def input_moments(
     Raises:
         InputError: for another kind of layer, one with too many inputs, or one that is not reached.
     """
+    return counted_moments(model, layers, batches, n_positions, seed)[0]
+
+
+def counted_moments(
+    model: nn.Module, layers: Sequence[str], batches: Iterable[Tensor], n_positions: int | None = 24, seed: int = 0
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """`input_moments`, and how many samples each layer's come from.
+
+    A layer that would get fewer than `SAMPLES_A_VALUE` for each of its values is read at more than `n_positions`.
+    """
     modules = dict(model.named_modules())
     for name in layers:
         module = modules[name]
@@ -57,8 +68,14 @@ def input_moments(
     counts: dict[str, int] = {}
     generator = torch.Generator().manual_seed(seed)
 
+    batches = list(batches)
+    n_inputs = sum(map(len, batches))
+
     def seen(name: str, x: Tensor, geometry: Geometry) -> None:
-        rows = geometry.patches(x, pick(geometry.n_positions(x.shape), n_positions, generator))
+        n_values = modules[name].weight[0].numel()
+        least = -(-SAMPLES_A_VALUE * n_values // n_inputs)
+        wanted = None if n_positions is None else max(n_positions, least)
+        rows = geometry.patches(x, pick(geometry.n_positions(x.shape), wanted, generator))
         rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
         # Float32 products of a batch, summed over batches in float64.
         total = (rows.T @ rows).double().cpu()
@@ -76,7 +93,7 @@ def input_moments(
             "something else than their weight (standardised or shared weights); leave the layers before them out "
             "(pruning.exclude), or do without moments (importance=l2 pruning.compensation=none)"
         )
-    return {name: sums[name] / counts[name] for name in layers}
+    return {name: sums[name] / counts[name] for name in layers}, {name: counts[name] for name in layers}
 
 
 def output_gradients(

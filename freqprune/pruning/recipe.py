@@ -56,7 +56,8 @@ class Recipe:
         reconstruction: settings of ``"sequential"``.
         calibrate_on: take second moments over tagged ``"frames"`` or over plain ``"images"``.
         frames_an_image: tagged frames of each calibration image.
-        measured_images: calibration images for criteria that measure what a cut does to the logits.
+        measured_images: calibration images for criteria that measure what a cut does to the logits; None: as many as
+            have as many pixels as 256 of 32 x 32, but 16 at least.
         tagging: further arguments of `freqprune.tag`.
         seed: of noise, positions and random scores.
 
@@ -74,7 +75,7 @@ class Recipe:
     reconstruction: Reconstruction = field(default_factory=Reconstruction)
     calibrate_on: str = "frames"
     frames_an_image: int = 2
-    measured_images: int = 256
+    measured_images: int | None = None
     tagging: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
 
@@ -82,7 +83,9 @@ class Recipe:
         needs(self.criterion)
         one_of(METHODS, compensation=self.compensation)
         one_of(CALIBRATIONS, calibrate_on=self.calibrate_on)
-        at_least(1, frames_an_image=self.frames_an_image, measured_images=self.measured_images)
+        at_least(1, frames_an_image=self.frames_an_image)
+        if self.measured_images is not None:
+            at_least(1, measured_images=self.measured_images)
 
     @property
     def needs_moments(self) -> bool:

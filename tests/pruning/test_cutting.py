@@ -1,5 +1,6 @@
 """One cut from images to a smaller network, and the callback that cuts during training."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,23 @@ def test_compensated_cut(calibrate_on: str, bn: Tensor | None) -> None:
     assert not torch.equal(done.net.layer2[0].conv2.weight, plain.net.layer2[0].conv2.weight)
     with pytest.raises(InputError, match="need calibration images"):
         cut(net, material(), recipe, Stimulus())
+
+
+def test_filters_are_not_called_redundant_for_want_of_samples() -> None:
+    """A linear layer that is seen once an image: from 6 images any of its 16 inputs follow from 5 others."""
+    torch.manual_seed(0)
+    pooled = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3)]
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(), *pooled)
+    recipe = Recipe(Amount(ratio=0.25, scope="layer"), criterion="redundancy", calibrate_on="images")
+    done = cut(net, material(calibration=PIXELS), recipe, Stimulus())
+    assert done.kept["0"].tolist() != list(range(8))
+    assert "2" not in done.kept
+    assert any("worst 6, which lacks 11: 2 keep their filters" in remark for remark in done.remarks)
+    done = cut(net, material(calibration=torch.rand(32, 3, 16, 16)), recipe, Stimulus())
+    assert len(done.kept["2"]) == 12
+    assert done.remarks == []
+    with pytest.raises(InputError, match=r"worst 6, which lacks 11: nothing can be said.*calibration_images"):
+        cut(net, material(calibration=PIXELS), replace(recipe, layers="2"), Stimulus())
 
 
 @pytest.mark.parametrize(
