@@ -181,7 +181,10 @@ def least_squares(
     """
     columns = torch.cat([kept, kept.new_tensor([moments.shape[0] - 1])]) if constant else kept
     target = weight.double() @ moments[:-1][:, columns]
-    solved = torch.linalg.solve(with_ridge(moments[columns][:, columns], len(kept), ridge), target.T).T
+    matrix = with_ridge(moments[columns][:, columns], len(kept), ridge)
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    # Moments that rounding has left not quite positive take the slower way.
+    solved = (torch.linalg.solve(matrix, target.T) if info.any() else torch.cholesky_solve(target.T, factor)).T
     return (solved[:, :-1], solved[:, -1]) if constant else (solved, solved.new_zeros(len(solved)))
 
 
