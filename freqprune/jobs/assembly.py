@@ -6,6 +6,7 @@ import logging
 import signal
 import warnings
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import nn
 from freqprune.errors import InputError
 from freqprune.jobs.config import Common
 from freqprune.jobs.settings import Settings
-from freqprune.networks import build_model, write_atomically
+from freqprune.networks import build_model, preprocessing, rebuilt_from, trained, write_atomically
 from freqprune.reports import show
 from freqprune.training import Classifier, ImageData
 
@@ -77,8 +78,30 @@ def model_config(model: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
+def data_settings(settings: Settings) -> dict[str, Any]:
+    """Settings of the data, with what the network's trained weights take where nothing else is set."""
+    found = preprocessing(model_settings(settings.model))
+    if found is None:
+        return settings.data
+    given = settings.data
+    own = {key: value for key, value in asdict(found).items() if key in given and given[key] is None}
+    # Each of these pairs is set as a whole, or left.
+    for first, second in (("mean", "std"), ("image_size", "resize")):
+        if not {first, second} <= own.keys():
+            own = {key: value for key, value in own.items() if key not in (first, second)}
+    return {**given, **own}
+
+
 def with_classes(config: Mapping[str, Any], data: ImageData) -> dict[str, Any]:
     given = config.get("num_classes")
+    if given is None and trained(config):
+        known = rebuilt_from(config, build_model(config))["num_classes"]
+        if known != len(data.classes):
+            raise InputError(
+                f"the weights of {config['name']} tell {known} classes apart, the data have {len(data.classes)}; ask "
+                f"for a new last layer with model.num_classes={len(data.classes)}"
+            )
+        return dict(config)
     if given is not None and given != len(data.classes):
         raise InputError(f"model.num_classes = {given}, but the data have {len(data.classes)} classes; leave it out")
     return {**config, "num_classes": len(data.classes)}

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from freqprune.errors import InputError
-from freqprune.jobs.config import Common, check_pruning, check_training, no_such_key, read_common, typed
+from freqprune.jobs.config import Common, check_pruning, check_training, names_trained, no_such_key, read_common, typed
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def _train(cfg: DictConfig) -> None:
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="prune")
 def _prune(cfg: DictConfig) -> None:
-    _job(cfg, lambda common: common.ckpt is None and not common.pretrained)
+    _job(cfg, lambda common: common.ckpt is None and not common.pretrained and names_trained(cfg) is None)
 
 
 def _job(cfg: DictConfig, trains: Callable[[Common], bool]) -> None:

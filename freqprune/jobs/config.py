@@ -105,6 +105,13 @@ def _keys(cfg: DictConfig, prefix: str = "") -> list[str]:
     return found
 
 
+def names_trained(cfg: DictConfig) -> str | None:
+    """The setting that names trained weights of torchvision or timm, if there is one."""
+    model = cfg.get("model")
+    given = [key for key in ("weights", "pretrained") if isinstance(model, DictConfig) and model.get(key)]
+    return f"model.{given[0]}" if given else None
+
+
 def check_training(cfg: DictConfig) -> None:
     """What `train` can refuse at once.
 
@@ -144,9 +151,16 @@ def check_pruning(cfg: DictConfig, at_hand: bool = False) -> None:
         raise InputError(
             f"pretrained=true names the package's own network and ckpt = {common.ckpt} another; leave one of them out"
         )
-    if not at_hand and not common.pretrained and common.ckpt is None:
+    library = names_trained(cfg)
+    if library is not None and (common.pretrained or common.ckpt is not None):
         raise InputError(
-            "ckpt is not set: give the network to prune, ckpt=FILE, or pretrained=true for the package's ResNet-32"
+            f"{library} names a trained network and {'pretrained=true' if common.pretrained else 'ckpt'} another; "
+            "leave one of them out"
+        )
+    if not at_hand and not common.pretrained and common.ckpt is None and library is None:
+        raise InputError(
+            "ckpt is not set: give the network to prune, ckpt=FILE, pretrained=true for the package's ResNet-32, or "
+            "model.name=torchvision/<name> model.weights=DEFAULT"
         )
     if not at_hand and common.ckpt_path is not None:
         raise InputError(

@@ -16,7 +16,7 @@ from freqprune.jobs.config import check_pruning
 from freqprune.jobs.outputs import name_of, tell, write_response
 from freqprune.jobs.settings import Settings, read
 from freqprune.jobs.stages import Run
-from freqprune.networks import Stored, load_network, pretrained_path
+from freqprune.networks import Stored, build_model, load_network, preprocessing, pretrained_path, rebuilt_from, trained
 from freqprune.pruning import Verdict, judge, needs, plan_cut
 from freqprune.reports import record
 from freqprune.tagging import TagResponse, pick_layers, rounds, tag
@@ -51,7 +51,7 @@ def prune(
     net = stored.net
     pick_layers(net, settings.readout.layers)
     assembly.seed(settings.common)
-    data = data or assembly.load_data(settings.data)
+    data = data or assembly.load_data(assembly.data_settings(settings))
     assembly.check_match(net, data, stored.normalization)
     settings.stimulus.masks(*data.split("val").pixels.shape[-2:])
     device = assembly.device_of(settings)
@@ -79,8 +79,13 @@ def prune(
 
 def _network_to_prune(settings: Settings) -> Stored:
     common = settings.common
-    path = pretrained_path("resnet32") if common.pretrained else Path(common.ckpt or "")
     config = assembly.model_settings(settings.model)
+    if trained(config):
+        net = build_model(config).eval()
+        found = preprocessing(config)
+        stored = {} if found is None else {"mean": list(found.mean), "std": list(found.std)}
+        return Stored(net, rebuilt_from(config, net), stored)
+    path = pretrained_path("resnet32") if common.pretrained else Path(common.ckpt or "")
     return load_network(path, None if config["name"] is None else config)
 
 

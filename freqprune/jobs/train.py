@@ -42,7 +42,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     rank_zero_only(record.write)(out, cfg)
     assembly.seed(common)
     config = assembly.model_config(settings.model)
-    data = assembly.load_data(settings.data)
+    data = assembly.load_data(assembly.data_settings(settings))
     config = assembly.with_classes(config, data)
     if common.ckpt_path is not None:
         check_resumable(common.ckpt_path, config)

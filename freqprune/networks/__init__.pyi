@@ -11,6 +11,10 @@ from .exports import export as export
 from .hooks import evaluating as evaluating
 from .hooks import hooked as hooked
 from .hooks import replaced as replaced
+from .libraries import Preprocessing as Preprocessing
+from .libraries import preprocessing as preprocessing
+from .libraries import rebuilt_from as rebuilt_from
+from .libraries import trained as trained
 from .pretrained import pretrained_path as pretrained_path
 from .pretrained import resnet32 as resnet32
 from .profiling import Latency as Latency

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError, check_file
+from freqprune.networks.libraries import WEIGHTS
 from freqprune.networks.registry import build_model, model_names, resize
 
 PRUNED_FORMAT = "freqprune.pruned/1"
@@ -163,7 +164,7 @@ def check_resumable(path: str | Path, model: Mapping[str, Any]) -> None:
             f"ckpt_path = {path} is no training checkpoint; resume from checkpoints/last.ckpt of a run folder"
         )
     stored = dict(content.get("hyper_parameters", {}).get("model") or {})
-    for key in sorted({*stored, *model}):
+    for key in sorted({*stored, *model} - {*WEIGHTS}):
         if stored.get(key) != model.get(key):
             raise InputError(
                 f"ckpt_path = {path} trains a network with {key} = {stored.get(key)}, but model.{key} = "

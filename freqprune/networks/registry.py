@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError, closest
+from freqprune.networks.libraries import TIMM, TORCHVISION, library_builder
 from freqprune.networks.resnet import CifarResNet
 
 Builder = Callable[..., nn.Module]
-
-TORCHVISION = "torchvision/"
 
 _BUILDERS: dict[str, Builder] = {
     f"resnet{depth}": partial(CifarResNet, depth=depth) for depth in (8, 14, 20, 32, 44, 56, 110)
@@ -43,18 +42,12 @@ def model_names() -> list[str]:
 
 
 def _builder(name: Any) -> Builder:
-    if isinstance(name, str) and name.startswith(TORCHVISION):
-        from torchvision import models
-
-        kind = name.removeprefix(TORCHVISION)
-        known = models.list_models(module=models)
-        if kind not in known:
-            raise InputError(f"model.name = {name!r}: torchvision has no classifier {kind!r}{closest(kind, known)}")
-        return partial(models.get_model, kind, weights=None)
+    if isinstance(name, str) and (builder := library_builder(name)) is not None:
+        return builder
     if name not in _BUILDERS:
         raise InputError(
-            f"model.name must be one of {', '.join(_BUILDERS)} or {TORCHVISION}<name>, got "
-            f"{name!r}{closest(str(name), _BUILDERS)}"
+            f"model.name must be one of {', '.join(_BUILDERS)} or {TORCHVISION}<name> or {TIMM}<name>, "
+            f"got {name!r}{closest(str(name), _BUILDERS)}"
         )
     return _BUILDERS[name]
 
@@ -62,8 +55,11 @@ def _builder(name: Any) -> Builder:
 def build_model(config: Mapping[str, Any]) -> nn.Module:
     """Build a network from ``{"name": ..., **arguments}``; arguments that are None count as left out.
 
-    The name is one of `model_names`, or ``torchvision/<name>`` for the classifiers of torchvision, with random weights.
-    A network without a `config` of its own gets this one as an attribute, by which `freqprune.save_pruned` names it.
+    The name is one of `model_names`, ``torchvision/<name>`` or ``timm/<name>`` for the classifiers of these libraries,
+    with random weights unless ``weights`` (torchvision: ``"DEFAULT"`` or a name of its weights) or ``pretrained=True``
+    (timm) says otherwise; these are downloaded and cached by the library. Another ``num_classes`` than the weights were
+    trained for replaces the last layer. A network without a `config` of its own gets this one as an attribute, by which
+    `freqprune.save_pruned` names it.
 
     >>> sum(p.numel() for p in build_model({"name": "resnet32"}).parameters())
     464154

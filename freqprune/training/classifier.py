@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from freqprune.errors import InputError, check_fields
-from freqprune.networks import build_model
+from freqprune.networks import build_model, rebuilt_from
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ class Classifier(pl.LightningModule):
         # In a list, so that its weights are no part of this module's parameters, checkpoints or train mode.
         self._teacher = [teacher] if teacher is not None and distill else []
         self.distill, self.temperature = distill, temperature
-        config = None if isinstance(model, nn.Module) else dict(model)
+        self.net: nn.Module = model if isinstance(model, nn.Module) else build_model(model)
+        config = None if isinstance(model, nn.Module) else rebuilt_from(model, self.net)
         num_classes = num_classes or (config or {}).get("num_classes", 10)
         # Plain numbers, strings, lists and dicts only, so that the checkpoint loads under weights_only=True.
         self.save_hyperparameters(
@@ -123,7 +124,6 @@ class Classifier(pl.LightningModule):
                 "normalization": {key: list(value) for key, value in (normalization or {}).items()},
             }
         )
-        self.net: nn.Module = model if isinstance(model, nn.Module) else build_model(config or {})
         self.loss = nn.CrossEntropyLoss(label_smoothing=optimizer.label_smoothing)
         self.train_accuracy, self.val_accuracy, self.test_accuracy = (
             # Checking the labels would make an accelerator wait in every step.

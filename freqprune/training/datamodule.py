@@ -219,12 +219,19 @@ class CIFAR10Data(ImageData):
 class ImageFolderData(ImageData):
     """Any folder tree ``root/{train,test}/<class>/*``; mean and std measured on its training images by default."""
 
-    def __init__(self, root: str | Path, image_size: int | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        image_size: int | None = None,
+        resize: int | None = None,
+        interpolation: str | None = None,
+        **settings: Any,
+    ) -> None:
         super().__init__(**settings)
-        self.root, self.image_size = root, image_size
+        self.root, self.image_size, self.resize, self.interpolation = root, image_size, resize, interpolation
 
     def load(self) -> Source:
-        return image_folder(self.root, self.image_size)
+        return image_folder(self.root, self.image_size, self.resize, self.interpolation or "bilinear")
 
 
 class DigitsData(ImageData):

@@ -12,8 +12,9 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from freqprune.errors import InputError
+from freqprune.errors import InputError, one_of
 
+_INTERPOLATIONS = {"bilinear": "BILINEAR", "bicubic": "BICUBIC"}
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
@@ -71,23 +72,33 @@ def cifar10(root: str | Path, download: bool = True) -> Source:
     return Source(train, test, tuple(parts[0].classes))
 
 
-def image_folder(root: str | Path, image_size: int | None = None) -> Source:
+def image_folder(
+    root: str | Path, image_size: int | None = None, resize: int | None = None, interpolation: str = "bilinear"
+) -> Source:
     """Images from ``root/train/<class>/*`` and ``root/test/<class>/*``, in RGB.
 
     Args:
         root: the folder.
         image_size: height and width to resize to; needed only where the images differ in size.
+        resize: instead, resize the shorter side to this and cut the middle of `image_size` out.
+        interpolation: ``"bilinear"`` or ``"bicubic"``.
 
     Raises:
         InputError: if a folder is missing or empty, holds one class, holds a file that is no readable image, or images
             differ in size.
     """
     root = Path(root)
+    one_of(tuple(_INTERPOLATIONS), **{"data.interpolation": interpolation})
+    if resize is not None and (image_size is None or resize < image_size):
+        raise InputError(
+            f"data.resize = {resize} is the shorter side out of which data.image_size = {image_size} is cut: set both, "
+            "resize the larger"
+        )
     if not root.is_dir():
         raise InputError(f"data.root = {root} is not a folder; it must hold train/<class>/*.png and test/<class>/*.png")
     parts, names = [], []
     for split in ("train", "test"):
-        images, classes = _read_tree(root / split, image_size)
+        images, classes = _read_tree(root / split, image_size, resize, interpolation)
         parts.append(images)
         names.append(classes)
     if names[0] != names[1]:
@@ -101,7 +112,9 @@ def image_folder(root: str | Path, image_size: int | None = None) -> Source:
     return Source(parts[0], parts[1], names[0])
 
 
-def _read_tree(folder: Path, image_size: int | None) -> tuple[Images, tuple[str, ...]]:
+def _read_tree(
+    folder: Path, image_size: int | None, resize: int | None, interpolation: str
+) -> tuple[Images, tuple[str, ...]]:
     from PIL import Image, UnidentifiedImageError
     from torchvision.datasets import ImageFolder
 
@@ -118,8 +131,14 @@ def _read_tree(folder: Path, image_size: int | None) -> tuple[Images, tuple[str,
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")
-                if image_size is not None and image.size != (image_size, image_size):
-                    image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+                how = Image.Resampling[_INTERPOLATIONS[interpolation]]
+                if resize is not None and image_size is not None:
+                    share = resize / min(image.size)
+                    image = image.resize((round(image.width * share), round(image.height * share)), how)
+                    left, top = (round((side - image_size) / 2) for side in image.size)
+                    image = image.crop((left, top, left + image_size, top + image_size))
+                elif image_size is not None and image.size != (image_size, image_size):
+                    image = image.resize((image_size, image_size), how)
                 return torch.from_numpy(np.array(image))
         except (UnidentifiedImageError, OSError, SyntaxError) as error:
             raise InputError(f"{path} is not a readable image ({error}); repair or remove it") from None

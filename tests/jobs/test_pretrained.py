@@ -1,0 +1,95 @@
+"""Trained networks of torchvision through the jobs, with weights made here: their pixels, their classes, what is
+refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import models
+
+from freqprune.errors import InputError
+from freqprune.jobs import assembly
+from freqprune.jobs.prune import prune
+from freqprune.jobs.settings import read
+from freqprune.jobs.train import train
+from freqprune.networks.checkpoint import load_network, load_pruned
+from freqprune.training import ImageFolderData
+from tests.jobs.test_jobs import config
+
+NAME = "torchvision/squeezenet1_1"
+MODEL = ("model=auto", f"model.name={NAME}", "model.weights=DEFAULT")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two classes of photographs of different sizes, and SqueezeNet's weights where torch looks for them."""
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    torch.manual_seed(0)
+    net = models.squeezenet1_1()
+    torch.save(net.state_dict(), cache / Path(models.SqueezeNet1_1_Weights.DEFAULT.url).name)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    drawn = np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 4)):
+        for number, name in enumerate(("dark", "light")):
+            place = tmp_path / "images" / split / name
+            place.mkdir(parents=True)
+            for i in range(count):
+                pixels = drawn.integers(100 * number, 100 * number + 156, (40 + i, 60, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(place / f"{i}.png")
+    return tmp_path / "images"
+
+
+def small(folder: Path) -> tuple[str, ...]:
+    base = ("data=image_folder", f"data.root={folder}", "data.batch_size=8", "trainer=cpu", "trainer.max_epochs=1")
+    quiet = ("+trainer.enable_progress_bar=false", "callbacks.progress=null", "tagging.n_images=1", "latency.n_runs=1")
+    return (*base, *quiet, "latency.batch_sizes=[1]", "pruning.calibration_images=32", "pruning.rounds=0", *MODEL)
+
+
+def test_the_data_take_over_what_the_weights_were_trained_with(folder: Path, tmp_path: Path) -> None:
+    found = assembly.data_settings(read(config("prune", tmp_path / "run", base=small(folder))))
+    assert (found["image_size"], found["resize"], found["interpolation"]) == (224, 256, "bilinear")
+    assert list(found["mean"]) == [0.485, 0.456, 0.406]
+    own = read(config("prune", tmp_path / "run", "data.image_size=96", "data.mean=[0.5,0.5,0.5]",
+                      "data.std=[0.2,0.2,0.2]", base=small(folder)))  # fmt: skip
+    found = assembly.data_settings(own)
+    assert (found["image_size"], found["resize"], found["mean"]) == (96, None, [0.5, 0.5, 0.5])
+    pixels = ImageFolderData(folder, image_size=30, resize=40).load().test.pixels
+    assert pixels.shape[2:] == (30, 30)
+    path = sorted((folder / "test" / "dark").iterdir())[0]
+    with Image.open(path) as image:
+        middle = np.array(image)[5:35, 15:45]
+    assert np.array_equal(pixels[0].permute(1, 2, 0).numpy(), middle)
+    with pytest.raises(InputError, match=r"data.resize = 20 is the shorter side"):
+        ImageFolderData(folder, image_size=30, resize=20).load()
+
+
+def test_trained_further_and_pruned(folder: Path, tmp_path: Path) -> None:
+    few = ("data.image_size=64", "model.num_classes=2")
+    train(config("train", tmp_path / "run", "pruning=none", *few, base=small(folder)))
+    stored = load_network(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert stored.config == {"name": NAME, "num_classes": 2}
+    assert stored.normalization["mean"] == pytest.approx([0.485, 0.456, 0.406])
+    cfg = config("prune", tmp_path / "pruned", *few, "importance=l2", "pruning.ratio=0.3", "finetune.epochs=0",
+                 base=small(folder))  # fmt: skip
+    metrics, objects = prune(cfg)
+    assert metrics["network"] == NAME
+    assert json.loads((tmp_path / "pruned" / "metrics.json").read_text())["network"] == NAME
+    again = load_pruned(tmp_path / "pruned" / "pruned.ckpt")
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), objects["net"].cpu()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_networks_of_libraries_that_are_refused(folder: Path, tmp_path: Path) -> None:
+    for job, name in ((train, "train"), (prune, "prune")):
+        with pytest.raises(InputError, match=r"1000 classes.* 2"):
+            job(config(name, tmp_path / "run", "data.image_size=64", base=small(folder)))
+    with pytest.raises(InputError, match=r"model.weights names a trained network and pretrained=true another"):
+        prune(config("prune", tmp_path / "run", "pretrained=true", base=small(folder)))
+    other = ("model.num_classes=2", "data.mean=[0.5,0.5,0.5]", "data.std=[0.2,0.2,0.2]", "data.image_size=64")
+    with pytest.raises(InputError, match=r"was trained with mean \[0.485"):
+        prune(config("prune", tmp_path / "run", *other, base=small(folder)))

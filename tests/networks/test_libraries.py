@@ -1,0 +1,124 @@
+"""Trained networks of torchvision and timm, read from where the libraries cache them; the files are made here."""
+
+import importlib.util
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import torch
+from torch import nn
+from torchvision import models
+
+from freqprune.errors import InputError
+from freqprune.networks.checkpoint import load_pruned, save_pruned
+from freqprune.networks.libraries import preprocessing
+from freqprune.networks.registry import build_model
+
+NO_TIMM = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which torch keeps downloads, without a network to fill it."""
+
+    def unreachable(*args: object, **more: object) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def cached(cache: Path, kind: str, **arguments: object) -> nn.Module:
+    """A network whose weights lie where the download of its trained ones would."""
+    torch.manual_seed(0)
+    net: nn.Module = models.get_model(kind, weights=None, **arguments)
+    torch.save(net.state_dict(), cache / Path(models.get_model_weights(kind).DEFAULT.url).name)
+    return net.eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "arguments"),
+    [
+        ("resnet18", "fc", {}),
+        ("squeezenet1_1", "classifier.1", {}),
+        ("shufflenet_v2_x0_5", "fc", {}),
+        ("googlenet", "fc", {"init_weights": False}),
+    ],
+)
+def test_weights_of_torchvision(
+    cache: Path, tmp_path: Path, kind: str, head: str, arguments: dict[str, object]
+) -> None:
+    dense, x = cached(cache, kind, **arguments), torch.rand(2, 3, 64, 64)
+    name = f"torchvision/{kind}"
+    net = build_model({"name": name, "weights": "DEFAULT"}).eval()
+    if kind == "googlenet":
+        dense.transform_input = True
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), dense(x))
+    for kept in (net, build_model({"name": name, "weights": "DEFAULT", "num_classes": 7}).eval()):
+        save_pruned(tmp_path / "pruned.ckpt", kept, {})
+        with torch.no_grad():
+            torch.testing.assert_close(load_pruned(tmp_path / "pruned.ckpt")(x), kept(x))
+    assert kept(x).shape == (2, 7)
+    assert kept.get_submodule(head).weight.shape[0] == 7
+    for key, value in net.state_dict().items():
+        assert key.startswith(head) or torch.equal(kept.state_dict()[key], value)
+
+
+def test_what_torchvision_does_not_have(cache: Path) -> None:
+    name = "torchvision/resnet18"
+    with pytest.raises(InputError, match=r"one of DEFAULT, IMAGENET1K_V1, got 'IMAGENET1K_V2'; did you mean"):
+        build_model({"name": name, "weights": "IMAGENET1K_V2"})
+    place = cache / "resnet18-f37072fd.pth"
+    with pytest.raises(InputError, match=rf"no network.*download https://.*resnet18.*put the file at {place}"):
+        build_model({"name": name, "weights": "DEFAULT"})
+    (cache / "resnet18-f37072fd.pth").write_bytes(b"not a checkpoint")
+    with pytest.raises(InputError, match="could not be read"):
+        build_model({"name": name, "weights": "DEFAULT"})
+
+
+def test_preprocessing_of_torchvision() -> None:
+    found = preprocessing({"name": "torchvision/resnet50", "weights": "IMAGENET1K_V2"})
+    assert found is not None
+    assert (found.image_size, found.resize, found.interpolation) == (224, 232, "bilinear")
+    assert found.mean == (0.485, 0.456, 0.406)
+    assert preprocessing({"name": "torchvision/resnet50"}) is None
+    assert preprocessing({"name": "resnet32"}) is None
+
+
+@NO_TIMM
+def test_weights_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import timm
+    from huggingface_hub import constants
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    name = "timm/resnet10t"
+    with pytest.raises(InputError, match=r"weights of timm/resnet10t could not be read.*run this once and copy"):
+        build_model({"name": name, "pretrained": True})
+    torch.manual_seed(0)
+    dense, x = timm.create_model("resnet10t").eval(), torch.rand(2, 3, 64, 64)
+    folder = tmp_path / "models--timm--resnet10t.c3_in1k"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0")
+    (folder / "snapshots" / "0").mkdir(parents=True)
+    save_file(dense.state_dict(), folder / "snapshots" / "0" / "model.safetensors")
+    for classes in (1000, 5):
+        net = build_model({"name": name, "pretrained": True, "num_classes": classes}).eval()
+        save_pruned(tmp_path / "pruned.ckpt", net, {})
+        with torch.no_grad():
+            torch.testing.assert_close(load_pruned(tmp_path / "pruned.ckpt")(x), net(x))
+            assert (classes == 5) or torch.equal(net(x), dense(x))
+    found = preprocessing({"name": name, "pretrained": True})
+    assert found is not None
+    assert (found.image_size, found.resize, found.interpolation) == (176, int(176 / 0.875), "bicubic")
+
+
+@NO_TIMM
+def test_what_timm_does_not_have() -> None:
+    with pytest.raises(InputError, match="timm has no model 'resnet10'"):
+        build_model({"name": "timm/resnet10"})
