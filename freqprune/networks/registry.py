@@ -97,8 +97,8 @@ def resize(net: nn.Module, state: Mapping[str, Any]) -> None:
         ):
             continue
         if isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
-            if module.groups > 1 and module.groups == module.in_channels == module.out_channels:
-                module.groups = len(weight)
+            if module.groups > 1 and module.in_channels == module.out_channels:
+                module.groups = len(weight) * module.groups // module.out_channels
             module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
         elif isinstance(module, nn.Linear):
             module.out_features, module.in_features = weight.shape

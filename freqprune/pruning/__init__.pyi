@@ -9,11 +9,11 @@ from .cutting import Cut as Cut
 from .cutting import cut as cut
 from .cutting import plan_cut as plan_cut
 from .cutting import step_amount as step_amount
-from .graph import CUSTOM_PRUNERS as CUSTOM_PRUNERS
 from .graph import ChannelGraph as ChannelGraph
 from .importance import Evidence as Evidence
 from .moments import input_moments as input_moments
 from .moments import output_gradients as output_gradients
+from .pruners import CUSTOM_PRUNERS as CUSTOM_PRUNERS
 from .recipe import Material as Material
 from .recipe import Recipe as Recipe
 from .reconstruction import Reconstruction as Reconstruction

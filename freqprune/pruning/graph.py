@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,42 +17,12 @@ from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.networks import IndexShortcut, macs_by_layer
+from freqprune.pruning.hidden import hidden_group, hidden_layers
+from freqprune.pruning.pruners import group_width, taught, teach
 
 _OUT = (tp.prune_conv_out_channels, tp.prune_linear_out_channels)
 _IN = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
 _ARITHMETIC = {"AddBackward": "sum", "SubBackward": "difference", "MulBackward": "product", "DivBackward": "quotient"}
-
-
-class _IndexShortcutPruner(tp.BasePruningFunc):
-    """Teach torch-pruning the index shortcut: its two sides lose channels independently of each other.
-
-    A source channel that goes leaves a zero channel behind, which is what the masked network computes.
-    """
-
-    def prune_out_channels(self, layer: IndexShortcut, idxs: Sequence[int]) -> nn.Module:
-        keep = torch.ones(layer.n_out, dtype=torch.bool)
-        keep[list(idxs)] = False
-        layer.set_index(layer.index.cpu()[keep])
-        return layer
-
-    def prune_in_channels(self, layer: IndexShortcut, idxs: Sequence[int]) -> nn.Module:
-        gone = torch.zeros(layer.n_in, dtype=torch.bool)
-        gone[list(idxs)] = True
-        # Position -1 of the table is the last entry, so channels that are zero already stay at -1.
-        table = torch.cat([torch.where(gone, -1, (~gone).cumsum(0) - 1), torch.tensor([-1])])
-        layer.n_in -= len(set(idxs))
-        layer.set_index(table[layer.index.cpu()])
-        return layer
-
-    def get_out_channels(self, layer: IndexShortcut) -> int:
-        return layer.n_out
-
-    def get_in_channels(self, layer: IndexShortcut) -> int:
-        return layer.n_in
-
-
-CUSTOM_PRUNERS: dict[Any, Any] = {IndexShortcut: _IndexShortcutPruner()}
-"""Pruners of this package's own layers, for the ``customized_pruners`` argument of torch-pruning."""
 
 
 def _graph(model: nn.Module, example: Tensor) -> tuple[nn.Module, tp.DependencyGraph]:
@@ -60,9 +33,12 @@ def _graph(model: nn.Module, example: Tensor) -> tuple[nn.Module, tp.DependencyG
     for parameter in twin.parameters():
         parameter.requires_grad_(True)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), warnings.catch_warnings():
+            # Of parameters without a layer: should it misread them, the proof of the cut says so.
+            for known in ("Unwrapped parameters detected", "Maximum recursive depth"):
+                warnings.filterwarnings("ignore", known)
             graph = tp.DependencyGraph().build_dependency(
-                twin, example_inputs=example[:1], customized_pruners=CUSTOM_PRUNERS
+                twin, example_inputs=example[:1], customized_pruners=teach(twin)
             )
     except Exception as error:
         what = f"{type(model).__name__} ({type(error).__name__}: {error})"
@@ -73,8 +49,9 @@ def _graph(model: nn.Module, example: Tensor) -> tuple[nn.Module, tp.DependencyG
 
 
 def _group(graph: tp.DependencyGraph, module: nn.Module, idxs: list[int], layer: str) -> Any:
+    write = tp.prune_linear_out_channels if isinstance(module, nn.Linear) else tp.prune_conv_out_channels
     try:
-        return graph.get_pruning_group(module, tp.prune_conv_out_channels, idxs=idxs)
+        return graph.get_pruning_group(module, write, idxs=idxs)
     except Exception as error:
         # torch-pruning raises whatever it trips over, down to ZeroDivisionError.
         raise InputError(
@@ -92,12 +69,18 @@ class Unit:
         members: all layers whose outputs these are: one for an inner layer, all that write to it for a residual stream.
         n_filters: number of filters.
         readers: layers that read these channels, in no particular order.
+        width: channels that are one filter: 1, or where a convolution in groups is on the way those of one group.
     """
 
     name: str
     members: tuple[str, ...]
     n_filters: int
     readers: tuple[str, ...]
+    width: int = 1
+
+    def channels(self, filters: Sequence[int]) -> list[int]:
+        """Channels of the layer that the unit is named after, by filters."""
+        return [int(one) * self.width + i for one in filters for i in range(self.width)]
 
 
 def _partners(group: Any, module: nn.Module, names: Mapping[nn.Module, str]) -> list[str]:
@@ -118,6 +101,10 @@ def _partners(group: Any, module: nn.Module, names: Mapping[nn.Module, str]) -> 
     if not any(dependency.handler in _IN for dependency, _ in group):
         found.append("the output of the network")
     return list(dict.fromkeys(found))
+
+
+# What couples layers by value: their filters are one residual stream. Products do not: each side scales the other.
+_SUM = re.compile(r"^a (sum|difference|quotient)$|^the output of the network$")
 
 
 _PLAIN = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.PReLU, IndexShortcut)
@@ -153,10 +140,11 @@ class ChannelGraph:
         example: an input batch, ``(n_images, n_channels, height, width)``.
 
     Attributes:
-        inner: units of one layer each, whose filters can go without touching any other layer's outputs (in a residual
-            network the first convolution of each block), by name, in the order of the network.
+        inner: units whose filters can go without touching any other layer's outputs (in a residual network the first
+            convolution of each block, in a transformer the hidden layer of each perceptron), or only those of layers
+            whose outputs theirs are multiplied with (squeeze-and-excite), by name, in the order of the network.
         streams: units of several layers that write to one residual stream, by the name of the first.
-        coupled: every convolution that is no inner unit, with what shares its channels.
+        coupled: every convolution that is no inner unit of its own, with what shares its channels.
     """
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
@@ -165,34 +153,59 @@ class ChannelGraph:
         names = {module: name for name, module in self.twin.named_modules()}
         self._names, self._modules = names, dict(self.twin.named_modules())
         self._macs = macs_by_layer(model, self.example)
+        self._hidden = hidden_layers(model, self.example)
         self._losses: dict[str, list[tuple[str, str, float]]] = {name: [] for name in self._macs}
         self.inner: dict[str, Unit] = {}
         self.streams: dict[str, Unit] = {}
         self.coupled: dict[str, list[str]] = {}
         for module, layer in names.items():
-            if not isinstance(module, nn.modules.conv._ConvNd) or layer not in self._macs or module.groups > 1:
+            if layer not in self._macs:
                 continue
-            group = _group(self._graph, module, [0], layer)
-            partners = _partners(group, module, names)
-            members = [layer]
-            if partners:
-                self.coupled[layer] = partners
-                if any(layer in unit.members for unit in self.streams.values()):
-                    continue
-                members = sorted(_members(group, names), key=list(names.values()).index)
-                if not members or members[0] != layer:
-                    continue
-            readers = [names[d.target.module] for d, _ in group if d.handler in _IN and d.target.module in names]
-            unit = Unit(layer, tuple(members), module.out_channels, tuple(dict.fromkeys(readers)))
-            (self.streams if partners else self.inner)[layer] = unit
-            for dependency, idxs in group:
-                name = names.get(dependency.target.module)
-                if name not in self._macs:
-                    continue
-                target = dependency.target.module
-                inwards = dependency.handler in _IN
-                width = target.weight.shape[1 if inwards else 0]
-                self._losses[name].append((layer, "in" if inwards else "out", len(idxs) / width))
+            if layer in self._hidden:
+                hidden = self._hidden[layer]
+                n_filters = len(module.weight)
+                self._register(Unit(layer, tuple(hidden.members), n_filters, tuple(hidden.readers)), self.inner)
+            elif isinstance(module, nn.modules.conv._ConvNd) and module.groups == 1:
+                self._add(module, layer)
+
+    def _add(self, module: Any, layer: str) -> None:
+        """The unit that a layer leads, if it leads one."""
+        names = self._names
+        group = _group(self._graph, module, [0], layer)
+        partners = _partners(group, module, names)
+        members = [layer]
+        if partners:
+            self.coupled[layer] = partners
+            if any(layer in unit.members for unit in self.units.values()):
+                return
+            members = sorted(_members(group, names), key=list(names.values()).index)
+            if not members or members[0] != layer:
+                return
+        width = math.lcm(*(group_width(d.target.module) for d, _ in group if taught(d.target.module)))
+        n_channels = len(module.weight)
+        if n_channels % width:
+            return
+        readers = [names[d.target.module] for d, _ in group if d.handler in _IN and d.target.module in names]
+        unit = Unit(layer, tuple(members), n_channels // width, tuple(dict.fromkeys(readers)), width)
+        alone = not partners or not any(_SUM.search(partner) for partner in partners)
+        if alone:
+            self.coupled.pop(layer, None)
+        self._register(unit, self.inner if alone else self.streams)
+
+    def _register(self, unit: Unit, among: dict[str, Unit]) -> None:
+        """Take a unit in, with the share of every layer's sides that one of its filters is."""
+        layer = unit.name
+        among[layer] = unit
+        names, seen = self._names, set()
+        for dependency, idxs in self.group(layer, [0]):
+            target = dependency.target.module
+            name, inwards = names.get(target), dependency.handler in _IN
+            # A convolution in groups comes once for each side of it.
+            if name not in self._macs or (name, inwards) in seen:
+                continue
+            seen.add((name, inwards))
+            share = len(idxs) / target.weight.shape[1 if inwards else 0]
+            self._losses[name].append((layer, "in" if inwards else "out", share))
 
     @property
     def units(self) -> dict[str, Unit]:
@@ -201,11 +214,16 @@ class ChannelGraph:
 
     def group(self, name: str, filters: Sequence[int] | None = None) -> Any:
         """torch-pruning's group of some (or all) filters of a unit, over the modules of `twin`."""
-        filters = range(self.units[name].n_filters) if filters is None else filters
-        return _group(self._graph, self._modules[name], list(filters), name)
+        unit = self.units[name]
+        filters = range(unit.n_filters) if filters is None else filters
+        if name in self._hidden:
+            return hidden_group(self._modules, self._hidden[name], list(filters))
+        return _group(self._graph, self._modules[name], unit.channels(filters), name)
 
     def possible(self, group: Any) -> bool:
         """Whether removing a group leaves every layer of it at least one channel."""
+        if not isinstance(group._DG, tp.DependencyGraph):
+            return all(len(idxs) < dependency.target.module.in_features for dependency, idxs in group[-1:])
         return bool(self._graph.check_pruning_group(group))
 
     def read_channels(self, name: str, filters: Sequence[int]) -> dict[str, list[int]]:

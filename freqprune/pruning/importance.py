@@ -67,6 +67,14 @@ class Evidence:
         units = {} if self.graph is None else self.graph.units
         return units[layer].members if layer in units else (layer,)
 
+    def by_filter(self, layer: str, values: Tensor) -> Tensor:
+        """Values of the channels of a unit, last dimension, as those of its filters: the mean over the channels that
+        are one filter. Criteria that look at whole units give values of filters already."""
+        unit = None if self.graph is None else self.graph.units.get(layer)
+        if unit is None or unit.width == 1 or values.shape[-1] == unit.n_filters:
+            return values
+        return values.unflatten(-1, (unit.n_filters, unit.width)).mean(-1)
+
     @cached_property
     def trace(self) -> Trace | None:
         """The network's operations for batches of the frames; None for a network that cannot be traced."""
@@ -204,7 +212,8 @@ def scores(
     said = [f"ranking the filters of {layer}" for layer in layers]
     for layer, _ in zip(layers, progress(said) if progress is not None else said, strict=True):
         members = [layer] if wanted & {"graph", "moments"} else list(evidence.members(layer))
-        found[layer] = torch.stack([score(evidence, member).double() for member in members]).amax(0)
+        of_members = torch.stack([score(evidence, member).double() for member in members])
+        found[layer] = evidence.by_filter(layer, of_members).amax(0)
     for layer, values in found.items():
         if not torch.isfinite(values).all():
             raise InputError(

@@ -11,7 +11,8 @@ from torch.optim.swa_utils import update_bn
 
 from freqprune.errors import InputError, closest
 from freqprune.networks import evaluating, hooked
-from freqprune.pruning.graph import CUSTOM_PRUNERS, ChannelGraph, Unit
+from freqprune.pruning.graph import ChannelGraph, Unit
+from freqprune.pruning.pruners import CUSTOM_PRUNERS, restore
 from freqprune.tagging import match_layers
 
 __all__ = ["CUSTOM_PRUNERS", "Plan", "masked_forward", "recalibrate_batch_norm"]
@@ -132,9 +133,20 @@ class Plan:
                 raise InputError(
                     f"keeping {len(indices)} filters of {name!r} would empty a layer that is coupled to it"
                 )
-            group.prune()
-            width = modules[name].weight.shape[0]
-            assert width == len(indices), f"{name}: {width} filters after surgery, {len(indices)} asked for"
+            try:
+                group.prune()
+            except Exception as error:
+                raise InputError(
+                    f"torch-pruning cannot remove filters of {name!r} ({type(error).__name__}: {error}); leave it out "
+                    f"with pruning.exclude={name}"
+                ) from error
+            width, asked = modules[name].weight.shape[0], len(indices) * self.unit(name).width
+            if width != asked:
+                raise InputError(
+                    f"torch-pruning left {width} channels of {name!r} where {asked} were asked for; leave it out with "
+                    f"pruning.exclude={name}"
+                )
+        restore(twin)
         for (_, old), (_, new) in zip(self.model.named_parameters(), twin.named_parameters(), strict=True):
             new.requires_grad_(old.requires_grad)
         for layer, module in self.model.named_modules():

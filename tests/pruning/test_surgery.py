@@ -19,8 +19,8 @@ from freqprune.networks.profiling import count_macs, count_parameters, latency_m
 from freqprune.networks.registry import build_model
 from freqprune.networks.resnet import IndexShortcut
 from freqprune.pruning.criteria import scores
-from freqprune.pruning.graph import _IndexShortcutPruner
 from freqprune.pruning.importance import Evidence
+from freqprune.pruning.pruners import _IndexShortcutPruner
 from freqprune.pruning.selection import Amount, select
 from freqprune.pruning.surgery import Plan, masked_forward, recalibrate_batch_norm
 
@@ -230,7 +230,8 @@ def test_any_table_ends_in_a_correct_network_or_a_clear_error(case: dict[str, An
     for unit, indices in kept.items():
         width = plan.unit(unit).n_filters
         assert small.get_submodule(unit).out_channels == len(indices)
-        assert len(indices) >= min(amount.min_filters, width)
+        # Of a table that is too short, the filters that it knows of.
+        assert len(indices) >= min(amount.min_filters, len(table[unit]))
         assert len(indices) == width or len(indices) % amount.multiple_of == 0
     gone = sum(len(score) - len(kept[unit]) for unit, score in table.items())
     assert gone > 0
@@ -412,7 +413,7 @@ class Odd(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("how", "inner"), [("plain", ["a", "b"]), ("difference", []), ("product", []), ("group norm", ["a"])]
+    ("how", "inner"), [("plain", ["a", "b"]), ("difference", []), ("product", ["a"]), ("group norm", ["a"])]
 )
 def test_only_filters_that_are_alone_are_inner(how: str, inner: list[str]) -> None:
     net = Odd(how).eval()

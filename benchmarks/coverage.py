@@ -1,0 +1,148 @@
+"""Which networks can be cut: 30 % of the filters of every unit that can go, proved, saved, rebuilt, trained one step.
+
+python benchmarks/coverage.py --json coverage.json                     # all of torchvision, 40 families of timm
+python benchmarks/coverage.py torchvision/resnet18 timm/convnext_atto  # these
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import tempfile
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from result import publish
+from rich.progress import track
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import models
+
+from freqprune import Amount, InputError, Plan, build_model, load_pruned, save_pruned, scores, select
+from freqprune.pruning import Evidence
+
+# Too large for 16 GB with gradients, two copies and their traces.
+TOO_LARGE = ("regnet_y_128gf", "vit_h_14")
+
+
+def torchvision_names() -> list[str]:
+    """All classifiers of torchvision but the few that do not fit."""
+    return [f"torchvision/{name}" for name in models.list_models(module=models) if name not in TOO_LARGE]
+
+
+def timm_names(n_families: int) -> list[str]:
+    """The smallest network of each family (a module of timm's), families by the number of their networks."""
+    import timm
+
+    families = Counter(timm.models.model_entrypoint(name).__module__ for name in timm.list_models())
+    chosen = []
+    for family, _ in families.most_common():
+        members = [name for name in timm.list_models() if timm.models.model_entrypoint(name).__module__ == family]
+        smallest, least = None, float("inf")
+        for name in members:
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    size = sum(p.numel() for p in timm.create_model(name).parameters())
+                except Exception:
+                    continue
+            if size < least:
+                smallest, least = name, size
+        if smallest is not None:
+            chosen.append(f"timm/{smallest}")
+        if len(chosen) == n_families:
+            break
+    return sorted(chosen)
+
+
+def size_of(name: str) -> int:
+    """Height and width of the network's input."""
+    if name.startswith("timm/"):
+        import timm
+
+        return int(timm.get_pretrained_cfg(name.removeprefix("timm/")).input_size[-1])
+    return 299 if "inception" in name else 224
+
+
+def cut(name: str, share: float) -> dict[str, Any]:
+    """One row of the table."""
+    start = time.perf_counter()
+    row: dict[str, Any] = {"name": name, "result": "ok"}
+    try:
+        torch.manual_seed(0)
+        net = build_model({"name": name}).eval()
+        x = torch.rand(2, 3, *[size_of(name)] * 2)
+        plan = Plan(net, x)
+        units = plan.choose(streams=True)
+        n_filters = {unit: plan.unit(unit).n_filters for unit in units}
+        row["units"] = len(units)
+        # Of all MACs, those of attention's products too, in which no unit has a part.
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), counter:
+            net(x[:1])
+        total = counter.get_total_flops() / 2
+        row["reachable"] = round((plan.macs({}) - plan.macs(dict.fromkeys(units, 1))) / total, 3)
+        kept = select(
+            scores("l2", Evidence(net, graph=plan.graph), units), Amount(ratio=share, scope="layer"), plan.macs
+        )
+        small = plan.apply(kept)
+        row["cut"] = round((plan.macs({}) - plan.macs({unit: len(kept[unit]) for unit in kept})) / total, 3)
+        assert any(len(kept[unit]) < n_filters[unit] for unit in kept)
+        with tempfile.TemporaryDirectory() as folder:
+            save_pruned(Path(folder) / "pruned.ckpt", small, kept, model={"name": name})
+            again = load_pruned(Path(folder) / "pruned.ckpt")
+        with torch.no_grad():
+            torch.testing.assert_close(again(x), small(x), rtol=1e-3, atol=1e-4)
+        step(small, x)
+        if row["reachable"] < 0.25:
+            row["result"] = f"less than a quarter of the MACs can go ({100 * row['reachable']:.0f} %)"
+    except InputError as error:
+        row["result"] = str(error).splitlines()[0]
+    except Exception as error:
+        row["result"] = f"crash: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    row["seconds"] = round(time.perf_counter() - start, 1)
+    return row
+
+
+def step(net: nn.Module, x: torch.Tensor) -> None:
+    """One step of fine-tuning, which every weight can take."""
+    net.train()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+    answer = net(x)
+    answer = answer if isinstance(answer, torch.Tensor) else answer[0]
+    loss = nn.functional.cross_entropy(answer, torch.arange(len(x)))
+    loss.backward()
+    optimizer.step()
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="networks; all of torchvision and 40 of timm if left out")
+    parser.add_argument("--json", metavar="FILE", help="write the figures and the table here")
+    parser.add_argument("--families", type=int, default=40, help="families of timm (40)")
+    parser.add_argument("--share", type=float, default=0.3, help="share of the filters to remove (0.3)")
+    given = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    names = given.names or [*torchvision_names(), *timm_names(given.families)]
+    rows = []
+    for name in track(names, description="networks"):
+        rows.append(cut(name, given.share))
+        print(rows[-1], flush=True)
+        gc.collect()
+    found: dict[str, Any] = {}
+    for library in ("torchvision", "timm"):
+        mine = [row for row in rows if row["name"].startswith(library)]
+        found |= {f"{library}_ok": sum(row["result"] == "ok" for row in mine), f"{library}_n": len(mine)}
+    found["crashes"] = sum(row["result"].startswith("crash") for row in rows)
+    publish({**found, "networks": rows}, given.json)
+
+
+if __name__ == "__main__":
+    main()
