@@ -50,8 +50,11 @@ def plan_cut(net: nn.Module, example: Tensor, recipe: Recipe) -> tuple[Plan, lis
     plan = Plan(net, example)
     chosen = plan.choose(recipe.layers, recipe.exclude, recipe.streams)
     if "tags" in needs(recipe.criterion):
-        recorded = pick_layers(net, recipe.tagging.get("layers"))
-        unread = [member for name in chosen for member in plan.unit(name).members if member not in recorded]
+        given = recipe.tagging.get("layers")
+        # Left to itself, a cut records what it needs.
+        recorded = None if given is None else pick_layers(net, given)
+        members = [member for name in chosen for member in plan.unit(name).members]
+        unread = [] if recorded is None else [member for member in members if member not in recorded]
         if unread:
             raise InputError(
                 f"importance.criterion = {recipe.criterion} needs the response of {', '.join(unread)}, which "

@@ -14,7 +14,7 @@ from freqprune.pruning.importance import Evidence
 from freqprune.pruning.moments import counted_moments, output_gradients
 from freqprune.pruning.recipe import Material, Recipe
 from freqprune.pruning.surgery import Plan
-from freqprune.tagging import Progress, Stimulus, TagResponse, tag
+from freqprune.tagging import Progress, Stimulus, TagResponse, pick_layers, tag
 
 # 256 images of 32 x 32.
 MEASURED_PIXELS = 256 * 32**2
@@ -46,8 +46,12 @@ def gather(
     """
     net, wanted = plan.model, needs(recipe.criterion)
     device = plan.example.device
-    if response is None and "tags" in wanted:
+    members = [member for name in chosen for member in plan.unit(name).members]
+    if "tags" in wanted and (response is None or not {*members} <= {*response.layers}):
         images = material.images.to(device)
+        tagging = dict(recipe.tagging)
+        if tagging.get("layers") is None:
+            tagging["layers"] = list(dict.fromkeys([*pick_layers(net, None), *members]))
         response = tag(
             net,
             images,
@@ -56,7 +60,7 @@ def gather(
             std=material.std,
             seed=recipe.seed,
             progress=progress,
-            **recipe.tagging,
+            **tagging,
         )
     readers = readers_of(plan.graph, chosen)
     moments = gradients = None

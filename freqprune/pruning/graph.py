@@ -6,7 +6,8 @@ import copy
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -25,6 +26,16 @@ _IN = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
 _ARITHMETIC = {"AddBackward": "sum", "SubBackward": "difference", "MulBackward": "product", "DivBackward": "quotient"}
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch-pruning says of parameters without a layer and of long ways: should it misread them, the proof
+    of the cut says so."""
+    with warnings.catch_warnings():
+        for known in ("Unwrapped parameters detected", "Maximum recursive depth"):
+            warnings.filterwarnings("ignore", known)
+        yield
+
+
 def _graph(model: nn.Module, example: Tensor) -> tuple[nn.Module, tp.DependencyGraph]:
     """A private copy of the model and the dependency graph of that copy."""
     # torch-pruning needs gradients and unfrozen parameters to trace, and leaves the model in eval mode: let it have a
@@ -33,10 +44,7 @@ def _graph(model: nn.Module, example: Tensor) -> tuple[nn.Module, tp.DependencyG
     for parameter in twin.parameters():
         parameter.requires_grad_(True)
     try:
-        with torch.enable_grad(), warnings.catch_warnings():
-            # Of parameters without a layer: should it misread them, the proof of the cut says so.
-            for known in ("Unwrapped parameters detected", "Maximum recursive depth"):
-                warnings.filterwarnings("ignore", known)
+        with torch.enable_grad(), _quiet():
             graph = tp.DependencyGraph().build_dependency(
                 twin, example_inputs=example[:1], customized_pruners=teach(twin)
             )
@@ -51,7 +59,8 @@ def _graph(model: nn.Module, example: Tensor) -> tuple[nn.Module, tp.DependencyG
 def _group(graph: tp.DependencyGraph, module: nn.Module, idxs: list[int], layer: str) -> Any:
     write = tp.prune_linear_out_channels if isinstance(module, nn.Linear) else tp.prune_conv_out_channels
     try:
-        return graph.get_pruning_group(module, write, idxs=idxs)
+        with _quiet():
+            return graph.get_pruning_group(module, write, idxs=idxs)
     except Exception as error:
         # torch-pruning raises whatever it trips over, down to ZeroDivisionError.
         raise InputError(

@@ -12,8 +12,11 @@ from freqprune.errors import InputError
 from freqprune.networks.checkpoint import load_pruned, save_pruned
 from freqprune.networks.profiling import macs_by_layer
 from freqprune.networks.registry import build_model
+from freqprune.pruning.criteria import scores
+from freqprune.pruning.cutting import Material, Recipe, cut
 from freqprune.pruning.hidden import hidden_layers
-from freqprune.pruning.importance import Evidence, scores
+from freqprune.pruning.importance import Evidence
+from freqprune.pruning.reconstruction import Reconstruction
 from freqprune.pruning.selection import Amount, select
 from freqprune.pruning.surgery import Plan
 from freqprune.tagging.measurement import tag
@@ -102,6 +105,18 @@ def test_hidden_linear_layers_and_their_gates() -> None:
         response = tag(net, X, Stimulus(), layers=["gate", "value", "mlp.0"])
         score = scores(criterion, Evidence(net, response, graph=plan.graph), ["gate", "mlp.0"])
         assert [len(values) for values in score.values()] == [12, 10]
+    pixels = X.clamp(0.1, 0.9)
+    material = Material(
+        pixels, lambda p: (p - 0.5) / 0.25, [0.5] * 3, [0.25] * 3, calibration=torch.rand(40, 3, 32, 32)
+    )
+    for criterion in ("snr", "redundancy", "logit_error", "l2"):
+        recipe = Recipe(
+            Amount(ratio=0.3, scope="layer"), criterion, compensation="sequential", calibrate_on="images",
+            reconstruction=Reconstruction(rounds=1),
+        )  # fmt: skip
+        done = cut(net, material, recipe, Stimulus())
+        assert [len(one) for one in done.kept.values()] == [8, 7]
+        assert done.net(X).isfinite().all()
     with pytest.raises(InputError, match="would keep no filter"):
         plan.apply({"mlp.0": torch.tensor([], dtype=torch.long)})
 
