@@ -281,6 +281,9 @@ class _Walk:
             return
         read: Any = node.args[0]
         parts: list[Sums] = []
+        stays = self._stays(layer, weight, geometry)
+        # What is gone takes no part in the products.
+        columns = None if stays.all() else stays.nonzero().flatten()
         for i in range(self.n_batches):
             x = self.twin.get(read, self.dense[read])[i]
             chosen = pick(geometry.n_positions(x.shape), self.how.positions, self.generator)
@@ -289,20 +292,23 @@ class _Walk:
                 shift = geometry.outputs(self.dense[other][i] - self.twin[other][i], chosen)
                 target = target + (shift if norm is None else shift / self._scale(norm))
             rows = geometry.patches(x, chosen)
+            rows = rows if columns is None else rows[:, columns]
             parts = parts or [Sums(geometry.groups, (rows.mean(0), target.mean(0))) for _ in range(2)]
             parts[i % HELD_OUT == HELD_OUT - 1].add(rows, target)
         if not all(part.finite for part in parts):
             raise InputError(f"what {layer!r} reads, or what it is to answer, holds NaN or infinite values")
-        stays = self._stays(layer, weight, geometry)
         n_samples, n_unknowns = sum(part.n_samples for part in parts), int(stays.sum()) // geometry.groups + 1
         if n_samples < n_unknowns:
             self.short[layer] = n_unknowns - n_samples
         constant_in = self._constant_in(layer, norm)
-        solved = solve(parts, weight.detach().flatten(1), stays, self.how.ridge, constant_in is not None)
+        left = weight.detach().flatten(1)[:, stays]
+        solved = solve(parts, left, stays[stays], self.how.ridge, constant_in is not None)
         if solved is None:
             self.remarks.append(f"the inputs of {layer} leave its weights undetermined: they stay as the cut left them")
             return
-        weight.data.copy_(solved[0].view_as(weight))
+        whole = torch.zeros_like(weight).flatten(1)
+        whole[:, stays] = solved[0].to(whole)
+        weight.data.copy_(whole.view_as(weight))
         self._touch(f"{layer}.weight")
         if constant_in is not None:
             name, sign = constant_in
