@@ -15,7 +15,7 @@ else
   INSTALL := $(BIN)/python -m pip install --quiet
 endif
 
-.PHONY: install install-dev quickstart test lint clean
+.PHONY: install install-dev quickstart test lint coverage clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -41,6 +41,10 @@ lint: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Which networks of torchvision and timm can be cut; about an hour on one core.
+coverage: install-dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py --json coverage.json --markdown coverage.md
 
 clean:
 	rm -rf $(VENV) outputs multirun .pytest_cache .mypy_cache .ruff_cache

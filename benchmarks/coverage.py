@@ -121,10 +121,21 @@ def step(net: nn.Module, x: torch.Tensor) -> None:
     assert all(p.isfinite().all() for p in net.parameters())
 
 
+def as_table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = ["| network | result | units | MACs that can go | cut | s |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        shares = [f"{100 * row[key]:.1f} %" if key in row else "" for key in ("reachable", "cut")]
+        result = row["result"].replace("|", "\\|")[:160]
+        lines.append(f"| {row['name']} | {result} | {row.get('units', '')} | {' | '.join(shares)} | {row['seconds']} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="networks; all of torchvision and 40 of timm if left out")
     parser.add_argument("--json", metavar="FILE", help="write the figures and the table here")
+    parser.add_argument("--markdown", metavar="FILE", help="write the table here")
     parser.add_argument("--families", type=int, default=40, help="families of timm (40)")
     parser.add_argument("--share", type=float, default=0.3, help="share of the filters to remove (0.3)")
     given = parser.parse_args()
@@ -141,6 +152,8 @@ def main() -> None:
         mine = [row for row in rows if row["name"].startswith(library)]
         found |= {f"{library}_ok": sum(row["result"] == "ok" for row in mine), f"{library}_n": len(mine)}
     found["crashes"] = sum(row["result"].startswith("crash") for row in rows)
+    if given.markdown:
+        Path(given.markdown).write_text(as_table(rows))
     publish({**found, "networks": rows}, given.json)
 
 
