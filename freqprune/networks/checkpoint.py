@@ -9,6 +9,7 @@ import pickle
 import struct
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -212,7 +213,10 @@ def _load(net: nn.Module, state: Mapping[str, Any], path: str | Path, config: Ma
             f"tensors {'; '.join(parts)}; "
             "check model=..., model.shortcut, model.num_classes"
         )
-    net.load_state_dict(dict(state), strict=False)
+    loaded = OrderedDict(state)
+    # Versions of modules, which some networks cannot be loaded without; plain dicts have lost them.
+    loaded._metadata = getattr(state, "_metadata", None) or getattr(expected, "_metadata", None)  # type: ignore[attr-defined]
+    net.load_state_dict(loaded, strict=False)
 
 
 def save_pruned(

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 TORCHVISION, TIMM = "torchvision/", "timm/"
 # Arguments that say where weights come from; what a network is rebuilt from does without them.
 WEIGHTS = ("weights", "pretrained")
+_WITH_HELPERS = ("googlenet", "inception_v3")
 # Arguments that torchvision sets for trained weights, unasked.
 _SET_BY_WEIGHTS = ("transform_input", "aux_logits")
 
@@ -133,6 +134,10 @@ def _from_torchvision(
     kind: str, weights: str | None = None, num_classes: int | None = None, **arguments: Any
 ) -> nn.Module:
     models = _torchvision()
+    if kind in _WITH_HELPERS and (weights is None or kind != "googlenet"):
+        # Classifiers that help in training only: nothing of them runs where a cut is planned and
+        # proved. GoogLeNet drops them itself once trained weights are there.
+        arguments.setdefault("aux_logits", False)
     if weights is None:
         classes = {} if num_classes is None else {"num_classes": num_classes}
         return models.get_model(kind, weights=None, **classes, **arguments)

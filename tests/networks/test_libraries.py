@@ -68,6 +68,16 @@ def test_weights_of_torchvision(
         assert key.startswith(head) or torch.equal(kept.state_dict()[key], value)
 
 
+def test_networks_that_need_versions_or_have_helpers(tmp_path: Path) -> None:
+    x = torch.rand(2, 3, 96, 96)
+    for name, extra in (("mnasnet0_5", {}), ("googlenet", {"init_weights": False})):
+        net = build_model({"name": f"torchvision/{name}", **extra}).eval()
+        save_pruned(tmp_path / "pruned.ckpt", net, {})
+        with torch.no_grad():
+            torch.testing.assert_close(load_pruned(tmp_path / "pruned.ckpt")(x), net(x))
+        assert net.train()(x).shape == (2, 1000)
+
+
 def test_what_torchvision_does_not_have(cache: Path) -> None:
     name = "torchvision/resnet18"
     with pytest.raises(InputError, match=r"one of DEFAULT, IMAGENET1K_V1, got 'IMAGENET1K_V2'; did you mean"):
