@@ -88,15 +88,16 @@ def gather(
 def calibration(
     net: nn.Module, material: Material, recipe: Recipe, stimulus: Stimulus, n_images: int | None = None
 ) -> Iterator[Tensor]:
-    """Batches of network inputs: tagged frames, or the images as they are; of the first `n_images` images or of all."""
+    """Batches of network inputs: tagged frames, the images as they are, or both; of the first `n_images` images or of all."""
     if material.calibration is None:
         raise InputError("second moments need calibration images: pass Material(calibration=...)")
     device = next(net.parameters()).device
     generator = torch.Generator().manual_seed(recipe.seed)
     distinct, _ = stimulus.distinct_frames
     for images in material.calibration[:n_images].split(32):
-        if recipe.calibrate_on == "frames":
+        if recipe.calibrate_on != "frames":
+            yield material.normalize(images.to(device))
+        if recipe.calibrate_on != "images":
             # Other frames for every few images, so that all phases of the tags are seen.
             which = distinct[torch.randperm(len(distinct), generator=generator)[: recipe.frames_an_image]].sort().values
-            images = stimulus.frames(images, which).flatten(0, 1)
-        yield material.normalize(images.to(device))
+            yield material.normalize(stimulus.frames(images, which).flatten(0, 1).to(device))

@@ -14,7 +14,7 @@ from freqprune.pruning.criteria import needs
 from freqprune.pruning.reconstruction import Reconstruction
 from freqprune.pruning.selection import Amount
 
-CALIBRATIONS = ("frames", "images")
+CALIBRATIONS = ("frames", "images", "both")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Recipe:
         compensation: ``"none"``, ``"mean"`` or ``"least_squares"``, see `freqprune.pruning.compensation`, or
             ``"sequential"``, see `freqprune.pruning.reconstruction`.
         reconstruction: settings of ``"sequential"``.
-        calibrate_on: take second moments over tagged ``"frames"`` or over plain ``"images"``.
+        calibrate_on: what second moments and the compensation see: tagged ``"frames"``, plain ``"images"``, or ``"both"``.
         frames_an_image: tagged frames of each calibration image.
         measured_images: calibration images for criteria that measure what a cut does to the logits; None: as many as
             have as many pixels as 256 of 32 x 32, but 16 at least.

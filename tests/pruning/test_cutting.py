@@ -42,7 +42,7 @@ def test_cut_selects_by_score_and_tells() -> None:
     assert any("whole blocks of filters allow no closer cut" in remark for remark in done.remarks)
 
 
-@pytest.mark.parametrize("calibrate_on", ["frames", "images"])
+@pytest.mark.parametrize("calibrate_on", ["frames", "images", "both"])
 @pytest.mark.parametrize("bn", [None, PIXELS])
 def test_compensated_cut(calibrate_on: str, bn: Tensor | None) -> None:
     torch.manual_seed(0)
