@@ -31,6 +31,7 @@ from .resnet import BasicBlock as BasicBlock
 from .resnet import CifarResNet as CifarResNet
 from .resnet import IndexShortcut as IndexShortcut
 from .trace import BATCH_NORM as BATCH_NORM
+from .trace import CONVOLUTIONS as CONVOLUTIONS
 from .trace import IDENTITIES as IDENTITIES
 from .trace import LINEAR as LINEAR
 from .trace import SUMS as SUMS

@@ -88,7 +88,7 @@ def gather(
 def calibration(
     net: nn.Module, material: Material, recipe: Recipe, stimulus: Stimulus, n_images: int | None = None
 ) -> Iterator[Tensor]:
-    """Batches of network inputs: tagged frames, the images as they are, or both; of the first `n_images` images or of all."""
+    """Batches of network inputs: tagged frames, the images as they are, or both; of the first `n_images` or of all."""
     if material.calibration is None:
         raise InputError("second moments need calibration images: pass Material(calibration=...)")
     device = next(net.parameters()).device

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.networks import IndexShortcut, macs_by_layer
-from freqprune.pruning.hidden import hidden_group, hidden_layers
+from freqprune.pruning.followed import follow, followed_group
 from freqprune.pruning.pruners import group_width, taught, teach
 
 _OUT = (tp.prune_conv_out_channels, tp.prune_linear_out_channels)
@@ -36,8 +36,8 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _graph(model: nn.Module, example: Tensor) -> tuple[nn.Module, tp.DependencyGraph]:
-    """A private copy of the model and the dependency graph of that copy."""
+def _graph(model: nn.Module, example: Tensor) -> tuple[nn.Module, tp.DependencyGraph | Exception]:
+    """A private copy of the model and the dependency graph of that copy, or what torch-pruning raised instead."""
     # torch-pruning needs gradients and unfrozen parameters to trace, and leaves the model in eval mode: let it have a
     # copy.
     twin = copy.deepcopy(model)
@@ -49,10 +49,8 @@ def _graph(model: nn.Module, example: Tensor) -> tuple[nn.Module, tp.DependencyG
                 twin, example_inputs=example[:1], customized_pruners=teach(twin)
             )
     except Exception as error:
-        what = f"{type(model).__name__} ({type(error).__name__}: {error})"
-        raise InputError(
-            f"torch-pruning {version('torch-pruning')} cannot trace {what}; does the network run on the example?"
-        ) from error
+        # torch-pruning raises whatever it trips over, down to ZeroDivisionError.
+        return twin, error
     return twin, graph
 
 
@@ -62,7 +60,6 @@ def _group(graph: tp.DependencyGraph, module: nn.Module, idxs: list[int], layer:
         with _quiet():
             return graph.get_pruning_group(module, write, idxs=idxs)
     except Exception as error:
-        # torch-pruning raises whatever it trips over, down to ZeroDivisionError.
         raise InputError(
             f"torch-pruning {version('torch-pruning')} cannot follow the channels of {layer!r} "
             f"({type(error).__name__}: {error})"
@@ -158,11 +155,18 @@ class ChannelGraph:
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
         self.model, self.example = model, example[:1]
+        self._graph: Any
         self.twin, self._graph = _graph(model, example)
         names = {module: name for name, module in self.twin.named_modules()}
         self._names, self._modules = names, dict(self.twin.named_modules())
         self._macs = macs_by_layer(model, self.example)
-        self._hidden = hidden_layers(model, self.example)
+        failure = self._graph if isinstance(self._graph, Exception) else None
+        self._followed = follow(model, self.example, convolutions=failure is not None)
+        if failure is not None and not self._followed:
+            what = f"{type(model).__name__} ({type(failure).__name__}: {failure})"
+            raise InputError(
+                f"torch-pruning {version('torch-pruning')} cannot trace {what}; does the network run on the example?"
+            ) from failure
         self._losses: dict[str, list[tuple[str, str, float]]] = {name: [] for name in self._macs}
         self.inner: dict[str, Unit] = {}
         self.streams: dict[str, Unit] = {}
@@ -170,10 +174,12 @@ class ChannelGraph:
         for module, layer in names.items():
             if layer not in self._macs:
                 continue
-            if layer in self._hidden:
-                hidden = self._hidden[layer]
+            if layer in self._followed:
+                found = self._followed[layer]
                 n_filters = len(module.weight)
-                self._register(Unit(layer, tuple(hidden.members), n_filters, tuple(hidden.readers)), self.inner)
+                self._register(Unit(layer, tuple(found.members), n_filters, tuple(found.readers)), self.inner)
+            elif failure is not None and isinstance(module, nn.modules.conv._ConvNd):
+                self.coupled[layer] = ["channels that torch-pruning cannot follow"]
             elif isinstance(module, nn.modules.conv._ConvNd) and module.groups == 1:
                 self._add(module, layer)
 
@@ -225,14 +231,14 @@ class ChannelGraph:
         """torch-pruning's group of some (or all) filters of a unit, over the modules of `twin`."""
         unit = self.units[name]
         filters = range(unit.n_filters) if filters is None else filters
-        if name in self._hidden:
-            return hidden_group(self._modules, self._hidden[name], list(filters))
+        if name in self._followed:
+            return followed_group(self._modules, self._followed[name], list(filters))
         return _group(self._graph, self._modules[name], unit.channels(filters), name)
 
     def possible(self, group: Any) -> bool:
         """Whether removing a group leaves every layer of it at least one channel."""
         if not isinstance(group._DG, tp.DependencyGraph):
-            return all(len(idxs) < dependency.target.module.in_features for dependency, idxs in group[-1:])
+            return all(len(idxs) < dependency.target.module.weight.shape[1] for dependency, idxs in group[-1:])
         return bool(self._graph.check_pruning_group(group))
 
     def read_channels(self, name: str, filters: Sequence[int]) -> dict[str, list[int]]:

@@ -54,7 +54,8 @@ class Recipe:
         compensation: ``"none"``, ``"mean"`` or ``"least_squares"``, see `freqprune.pruning.compensation`, or
             ``"sequential"``, see `freqprune.pruning.reconstruction`.
         reconstruction: settings of ``"sequential"``.
-        calibrate_on: what second moments and the compensation see: tagged ``"frames"``, plain ``"images"``, or ``"both"``.
+        calibrate_on: what second moments and the compensation see: tagged ``"frames"``, plain ``"images"``, or
+            ``"both"``.
         frames_an_image: tagged frames of each calibration image.
         measured_images: calibration images for criteria that measure what a cut does to the logits; None: as many as
             have as many pixels as 256 of 32 x 32, but 16 at least.

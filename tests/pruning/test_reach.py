@@ -14,7 +14,7 @@ from freqprune.networks.profiling import macs_by_layer
 from freqprune.networks.registry import build_model
 from freqprune.pruning.criteria import scores
 from freqprune.pruning.cutting import Material, Recipe, cut
-from freqprune.pruning.hidden import hidden_layers
+from freqprune.pruning.followed import follow
 from freqprune.pruning.importance import Evidence
 from freqprune.pruning.reconstruction import Reconstruction
 from freqprune.pruning.selection import Amount, select
@@ -89,7 +89,7 @@ class Gated(nn.Module):
 def test_hidden_linear_layers_and_their_gates() -> None:
     torch.manual_seed(0)
     net = Gated().eval()
-    found = hidden_layers(net, X[:1])
+    found = follow(net, X[:1])
     assert {name: (one.members, one.readers) for name, one in found.items()} == {
         "gate": (["gate", "value"], ["out"]),
         "mlp.0": (["mlp.0"], ["mlp.3"]),
@@ -146,24 +146,83 @@ class Elsewhere(nn.Module):
 
 @pytest.mark.parametrize("how", ["norm", "softmax", "sum", "twice", "features"])
 def test_features_that_go_elsewhere_are_no_unit(how: str) -> None:
-    assert hidden_layers(Elsewhere(how).eval(), X[:1]) == {}
+    assert follow(Elsewhere(how).eval(), X[:1]) == {}
+
+
+class Shuffled(nn.Module):
+    """Half of the channels through a gated, separable branch, then shuffled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stem_norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.a, self.a_norm = nn.Conv2d(4, 10, 1, bias=False), nn.BatchNorm2d(10)
+        self.depth, self.depth_norm = nn.Conv2d(10, 10, 3, padding=1, groups=10, bias=False), nn.BatchNorm2d(10)
+        self.gate, self.b = nn.Conv2d(4, 10, 1), nn.Conv2d(10, 4, 1)
+        self.last, self.head = nn.Conv2d(8, 12, 1), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem_norm(self.stem(x)))
+        one, two = x.chunk(2, 1)
+        inner = self.depth_norm(self.depth(F.max_pool2d(F.relu(self.a_norm(self.a(two))), 3, 1, 1)))
+        two = F.relu(self.b(inner * torch.sigmoid(self.gate(two.mean((2, 3), keepdim=True)))))
+        n, _, height, width = x.shape
+        x = torch.cat([one, two], 1).view(n, 2, 4, height, width).transpose(1, 2).reshape(n, 8, height, width)
+        return self.head(F.relu(self.last(x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_convolutions_that_torch_pruning_cannot_follow() -> None:
+    torch.manual_seed(0)
+    net = Shuffled()
+    # Statistics that no channel shares with another.
+    for _ in range(3):
+        net(torch.randn(4, 3, 32, 32))
+    found = follow(net.eval(), X[:1], convolutions=True)
+    assert {name: (one.members, one.between, one.readers) for name, one in found.items()} == {
+        "a": (["a", "gate"], ["a_norm", "depth", "depth_norm"], ["b"]),
+        "last": (["last"], [], ["head"]),
+    }
+    plan = Plan(net, X)
+    assert plan.choose() == ["a", "last"]
+    small = plan.apply({"a": torch.tensor([0, 3, 9]), "last": torch.arange(5)})
+    assert torch.equal(small.depth.weight, net.depth.weight[[0, 3, 9]])
+    assert torch.equal(small.depth_norm.running_mean, net.depth_norm.running_mean[[0, 3, 9]])
+    assert plan.macs({"a": 3, "last": 5}) == sum(macs_by_layer(small, X[:1]).values())
+
+
+class Inverse(nn.Module):
+    """Nothing that either can follow: how wide its first layer looks depends on the values of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad or torch.is_grad_enabled():
+            raise ZeroDivisionError("as torch-pruning has it")
+        return self.b(self.a(x)).mean((2, 3)) if x.sum() > 0 else self.a(x).mean((2, 3))  # type: ignore[no-any-return]
+
+
+def test_what_nobody_can_follow_is_refused() -> None:
+    with pytest.raises(InputError, match=r"torch-pruning .* cannot trace Inverse .*as torch-pruning has it"):
+        Plan(Inverse(), X)
 
 
 @pytest.mark.parametrize(
     ("name", "least"),
-    [("regnet_y_400mf", 0.9), ("mobilenet_v3_small", 0.9), ("shufflenet_v2_x0_5", None), ("swin_t", 0.5)],
+    [("regnet_y_400mf", 0.9), ("mobilenet_v3_small", 0.9), ("shufflenet_v2_x0_5", 0.9), ("swin_t", 0.5)],
 )
-def test_networks_of_torchvision(name: str, least: float | None, tmp_path: Path) -> None:
+def test_networks_of_torchvision(name: str, least: float, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net, x = build_model({"name": f"torchvision/{name}"}).eval(), torch.rand(2, 3, 64, 64)
-    if least is None:
-        with pytest.raises(InputError, match="cannot trace"):
-            Plan(net, x)
-        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         plan = Plan(net, x)
     units = plan.choose(streams=True)
+    if name == "shufflenet_v2_x0_5":
+        with pytest.raises(
+            InputError, match=r"'stage2.0.branch2.5' shares .* channels that torch-pruning cannot follow"
+        ):
+            plan.unit("stage2.0.branch2.5")
     assert 1 - plan.macs(dict.fromkeys(units, 1)) / plan.macs({}) > least
     kept = select(scores("l2", Evidence(net, graph=plan.graph), units), Amount(ratio=0.3, scope="layer"), plan.macs)
     small = plan.apply(kept)
