@@ -15,10 +15,11 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch_pruning.dependency import index_mapping
 
 from freqprune.errors import InputError
 from freqprune.networks import IndexShortcut, macs_by_layer
-from freqprune.pruning.followed import follow, followed_group
+from freqprune.pruning.followed import Followed, follow, followed_group
 from freqprune.pruning.pruners import group_width, taught, teach
 
 _OUT = (tp.prune_conv_out_channels, tp.prune_linear_out_channels)
@@ -26,14 +27,32 @@ _IN = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
 _ARITHMETIC = {"AddBackward": "sum", "SubBackward": "difference", "MulBackward": "product", "DivBackward": "quotient"}
 
 
+# Channels that torch-pruning may name for a group: where it misreads a view it names more and more without end.
+_MOST_NAMED = 2_000_000
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without what torch-pruning says of parameters without a layer and of long ways: should it misread them, the proof
-    of the cut says so."""
+    of the cut says so. OverflowError for groups of more than `_MOST_NAMED` channels."""
+    kind, n_named = index_mapping._FlattenIndexMapping, 0
+    plain = kind.__call__
+
+    def counted(mapping: Any, idxs: Any) -> Any:
+        nonlocal n_named
+        n_named += len(idxs) if mapping.reverse else len(idxs) * int(mapping._stride)
+        if n_named > _MOST_NAMED:
+            raise OverflowError(f"more than {_MOST_NAMED} channels")
+        return plain(mapping, idxs)
+
     with warnings.catch_warnings():
         for known in ("Unwrapped parameters detected", "Maximum recursive depth"):
             warnings.filterwarnings("ignore", known)
-        yield
+        kind.__call__ = counted
+        try:
+            yield
+        finally:
+            kind.__call__ = plain
 
 
 def _graph(model: nn.Module, example: Tensor) -> tuple[nn.Module, tp.DependencyGraph | Exception]:
@@ -54,9 +73,18 @@ def _graph(model: nn.Module, example: Tensor) -> tuple[nn.Module, tp.DependencyG
     return twin, graph
 
 
-def _group(graph: tp.DependencyGraph, module: nn.Module, idxs: list[int], layer: str) -> Any:
+def _untraceable(model: nn.Module, error: Exception) -> InputError:
+    what = f"{type(model).__name__} ({type(error).__name__}: {error})"
+    return InputError(
+        f"torch-pruning {version('torch-pruning')} cannot trace {what}; does the network run on the example?"
+    )
+
+
+def _group(graph: tp.DependencyGraph | Exception, module: nn.Module, idxs: list[int], layer: str) -> Any:
     write = tp.prune_linear_out_channels if isinstance(module, nn.Linear) else tp.prune_conv_out_channels
     try:
+        if isinstance(graph, Exception):
+            raise graph
         with _quiet():
             return graph.get_pruning_group(module, write, idxs=idxs)
     except Exception as error:
@@ -159,29 +187,51 @@ class ChannelGraph:
         self.twin, self._graph = _graph(model, example)
         names = {module: name for name, module in self.twin.named_modules()}
         self._names, self._modules = names, dict(self.twin.named_modules())
-        self._macs = macs_by_layer(model, self.example)
-        failure = self._graph if isinstance(self._graph, Exception) else None
-        self._followed = follow(model, self.example, convolutions=failure is not None)
-        if failure is not None and not self._followed:
-            what = f"{type(model).__name__} ({type(failure).__name__}: {failure})"
-            raise InputError(
-                f"torch-pruning {version('torch-pruning')} cannot trace {what}; does the network run on the example?"
-            ) from failure
+        try:
+            self._macs = macs_by_layer(model, self.example)
+        except Exception as error:
+            raise _untraceable(model, error) from error
+        self._followed: dict[str, Followed] = {}
         self._losses: dict[str, list[tuple[str, str, float]]] = {name: [] for name in self._macs}
         self.inner: dict[str, Unit] = {}
         self.streams: dict[str, Unit] = {}
         self.coupled: dict[str, list[str]] = {}
+        found = follow(model, self.example)
+        lost = []
         for module, layer in names.items():
             if layer not in self._macs:
                 continue
-            if layer in self._followed:
-                found = self._followed[layer]
-                n_filters = len(module.weight)
-                self._register(Unit(layer, tuple(found.members), n_filters, tuple(found.readers)), self.inner)
-            elif failure is not None and isinstance(module, nn.modules.conv._ConvNd):
-                self.coupled[layer] = ["channels that torch-pruning cannot follow"]
+            if layer in found:
+                self._take(layer, found[layer])
             elif isinstance(module, nn.modules.conv._ConvNd) and module.groups == 1:
-                self._add(module, layer)
+                try:
+                    self._add(module, layer)
+                except InputError:
+                    lost.append(layer)
+        if lost:
+            self._find(lost)
+
+    def _take(self, layer: str, found: Followed) -> None:
+        """The unit of a layer that was followed without torch-pruning."""
+        self._followed[layer] = found
+        n_filters = len(self._modules[layer].weight)
+        self._register(Unit(layer, tuple(found.members), n_filters, tuple(found.readers)), self.inner)
+
+    def _find(self, lost: Sequence[str]) -> None:
+        """The units of convolutions that torch-pruning has lost."""
+        found = follow(self.model, self.example, convolutions=True)
+        taken = {member for unit in self.units.values() for member in unit.members}
+        for layer in lost:
+            if layer in found and not taken & {*found[layer].members}:
+                self._take(layer, found[layer])
+                taken |= {*found[layer].members}
+        for layer in lost:
+            if layer not in taken:
+                self.coupled[layer] = ["channels that torch-pruning cannot follow"]
+        if not self.units and isinstance(self._graph, Exception):
+            raise _untraceable(self.model, self._graph) from self._graph
+        order = {name: number for number, name in enumerate(self._macs)}
+        self.inner = dict(sorted(self.inner.items(), key=lambda unit: order[unit[0]]))
 
     def _add(self, module: Any, layer: str) -> None:
         """The unit that a layer leads, if it leads one."""
