@@ -119,6 +119,8 @@ def _by_class(settings: Settings, net: nn.Module, data: ImageData) -> dict[str, 
     found = {}
     for number, name in enumerate(data.classes):
         chosen = images.pixels[images.labels == number][: settings.showing.n_images].float() / 255
+        if not len(chosen):
+            continue
         pixels = chosen.to(device)
         seed = settings.common.seed
         found[name] = tag(net, pixels, settings.stimulus, mean=data.mean, std=data.std, seed=seed, **readout)

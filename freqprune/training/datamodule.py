@@ -225,13 +225,16 @@ class ImageFolderData(ImageData):
         image_size: int | None = None,
         resize: int | None = None,
         interpolation: str | None = None,
+        n_classes: int | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
         self.root, self.image_size, self.resize, self.interpolation = root, image_size, resize, interpolation
+        self.n_classes = n_classes
 
     def load(self) -> Source:
-        return image_folder(self.root, self.image_size, self.resize, self.interpolation or "bilinear")
+        how = self.image_size, self.resize, self.interpolation or "bilinear", self.n_classes
+        return image_folder(self.root, *how)
 
 
 class DigitsData(ImageData):

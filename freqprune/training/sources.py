@@ -73,7 +73,11 @@ def cifar10(root: str | Path, download: bool = True) -> Source:
 
 
 def image_folder(
-    root: str | Path, image_size: int | None = None, resize: int | None = None, interpolation: str = "bilinear"
+    root: str | Path,
+    image_size: int | None = None,
+    resize: int | None = None,
+    interpolation: str = "bilinear",
+    n_classes: int | None = None,
 ) -> Source:
     """Images from ``root/train/<class>/*`` and ``root/test/<class>/*``, in RGB.
 
@@ -82,6 +86,8 @@ def image_folder(
         image_size: height and width to resize to; needed only where the images differ in size.
         resize: instead, resize the shorter side to this and cut the middle of `image_size` out.
         interpolation: ``"bilinear"`` or ``"bicubic"``.
+        n_classes: folders are named by the number of their class, ``0`` to ``n_classes - 1``, and need not be there for
+            all; if left out, classes are numbered by the order of their names.
 
     Raises:
         InputError: if a folder is missing or empty, holds one class, holds a file that is no readable image, or images
@@ -99,6 +105,9 @@ def image_folder(
     parts, names = [], []
     for split in ("train", "test"):
         images, classes = _read_tree(root / split, image_size, resize, interpolation)
+        if n_classes is not None:
+            images = Images(images.pixels, _numbers(root / split, classes, n_classes)[images.labels])
+            classes = tuple(map(str, range(n_classes)))
         parts.append(images)
         names.append(classes)
     if names[0] != names[1]:
@@ -110,6 +119,17 @@ def image_folder(
             f"{tuple(parts[1].pixels.shape[2:])}; set data.image_size"
         )
     return Source(parts[0], parts[1], names[0])
+
+
+def _numbers(folder: Path, names: Sequence[str], n_classes: int) -> Tensor:
+    """Class numbers that folders are named by."""
+    odd = [name for name in names if not (name.isdecimal() and int(name) < n_classes)]
+    if odd:
+        raise InputError(
+            f"data.n_classes = {n_classes} says that the folders in {folder} are named by the number of their class, 0 "
+            f"to {n_classes - 1}; {odd[0]!r} is not: rename it, or leave data.n_classes out"
+        )
+    return torch.tensor([int(name) for name in names])
 
 
 def _read_tree(
@@ -178,16 +198,21 @@ def digits() -> Source:
 
 def stratified_split(images: Images, fraction: float, seed: int) -> tuple[Images, Images]:
     """Split into (rest, part) with `part` holding `fraction` of every class, the same for the same seed; both in random
-    order.
+    order. Where most classes have one image only, `fraction` of all.
 
     Raises:
         InputError: if a class has too few images for the split.
     """
     from sklearn.model_selection import train_test_split
 
+    counts = images.labels.bincount()
+    single = int((counts == 1).sum()) * 2 > int((counts > 0).sum())
     try:
         rest, part = train_test_split(
-            np.arange(len(images)), test_size=fraction, random_state=seed, stratify=images.labels.numpy()
+            np.arange(len(images)),
+            test_size=fraction,
+            random_state=seed,
+            stratify=None if single else images.labels.numpy(),
         )
     except ValueError as error:
         raise InputError(

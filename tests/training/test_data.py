@@ -35,6 +35,29 @@ def test_image_folder_reads_pixels_exactly(tmp_path: Path) -> None:
     assert data.split("test").labels[23] == 1
 
 
+def test_folders_named_by_the_number_of_their_class(tmp_path: Path) -> None:
+    """A part of the classes, others in train than in test, one image each: such as ImageNet's validation images."""
+    rng = np.random.default_rng(0)
+    for split, numbers in (("train", (2, 10, 11, 40)), ("test", (3, 10))):
+        for number in numbers:
+            (tmp_path / split / str(number)).mkdir(parents=True)
+            pixels = np.full((8, 8, 3), number, dtype=np.uint8) + rng.integers(0, 2, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / split / str(number) / "0.png")
+    data = ImageFolderData(tmp_path, n_classes=50, val_fraction=0.25)
+    assert data.split("test").labels.tolist() == [10, 3]
+    for split, size in (("train", 3), ("val", 1)):
+        images = data.split(split)
+        assert len(images) == size
+        assert images.labels.tolist() == [int(image.min()) for image in images.pixels]
+    assert data.classes == tuple(str(i) for i in range(50))
+    with pytest.raises(InputError, match=r"n_classes = 40 .* 0 to 39; '40' is not"):
+        ImageFolderData(tmp_path, n_classes=40).setup()
+    (tmp_path / "test" / "cat").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "test" / "cat" / "0.png")
+    with pytest.raises(InputError, match=r"'cat' is not: rename it, or leave data.n_classes out"):
+        ImageFolderData(tmp_path, n_classes=50).setup()
+
+
 def test_own_statistics_are_those_of_the_training_split(tmp_path: Path) -> None:
     data = ImageFolderData(write_tree(tmp_path))
     data.setup()
