@@ -52,8 +52,9 @@ def tag(
         layers: names or shell-style patterns of layers, see `freqprune.tagging.sites.pick_layers`; all convolutions if
             left out.
         where: read at the ``"convolution"``, after its ``"norm"`` or after its ``"activation"``.
-        spatial: ``"mean"``: spectrum of the mean of a filter's map (Böge et al. 2024); ``"map"``: spectrum at every
-            position, then the mean of the amplitudes, so that positions do not cancel (slower).
+        spatial: ``"mean"``: spectrum of the mean of a filter's map (Böge et al. 2024), of a linear layer's feature over
+            the tokens; ``"map"``: spectrum at every position, then the mean of the amplitudes, so that positions do not
+            cancel (slower); ``"class_token"``: at the first token only.
         noise_std: standard deviation of the noise in pixel units; 0 for no noisy pass.
         average: over images (and positions), average ``"amplitude"``, ``"power"``, ``"complex"`` amplitudes or
             ``"snr"``.

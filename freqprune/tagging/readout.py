@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from freqprune.errors import InputError, one_of
-from freqprune.tagging.recording import Reduction, every_position, map_mean
+from freqprune.tagging.recording import Reduction, class_token, every_position, map_mean
 from freqprune.tagging.sites import WHERE
 
 AVERAGES = ("amplitude", "power", "complex", "snr")
 HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-SPATIAL: dict[str, Reduction] = {"mean": map_mean, "map": every_position}
+SPATIAL: dict[str, Reduction] = {"mean": map_mean, "map": every_position, "class_token": class_token}
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Readout:
     Args:
         layers: names or shell-style patterns of layers; all convolutions if left out.
         where: read at the ``"convolution"``, after its ``"norm"`` or after its ``"activation"``.
-        spatial: ``"mean"`` or ``"map"``.
+        spatial: ``"mean"`` over a map or over tokens, ``"map"`` or ``"class_token"``.
         noise_std: standard deviation of the noise in pixel units; 0 for no noisy pass.
         average: over images: ``"amplitude"``, ``"power"``, ``"complex"`` or ``"snr"``.
         half: ``"float16"`` or ``"bfloat16"`` for half precision.

@@ -35,6 +35,20 @@ def every_position(output: Tensor, channel_dim: int) -> Tensor:
     return output.movedim(channel_dim, 1).flatten(2) if output.dim() > 2 else output.unsqueeze(-1)
 
 
+def class_token(output: Tensor, channel_dim: int) -> Tensor:
+    """Every feature of the first token, ``(n_frames, n_features)``.
+
+    Raises:
+        InputError: for a layer whose outputs are no tokens.
+    """
+    if output.dim() != 3 or channel_dim != 2:
+        raise InputError(
+            "spatial = class_token reads the first of the tokens, (n_frames, n_tokens, n_features), but a layer "
+            f"answers with {tuple(output.shape)}; choose layers over tokens, such as tagging.layers='*.mlp.*'"
+        )
+    return _full(output[:, 0])
+
+
 def _full(output: Tensor) -> Tensor:
     # The mean of a half-precision map, rounded to half precision again, would be noise in the time course.
     return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output

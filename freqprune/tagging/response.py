@@ -54,7 +54,7 @@ class TagResponse:
             it with every SNR.
         n_images: images averaged.
         average: what was averaged over images.
-        spatial: ``"mean"`` or ``"map"``, see `freqprune.tag`.
+        spatial: ``"mean"``, ``"map"`` or ``"class_token"``, see `freqprune.tag`.
         precision: dtype in which the network ran.
         layers: one `LayerResponse` a layer, in the order in which the network runs them.
     """

@@ -1,7 +1,11 @@
+import warnings
+
 import pytest
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torchvision.models import regnet_y_400mf
+from torchvision.models.vision_transformer import VisionTransformer
 
 from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
@@ -150,3 +154,55 @@ def test_fits_the_pruners_of_torch_pruning_on_option_a() -> None:
     assert net.conv1.out_channels == 8
     assert net.layer3[2].conv2.out_channels == 32
     assert net(x).shape == (1, 10)
+
+
+def test_fits_the_pruners_of_torch_pruning_on_a_vision_transformer(images: Tensor) -> None:
+    """Hidden features of the perceptrons, read at linear layers over tokens."""
+    torch.manual_seed(0)
+    net = VisionTransformer(
+        image_size=16, patch_size=4, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24, num_classes=5
+    ).eval()
+    layers = [name for name, _ in net.named_modules() if name.endswith("mlp.0")]
+    table = scores("snr", Evidence(net, tag(net, images[:2], layers=layers)), layers)
+    others = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
+    ignored = [m for n, m in net.named_modules() if isinstance(m, others) and n not in layers]
+    before = {layer: net.get_submodule(layer).weight.detach().clone() for layer in layers}
+    with warnings.catch_warnings():
+        # Class token and position embedding are no layers.
+        warnings.filterwarnings("ignore", "Unwrapped parameters")
+        tp.pruner.BasePruner(
+            net, images[:1], importance=TagImportance(net, table), pruning_ratio=0.5, ignored_layers=ignored,
+            root_module_types=[nn.Linear],
+        ).step()  # fmt: skip
+    for layer in layers:
+        best = table[layer].argsort(descending=True)[:12].sort().values
+        assert torch.equal(net.get_submodule(layer).weight, before[layer][best])
+    assert net(images).shape == (len(images), 5)
+
+
+def test_fits_the_pruners_of_torch_pruning_on_a_regnet() -> None:
+    """In convolutions in groups torch-pruning removes the same channels of every group, those of the lowest mean."""
+    torch.manual_seed(0)
+    net, x = regnet_y_400mf().eval(), torch.rand(2, 3, 64, 64)
+    layers = [name for name, _ in net.named_modules() if name.endswith(".f.a.0")]
+    table = scores("snr", Evidence(net, tag(net, x, layers=layers)), layers)
+    others = [
+        m for n, m in net.named_modules()
+        if isinstance(m, nn.Linear | nn.Conv2d) and n not in layers and not n.endswith(".f.b.0")
+    ]  # fmt: skip
+    before = {layer: net.get_submodule(layer).weight.detach().clone() for layer in layers}
+    tp.pruner.BasePruner(
+        net, x[:1], importance=TagImportance(net, table), pruning_ratio=0.5, ignored_layers=others
+    ).step()
+    for layer in layers:
+        n_groups = net.get_submodule(layer.replace(".a.", ".b.")).groups
+        by_place = table[layer].view(n_groups, -1)
+        width = by_place.shape[1]
+        best = by_place.mean(0).argsort(descending=True)[: width // 2].sort().values
+        kept = (best + width * torch.arange(n_groups)[:, None]).flatten()
+        now = net.get_submodule(layer).weight.detach()
+        # What comes before may have lost filters too.
+        assert now.shape[0] == len(kept)
+        if now.shape == before[layer][kept].shape:
+            assert torch.equal(now, before[layer][kept])
+    assert net(x).shape == (2, 1000)

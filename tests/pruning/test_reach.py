@@ -12,7 +12,7 @@ from freqprune.errors import InputError
 from freqprune.networks.checkpoint import load_pruned, save_pruned
 from freqprune.networks.profiling import macs_by_layer
 from freqprune.networks.registry import build_model
-from freqprune.pruning.criteria import scores
+from freqprune.pruning.criteria import criterion_names, scores
 from freqprune.pruning.cutting import Material, Recipe, cut
 from freqprune.pruning.followed import follow
 from freqprune.pruning.importance import Evidence
@@ -119,6 +119,31 @@ def test_hidden_linear_layers_and_their_gates() -> None:
         assert done.net(X).isfinite().all()
     with pytest.raises(InputError, match="would keep no filter"):
         plan.apply({"mlp.0": torch.tensor([], dtype=torch.long)})
+
+
+@pytest.mark.parametrize("name", criterion_names())
+@pytest.mark.parametrize("kind", ["groups", "perceptron"])
+def test_every_criterion_scores_every_kind_of_unit(kind: str, name: str) -> None:
+    torch.manual_seed(0)
+    net = (InGroups(excite=True) if kind == "groups" else Gated()).eval()
+    plan = Plan(net, X)
+    pixels = torch.rand(40, 3, 32, 32)
+    material = Material(
+        X.clamp(0.1, 0.9), lambda p: (p - 0.5) / 0.25, [0.5] * 3, [0.25] * 3, calibration=pixels,
+        labelled=(pixels, torch.arange(40) % 4),
+    )  # fmt: skip
+    recipe = Recipe(Amount(ratio=0.3, scope="layer"), name, calibrate_on="images")
+    if name == "bn_scale":
+        # Not every unit is normalised.
+        with pytest.raises(InputError, match=r"finds nothing to score in '(gate|squeeze)'"):
+            cut(net, material, recipe, Stimulus())
+        return
+    done = cut(net, material, recipe, Stimulus())
+    for unit, score in done.scores.items():
+        assert score.shape == (plan.unit(unit).n_filters,)
+        assert score.isfinite().all()
+        assert len(score.unique()) > 1
+    assert all(len(kept) < plan.unit(unit).n_filters for unit, kept in done.kept.items())
 
 
 class Elsewhere(nn.Module):

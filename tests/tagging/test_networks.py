@@ -7,8 +7,10 @@ import torch
 import torchvision
 from torch import nn
 
+from freqprune.errors import InputError
 from freqprune.tagging.measurement import tag
 from freqprune.tagging.sites import default_layers, find_sites
+from freqprune.tagging.stimulus import Stimulus
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,34 @@ def test_vision_transformer_linear_and_attention() -> None:
     # The patch projection is affine: intermodulation appears behind it only.
     assert response.integration("conv_proj").max() < 1e-4
     assert response.integration(f"{blocks[1]}.mlp.0").median() > 1e-3
+
+
+def test_the_class_token_apart() -> None:
+    """Against the transform, by hand, of the first token's values."""
+    torch.manual_seed(0)
+    net = torchvision.models.VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24, num_classes=5
+    )
+    layers = [f"encoder.layers.encoder_layer_{i}.mlp.0" for i in (0, 1)]
+    x = torch.rand(2, 3, 32, 32)
+    apart = tag(net, x, layers=layers, spatial="class_token", noise_std=0.0)
+    over_all = tag(net, x, layers=layers, noise_std=0.0)
+    for layer in layers:
+        assert apart.amplitude(layer).shape == over_all.amplitude(layer).shape == (24, 2)
+        assert not torch.allclose(apart.amplitude(layer), over_all.amplitude(layer), rtol=0.05)
+    stimulus = Stimulus()
+    read = []
+    handle = net.get_submodule(layers[0]).register_forward_hook(
+        lambda module, args, out: read.append(nn.functional.gelu(out[:, 0]))
+    )
+    with torch.no_grad():
+        net.eval()(stimulus.frames(x[:1])[0])
+    handle.remove()
+    one = tag(net, x[:1], layers=layers[:1], spatial="class_token", noise_std=0.0)
+    spectrum = 2 * torch.fft.rfft(read[0].double(), dim=0).abs() / len(read[0])
+    torch.testing.assert_close(one.amplitude(layers[0], ["f1"])[:, 0], spectrum[12], rtol=1e-4, atol=1e-7)
+    with pytest.raises(InputError, match="class_token reads the first of the tokens"):
+        tag(net, x, layers=["conv_proj"], spatial="class_token")
 
 
 def test_vit_b_16_has_sites() -> None:
