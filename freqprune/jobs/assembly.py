@@ -21,7 +21,7 @@ from torch import nn
 from freqprune.errors import InputError
 from freqprune.jobs.config import Common
 from freqprune.jobs.settings import Settings
-from freqprune.networks import build_model, preprocessing, rebuilt_from, trained, write_atomically
+from freqprune.networks import build_model, check_answers, preprocessing, rebuilt_from, trained, write_atomically
 from freqprune.reports import show
 from freqprune.training import Classifier, ImageData
 
@@ -143,6 +143,7 @@ def check_match(net: nn.Module, data: ImageData, normalization: Mapping[str, lis
             raise InputError(
                 f"the network was trained with {name} {value}, the data are normalised with {here}; use {pair}"
             )
+    check_answers(net, data.normalize(data.pixels("val", 1)).to(next(net.parameters()).device))
 
 
 class AtomicCheckpoints(TorchCheckpointIO):

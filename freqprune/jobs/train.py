@@ -14,7 +14,7 @@ from freqprune.jobs import assembly
 from freqprune.jobs.config import check_training
 from freqprune.jobs.outputs import figures_of_training
 from freqprune.jobs.settings import Settings, read
-from freqprune.networks import check_resumable
+from freqprune.networks import check_answers, check_resumable
 from freqprune.pruning import needs, plan_cut
 from freqprune.reports import record, show, write_page
 from freqprune.tagging import pick_layers
@@ -53,6 +53,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         normalization=assembly.normalization_of(data),
         **asdict(settings.optimizer),
     )
+    check_answers(classifier.net, data.normalize(data.pixels("val", 1)))
     if settings.recipe is not None:
         plan_cut(classifier.net, data.normalize(data.pixels("val", 1)), settings.recipe)
     pick_layers(classifier.net, settings.readout.layers)

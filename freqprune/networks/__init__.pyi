@@ -1,3 +1,5 @@
+from .answers import check_answers as check_answers
+from .answers import first as first
 from .checkpoint import Stored as Stored
 from .checkpoint import check_resumable as check_resumable
 from .checkpoint import load_network as load_network

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch_pruning.dependency import index_mapping
 
 from freqprune.errors import InputError
-from freqprune.networks import IndexShortcut, macs_by_layer
+from freqprune.networks import IndexShortcut, check_answers, macs_by_layer
 from freqprune.pruning.followed import Followed, follow, followed_group
 from freqprune.pruning.pruners import group_width, taught, teach
 
@@ -71,13 +71,6 @@ def _graph(model: nn.Module, example: Tensor) -> tuple[nn.Module, tp.DependencyG
         # torch-pruning raises whatever it trips over, down to ZeroDivisionError.
         return twin, error
     return twin, graph
-
-
-def _untraceable(model: nn.Module, error: Exception) -> InputError:
-    what = f"{type(model).__name__} ({type(error).__name__}: {error})"
-    return InputError(
-        f"torch-pruning {version('torch-pruning')} cannot trace {what}; does the network run on the example?"
-    )
 
 
 def _group(graph: tp.DependencyGraph | Exception, module: nn.Module, idxs: list[int], layer: str) -> Any:
@@ -183,14 +176,12 @@ class ChannelGraph:
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
         self.model, self.example = model, example[:1]
+        check_answers(model, self.example)
         self._graph: Any
         self.twin, self._graph = _graph(model, example)
         names = {module: name for name, module in self.twin.named_modules()}
         self._names, self._modules = names, dict(self.twin.named_modules())
-        try:
-            self._macs = macs_by_layer(model, self.example)
-        except Exception as error:
-            raise _untraceable(model, error) from error
+        self._macs = macs_by_layer(model, self.example)
         self._followed: dict[str, Followed] = {}
         self._losses: dict[str, list[tuple[str, str, float]]] = {name: [] for name in self._macs}
         self.inner: dict[str, Unit] = {}
@@ -229,7 +220,8 @@ class ChannelGraph:
             if layer not in taken:
                 self.coupled[layer] = ["channels that torch-pruning cannot follow"]
         if not self.units and isinstance(self._graph, Exception):
-            raise _untraceable(self.model, self._graph) from self._graph
+            what = f"{type(self.model).__name__} ({type(self._graph).__name__}: {self._graph})"
+            raise InputError(f"torch-pruning {version('torch-pruning')} cannot trace {what}") from self._graph
         order = {name: number for number, name in enumerate(self._macs)}
         self.inner = dict(sorted(self.inner.items(), key=lambda unit: order[unit[0]]))
 

@@ -21,7 +21,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from freqprune.errors import InputError, at_least, one_of
-from freqprune.networks import BATCH_NORM, IDENTITIES, LINEAR, SUMS, Trace, evaluating, run
+from freqprune.networks import BATCH_NORM, IDENTITIES, LINEAR, SUMS, Trace, check_answers, evaluating, first, run
 from freqprune.pruning.equations import Sums, solve
 from freqprune.pruning.patches import Geometry, pick
 from freqprune.pruning.refinement import Segment, gauss_newton
@@ -101,7 +101,7 @@ def reconstruct(
     how = how or Reconstruction()
     if not batches:
         raise InputError("making up for a cut needs calibration images: pass Material(calibration=...)")
-    _check_repeatable(model, batches[0])
+    check_answers(model, batches[0])
     twin, muted = (copy.deepcopy(model).eval() for _ in range(2))
     mute(muted, silenced)
     with torch.no_grad():
@@ -137,26 +137,6 @@ def mute(model: nn.Module, silenced: Mapping[str, Sequence[int]]) -> None:
         if isinstance(layer, nn.Conv2d | nn.Linear) and getattr(layer, "groups", 1) == 1:
             with torch.no_grad():
                 layer.weight[:, list(channels)] = 0
-
-
-def first(output: Any) -> Tensor:
-    """The first tensor of a network's output."""
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values() if isinstance(output, Mapping) else output))
-    return output
-
-
-def _check_repeatable(model: nn.Module, batch: Tensor) -> None:
-    with evaluating(model), torch.no_grad():
-        answers = [first(model(batch)) for _ in range(2)]
-    if not all(answer.isfinite().all() for answer in answers):
-        raise InputError(f"{type(model).__name__} answers calibration images with NaN or infinite values")
-    if not torch.equal(*answers):
-        raise InputError(
-            f"{type(model).__name__} answers the same images differently from call to call, also in eval mode: its "
-            "forward "
-            "draws at random, so that nothing can be made up for; switch that off for pruning"
-        )
 
 
 def _bytes_of(trace: Trace, model: nn.Module, batch: Tensor) -> int:

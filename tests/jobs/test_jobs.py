@@ -353,6 +353,7 @@ def test_every_choice_of_every_group_is_valid(group: str, tmp_path: Path) -> Non
         (["tagging.gap=40"], "leaves the part 'left'"),
         (["tagging.layers='block*'"], "matches none of"),
         (["data=image_folder", "data.root=nowhere"], "nowhere is not a folder"),
+        (["model=auto", "model.name=torchvision/alexnet"], "AlexNet does not run on images of 3 x 32 x 32"),
     ],
 )
 def test_train_refuses_before_any_work(overrides: list[str], message: str, tmp_path: Path) -> None:

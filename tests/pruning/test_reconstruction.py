@@ -315,7 +315,7 @@ class Fails(Draws):
     [
         (Draws, "answers the same images differently from call to call"),
         (Chooses, "torch.export cannot follow Chooses"),
-        (Fails, "Fails answers calibration images with NaN or infinite values"),
+        (Fails, "Fails answers images with NaN or infinite values"),
     ],
 )
 def test_networks_that_cannot_be_taken_step_by_step_are_refused(net: type[Draws], message: str) -> None:

@@ -428,5 +428,23 @@ def test_only_filters_that_are_alone_are_inner(how: str, inner: list[str]) -> No
 
 
 def test_networks_that_cannot_be_traced_are_named() -> None:
-    with pytest.raises(InputError, match=r"cannot trace Conv2d .*does the network run on the example"):
+    with pytest.raises(InputError, match=r"Conv2d does not run on images of 3 x .*set data.image_size"):
         Plan(nn.Conv2d(7, 2, 3), X)
+
+
+class Counting(nn.Module):
+    """Takes another way at every second call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.calls = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        x = self.a(x)
+        return self.b(x if self.calls % 2 else -x)  # type: ignore[no-any-return]
+
+
+def test_control_flow_that_changes_between_calls_is_refused() -> None:
+    with pytest.raises(InputError, match=r"Counting answers the same images differently .* counts its calls"):
+        Plan(Counting(), X)

@@ -1,0 +1,48 @@
+"""What a network answers: its first tensor; and whether it answers at all, and the same twice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from freqprune.errors import InputError
+from freqprune.networks.hooks import evaluating
+
+
+def first(output: Any) -> Tensor:
+    """The first tensor of a network's output."""
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values() if isinstance(output, Mapping) else output))
+    return output
+
+
+def check_answers(model: nn.Module, batch: Tensor) -> None:
+    """Run a network twice, in eval mode, which is restored.
+
+    Args:
+        model: the network.
+        batch: network inputs, ``(n_images, n_channels, height, width)``.
+
+    Raises:
+        InputError: if it does not run, answers with NaN or infinite values, or the second time answers otherwise: then
+            nothing that is measured of it, and no proof, holds for the next call.
+    """
+    name, size = type(model).__name__, " x ".join(map(str, batch.shape[1:]))
+    with evaluating(model), torch.no_grad():
+        try:
+            answers = [first(model(batch)) for _ in range(2)]
+        except Exception as error:
+            raise InputError(
+                f"{name} does not run on images of {size} ({type(error).__name__}: {error}); where it was made for "
+                "larger ones, set data.image_size"
+            ) from error
+    if not all(answer.isfinite().all() for answer in answers):
+        raise InputError(f"{name} answers images with NaN or infinite values")
+    if not torch.equal(*answers):
+        raise InputError(
+            f"{name} answers the same images differently from call to call, also in eval mode: its forward draws at "
+            "random or counts its calls, so that nothing measured of it holds; switch that off for pruning"
+        )
