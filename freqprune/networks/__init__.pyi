@@ -1,5 +1,9 @@
 from .answers import check_answers as check_answers
 from .answers import first as first
+from .blocks import ACTIVATION as ACTIVATION
+from .blocks import Shortcut as Shortcut
+from .blocks import drop_blocks as drop_blocks
+from .blocks import dropped_blocks as dropped_blocks
 from .checkpoint import Stored as Stored
 from .checkpoint import check_resumable as check_resumable
 from .checkpoint import load_network as load_network

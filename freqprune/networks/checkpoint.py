@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError, check_file
+from freqprune.networks.blocks import drop_blocks, dropped_blocks
 from freqprune.networks.libraries import WEIGHTS
 from freqprune.networks.registry import build_model, model_names, resize
 
@@ -101,7 +102,7 @@ def load_network(path: str | Path, model: Mapping[str, Any] | None = None) -> St
         InputError: for a file that cannot be read (see `read`) or holds another architecture.
     """
     content = read(path)
-    for key in ("model", "state_dict", "kept", "normalization", "hyper_parameters"):
+    for key in ("model", "state_dict", "kept", "blocks", "normalization", "hyper_parameters"):
         if not isinstance(content.get(key, {}), Mapping):
             raise InputError(
                 f"ckpt = {path}: {key} is a {type(content[key]).__name__}, expected a dict; the file was not written "
@@ -152,6 +153,7 @@ def load_network(path: str | Path, model: Mapping[str, Any] | None = None) -> St
             )
     net = build_model(config)
     if content.get("format") == PRUNED_FORMAT:
+        drop_blocks(net, content.get("blocks", {}))
         resize(net, state)
     _load(net, state, path, config)
     return Stored(net.eval(), config, **extra)
@@ -247,6 +249,7 @@ def save_pruned(
             "to register_model"
         )
     twin = build_model(config)
+    drop_blocks(twin, dropped_blocks(net))
     resize(twin, net.state_dict())
     _load(twin, net.state_dict(), path, config)
     content = {
@@ -254,6 +257,7 @@ def save_pruned(
         "model": dict(config),
         "state_dict": {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()},
         "kept": {layer: [int(i) for i in indices] for layer, indices in kept.items()},
+        "blocks": dropped_blocks(net),
         "normalization": {key: [float(v) for v in value] for key, value in (normalization or {}).items()},
     }
     write_atomically(path, content)

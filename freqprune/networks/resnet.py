@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
+from freqprune.networks.blocks import Shortcut
 
 STAGE_WIDTHS = (16, 32, 64)
 
@@ -183,6 +184,10 @@ class CifarResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.features(x).mean(dim=(2, 3)))
 
+    def _blocks(self, stage: str) -> list[nn.Module]:
+        found = getattr(self, stage)
+        return list(found) if isinstance(found, nn.Sequential) else []
+
     @property
     def config(self) -> dict[str, Any]:
         """Plain dict for `freqprune.build_model`: this architecture with the widths it has now."""
@@ -204,5 +209,18 @@ class CifarResNet(nn.Module):
                 widths[name] = module.out_channels
             elif isinstance(module, IndexShortcut) and module.index.tolist() != padded_index(module.n_in, module.n_out):
                 indices[name] = module.index.tolist()
+        # A block that is gone is built first, as wide as its shortcut.
+        stream = self.conv1.out_channels
+        for name, module in ((f"{stage}.{i}", m) for stage in dense for i, m in enumerate(self._blocks(stage))):
+            if isinstance(module, BasicBlock):
+                stream = module.conv2.out_channels
+            elif isinstance(module, Shortcut):
+                shortcut = getattr(module, "shortcut", None)
+                if isinstance(shortcut, IndexShortcut):
+                    stream = shortcut.n_out
+                elif isinstance(shortcut, nn.Sequential):
+                    stream = int(shortcut[0].weight.shape[0])
+                if stream != dense[name.split(".")[0]]:
+                    widths[f"{name}.conv2"] = stream
         config = {key: value for key, value in self._config.items() if key != "depth"}
         return {"name": f"resnet{self._config['depth']}", **config, "widths": widths, "shortcut_index": indices}

@@ -296,15 +296,25 @@ class ChannelGraph:
 
     def macs(self, widths: Mapping[str, int]) -> float:
         """MACs of the network for one image with `widths` filters left in the named units, the others at full width."""
+        return sum(self._macs[layer] * read * written for layer, (read, written) in self.left(widths).items())
+
+    def left(self, widths: Mapping[str, int]) -> dict[str, tuple[float, float]]:
+        """Shares of the inputs and of the outputs of each convolution and linear layer that are left, with `widths`
+        filters left in the named units."""
         units = self.units
         gone = {name: units[name].n_filters - width for name, width in widths.items()}
-        total = 0.0
-        for layer, dense in self._macs.items():
+        found = {}
+        for layer in self._macs:
             left = {"in": 1.0, "out": 1.0}
             for name, side, share in self._losses[layer]:
                 left[side] -= gone.get(name, 0) * share
-            total += dense * left["in"] * left["out"]
-        return total
+            found[layer] = left["in"], left["out"]
+        return found
+
+    @property
+    def macs_by_layer(self) -> Mapping[str, float]:
+        """MACs of every layer of the dense network for one image."""
+        return self._macs
 
 
 def _enters(dependency: Any) -> bool:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from freqprune.errors import InputError, closest
-from freqprune.networks import evaluating, hooked
+from freqprune.networks import Trace, drop_blocks, evaluating, hooked
+from freqprune.pruning.blocks import Block, find_blocks, masked_run
 from freqprune.pruning.graph import ChannelGraph, Unit
 from freqprune.pruning.pruners import CUSTOM_PRUNERS, restore
 from freqprune.tagging import match_layers
@@ -25,6 +26,7 @@ class Plan:
     Args:
         model: the network.
         example: an input batch, ``(n_images, n_channels, height, width)``.
+        blocks: whether whole residual blocks may go too.
 
     Attributes:
         graph: the units of filters that go together.
@@ -33,14 +35,26 @@ class Plan:
         streams: for the first convolution of each residual stream, all layers that write to it; their filters go
             together.
         coupled: all other convolutions, with what shares their channels.
+        blocks: residual blocks that may go, see `freqprune.pruning.blocks`; their names stand for one filter each.
+
+    Raises:
+        InputError: for a network that cannot be followed or, with `blocks`, has none that may go.
     """
 
-    def __init__(self, model: nn.Module, example: Tensor) -> None:
+    def __init__(self, model: nn.Module, example: Tensor, blocks: bool = False) -> None:
         self.model, self.example = model, example[:1]
         self.graph = ChannelGraph(model, example)
         self.layers = list(self.graph.inner)
         self.streams = {name: unit.members for name, unit in self.graph.streams.items()}
         self.coupled = self.graph.coupled
+        self.blocks: dict[str, Block] = {}
+        if blocks:
+            self.trace = Trace(model, self.example)
+            self.blocks = find_blocks(model, self.trace)
+            if not self.blocks:
+                raise InputError(
+                    f"{type(model).__name__} has no residual block that may go as a whole; use pruning.blocks=false"
+                )
 
     def unit(self, name: str) -> Unit:
         """A unit by its name.
@@ -99,7 +113,26 @@ class Plan:
         """
         for name in widths:
             self._check_name(name)
-        return self.graph.macs(widths)
+        units = {name: width for name, width in widths.items() if name not in self.blocks}
+        gone = self._layers_gone([name for name, width in widths.items() if name in self.blocks and not width])
+        left, macs = self.graph.left(units), self.graph.macs_by_layer
+        return sum(macs[layer] * left[layer][0] * left[layer][1] for layer in macs if layer not in gone)
+
+    def _layers_gone(self, blocks: Sequence[str]) -> set[str]:
+        return {layer for name in blocks for layer in self.blocks[name].layers}
+
+    def dropped(self, kept: Mapping[str, Tensor]) -> list[str]:
+        """The blocks that a selection drops, in the order in which they run."""
+        return [name for name in self.blocks if name in kept and not len(kept[name])]
+
+    def sensible(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A selection without filters of layers that go with a block."""
+        gone = self._layers_gone(self.dropped(kept))
+        return {
+            name: indices
+            for name, indices in kept.items()
+            if name in self.blocks or not gone & {*self.unit(name).members}
+        }
 
     def apply(self, kept: Mapping[str, Tensor], check: bool = True, weights: nn.Module | None = None) -> nn.Module:
         """Smaller copy of the network with only the kept filters.
@@ -120,12 +153,13 @@ class Plan:
         """
         for name, indices in kept.items():
             self._check(name, indices)
+        kept = self.sensible(kept)
         # The graph speaks of one copy of the network, which the removal consumes.
         source = self.model if weights is None else weights
         graph = ChannelGraph(source, self.example)
         twin, modules = graph.twin, dict(graph.twin.named_modules())
         for name, indices in kept.items():
-            gone = self._removed(name, indices)
+            gone = [] if name in self.blocks else self._removed(name, indices)
             if not gone:
                 continue
             group = graph.group(name, gone)
@@ -147,10 +181,13 @@ class Plan:
                     f"pruning.exclude={name}"
                 )
         restore(twin)
-        for (_, old), (_, new) in zip(self.model.named_parameters(), twin.named_parameters(), strict=True):
-            new.requires_grad_(old.requires_grad)
+        shrunk = self.dropped(kept)
+        parameters = dict(twin.named_parameters())
+        for key, old in self.model.named_parameters():
+            parameters[key].requires_grad_(old.requires_grad)
         for layer, module in self.model.named_modules():
             modules[layer].training = module.training
+        drop_blocks(twin, {name: self.blocks[name].left for name in shrunk})
         if check:
             self._prove(source, twin, kept)
         return twin
@@ -159,7 +196,7 @@ class Plan:
         """Input channels, by layer that reads them, that carry removed filters."""
         found: dict[str, list[int]] = {}
         for name, indices in kept.items():
-            gone = self._removed(name, indices)
+            gone = [] if name in self.blocks else self._removed(name, indices)
             for reader, channels in self.graph.read_channels(name, gone).items() if gone else ():
                 found.setdefault(reader, []).extend(channels)
         return found
@@ -177,7 +214,12 @@ class Plan:
                 "channels pass through "
                 f"{type(self.model).__name__}, for example a shortcut padded with zero channels. {_WAY_OUT}"
             ) from error
-        expected = masked_forward(source, self.silenced(kept), self.example)
+        silenced, dropped = self.silenced(kept), self.dropped(kept)
+        expected = (
+            masked_run(self.trace, source, silenced, [self.blocks[name] for name in dropped], self.example)
+            if dropped
+            else masked_forward(source, silenced, self.example)
+        )
         for big, little in zip(_tensors(expected), _tensors(small), strict=True):
             close = big.shape == little.shape and torch.allclose(
                 big, little, rtol=1e-3, atol=1e-3 * float(big.abs().max().clamp(min=1e-6))
@@ -191,7 +233,7 @@ class Plan:
                 )
 
     def _check_name(self, name: str) -> None:
-        if name not in self.graph.units:
+        if name not in self.blocks and name not in self.graph.units:
             if name in self.coupled:
                 whole = next((stream for stream, members in self.streams.items() if name in members), None)
                 way_out = (
@@ -209,8 +251,10 @@ class Plan:
             or indices.dtype == torch.bool
         ):
             raise InputError(f"kept filters of {name!r} must be a 1-D tensor of integer indices, got {indices!r}")
-        width = self.unit(name).n_filters
+        width = 1 if name in self.blocks else self.unit(name).n_filters
         found = indices.tolist()
+        if not found and name in self.blocks:
+            return
         if not found:
             raise InputError(f"{name!r} would keep no filter, which cuts the network in two; keep at least one")
         if len(set(found)) != len(found) or min(found) < 0 or max(found) >= width:
