@@ -79,6 +79,10 @@ def cut(name: str, share: float) -> dict[str, Any]:
         x = torch.rand(2, 3, *[size_of(name)] * 2)
         plan = Plan(net, x)
         units = plan.choose(streams=True)
+        misread = plan.misread(units)
+        units = [unit for unit in units if unit not in misread]
+        if not units:
+            raise InputError(f"torch-pruning misreads the channels of {', '.join(misread)}, and nothing else can go")
         n_filters = {unit: plan.unit(unit).n_filters for unit in units}
         row["units"] = len(units)
         # Of all MACs, those of attention's products too, in which no unit has a part.

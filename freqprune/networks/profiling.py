@@ -28,8 +28,16 @@ def macs_by_layer(model: nn.Module, example: Tensor) -> dict[str, int]:
         example: one image, ``(1, n_channels, height, width)``.
     """
     counter = FlopCounterMode(display=False)
-    with evaluating(model), torch.no_grad(), counter:
-        model(example[:1])
+    # Parameters that a forward hands on as they are trip the counter up where they ask for gradients.
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in asking:
+            parameter.requires_grad_(False)
+        with evaluating(model), torch.no_grad(), counter:
+            model(example[:1])
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
     prefix = type(model).__name__ + "."
     counts = counter.get_flop_counts()
     leaves = {name for name, module in model.named_modules() if isinstance(module, nn.modules.conv._ConvNd | nn.Linear)}

@@ -219,7 +219,7 @@ class CifarResNet(nn.Module):
                 if isinstance(shortcut, IndexShortcut):
                     stream = shortcut.n_out
                 elif isinstance(shortcut, nn.Sequential):
-                    stream = int(shortcut[0].weight.shape[0])
+                    stream = len(shortcut.state_dict()["0.weight"])
                 if stream != dense[name.split(".")[0]]:
                     widths[f"{name}.conv2"] = stream
         config = {key: value for key, value in self._config.items() if key != "depth"}

@@ -40,15 +40,22 @@ class Cut:
 
 
 def plan_cut(net: nn.Module, example: Tensor, recipe: Recipe) -> tuple[Plan, list[str]]:
-    """What may be removed, and which of it the recipe picks, after checking that the tags will tell what the criterion
-    asks for.
+    """What may be removed, and which of it the recipe picks, without what torch-pruning misreads, after checking that
+    the tags will tell what the criterion asks for.
 
     Raises:
         InputError: for patterns that match nothing or pick what cannot go, or tag settings that leave the criterion
             without its readings.
     """
     plan = Plan(net, example)
-    chosen = plan.choose(recipe.layers, recipe.exclude, recipe.streams)
+    picked = plan.choose(recipe.layers, recipe.exclude, recipe.streams)
+    misread = plan.misread(picked)
+    chosen = [name for name in picked if name not in misread]
+    if not chosen:
+        raise InputError(
+            f"torch-pruning misreads how the channels of {', '.join(misread)} pass through {type(net).__name__}, and "
+            "pruning.layers leaves nothing else to prune"
+        )
     if "tags" in needs(recipe.criterion):
         given = recipe.tagging.get("layers")
         # Left to itself, a cut records what it needs.
@@ -92,7 +99,13 @@ def cut(
     example = material.normalize(material.images[:1].to(next(net.parameters()).device))
     plan, chosen = plan_cut(net, example, recipe)
     evidence = gather(plan, chosen, material, recipe, stimulus, response, progress)
+    misread = [name for name in plan.choose(recipe.layers, recipe.exclude, recipe.streams) if name not in chosen]
     chosen, notes = _seen_enough(plan, chosen, evidence.short, recipe)
+    if misread:
+        notes.append(
+            f"{len(misread)} layers keep their filters, as torch-pruning misreads how their channels pass through the "
+            f"network: {', '.join(misread)}"
+        )
     found = scores(recipe.criterion, evidence, chosen, progress)
     kept = select(found, recipe.amount, plan.macs)
     small = plan.apply(kept)

@@ -16,6 +16,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning.dependency import index_mapping
+from torch_pruning.dependency.group import Group
 
 from freqprune.errors import InputError
 from freqprune.networks import IndexShortcut, check_answers, macs_by_layer
@@ -27,32 +28,39 @@ _IN = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
 _ARITHMETIC = {"AddBackward": "sum", "SubBackward": "difference", "MulBackward": "product", "DivBackward": "quotient"}
 
 
-# Channels that torch-pruning may name for a group: where it misreads a view it names more and more without end.
-_MOST_NAMED = 2_000_000
+# Channels and operations that torch-pruning may name for a group: where it misreads a view it names more and more,
+# without end. A DenseNet's largest group has 200 operations.
+_MOST_CHANNELS, _MOST_OPERATIONS = 2_000_000, 2_000
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without what torch-pruning says of parameters without a layer and of long ways: should it misread them, the proof
-    of the cut says so. OverflowError for groups of more than `_MOST_NAMED` channels."""
-    kind, n_named = index_mapping._FlattenIndexMapping, 0
-    plain = kind.__call__
+    of the cut says so. OverflowError for groups without end."""
+    mapping, group = index_mapping._FlattenIndexMapping, Group
+    call, add, named = mapping.__call__, group.add_dep, {"channels": 0, "operations": 0}
 
-    def counted(mapping: Any, idxs: Any) -> Any:
-        nonlocal n_named
-        n_named += len(idxs) if mapping.reverse else len(idxs) * int(mapping._stride)
-        if n_named > _MOST_NAMED:
-            raise OverflowError(f"more than {_MOST_NAMED} channels")
-        return plain(mapping, idxs)
+    def count(what: str, number: int, most: int) -> None:
+        named[what] += number
+        if named[what] > most:
+            raise OverflowError(f"more than {most} {what} in one group")
+
+    def bounded_call(self: Any, idxs: Any) -> Any:
+        count("channels", len(idxs) if self.reverse else len(idxs) * int(self._stride), _MOST_CHANNELS)
+        return call(self, idxs)
+
+    def bounded_add(self: Any, *args: Any, **kwargs: Any) -> Any:
+        count("operations", 1, _MOST_OPERATIONS)
+        return add(self, *args, **kwargs)
 
     with warnings.catch_warnings():
         for known in ("Unwrapped parameters detected", "Maximum recursive depth"):
             warnings.filterwarnings("ignore", known)
-        kind.__call__ = counted
+        mapping.__call__, group.add_dep = bounded_call, bounded_add
         try:
             yield
         finally:
-            kind.__call__ = plain
+            mapping.__call__, group.add_dep = call, add
 
 
 def _graph(model: nn.Module, example: Tensor) -> tuple[nn.Module, tp.DependencyGraph | Exception]:
@@ -165,6 +173,7 @@ class ChannelGraph:
     Args:
         model: the network; parameters may be frozen, it may be in training mode.
         example: an input batch, ``(n_images, n_channels, height, width)``.
+        like: the graph of a network of the same shape, whose units these are.
 
     Attributes:
         inner: units whose filters can go without touching any other layer's outputs (in a residual network the first
@@ -174,19 +183,28 @@ class ChannelGraph:
         coupled: every convolution that is no inner unit of its own, with what shares its channels.
     """
 
-    def __init__(self, model: nn.Module, example: Tensor) -> None:
+    inner: dict[str, Unit]
+    streams: dict[str, Unit]
+    coupled: dict[str, list[str]]
+    _macs: Mapping[str, float]
+    _losses: dict[str, list[tuple[str, str, float]]]
+    _followed: dict[str, Followed]
+
+    def __init__(self, model: nn.Module, example: Tensor, like: ChannelGraph | None = None) -> None:
         self.model, self.example = model, example[:1]
-        check_answers(model, self.example)
+        if like is None:
+            check_answers(model, self.example)
         self._graph: Any
         self.twin, self._graph = _graph(model, example)
         names = {module: name for name, module in self.twin.named_modules()}
         self._names, self._modules = names, dict(self.twin.named_modules())
+        if like is not None:
+            self._macs, self._losses, self._followed = like._macs, like._losses, like._followed
+            self.inner, self.streams, self.coupled = like.inner, like.streams, like.coupled
+            return
         self._macs = macs_by_layer(model, self.example)
-        self._followed: dict[str, Followed] = {}
-        self._losses: dict[str, list[tuple[str, str, float]]] = {name: [] for name in self._macs}
-        self.inner: dict[str, Unit] = {}
-        self.streams: dict[str, Unit] = {}
-        self.coupled: dict[str, list[str]] = {}
+        self._losses = {name: [] for name in self._macs}
+        self._followed, self.inner, self.streams, self.coupled = {}, {}, {}, {}
         found = follow(model, self.example)
         lost = []
         for module, layer in names.items():
@@ -258,7 +276,7 @@ class ChannelGraph:
             target = dependency.target.module
             name, inwards = names.get(target), dependency.handler in _IN
             # A convolution in groups comes once for each side of it.
-            if name not in self._macs or (name, inwards) in seen:
+            if name is None or name not in self._macs or (name, inwards) in seen:
                 continue
             seen.add((name, inwards))
             share = len(idxs) / target.weight.shape[1 if inwards else 0]
