@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from freqprune.errors import InputError, at_least, one_of
 from freqprune.jobs.config import Common, no_such_key, plain, read_common, typed
 from freqprune.networks import Exports, Latency
-from freqprune.pruning import Amount, Judgement, Recipe, Reconstruction, needs
+from freqprune.pruning import AMOUNTS, Amount, Judgement, Recipe, Reconstruction, needs
 from freqprune.tagging import Readout, Stimulus, find_components
 from freqprune.training import Distillation, Optimization
 
@@ -89,7 +89,7 @@ SECTIONS: dict[str, tuple[type[Any], ...]] = {
 FREE = ("data", "model", "trainer", "logger", "callbacks")
 # Fields of a recipe that come from other sections.
 ELSEWHERE = {
-    Recipe: ("amount", "criterion", "components", "tagging", "reconstruction", "seed"),
+    Recipe: ("amount", "criterion", "components", "tagging", "reconstruction", "seed", "latency"),
     Reconstruction: ("seed",),
 }
 
@@ -142,13 +142,19 @@ def read(cfg: DictConfig) -> Settings:
     recipe = None
     if course.enabled:
         amount = dict(values["pruning"])
-        if all(amount[name] is None for name in ("ratio", "threshold", "macs_cut")):
+        if all(amount.get(name) is None for name in AMOUNTS):
             amount["macs_cut"] = course.default_macs_cut
+        by_time = amount.get("latency_cut") is not None or amount.get("latency_ms") is not None
+        if by_time and amount["scope"] == "per_mac":
+            amount["scope"] = "per_ms"
+        if by_time and course.steps > 1:
+            raise InputError("pruning.latency_cut and pruning.latency_ms are met in one step; use pruning.steps=1")
         recipe = _build(
             Recipe, "pruning", values,
             amount=_build(Amount, "pruning", {"pruning": amount}), criterion=scoring.criterion,
             components=judgement.components, tagging=dict(vars(readout)),
             reconstruction=_build(Reconstruction, "pruning", values), seed=values["seed"],
+            latency=_build(Latency, "latency", values),
         )  # fmt: skip
     if recipe is not None and recipe.compensation == "sequential" and course.bn_when == "before":
         raise InputError(

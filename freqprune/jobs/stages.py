@@ -14,7 +14,16 @@ from freqprune.errors import InputError
 from freqprune.jobs import assembly
 from freqprune.jobs.outputs import name_of, tell
 from freqprune.jobs.settings import Settings
-from freqprune.networks import cost, export, latency_ms, load_network, load_pruned, of_the_dense, save_pruned
+from freqprune.networks import (
+    cost,
+    dropped_blocks,
+    export,
+    latency_ms,
+    load_network,
+    load_pruned,
+    of_the_dense,
+    save_pruned,
+)
 from freqprune.pruning import Kept, Material, Recipe, Verdict, cut, plan_cut, recalibrate_batch_norm, step_amount
 from freqprune.reports import record, run_figures, save, show, tables, write_page
 from freqprune.tagging import TagResponse, rounds
@@ -94,7 +103,13 @@ class Run:
             now = replace(recipe, amount=amount)
             done = cut(small, self._material(), now, self.settings.stimulus, response if step == 0 else None, rounds)
             small = done.net.to(memory_format=torch.channels_last)
-            ours = {name: indices[done.kept[name]] if name in done.kept else indices for name, indices in ours.items()}
+            gone = {name for name in ours if any(name.startswith(f"{block}.") for block in done.dropped)}
+            ours = {
+                name: indices[done.kept[name]] if name in done.kept else indices
+                for name, indices in ours.items()
+                if name not in gone
+            }
+            self.metrics.setdefault("dropped_blocks", []).extend(done.dropped)
             notes = done.remarks
             if step + 1 < n_steps:
                 self._recalibrate(small)
@@ -102,6 +117,7 @@ class Run:
                     small = self._finetune(small, net, self.settings.course.step_epochs, f"step{step + 1}")
         self.measure("pruned", small)
         self.latencies({"dense": net, "pruned": small})
+        widths = {name: width for name, width in widths.items() if name in ours}
         self.metrics["kept"], self.metrics["widths"] = tables.kept_counts(ours), widths
         title = f"Filters kept by {self.settings.scoring.criterion}"
         save(
@@ -192,7 +208,9 @@ class Run:
     ) -> nn.Module:
         # The same order of images whether or not something was drawn before, as after a resume.
         assembly.seed(self.settings.common)
-        config = getattr(small, "config", None) if hasattr(type(small), "config") else None
+        # A network without some blocks is no longer what its config builds.
+        own = hasattr(type(small), "config") and not dropped_blocks(small)
+        config = getattr(small, "config", None) if own else None
         classifier = Classifier(
             dict(config) if config else small,
             num_classes=len(self.data.classes),

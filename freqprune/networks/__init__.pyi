@@ -36,6 +36,11 @@ from .registry import register_model as register_model
 from .resnet import BasicBlock as BasicBlock
 from .resnet import CifarResNet as CifarResNet
 from .resnet import IndexShortcut as IndexShortcut
+from .runtimes import Speed as Speed
+from .runtimes import compare as compare
+from .runtimes import runner as runner
+from .timing import Times as Times
+from .timing import cache_file as cache_file
 from .trace import BATCH_NORM as BATCH_NORM
 from .trace import CONVOLUTIONS as CONVOLUTIONS
 from .trace import IDENTITIES as IDENTITIES

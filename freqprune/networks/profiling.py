@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from freqprune.errors import at_least
+from freqprune.errors import at_least, one_of
 from freqprune.networks.hooks import evaluating
+from freqprune.networks.runtimes import TARGETS
 
 
 def macs_by_layer(model: nn.Module, example: Tensor) -> dict[str, int]:
@@ -121,17 +122,28 @@ def peak_memory(model: nn.Module, batch: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Latency:
-    """How long a forward takes is measured so often, at these batch sizes, see `latency_ms`.
+    """How long a forward takes, and where that is measured.
+
+    Args:
+        batch_sizes: sizes that the table of stages shows, see `latency_ms`.
+        n_runs: forwards of each.
+        batch_size: images of a batch that a cut for time counts for.
+        target: for which it counts: ``"eager"``, ``"compiled"`` or ``"onnx"``, see `freqprune.networks.runtimes`.
+        folder: where measured times are kept; None: ``~/.cache/freqprune``.
 
     Raises:
-        InputError: for numbers below 1.
+        InputError: for numbers below 1 or an unknown target.
     """
 
     batch_sizes: Sequence[int] = (1, 64)
     n_runs: int = 30
+    batch_size: int = 64
+    target: str = "eager"
+    folder: str | None = None
 
     def __post_init__(self) -> None:
-        at_least(1, batch_sizes=min(self.batch_sizes, default=0), n_runs=self.n_runs)
+        at_least(1, batch_sizes=min(self.batch_sizes, default=0), n_runs=self.n_runs, batch_size=self.batch_size)
+        one_of(TARGETS, target=self.target)
 
 
 def latency_ms(

@@ -18,6 +18,7 @@ from .recipe import Material as Material
 from .recipe import Recipe as Recipe
 from .reconstruction import Reconstruction as Reconstruction
 from .reconstruction import reconstruct as reconstruct
+from .selection import AMOUNTS as AMOUNTS
 from .selection import Amount as Amount
 from .selection import Kept as Kept
 from .selection import select as select

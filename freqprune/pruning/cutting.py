@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -11,12 +11,14 @@ from freqprune.errors import InputError
 from freqprune.networks import equal_batches
 from freqprune.pruning.compensation import compensate
 from freqprune.pruning.criteria import needs, scores
-from freqprune.pruning.evidence import calibration, gather
+from freqprune.pruning.depth import block_scores
+from freqprune.pruning.evidence import calibration, gather, n_measured
 from freqprune.pruning.importance import Evidence
 from freqprune.pruning.recipe import Material, Recipe
 from freqprune.pruning.reconstruction import reconstruct
 from freqprune.pruning.selection import Amount, Kept, remarks, select
 from freqprune.pruning.surgery import Plan, recalibrate_batch_norm
+from freqprune.pruning.tempo import to_time
 from freqprune.tagging import Progress, Stimulus, TagResponse, pick_layers
 
 
@@ -30,6 +32,7 @@ class Cut:
         scores: by which they were chosen.
         response: the response to the tags; None if the criterion reads none and none was given.
         remarks: what a user should know.
+        dropped: residual blocks that went altogether; their layers are not in `kept`.
     """
 
     net: nn.Module
@@ -37,6 +40,7 @@ class Cut:
     scores: dict[str, Tensor]
     response: TagResponse | None
     remarks: list[str]
+    dropped: list[str] = field(default_factory=list)
 
 
 def plan_cut(net: nn.Module, example: Tensor, recipe: Recipe) -> tuple[Plan, list[str]]:
@@ -47,7 +51,9 @@ def plan_cut(net: nn.Module, example: Tensor, recipe: Recipe) -> tuple[Plan, lis
         InputError: for patterns that match nothing or pick what cannot go, or tag settings that leave the criterion
             without its readings.
     """
-    plan = Plan(net, example)
+    plan = Plan(net, example, blocks=recipe.with_blocks)
+    if recipe.blocks and not plan.blocks:
+        raise InputError(f"{type(net).__name__} has no residual block that may go as a whole; use pruning.blocks=false")
     picked = plan.choose(recipe.layers, recipe.exclude, recipe.streams)
     misread = plan.misread(picked)
     chosen = [name for name in picked if name not in misread]
@@ -107,12 +113,22 @@ def cut(
             f"network: {', '.join(misread)}"
         )
     found = scores(recipe.criterion, evidence, chosen, progress)
-    kept = select(found, recipe.amount, plan.macs)
+    if plan.blocks:
+        found |= block_scores(net, evidence.frames or _some(plan, material, recipe, stimulus), progress=progress)
+    if recipe.amount.by_time:
+        kept, more = to_time(plan, found, material, recipe, progress)
+        notes += more
+    else:
+        kept = select(found, recipe.amount, plan.macs, plan.blocks)
+    kept = plan.sensible(kept)
     small = plan.apply(kept)
-    notes += remarks(kept, {name: plan.unit(name).n_filters for name in kept}, recipe.amount)
+    inner = {name: indices for name, indices in kept.items() if name not in plan.blocks}
+    notes += remarks(inner, {name: plan.unit(name).n_filters for name in inner}, recipe.amount) if inner else []
+    if dropped := plan.dropped(kept):
+        notes.append(f"{len(dropped)} of {len(plan.blocks)} residual blocks went altogether: {', '.join(dropped)}")
     small, more = _made_up_for(plan, small, kept, evidence, material, recipe, stimulus, progress)
     notes += more + _overshoot(plan, kept, recipe.amount)
-    return Cut(small, kept, found, evidence.response, notes)
+    return Cut(small, inner, found, evidence.response, notes, plan.dropped(kept))
 
 
 def _seen_enough(
@@ -153,13 +169,19 @@ def _made_up_for(
     if recipe.compensation == "sequential":
         batches = equal_batches(calibration(plan.model, material, recipe, stimulus))
         how = replace(recipe.reconstruction, seed=recipe.seed)
-        twin, notes = reconstruct(plan.model, plan.silenced(kept), batches, how, progress)
+        without = plan.dropped(kept)
+        twin, notes = reconstruct(plan.model, plan.silenced(kept), batches, how, progress, without)
         return plan.apply(kept, weights=twin), notes
     if material.bn_images is not None:
         images = [batch for batch in material.bn_images.split(128) if len(batch) > 1]
         recalibrate_batch_norm(small, [material.normalize(batch.to(plan.example.device)) for batch in images])
     reestimated = material.bn_images is not None
     return small, compensate(plan, small, kept, evidence.moments or {}, recipe.compensation, reestimated=reestimated)
+
+
+def _some(plan: Plan, material: Material, recipe: Recipe, stimulus: Stimulus) -> list[Tensor]:
+    """Inputs to measure the worth of blocks on, where the criterion measures nothing."""
+    return list(calibration(plan.model, material, recipe, stimulus, n_measured(material, recipe)))
 
 
 def _overshoot(plan: Plan, kept: Kept, amount: Amount) -> list[str]:

@@ -72,10 +72,7 @@ def gather(
         gradients = output_gradients(net, readers, calibration(net, material, recipe, stimulus), seed=recipe.seed)
     frames: list[Tensor] = []
     if "frames" in wanted:
-        n_measured = recipe.measured_images
-        if n_measured is None:
-            n_measured = max(LEAST_MEASURED, MEASURED_PIXELS // material.images[0, 0].numel())
-        frames = list(calibration(net, material, recipe, stimulus, n_measured))
+        frames = list(calibration(net, material, recipe, stimulus, n_measured(material, recipe)))
     labelled = []
     if material.labelled is not None and "labels" in wanted:
         pixels, labels = material.labelled
@@ -83,6 +80,13 @@ def gather(
     return Evidence(
         net, response, recipe.components, recipe.seed, plan.graph, moments, gradients, labelled, frames, short
     )
+
+
+def n_measured(material: Material, recipe: Recipe) -> int:
+    """Images on which a change of the logits is measured."""
+    if recipe.measured_images is not None:
+        return recipe.measured_images
+    return max(LEAST_MEASURED, MEASURED_PIXELS // material.images[0, 0].numel())
 
 
 def calibration(

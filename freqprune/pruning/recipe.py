@@ -8,12 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from freqprune.errors import at_least, one_of
+from freqprune.errors import InputError, at_least, one_of
+from freqprune.networks import Latency
 from freqprune.pruning.compensation import AT_ONCE, METHODS
 from freqprune.pruning.criteria import needs
 from freqprune.pruning.reconstruction import Reconstruction
 from freqprune.pruning.selection import Amount
 
+# Criteria whose scores are squared changes of the logits.
+BLOCK_CRITERIA = ("logit_error", "logit_redundancy")
 CALIBRATIONS = ("frames", "images", "both")
 
 
@@ -51,6 +54,7 @@ class Recipe:
         layers: patterns of the layers to prune; all inner layers (and streams) if left out.
         exclude: patterns of layers to spare.
         streams: let the filters of residual streams go as well.
+        blocks: let whole residual blocks go as well; None: where the amount is one of time.
         compensation: ``"none"``, ``"mean"`` or ``"least_squares"``, see `freqprune.pruning.compensation`, or
             ``"sequential"``, see `freqprune.pruning.reconstruction`.
         reconstruction: settings of ``"sequential"``.
@@ -61,9 +65,11 @@ class Recipe:
             have as many pixels as 256 of 32 x 32, but 16 at least.
         tagging: further arguments of `freqprune.tag`.
         seed: of noise, positions and random scores.
+        latency: for what a cut by time counts.
 
     Raises:
-        InputError: for an unknown criterion, compensation or calibration.
+        InputError: for an unknown criterion, compensation or calibration, or blocks with a criterion that is not on
+            their scale.
     """
 
     amount: Amount
@@ -72,6 +78,7 @@ class Recipe:
     layers: Sequence[str] | str | None = None
     exclude: Sequence[str] | str | None = None
     streams: bool = False
+    blocks: bool | None = None
     compensation: str = "none"
     reconstruction: Reconstruction = field(default_factory=Reconstruction)
     calibrate_on: str = "frames"
@@ -79,6 +86,7 @@ class Recipe:
     measured_images: int | None = None
     tagging: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+    latency: Latency = field(default_factory=Latency)
 
     def __post_init__(self) -> None:
         needs(self.criterion)
@@ -87,6 +95,15 @@ class Recipe:
         at_least(1, frames_an_image=self.frames_an_image)
         if self.measured_images is not None:
             at_least(1, measured_images=self.measured_images)
+        if self.with_blocks and self.criterion not in BLOCK_CRITERIA:
+            raise InputError(
+                f"blocks are ranked by the change of the logits, which importance.criterion = {self.criterion} does "
+                f"not compare with; use {' or '.join(BLOCK_CRITERIA)}, or pruning.blocks=false"
+            )
+
+    @property
+    def with_blocks(self) -> bool:
+        return self.amount.by_time if self.blocks is None else self.blocks
 
     @property
     def needs_moments(self) -> bool:

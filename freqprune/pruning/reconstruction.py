@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from freqprune.errors import InputError, at_least, one_of
 from freqprune.networks import BATCH_NORM, IDENTITIES, LINEAR, SUMS, Trace, check_answers, evaluating, first, run
+from freqprune.pruning.blocks import Block, answers_without, find_blocks
 from freqprune.pruning.equations import Sums, solve
 from freqprune.pruning.patches import Geometry, pick
 from freqprune.pruning.refinement import Segment, gauss_newton
@@ -80,6 +81,7 @@ def reconstruct(
     batches: Sequence[Tensor],
     how: Reconstruction | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+    without: Sequence[str] = (),
 ) -> tuple[nn.Module, list[str]]:
     """A copy of a network that does without some channels and comes close to what the network computes.
 
@@ -89,6 +91,8 @@ def reconstruct(
         batches: network inputs, all of one size, e.g. tagged frames or images; no labels are needed.
         how: settings.
         progress: wraps the iteration over the operations, for a progress bar.
+        without: residual blocks whose branches add nothing, see `freqprune.pruning.blocks`; their layers are left as
+            they are.
 
     Returns:
         The network, of the dense network's shape, with zero weights on the silenced channels, and remarks on layers
@@ -98,7 +102,38 @@ def reconstruct(
         InputError: without batches, for a network that cannot be traced or whose answers change from call to call, or
             activations that are not finite.
     """
-    how = how or Reconstruction()
+    walk, muted = _walked(model, silenced, batches, how or Reconstruction(), progress, without)
+    twin = walk.twin_net
+    with torch.no_grad():
+        if walk.error() > walk.error_of(muted):
+            walk.remarks.append(
+                "making up for the cut in sequence brought the answers no closer to the dense network's on the "
+                "calibration images: the weights are left as the cut left them"
+            )
+            twin = muted
+    twin.train(model.training)
+    return twin, walk.remarks
+
+
+def error_without(
+    model: nn.Module, without: Sequence[str], batches: Sequence[Tensor], how: Reconstruction | None = None
+) -> float:
+    """Squared change of a network's answers, summed over the answers of an image, mean over images, without some
+    residual blocks and after making up for them; arguments as for `reconstruct`."""
+    with torch.no_grad():
+        walk, _ = _walked(model, {}, batches, how or Reconstruction(), None, without)
+        return walk.error() * walk.dense[walk.trace.exit][0][0].numel()
+
+
+def _walked(
+    model: nn.Module,
+    silenced: Mapping[str, Sequence[int]],
+    batches: Sequence[Tensor],
+    how: Reconstruction,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] | None,
+    without: Sequence[str],
+) -> tuple[_Walk, nn.Module]:
+    """The walk, done, and the network that nothing was made up for in."""
     if not batches:
         raise InputError("making up for a cut needs calibration images: pass Material(calibration=...)")
     check_answers(model, batches[0])
@@ -106,9 +141,10 @@ def reconstruct(
     mute(muted, silenced)
     with torch.no_grad():
         trace = Trace(model, batches[0])
+        blocks = find_blocks(model, trace) if without else {}
         n_fit = max(1, int(min(how.memory_gb * 1e9 / _bytes_of(trace, model, batches[0]), len(batches))))
         n_images, batches = sum(map(len, batches)), batches[:n_fit]
-        walk = _Walk(model, twin, trace, silenced, batches, how)
+        walk = _Walk(model, twin, trace, silenced, batches, how, [blocks[name] for name in without])
         if sum(map(len, batches)) < n_images:
             walk.remarks.append(
                 f"made up for on {sum(map(len, batches))} of {n_images} calibration images, whose activations fit into "
@@ -120,14 +156,7 @@ def reconstruct(
             walk.step(node)
         walk.check_exit(model, batches[0])
         walk.remark_on_samples()
-        if walk.error() > walk.error_of(muted, batches):
-            walk.remarks.append(
-                "making up for the cut in sequence brought the answers no closer to the dense network's on the "
-                "calibration images: the weights are left as the cut left them"
-            )
-            twin = muted
-    twin.train(model.training)
-    return twin, walk.remarks
+    return walk, muted
 
 
 def mute(model: nn.Module, silenced: Mapping[str, Sequence[int]]) -> None:
@@ -165,8 +194,12 @@ class _Walk:
         silenced: Mapping[str, Sequence[int]],
         batches: Sequence[Tensor],
         how: Reconstruction,
+        without: Sequence[Block] = (),
     ) -> None:
         self.twin_net, self.trace, self.silenced, self.how = twin, trace, silenced, how
+        self.batches, self.without = batches, without
+        self.ends = {node for block in without for node in block.ends}
+        self.skipped = {node for block in without for node in block.branch} - self.ends
         self.n_batches, self.batch_pixels = len(batches), batches[0][:, :1].numel()
         self.generator = torch.Generator().manual_seed(how.seed)
         self.fixed = trace.inputs(dense), trace.inputs(twin)
@@ -177,6 +210,7 @@ class _Walk:
         self.touched = {node for node in self.fixed[0] if trace.source(node) in changed}
         # To each layer, from the layer that feeds it and no other: the operations on the way, that layer first.
         self.paths = {node: path for node in trace.layers if (path := self._path_to(node))} if how.rounds else {}
+        self.paths = {node: path for node, path in self.paths.items() if node not in self.skipped | self.ends}
         self.freed: set[Node] = set()
         self.remarks: list[str] = []
         # Samples that layers lack for as many equations as unknowns.
@@ -189,10 +223,11 @@ class _Walk:
         )
         return sum(float((a - b).double().square().mean()) for a, b in pairs) / self.n_batches
 
-    def error_of(self, net: nn.Module, batches: Sequence[Tensor]) -> float:
-        """The same of another network."""
-        pairs = zip(batches, self.dense[self.trace.exit], strict=True)
-        return sum(float((first(net(x)) - y).double().square().mean()) for x, y in pairs) / self.n_batches
+    def error_of(self, net: nn.Module) -> float:
+        """The same of another network, with the same blocks silenced."""
+        pairs, fixed = zip(self.batches, self.dense[self.trace.exit], strict=True), self.trace.inputs(net)
+        answers = ((answers_without(self.trace, fixed, x, self.without), y) for x, y in pairs)
+        return sum(float((answer - y).double().square().mean()) for answer, y in answers) / self.n_batches
 
     def remark_on_samples(self) -> None:
         """Say, and warn, where there were fewer samples than unknowns."""
@@ -218,9 +253,24 @@ class _Walk:
             )
 
     def step(self, node: Node) -> None:
-        """Take all batches through one operation, after solving for its weights where it has any."""
+        """Take all batches through one operation, in the dense network and in its twin."""
         self.dense[node] = [run(node, self._reader(self.dense, self.fixed[0], i)) for i in range(self.n_batches)]
         layer = self.trace.layers.get(node)
+        if node in self.ends:
+            self.twin[node] = [torch.zeros_like(value) for value in self.dense[node]]
+        elif node not in self.skipped:
+            self._take(node, layer)
+        self.paths.pop(node, None)
+        self.freed |= set(self.trace.done_with(node))
+        # A layer that the next one's target refines again needs its input until then.
+        held = {source for path in self.paths.values() for source in path[0].all_input_nodes}
+        for done in self.freed - held:
+            self.dense.pop(done, None)
+            self.twin.pop(done, None)
+        self.freed &= held
+
+    def _take(self, node: Node, layer: str | None) -> None:
+        """Take the twin through an operation, after solving for its weights where it has any."""
         if layer is not None:
             norm, others = self._target_of(node)
             shifted = bool(others) or node.args[0] in self.twin
@@ -231,14 +281,6 @@ class _Walk:
                         self._solve(node, layer, norm, others)
         if any(source in self.twin or source in self.touched for source in node.all_input_nodes):
             self._run_twin(node)
-        self.paths.pop(node, None)
-        self.freed |= set(self.trace.done_with(node))
-        # A layer that the next one's target refines again needs its input until then.
-        held = {source for path in self.paths.values() for source in path[0].all_input_nodes}
-        for done in self.freed - held:
-            self.dense.pop(done, None)
-            self.twin.pop(done, None)
-        self.freed &= held
 
     def _run_twin(self, node: Node) -> None:
         self.twin[node] = [run(node, self._reader(self.twin, self.fixed[1], i)) for i in range(self.n_batches)]

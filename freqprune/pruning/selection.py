@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,19 +15,23 @@ from freqprune.errors import InputError
 Kept = dict[str, Tensor]
 """Filters kept a layer: sorted int64 indices into the dense layer."""
 
-SCOPES = ("global", "per_mac", "layer")
+SCOPES = ("global", "per_mac", "per_ms", "layer")
+AMOUNTS = ("ratio", "threshold", "macs_cut", "latency_cut", "latency_ms")
 
 
 @dataclass(frozen=True)
 class Amount:
-    """How much to remove; exactly one of the first three is set.
+    """How much to remove; exactly one of the first five is set.
 
     Args:
         ratio: share of the filters to remove, in (0, 1).
         threshold: keep the filters that score above this.
         macs_cut: share of the network's MACs to remove, in (0, 1), met from above as closely as single filters allow.
+        latency_cut: share of the time of a forward to remove, in (0, 1), see `freqprune.networks.Latency`.
+        latency_ms: milliseconds that a forward may take.
         scope: ``"global"``: rank the filters of all layers together; ``"per_mac"``: rank them by score over the MACs
-            that go with a filter of the layer; ``"layer"``: each layer gives the same share (for `macs_cut` too).
+            that go with a filter of the layer; ``"per_ms"``: over the time; ``"layer"``: each layer gives the same
+            share (for `macs_cut` too).
         normalize: divide each layer's scores by their mean before ranking them together.
         min_filters: filters that every layer keeps at least.
         multiple_of: keep a multiple of so many filters in every layer that loses any, such as 8 for hardware that works
@@ -40,19 +44,23 @@ class Amount:
     ratio: float | None = None
     threshold: float | None = None
     macs_cut: float | None = None
+    latency_cut: float | None = None
+    latency_ms: float | None = None
     scope: str = "global"
     normalize: bool = False
     min_filters: int = 1
     multiple_of: int = 1
 
     def __post_init__(self) -> None:
-        given = {
-            name: getattr(self, name) for name in ("ratio", "threshold", "macs_cut") if getattr(self, name) is not None
-        }
+        given = {name: getattr(self, name) for name in AMOUNTS if getattr(self, name) is not None}
         if len(given) != 1:
             came = ", ".join(f"{name} = {value}" for name, value in given.items()) or "none"
-            raise InputError(f"set exactly one of pruning.ratio, pruning.threshold, pruning.macs_cut, got {came}")
-        for name in ("ratio", "macs_cut"):
+            raise InputError(f"set exactly one of {', '.join(f'pruning.{name}' for name in AMOUNTS)}, got {came}")
+        if self.latency_ms is not None and not (self.latency_ms > 0 and math.isfinite(self.latency_ms)):
+            raise InputError(f"pruning.latency_ms must be a number of milliseconds above 0, got {self.latency_ms}")
+        if self.scope == "per_ms" and not self.by_time:
+            raise InputError("pruning.scope = per_ms needs pruning.latency_cut or pruning.latency_ms")
+        for name in ("ratio", "macs_cut", "latency_cut"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise InputError(
@@ -75,9 +83,16 @@ class Amount:
                 "pruning.threshold is an absolute score; it cannot be combined with pruning.normalize=true"
             )
 
+    @property
+    def by_time(self) -> bool:
+        return self.latency_cut is not None or self.latency_ms is not None
+
 
 def select(
-    scores: Mapping[str, Tensor], amount: Amount, macs: Callable[[Mapping[str, int]], float] | None = None
+    scores: Mapping[str, Tensor],
+    amount: Amount,
+    macs: Callable[[Mapping[str, int]], float] | None = None,
+    whole: Collection[str] = (),
 ) -> Kept:
     """Choose the filters to keep.
 
@@ -87,8 +102,9 @@ def select(
     Args:
         scores: one finite score a filter, ``(n_filters,)`` a layer, of all layers that may lose filters.
         amount: how much to remove.
-        macs: MACs of the network for given numbers of kept filters; needed for `Amount.macs_cut` and
-            ``scope="per_mac"``.
+        macs: MACs of the network for given numbers of kept filters, or, for an amount of time, its milliseconds;
+            needed for these amounts and ``scope="per_mac"`` or ``"per_ms"``.
+        whole: names that stand for residual blocks, which may lose their only filter.
 
     Returns:
         Kept filters of every layer in `scores`.
@@ -103,14 +119,16 @@ def select(
             raise InputError(f"scores of {layer!r} must be finite and of shape (n_filters,), got {tuple(score.shape)}")
     if amount.threshold is not None:
         return _above(scores, amount)
-    if macs is None and (amount.macs_cut is not None or amount.scope == "per_mac"):
+    by_cost = amount.scope in ("per_mac", "per_ms")
+    if macs is None and (amount.macs_cut is not None or amount.by_time or by_cost):
         raise InputError(
             "macs_cut and scope=per_mac need the function macs, which counts the MACs for given widths "
-            "(freqprune.Plan.macs)"
+            "(freqprune.Plan.macs); latency_cut and scope=per_ms one that gives milliseconds"
         )
-    blocks = _ranking(
-        scores, amount, _macs_a_filter(scores, macs) if amount.scope == "per_mac" and macs is not None else None
-    )
+    costs = None
+    if by_cost and macs is not None:
+        costs = _cost_of_a_filter(scores, macs, whole, steps=amount.scope == "per_ms")
+    blocks = _ranking(scores, amount, costs, whole)
     total = sum(map(len, scores.values()))
     if not blocks:
         raise InputError(
@@ -132,9 +150,18 @@ def select(
                 f"pruning.ratio = {amount.ratio} of {total} filters removes nothing; use at least {least / total:.2g}"
             )
         return _without(scores, removed)
-    assert amount.macs_cut is not None
     assert macs is not None
-    return _to_macs(scores, blocks, amount.macs_cut, macs)
+    name = "macs_cut" if amount.macs_cut is not None else "latency_cut"
+    share = getattr(amount, name)
+    if share is None:
+        assert amount.latency_ms is not None
+        share = 1 - amount.latency_ms / macs({layer: len(score) for layer, score in scores.items()})
+        if share <= 0:
+            raise InputError(
+                f"pruning.latency_ms = {amount.latency_ms:g} asks for no less than the network takes already, "
+                f"{amount.latency_ms / (1 - share):.4g} ms"
+            )
+    return _to_macs(scores, blocks, share, macs, name)
 
 
 def remarks(kept: Mapping[str, Tensor], widths: Mapping[str, int], amount: Amount) -> list[str]:
@@ -193,16 +220,30 @@ class _Block:
     filters: list[int]
 
 
-def _macs_a_filter(scores: Mapping[str, Tensor], macs: Callable[[Mapping[str, int]], float]) -> dict[str, float]:
-    """MACs that the dense network saves with the first filter of each layer."""
+def _cost_of_a_filter(
+    scores: Mapping[str, Tensor],
+    macs: Callable[[Mapping[str, int]], float],
+    whole: Collection[str] = (),
+    steps: bool = False,
+) -> dict[str, float]:
+    """MACs (or time) that the dense network saves with one filter of each layer: the first or, of what falls in steps,
+    one of the first half."""
     dense = {layer: len(score) for layer, score in scores.items()}
-    return {
-        layer: macs(dense) - macs({**dense, layer: width - 1}) if width > 1 else macs(dense)
-        for layer, width in dense.items()
-    }
+    everything = macs(dense)
+    found = {}
+    for layer, width in dense.items():
+        fewer = 0 if layer in whole else width // 2 if steps else width - 1
+        saved = everything - macs({**dense, layer: fewer}) if fewer or layer in whole else everything
+        found[layer] = saved / (width - fewer)
+    return found
 
 
-def _ranking(scores: Mapping[str, Tensor], amount: Amount, macs: Mapping[str, float] | None = None) -> list[_Block]:
+def _ranking(
+    scores: Mapping[str, Tensor],
+    amount: Amount,
+    macs: Mapping[str, float] | None = None,
+    whole: Collection[str] = (),
+) -> list[_Block]:
     """Blocks of filters (single ones, unless widths have to be multiples) in the order in which they go, floors
     respected."""
     blocks = []
@@ -214,11 +255,12 @@ def _ranking(scores: Mapping[str, Tensor], amount: Amount, macs: Mapping[str, fl
             mean = values.abs().mean()
             values = values / mean if mean > 0 else values
         if macs is not None:
-            values = values / max(macs[layer], 1.0)
+            # What saves nothing goes last.
+            values = values / max(macs[layer], 1e-6 * max(macs.values()))
         ascending = values.argsort(stable=True)
         floor = -(-amount.min_filters // step) * step
         # Dense width first, then the multiples below it.
-        widths = [n_filters, *range((n_filters - 1) // step * step, floor - 1, -step)]
+        widths = [1, 0] if layer in whole else [n_filters, *range((n_filters - 1) // step * step, floor - 1, -step)]
         for number, (wide, narrow) in enumerate(pairwise(widths)):
             filters = ascending[n_filters - wide : n_filters - narrow]
             key = float(values[filters].mean()) if amount.scope != "layer" else (n_filters - narrow) / n_filters
@@ -247,22 +289,26 @@ def _without(scores: Mapping[str, Tensor], removed: list[_Block]) -> Kept:
 
 
 def _to_macs(
-    scores: Mapping[str, Tensor], blocks: list[_Block], cut: float, macs: Callable[[Mapping[str, int]], float]
+    scores: Mapping[str, Tensor],
+    blocks: list[_Block],
+    cut: float,
+    macs: Callable[[Mapping[str, int]], float],
+    name: str = "macs_cut",
 ) -> Kept:
     dense = {layer: len(score) for layer, score in scores.items()}
-    whole = macs(dense)
+    everything = macs(dense)
 
     def cut_by(removed: list[_Block]) -> float:
         widths = dict(dense)
         for block in removed:
             widths[block.layer] -= len(block.filters)
-        return 1 - macs(widths) / whole
+        return 1 - macs(widths) / everything
 
     if cut_by(blocks) < cut:
         raise InputError(
-            f"pruning.macs_cut = {cut} cannot be reached: with every layer at pruning.min_filters the cut is "
+            f"pruning.{name} = {cut:.4g} cannot be reached: with every layer at pruning.min_filters the cut is "
             f"{cut_by(blocks):.3f}; "
-            "let more layers lose filters (pruning.layers) or cut less"
+            "let more layers lose filters (pruning.layers, pruning.streams, pruning.blocks) or cut less"
         )
     low, high = 0, len(blocks)
     while low < high:  # fewest blocks that reach the cut; the cut only grows with every block

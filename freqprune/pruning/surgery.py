@@ -38,7 +38,7 @@ class Plan:
         blocks: residual blocks that may go, see `freqprune.pruning.blocks`; their names stand for one filter each.
 
     Raises:
-        InputError: for a network that cannot be followed or, with `blocks`, has none that may go.
+        InputError: for a network that cannot be followed.
     """
 
     def __init__(self, model: nn.Module, example: Tensor, blocks: bool = False) -> None:
@@ -51,10 +51,6 @@ class Plan:
         if blocks:
             self.trace = Trace(model, self.example)
             self.blocks = find_blocks(model, self.trace)
-            if not self.blocks:
-                raise InputError(
-                    f"{type(model).__name__} has no residual block that may go as a whole; use pruning.blocks=false"
-                )
 
     def unit(self, name: str) -> Unit:
         """A unit by its name.
@@ -124,6 +120,11 @@ class Plan:
     def dropped(self, kept: Mapping[str, Tensor]) -> list[str]:
         """The blocks that a selection drops, in the order in which they run."""
         return [name for name in self.blocks if name in kept and not len(kept[name])]
+
+    def blocks_of(self, trace: Trace) -> dict[str, Block]:
+        """The blocks as another trace of the same network has them."""
+        found = find_blocks(self.model, trace) if self.blocks else {}
+        return {name: found[name] for name in self.blocks}
 
     def sensible(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A selection without filters of layers that go with a block."""

@@ -90,7 +90,7 @@ def test_macs_cut_out_of_reach_and_without_a_cost() -> None:
         ({"ratio": 0.0}, r"between 0 \(removes nothing\)"),
         ({"ratio": 1.0}, r"1 \(removes everything\)"),
         ({"macs_cut": 1.2}, "pruning.macs_cut must lie"),
-        ({"ratio": 0.5, "scope": "net"}, "scope must be one of global, per_mac, layer"),
+        ({"ratio": 0.5, "scope": "net"}, "scope must be one of global, per_mac, per_ms, layer"),
         ({"ratio": 0.5, "min_filters": 0}, "min_filters must be at least 1"),
         ({"threshold": 1.0, "normalize": True}, "cannot be combined"),
     ],

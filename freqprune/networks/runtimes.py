@@ -1,0 +1,108 @@
+"""Where a network is timed: on this device eagerly, compiled, or by ONNX Runtime; dense and smaller in turn."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from freqprune.errors import InputError
+from freqprune.networks.hooks import evaluating
+
+TARGETS = ("eager", "compiled", "onnx")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Times of a dense and of a smaller network, measured in turn.
+
+    Attributes:
+        dense_ms: median of a forward.
+        small_ms: likewise.
+        saved: share of the time that the smaller network saves, by the median of the ratios of neighbours.
+        spread: half of the distance between the quartiles of that share, over the root of the number of pairs.
+    """
+
+    dense_ms: float
+    small_ms: float
+    saved: float
+    spread: float
+
+
+def runner(net: nn.Module, example: Tensor, target: str = "eager") -> Callable[[], object]:
+    """One forward of a network, ready to be called again and again.
+
+    Args:
+        net: the network; left as it is.
+        example: the batch.
+        target: one of `TARGETS`.
+
+    Raises:
+        InputError: if the target's packages are missing, or it cannot take the network.
+    """
+    if target == "onnx":
+        return _in_onnxruntime(net, example)
+    forward = torch.compile(net) if target == "compiled" else net
+
+    def call() -> object:
+        with torch.inference_mode():
+            answer = forward(example)
+        if example.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return answer
+
+    return call
+
+
+def _in_onnxruntime(net: nn.Module, example: Tensor) -> Callable[[], object]:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise InputError("latency.target=onnx needs onnxruntime; pip install 'freqprune[onnx]'") from None
+    where = next(net.parameters()).device
+    try:
+        with warnings.catch_warnings(), evaluating(net), torch.no_grad():
+            # The exporter's remarks about its own internals.
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(net.cpu(), (example.cpu(),), dynamo=True, verbose=False)
+            assert program is not None
+            content = program.model_proto.SerializeToString()
+    finally:
+        net.to(where)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    inputs = {session.get_inputs()[0].name: np.ascontiguousarray(example.cpu().numpy())}
+    return lambda: session.run(None, inputs)
+
+
+def compare(dense: Callable[[], object], small: Callable[[], object], n_pairs: int = 15, n_warmup: int = 3) -> Speed:
+    """Time two forwards in turn, so that a drift of the machine meets both.
+
+    Args:
+        dense: a forward of the dense network, from `runner`.
+        small: of the smaller one.
+        n_pairs: timed forwards of each.
+        n_warmup: forwards of each before those.
+    """
+    times: tuple[list[float], list[float]] = ([], [])
+    for number in range(n_warmup + n_pairs):
+        for work, found in zip((dense, small), times, strict=True):
+            start = time.perf_counter()
+            work()
+            if number >= n_warmup:
+                found.append(1000 * (time.perf_counter() - start))
+    saved = [1 - after / before for before, after in zip(*times, strict=True)]
+    low, _, high = statistics.quantiles(saved, n=4)
+    return Speed(
+        statistics.median(times[0]),
+        statistics.median(times[1]),
+        statistics.median(saved),
+        (high - low) / 2 / len(saved) ** 0.5,
+    )

@@ -1,0 +1,62 @@
+"""What residual blocks are worth: how far the logits move without them although the other layers make up for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from freqprune.networks import Trace, equal_batches
+from freqprune.pruning.blocks import answers_without, find_blocks
+from freqprune.pruning.reconstruction import Reconstruction, error_without
+
+# Making up for blocks on the way to their scores: one pass.
+ONE_PASS = Reconstruction(rounds=0, positions=64)
+
+
+def block_scores(
+    model: nn.Module,
+    images: Sequence[Tensor],
+    how: Reconstruction = ONE_PASS,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+) -> dict[str, Tensor]:
+    """Squared change of the logits that each residual block adds when it goes, the least first: on the scale of
+    `logit_error`.
+
+    Blocks are taken away one by one, each time the one without which the logits move least, together with those that
+    are gone already; the change is then measured after making up for them (`reconstruct`), and a block scores what it
+    adds to it, or what the block before it added, if that was more.
+
+    Args:
+        model: a classifier.
+        images: batches of network inputs.
+        how: how blocks are made up for.
+        progress: wraps the iteration over the blocks, for a progress bar.
+
+    Returns:
+        ``(1,)`` for each block, by name, in the order of the network.
+    """
+    batches = equal_batches(images)
+    trace = Trace(model, batches[0])
+    blocks, fixed = find_blocks(model, trace), trace.inputs(model)
+    gone: list[str] = []
+    found: dict[str, Tensor] = {}
+    before = last = 0.0
+    said = [f"ranking blocks, {number} of {len(blocks)}" for number in range(1, len(blocks) + 1)]
+    with torch.no_grad():
+        dense = [answers_without(trace, fixed, batch, ()) for batch in batches]
+        for _ in progress(said) if progress is not None else said:
+            change = {}
+            for name in blocks:
+                if name not in gone:
+                    without = [blocks[one] for one in (*gone, name)]
+                    answers = [answers_without(trace, fixed, batch, without) for batch in batches]
+                    change[name] = sum(float((a - b).square().sum()) for a, b in zip(answers, dense, strict=True))
+            gone.append(min(change, key=change.__getitem__))
+            now = error_without(model, gone, batches, how)
+            last = max(last, now - before)
+            before = max(before, now)
+            found[gone[-1]] = torch.tensor([last], dtype=torch.float64)
+    return {name: found[name] for name in blocks}

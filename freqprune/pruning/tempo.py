@@ -1,0 +1,127 @@
+"""A cut to a given time: filters and blocks ranked by score a millisecond, the time measured, the cut taken further."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from freqprune.errors import InputError
+from freqprune.networks import Speed, Times, Trace, cache_file, compare, runner
+from freqprune.pruning.recipe import Material, Recipe
+from freqprune.pruning.selection import Kept, select
+from freqprune.pruning.surgery import Plan
+from freqprune.tagging import Progress
+
+# Shares of the time: the measured one may lie so far below what is asked for, or above.
+BELOW, ABOVE = 0.02, 0.04
+# What a cut may miss before it is told.
+MISSED = 0.05
+N_TRIES = 6
+# Spread of a measured share above which it is measured again, with more forwards, and in the end given up.
+NOISY = 0.02
+N_PAIRS = (15, 40, 100)
+
+
+def to_time(
+    plan: Plan, scores: Mapping[str, Tensor], material: Material, recipe: Recipe, progress: Progress | None = None
+) -> tuple[Kept, list[str]]:
+    """Choose what to keep so that the measured time falls by what `recipe.amount` asks for.
+
+    Args:
+        plan: of the network.
+        scores: of filters and blocks.
+        material: its images make the batch that is timed.
+        recipe: amount, and where it counts.
+        progress: see `freqprune.tag`.
+
+    Returns:
+        What is kept, and remarks.
+
+    Raises:
+        InputError: for a time that cannot be reached, or a device too noisy to measure.
+    """
+    how, device = recipe.latency, plan.example.device
+    pixels = material.images[torch.arange(how.batch_size) % len(material.images)].to(device)
+    batch = material.normalize(pixels)
+    dense = _ready(plan.model)
+    time_dense = runner(dense, batch, how.target)
+    eager = runner(dense, batch)
+    dense_ms = compare(eager, eager, N_PAIRS[0]).dense_ms
+    target_ms = dense_ms if how.target == "eager" else compare(time_dense, time_dense, N_PAIRS[0]).dense_ms
+    trace = plan.trace if plan.blocks and how.batch_size == 1 else Trace(dense, batch)
+    blocks = plan.blocks_of(trace)
+    folder = Path(how.folder) if how.folder is not None else Path.home() / ".cache" / "freqprune"
+    times = Times(dense, trace, batch, dense_ms, cache_file(folder, device), progress)
+
+    def ms(widths: Mapping[str, int]) -> float:
+        gone = {node for name in blocks if widths.get(name, 1) == 0 for node in blocks[name].gone}
+        units = {name: width for name, width in widths.items() if name not in blocks}
+        return times.ms(plan.graph.left(units), gone)
+
+    asked = recipe.amount.latency_cut
+    if asked is None:
+        assert recipe.amount.latency_ms is not None
+        asked = 1 - recipe.amount.latency_ms / target_ms
+        if asked <= 0:
+            raise InputError(
+                f"pruning.latency_ms = {recipe.amount.latency_ms:g} asks for no less than the network takes already, "
+                f"{target_ms:.4g} ms at batch {how.batch_size}"
+            )
+    goal, best = asked, None
+    for _ in range(N_TRIES):
+        amount = replace(recipe.amount, latency_ms=None, latency_cut=min(goal, 0.99))
+        try:
+            kept = plan.sensible(select(scores, amount, ms, plan.blocks))
+        except InputError as error:
+            if best is None:
+                raise
+            raise InputError(
+                f"a cut of {100 * asked:.1f} % of the time cannot be reached; {100 * best[1].saved:.1f} % was "
+                f"measured. {error}"
+            ) from error
+        speed = _measured(time_dense, _ready(plan.apply(kept, check=False)), batch, how.target)
+        off = speed.saved - asked
+        if best is None or _badness(off) < _badness(best[1].saved - asked):
+            best = kept, speed
+        if -BELOW <= off <= ABOVE:
+            break
+        goal = min(0.99, max(0.01, goal - off))
+    assert best is not None
+    kept, speed = best
+    where = f"batch {how.batch_size}, {how.target} on {device.type}"
+    if device.type == "cpu":
+        where += f" with {torch.get_num_threads()} threads"
+    said = [
+        f"{100 * speed.saved:.1f} % of the time saved, {100 * asked:.1f} % asked for: {speed.dense_ms:.4g} ms before, "
+        f"{speed.small_ms:.4g} ms now ({where}; spread {100 * speed.spread:.1f} %)"
+    ]
+    if speed.saved < asked - MISSED:
+        said.append(f"the time asked for was missed by {100 * (asked - speed.saved):.1f} % of the dense network's")
+    return kept, said
+
+
+def _badness(off: float) -> float:
+    """Too little saved is worse than too much."""
+    return off if off >= 0 else -3 * off
+
+
+def _ready(net: nn.Module) -> nn.Module:
+    return copy.deepcopy(net).eval().to(memory_format=torch.channels_last)
+
+
+def _measured(time_dense: object, small: nn.Module, batch: Tensor, target: str) -> Speed:
+    time_small = runner(small, batch, target)
+    for n_pairs in N_PAIRS:
+        speed = compare(time_dense, time_small, n_pairs)  # type: ignore[arg-type]
+        if speed.spread <= NOISY:
+            return speed
+    raise InputError(
+        f"this device is too noisy to measure a cut on: over {N_PAIRS[-1]} pairs of forwards the share saved is "
+        f"{100 * speed.saved:.1f} % with a spread of {100 * speed.spread:.1f} %, above {100 * NOISY:g} %; stop what "
+        "else runs on it, or cut by pruning.macs_cut"
+    )
