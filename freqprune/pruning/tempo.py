@@ -18,7 +18,7 @@ from freqprune.pruning.surgery import Plan
 from freqprune.tagging import Progress
 
 # Shares of the time: the measured one may lie so far below what is asked for, or above.
-BELOW, ABOVE = 0.02, 0.04
+BELOW, ABOVE = 0.01, 0.04
 # What a cut may miss before it is told.
 MISSED = 0.05
 N_TRIES = 6

@@ -1,0 +1,228 @@
+"""Whole residual blocks: found in any network, proved, made up for, scored, saved."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.vision_transformer import VisionTransformer
+
+from freqprune.errors import InputError
+from freqprune.networks.blocks import ACTIVATION, Shortcut, drop_blocks, dropped_blocks
+from freqprune.networks.checkpoint import load_pruned, save_pruned
+from freqprune.networks.profiling import macs_by_layer
+from freqprune.networks.registry import build_model
+from freqprune.networks.trace import Trace
+from freqprune.pruning.blocks import find_blocks
+from freqprune.pruning.cutting import Material, Recipe, cut
+from freqprune.pruning.depth import block_scores
+from freqprune.pruning.reconstruction import Reconstruction, error_without, reconstruct
+from freqprune.pruning.selection import Amount, select
+from freqprune.pruning.surgery import Plan
+from freqprune.tagging.stimulus import Stimulus
+
+X = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+GONE = torch.tensor([], dtype=torch.long)
+
+
+class Odd(nn.Module):
+    """Blocks whose activation is a function, whose input is no ReLU's, and that are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.plain, self.scaled, self.through = Plain(6), Scaled(6), nn.Sequential(nn.Conv2d(6, 6, 1), nn.ReLU())
+        self.projected = Projected(6, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.projected(self.through(self.scaled(self.plain(self.stem(x)))))
+        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Plain(nn.Module):
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(n, n, 3, padding=1), nn.BatchNorm2d(n), nn.Conv2d(n, n, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.b(F.relu(self.norm(self.a(x)))))
+
+
+class Scaled(Plain):
+    """The branch's end is no module's output; the shortcut is scaled by nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.norm(self.a(x)))) * 0.5 + x  # type: ignore[no-any-return]
+
+
+class Projected(nn.Module):
+    def __init__(self, n: int, m: int) -> None:
+        super().__init__()
+        self.a, self.b, self.way = nn.Conv2d(n, m, 3, padding=1), nn.Conv2d(m, m, 3, padding=1), nn.Conv2d(n, m, 1)
+        self.act = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.b(F.relu(self.a(x))) + self.way(x))  # type: ignore[no-any-return]
+
+
+def odd() -> Odd:
+    torch.manual_seed(0)
+    net = Odd()
+    for _ in range(3):
+        net(torch.randn(8, 3, 32, 32))
+    return net.eval()
+
+
+def test_blocks_are_found_with_what_stays_of_them() -> None:
+    net = odd()
+    found = find_blocks(net, Trace(net, X[:1]))
+    # The input of the first is no ReLU's, so that its activation has to stay.
+    assert {name: (block.left, block.layers) for name, block in found.items()} == {
+        "plain": ((ACTIVATION,), ("plain.a", "plain.b")),
+        "scaled": ((), ("scaled.a", "scaled.b")),
+        "projected": (("way", "act"), ("projected.a", "projected.b")),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "n_blocks"),
+    [("resnet20", 9), ("torchvision/resnet18", 8), ("torchvision/mobilenet_v2", 10), ("torchvision/densenet121", 0)],
+)
+def test_blocks_of_known_networks(name: str, n_blocks: int) -> None:
+    net = build_model({"name": name}).eval()
+    assert len(find_blocks(net, Trace(net, X[:1]))) == n_blocks
+
+
+def test_blocks_of_a_vision_transformer() -> None:
+    """Attention and perceptron of a layer go together: two branches on one shortcut."""
+    net = VisionTransformer(
+        image_size=32, patch_size=8, num_layers=3, num_heads=2, hidden_dim=16, mlp_dim=24, num_classes=5
+    ).eval()
+    nn.init.normal_(net.heads.head.weight)
+    plan = Plan(net, X, blocks=True)
+    assert [len(block.ends) for block in plan.blocks.values()] == [2, 2, 2]
+    small = plan.apply({"encoder.layers.encoder_layer_1": GONE})
+    expected = VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24, num_classes=5
+    ).eval()
+    state = {key: value for key, value in net.state_dict().items() if "encoder_layer_1" not in key}
+    expected.load_state_dict({key.replace("encoder_layer_2", "encoder_layer_1"): value for key, value in state.items()})
+    with torch.no_grad():
+        torch.testing.assert_close(small(X), expected(X))
+
+
+def test_a_network_without_some_blocks_and_filters() -> None:
+    net = odd()
+    plan = Plan(net, X, blocks=True)
+    kept = {"plain": GONE, "projected": GONE, "scaled": torch.tensor([0]), "plain.a": torch.arange(2),
+            "scaled.a": torch.tensor([1, 4])}  # fmt: skip
+    small = plan.apply(kept)
+    assert dropped_blocks(small) == {"plain": [ACTIVATION], "projected": ["way", "act"]}
+    with torch.no_grad():
+        x = F.relu(net.stem(X))
+        inner = F.relu(net.scaled.norm(net.scaled.a(x)))
+        inner[:, [0, 2, 3, 5]] = 0
+        x = net.scaled.b(inner) * 0.5 + x
+        expected = net.head(net.projected.act(net.projected.way(net.through(x))).mean((2, 3)))
+        torch.testing.assert_close(small(X), expected)
+    # Filters of a block that is gone are no matter; MACs are those of what is left.
+    assert set(plan.sensible(kept)) == {"plain", "projected", "scaled", "scaled.a"}
+    widths = {name: len(indices) for name, indices in kept.items()}
+    assert plan.macs(widths) == sum(macs_by_layer(small, X[:1]).values())
+
+
+def test_a_cut_is_checked_against_the_silenced_branch() -> None:
+    net = odd()
+    plan = Plan(net, X, blocks=True)
+    block = plan.blocks["projected"]
+    wrong = type(block)(block.name, block.ends, block.branch, block.gone, block.layers, ("way",))
+    plan.blocks["projected"] = wrong
+    with pytest.raises(InputError, match="computes something else than the network"):
+        plan.apply({"projected": GONE})
+
+
+@pytest.mark.parametrize("shortcut", ["A", "B"])
+def test_networks_without_blocks_are_rebuilt(shortcut: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = build_model({"name": "resnet14", "shortcut": shortcut}).eval()
+    plan = Plan(net, X, blocks=True)
+    kept = {"layer1.1": GONE, "layer2.0": GONE, "layer3.0.conv1": torch.arange(40)}
+    # Streams as well: the first of a stage is built as wide as its shortcut.
+    kept |= {name: torch.arange(plan.unit(name).n_filters // 2) for name in plan.streams}
+    small = plan.apply(kept)
+    save_pruned(tmp_path / "pruned.ckpt", small, {})
+    again = load_pruned(tmp_path / "pruned.ckpt")
+    with torch.no_grad():
+        assert torch.equal(again(X), small(X))
+    assert isinstance(again.layer2[0], Shortcut)
+    with pytest.raises(InputError, match=r"no block 'layer4.0'"):
+        drop_blocks(again, {"layer4.0": []})
+    with pytest.raises(InputError, match=r"no block 'layer1.0' with way"):
+        drop_blocks(again, {"layer1.0": ["way"]})
+
+
+def test_the_layers_after_a_block_make_up_for_it() -> None:
+    """A block whose branch is a linear map of its input: the next block's convolutions can take it over."""
+    torch.manual_seed(0)
+    net = odd()
+    batches = list(torch.rand(32, 3, 32, 32).split(16))
+    how = Reconstruction(rounds=0, positions=64)
+    twin, _ = reconstruct(net, {}, batches, how, without=["scaled"])
+    plan = Plan(net, X, blocks=True)
+
+    def error(small: nn.Module) -> float:
+        with torch.no_grad():
+            return sum(float((small(x) - net(x)).square().sum()) for x in batches) / 32
+
+    plain = error(plan.apply({"scaled": GONE}))
+    made_up = error(plan.apply({"scaled": GONE}, weights=twin))
+    assert made_up < 0.3 * plain
+    assert made_up == pytest.approx(error_without(net, ["scaled"], batches, how), rel=1e-3)
+
+
+def test_blocks_score_what_they_add_to_the_change_of_the_logits() -> None:
+    net = odd()
+    with torch.no_grad():
+        # A block that hardly does anything goes first, and costs nothing.
+        net.scaled.b.weight.mul_(1e-4)
+        net.scaled.b.bias.zero_()
+    images = torch.rand(16, 3, 32, 32)
+    found = block_scores(net, [images])
+    assert list(found) == ["plain", "scaled", "projected"]
+    assert found["scaled"] < 1e-3 * min(found["plain"], found["projected"])
+    # What all add together is what the network without any of them is off.
+    order = sorted(found, key=lambda name: float(found[name]))
+    total = sum(float(score) for score in found.values())
+    everything = error_without(net, order, [images], Reconstruction(rounds=0, positions=64))
+    assert total >= everything * 0.999
+
+
+def test_blocks_and_filters_are_ranked_together() -> None:
+    scores = {"a": torch.tensor([1.0, 2.0, 3.0, 4.0]), "block": torch.tensor([2.5])}
+    cost = lambda widths: 10.0 * widths.get("a", 4) + 30.0 * widths.get("block", 1)  # noqa: E731
+    kept = select(scores, Amount(macs_cut=0.4, scope="per_mac"), cost, whole=["block"])
+    # 2.5 over 30 is less than 1 over 10.
+    assert {name: indices.tolist() for name, indices in kept.items()} == {"a": [0, 1, 2, 3], "block": []}
+    kept = select(scores, Amount(macs_cut=0.5, scope="per_mac"), cost, whole=["block"])
+    assert {name: indices.tolist() for name, indices in kept.items()} == {"a": [1, 2, 3], "block": []}
+
+
+def test_a_cut_of_macs_with_blocks() -> None:
+    net = odd()
+    pixels = torch.rand(64, 3, 32, 32)
+    material = Material(X, lambda p: p, calibration=pixels)
+    how = {"criterion": "logit_error", "compensation": "sequential", "calibrate_on": "images"}
+    recipe = Recipe(Amount(macs_cut=0.5, scope="per_mac"), blocks=True, reconstruction=Reconstruction(rounds=0), **how)  # type: ignore[arg-type]
+    done = cut(net, material, recipe, Stimulus())
+    before, after = (sum(macs_by_layer(one, X[:1]).values()) for one in (net, done.net))
+    assert after <= 0.5 * before
+    assert done.dropped
+    assert all(not name.startswith(tuple(f"{block}." for block in done.dropped)) for name in done.kept)
+    assert any("residual blocks went altogether" in remark for remark in done.remarks)
+    with pytest.raises(InputError, match="l2 does not compare with; use logit_error or logit_redundancy"):
+        Recipe(Amount(macs_cut=0.5), criterion="l2", blocks=True)
+    chain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(InputError, match="Sequential has no residual block that may go"):
+        cut(chain, material, recipe, Stimulus())
