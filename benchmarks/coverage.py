@@ -87,8 +87,10 @@ def cut(name: str, share: float) -> dict[str, Any]:
         row["units"] = len(units)
         # Of all MACs, those of attention's products too, in which no unit has a part.
         counter = FlopCounterMode(display=False)
+        net.requires_grad_(False)
         with torch.no_grad(), counter:
             net(x[:1])
+        net.requires_grad_(True)
         total = counter.get_total_flops() / 2
         row["reachable"] = round((plan.macs({}) - plan.macs(dict.fromkeys(units, 1))) / total, 3)
         kept = select(

@@ -256,7 +256,7 @@ def _ranking(
             values = values / mean if mean > 0 else values
         if macs is not None:
             # What saves nothing goes last.
-            values = values / max(macs[layer], 1e-6 * max(macs.values()))
+            values = values / max(macs[layer], 1e-6 * max(macs.values()), 1e-12)
         ascending = values.argsort(stable=True)
         floor = -(-amount.min_filters // step) * step
         # Dense width first, then the multiples below it.

@@ -1,0 +1,102 @@
+"""Measured times: of operations, kept in a file, and of whole networks in turn."""
+
+import importlib.util
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from freqprune.errors import InputError
+from freqprune.networks import timing
+from freqprune.networks.registry import build_model
+from freqprune.networks.runtimes import compare, runner
+from freqprune.networks.timing import Operation, Times, cache_file
+from freqprune.networks.trace import CONVOLUTIONS, Trace
+
+CPU = torch.device("cpu")
+X = torch.rand(4, 3, 32, 32)
+
+
+@pytest.fixture
+def few_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "LEAST_S", 1e-4)
+
+
+def test_an_operation_between_measured_widths() -> None:
+    one = Operation(None, "a", (8.0, 6.0, 6.0, 2.0), (8.0, 8.0, 4.0, 2.0))  # type: ignore[arg-type]
+    assert one.ms(1, 1) == 8
+    # Steps of the hardware stay steps.
+    assert one.ms(0.75, 1) == one.ms(0.5, 1) == 6
+    assert one.ms(1, 0.875) == 8
+    assert one.ms(0.5, 0.5) == 6 * 4 / 8
+    assert one.ms(0.01, 1) == 2
+
+
+@pytest.mark.usefixtures("few_measurements")
+def test_operations_add_up_to_what_a_forward_takes() -> None:
+    net = build_model({"name": "resnet8"}).eval()
+    trace = Trace(net, X)
+    times = Times(net, trace, X, dense_ms=1000.0)
+    assert times.ms({}) == pytest.approx(1000)
+    convolution = next(one for one in times.operations if one.node.target in CONVOLUTIONS)
+    assert times.ms({}, [convolution.node]) == pytest.approx(1000 - convolution.writes[0])
+    assert convolution.layer == "conv1"
+    # What follows a layer has its channels.
+    layers = [one.layer for one in times.operations if one.node.target is torch.ops.aten.batch_norm.default]
+    assert layers == [name for name in trace.layers.values() if name != "linear"]
+    assert Times(net, trace, X, dense_ms=1e-3).ms({}) == pytest.approx(1e-3)
+
+
+@pytest.mark.usefixtures("few_measurements")
+def test_times_are_kept_and_not_measured_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = build_model({"name": "resnet8"}).eval()
+    trace, path = Trace(net, X), cache_file(tmp_path, CPU)
+    first = Times(net, trace, X, 10.0, path)
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(timing, "Timer", refuse)
+    again = Times(net, trace, X, 10.0, path)
+    assert [one.writes for one in again.operations] == [one.writes for one in first.operations]
+    with pytest.raises(AssertionError, match="measured again"):
+        Times(net, Trace(net, X[:2]), X[:2], 10.0, path)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "about": {**content["about"], "torch": "1.0"}}))
+    with pytest.raises(InputError, match=r"is stale: it holds for .*'torch': '1\.0'.* remove it"):
+        Times(net, trace, X, 10.0, path)
+    path.write_text("{")
+    with pytest.raises(InputError, match=r"cannot be read .* remove it"):
+        Times(net, trace, X, 10.0, path)
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    assert cache_file(tmp_path, CPU) != path
+
+
+def test_networks_are_timed_in_turn() -> None:
+    calls = []
+
+    def work(name: str, seconds: float) -> None:
+        calls.append(name)
+        time.sleep(seconds)
+
+    speed = compare(lambda: work("dense", 0.02), lambda: work("small", 0.012), n_pairs=5, n_warmup=1)
+    assert calls == ["dense", "small"] * 6
+    assert speed.saved == pytest.approx(0.4, abs=0.1)
+    assert speed.dense_ms >= 20
+    assert 12 <= speed.small_ms < speed.dense_ms
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is not installed")
+def test_onnx_runtime_answers_as_the_network_does() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    answer = runner(net, X, "onnx")()
+    assert isinstance(answer, list)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(answer[0]), net(X), rtol=1e-4, atol=1e-5)
+    eager = runner(net, X)()
+    assert isinstance(eager, Tensor)
+    with torch.no_grad():
+        torch.testing.assert_close(eager, net(X))

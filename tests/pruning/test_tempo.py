@@ -1,0 +1,165 @@
+"""Cuts to a time: until the measured one is reached."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from freqprune.errors import InputError
+from freqprune.networks import timing
+from freqprune.networks.profiling import Latency, count_macs, macs_by_layer
+from freqprune.networks.registry import build_model
+from freqprune.networks.runtimes import Speed
+from freqprune.networks.timing import Operation, Times
+from freqprune.networks.trace import Trace
+from freqprune.pruning import tempo
+from freqprune.pruning.cutting import Material, Recipe, cut
+from freqprune.pruning.selection import Amount
+from freqprune.pruning.surgery import Plan
+from freqprune.tagging.stimulus import Stimulus
+
+PIXELS = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+class ByMacs(Times):
+    """Times that are the multiplications, the same on every machine."""
+
+    def __init__(self, model: nn.Module, trace: Trace, batch: Tensor, *rest: Any) -> None:
+        macs = macs_by_layer(model, batch[:1])
+        each = ((node, name, (float(macs[name]),)) for node, name in trace.layers.items())
+        self.operations = [Operation(node, name, macs * 4, macs * 4) for node, name, macs in each]
+
+    def ms(self, left: Any, gone: Any = ()) -> float:
+        without = set(gone)
+        shares = {name: read * written for name, (read, written) in left.items()}
+        return sum(one.reads[0] * shares[one.layer or ""] for one in self.operations if one.node not in without)
+
+
+@pytest.fixture
+def _by_macs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempo, "Times", ByMacs)
+
+
+def recipe(folder: Path, **amount: Any) -> Recipe:
+    return Recipe(
+        Amount(scope="per_ms", **amount),
+        criterion="logit_error",
+        compensation="sequential",
+        calibrate_on="images",
+        latency=Latency(batch_size=4, folder=str(folder)),
+    )
+
+
+def slow_as(share: Callable[[nn.Module], float], monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Let the device take the time that a function gives; what was measured, in order."""
+    seen: list[float] = []
+
+    def measured(dense: object, small: nn.Module, *rest: object) -> Speed:
+        seen.append(1 - share(small))
+        return Speed(10.0, 10 * share(small), 1 - share(small), 0.0)
+
+    monkeypatch.setattr(tempo, "_measured", measured)
+    return seen
+
+
+@pytest.mark.usefixtures("_by_macs")
+def test_the_cut_goes_on_until_the_measured_time_is_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net = build_model({"name": "resnet20"}).eval()
+    whole = count_macs(net, PIXELS[:1])
+    # This device saves only half of what goes.
+    seen = slow_as(lambda small: 1 - 0.5 * (1 - count_macs(small, PIXELS[:1]) / whole), monkeypatch)
+    material = Material(PIXELS[:4], lambda p: p, calibration=PIXELS)
+    done = cut(net, material, recipe(tmp_path, latency_cut=0.3), Stimulus())
+    assert len(seen) > 1
+    assert seen[0] < 0.29
+    assert 0.5 * (1 - count_macs(done.net, PIXELS[:1]) / whole) == pytest.approx(0.32, abs=0.035)
+    assert any(
+        remark.startswith(f"{100 * seen[-1]:.1f} % of the time saved, 30.0 % asked for") for remark in done.remarks
+    )
+
+
+def test_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Really timed, so that nothing can be said of how well; the times are kept."""
+    monkeypatch.setattr(timing, "LEAST_S", 1e-4)
+    monkeypatch.setattr(tempo, "NOISY", 10.0)
+    net = build_model({"name": "resnet14"}).eval()
+    done = cut(
+        net, Material(PIXELS[:4], lambda p: p, calibration=PIXELS), recipe(tmp_path, latency_cut=0.3), Stimulus()
+    )
+    assert done.dropped
+    assert any("% of the time saved, 30.0 % asked for" in remark for remark in done.remarks)
+    assert len(list(tmp_path.glob("times-*.json"))) == 1
+
+
+@pytest.mark.usefixtures("_by_macs")
+def test_a_time_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = build_model({"name": "resnet8"}).eval()
+    material = Material(PIXELS[:4], lambda p: p, calibration=PIXELS)
+    slow_as(lambda small: 0.9, monkeypatch)
+    with pytest.raises(InputError, match=r"50\.0 % of the time cannot be reached; 10\.0 % was measured"):
+        cut(net, material, recipe(tmp_path, latency_cut=0.5), Stimulus())
+    with pytest.raises(InputError, match="asks for no less than the network takes already"):
+        cut(net, material, recipe(tmp_path, latency_ms=1e6), Stimulus())
+
+
+@pytest.mark.usefixtures("_by_macs")
+def test_what_is_missed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = build_model({"name": "resnet20"}).eval()
+    material = Material(PIXELS[:4], lambda p: p, calibration=PIXELS)
+    slow_as(lambda small: 0.9, monkeypatch)
+    monkeypatch.setattr(tempo, "N_TRIES", 1)
+    done = cut(net, material, recipe(tmp_path, latency_cut=0.2), Stimulus())
+    assert any("the time asked for was missed by 10.0 %" in remark for remark in done.remarks)
+
+
+def test_a_noisy_device_is_measured_longer_and_then_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def noisy(dense: object, small: object, n_pairs: int) -> Speed:
+        asked.append(n_pairs)
+        return Speed(10.0, 8.0, 0.2, 0.05 if n_pairs < 40 else spread)
+
+    monkeypatch.setattr(tempo, "compare", noisy)
+    net = nn.Sequential(nn.Conv2d(3, 2, 1))
+    spread = 0.001
+    assert tempo._measured(lambda: None, net, PIXELS, "eager").saved == 0.2
+    assert asked == [15, 40]
+    spread = 0.05
+    with pytest.raises(InputError, match=r"too noisy .* 20\.0 % with a spread of 5\.0 %, above 2 %"):
+        tempo._measured(lambda: None, net, PIXELS, "eager")
+    assert asked[2:] == [15, 40, 100]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"latency_cut": 1.5}, "latency_cut must lie between 0"),
+        ({"latency_ms": -1}, "latency_ms must be a number of milliseconds above 0"),
+        ({"latency_cut": 0.5, "macs_cut": 0.5}, "set exactly one of .*latency_cut"),
+        ({"macs_cut": 0.5, "scope": "per_ms"}, "per_ms needs pruning.latency_cut"),
+    ],
+)
+def test_bad_amounts_of_time(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Amount(**settings)
+
+
+@pytest.mark.usefixtures("_by_macs")
+def test_filters_alone_where_there_are_no_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(8, 4),
+    ).eval()  # fmt: skip
+    whole = count_macs(net, PIXELS[:1])
+    slow_as(lambda small: count_macs(small, PIXELS[:1]) / whole, monkeypatch)
+    done = cut(
+        net, Material(PIXELS[:4], lambda p: p, calibration=PIXELS), recipe(tmp_path, latency_cut=0.3), Stimulus()
+    )
+    assert done.dropped == []
+    assert count_macs(done.net, PIXELS[:1]) < 0.75 * whole
+    assert isinstance(Plan(net, PIXELS[:1], blocks=True).blocks, dict)
