@@ -145,8 +145,8 @@ def read(cfg: DictConfig) -> Settings:
         if all(amount.get(name) is None for name in AMOUNTS):
             amount["macs_cut"] = course.default_macs_cut
         by_time = amount.get("latency_cut") is not None or amount.get("latency_ms") is not None
-        if by_time and amount["scope"] == "per_mac":
-            amount["scope"] = "per_ms"
+        if amount.get("scope") is None:
+            amount["scope"] = "per_ms" if by_time and scoring.scope == "per_mac" else scoring.scope
         if by_time and course.steps > 1:
             raise InputError("pruning.latency_cut and pruning.latency_ms are met in one step; use pruning.steps=1")
         recipe = _build(

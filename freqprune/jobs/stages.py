@@ -109,7 +109,8 @@ class Run:
                 for name, indices in ours.items()
                 if name not in gone
             }
-            self.metrics.setdefault("dropped_blocks", []).extend(done.dropped)
+            if done.dropped:
+                self.metrics.setdefault("dropped_blocks", []).extend(done.dropped)
             notes = done.remarks
             if step + 1 < n_steps:
                 self._recalibrate(small)

@@ -93,6 +93,7 @@ def select(
     amount: Amount,
     macs: Callable[[Mapping[str, int]], float] | None = None,
     whole: Collection[str] = (),
+    ranked_by: Callable[[Mapping[str, int]], float] | None = None,
 ) -> Kept:
     """Choose the filters to keep.
 
@@ -105,6 +106,7 @@ def select(
         macs: MACs of the network for given numbers of kept filters, or, for an amount of time, its milliseconds;
             needed for these amounts and ``scope="per_mac"`` or ``"per_ms"``.
         whole: names that stand for residual blocks, which may lose their only filter.
+        ranked_by: what ``scope="per_mac"`` ranks by where `macs` is time.
 
     Returns:
         Kept filters of every layer in `scores`.
@@ -127,7 +129,7 @@ def select(
         )
     costs = None
     if by_cost and macs is not None:
-        costs = _cost_of_a_filter(scores, macs, whole, steps=amount.scope == "per_ms")
+        costs = _cost_of_a_filter(scores, ranked_by or macs, whole, steps=amount.scope == "per_ms")
     blocks = _ranking(scores, amount, costs, whole)
     total = sum(map(len, scores.values()))
     if not blocks:

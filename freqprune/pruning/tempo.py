@@ -76,7 +76,8 @@ def to_time(
     for _ in range(N_TRIES):
         amount = replace(recipe.amount, latency_ms=None, latency_cut=min(goal, 0.99))
         try:
-            kept = plan.sensible(select(scores, amount, ms, plan.blocks))
+            by = plan.macs if amount.scope == "per_mac" else None
+            kept = plan.sensible(select(scores, amount, ms, plan.blocks, by))
         except InputError as error:
             if best is None:
                 raise
