@@ -81,6 +81,8 @@ def to_time(
         except InputError as error:
             if best is None:
                 raise
+            if best[1].saved >= asked - MISSED:
+                break
             raise InputError(
                 f"a cut of {100 * asked:.1f} % of the time cannot be reached; {100 * best[1].saved:.1f} % was "
                 f"measured. {error}"
