@@ -175,6 +175,8 @@ def fit(
     trainer: pl.Trainer, classifier: Classifier, data: ImageData, ckpt_path: str | None, if_interrupted: str
 ) -> None:
     """Fit; after Ctrl-C or SIGTERM say `if_interrupted` and exit with the usual status."""
+    # A network that was cut comes in eval mode, and Lightning leaves it there.
+    classifier.train()
     try:
         trainer.fit(classifier, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     except SIGTERMException:

@@ -18,6 +18,7 @@ from freqprune.networks import (
     cost,
     dropped_blocks,
     export,
+    fold_norms,
     latency_ms,
     load_network,
     load_pruned,
@@ -58,6 +59,16 @@ class Run:
             )
             for stage, value in found.items():
                 self.metrics[stage]["latency_ms"][str(size)] = round(value, 4)
+
+    def _time_deployed(self, dense: nn.Module, folded: nn.Module) -> None:
+        """Time the network for deployment in turn with the dense one, whose time from before is the measure of all."""
+        keep = dict(self.metrics["dense"]["latency_ms"])
+        self.latencies({"dense": dense, "folded": folded})
+        scaled = {size: keep[size] / self.metrics["dense"]["latency_ms"][size] for size in keep}
+        self.metrics["folded"]["latency_ms"] = {
+            size: round(value * scaled[size], 4) for size, value in self.metrics["folded"]["latency_ms"].items()
+        }
+        self.metrics["dense"]["latency_ms"] = keep
 
     def _batch(self, size: int) -> Tensor:
         pixels = self.data.pixels("val", min(size, len(self.data.split("val"))))
@@ -139,7 +150,12 @@ class Run:
             small = self._finetune(small, net, self.settings.finetune_epochs, "finetune", ckpt_path)
             self.metrics["finetuned"] = {"test_accuracy": assembly.accuracy_of(self.settings, small, self.data)}
             self.write(small)
-        exported = export(small, self.example, self.out, **vars(self.settings.exports))
+        exports, deployed = self.settings.exports, small
+        if exports.fold:
+            deployed, _ = fold_norms(small, self.example)
+            self.measure("folded", deployed)
+            self._time_deployed(net, deployed)
+        exported = export(deployed, self.example, self.out, exports.onnx, exports.torch_export)
         if exported:
             self.metrics["exports"] = exported
             self.write()

@@ -14,6 +14,7 @@ from .checkpoint import save_weights as save_weights
 from .checkpoint import write_atomically as write_atomically
 from .exports import Exports as Exports
 from .exports import export as export
+from .folding import fold_norms as fold_norms
 from .hooks import evaluating as evaluating
 from .hooks import hooked as hooked
 from .hooks import replaced as replaced

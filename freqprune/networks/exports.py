@@ -21,12 +21,18 @@ TOLERANCE = 1e-4
 class Exports:
     """Formats to write the final network in, see `export`.
 
+    Args:
+        onnx: ``model.onnx``.
+        torch_export: ``model.pt2``.
+        fold: fold batch norms into the convolutions before them first, see `freqprune.networks.folding`.
+
     Raises:
         InputError: if a package that one of them needs is missing.
     """
 
     onnx: bool = False
     torch_export: bool = False
+    fold: bool = False
 
     def __post_init__(self) -> None:
         missing = [

@@ -16,7 +16,7 @@ from torch import Tensor
 from freqprune.pruning import Verdict
 from freqprune.tagging import TagResponse
 
-STAGES = ("dense", "pruned", "recalibrated", "finetuned")
+STAGES = ("dense", "pruned", "recalibrated", "finetuned", "folded")
 
 
 def percentages(metrics: Mapping[str, Any]) -> dict[str, float]:

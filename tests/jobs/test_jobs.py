@@ -22,6 +22,7 @@ from freqprune.jobs.config import check_pruning
 from freqprune.jobs.prune import _network_to_prune, prune
 from freqprune.jobs.settings import read
 from freqprune.jobs.train import train
+from freqprune.networks.blocks import Shortcut
 from freqprune.networks.checkpoint import load_network
 from freqprune.networks.profiling import count_macs, count_parameters
 from freqprune.networks.registry import build_model
@@ -468,8 +469,12 @@ def test_everything_at_once(trained: tuple[Path, dict[str, Any]], tmp_path: Path
             "pruning.scope=global",
             "finetune.distill=0.5",
             "export.torch_export=true",
+            "export.fold=true",
         )
     )
+    assert metrics["folded"]["test_accuracy"] == pytest.approx(metrics["finetuned"]["test_accuracy"], abs=0.011)
+    assert metrics["folded"]["params"] < metrics["pruned"]["params"]
+    assert set(metrics["folded"]["latency_ms"]) == set(metrics["dense"]["latency_ms"]) == {"1", "4"}
     assert 0.5 <= 1 - metrics["pruned"]["macs"] / metrics["dense"]["macs"] < 0.55
     assert metrics["exports"]["model.pt2"] < 1e-5
     assert metrics["pruned"]["file_bytes"] < metrics["dense"]["file_bytes"]
@@ -481,6 +486,26 @@ def test_everything_at_once(trained: tuple[Path, dict[str, Any]], tmp_path: Path
     assert {unit: len(indices) for unit, indices in stored.kept.items()} == metrics["kept"]
     assert all(len(set(indices)) == len(indices) for indices in stored.kept.values())
     torch.testing.assert_close(net.state_dict(), objects["net"].state_dict())
+
+
+def test_blocks_go_and_the_rest_is_fine_tuned(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    ckpt = trained[0] / "checkpoints" / "last.ckpt"
+    more = ("importance=logit_error", "pruning.blocks=true", "pruning.macs_cut=0.6", "pruning.rounds=0",
+            "pruning.calibration_images=32", "pruning.measured_images=16", "finetune.epochs=1")  # fmt: skip
+    metrics, objects = prune(config("prune", tmp_path / "a", f"ckpt={ckpt}", *more))
+    assert 0.6 <= 1 - metrics["pruned"]["macs"] / metrics["dense"]["macs"] < 0.9
+    gone = metrics["dropped_blocks"]
+    assert gone
+    assert not any(name.startswith(f"{block}.") for name in metrics["kept"] for block in gone)
+    net = load_pruned(tmp_path / "a" / "pruned.ckpt")
+    assert all(isinstance(net.get_submodule(block), Shortcut) for block in gone)
+    torch.testing.assert_close(net.state_dict(), objects["net"].state_dict())
+    # What is left can be pruned on.
+    again, _ = prune(
+        config("prune", tmp_path / "b", f"ckpt={tmp_path / 'a' / 'pruned.ckpt'}", "importance=l2", "pruning.ratio=0.2")
+    )
+    assert again["dense"]["macs"] == metrics["pruned"]["macs"]
+    assert isinstance(load_pruned(tmp_path / "b" / "pruned.ckpt").get_submodule(gone[0]), Shortcut)
 
 
 class Bomb(pl.Callback):

@@ -1,0 +1,52 @@
+"""Batch norms folded for deployment, read off the operations."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from freqprune.networks.folding import fold_norms
+from freqprune.networks.registry import build_model
+
+
+def trained(net: nn.Module, x: Tensor) -> nn.Module:
+    """Norms that do something."""
+    torch.manual_seed(0)
+    for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias)
+    net.train()
+    for _ in range(3):
+        net(x)
+    return net.eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "n_norms", "n_left"),
+    [("resnet8", 7, 0), ("torchvision/mobilenet_v2", 52, 0), ("torchvision/densenet121", 121, 62)],
+)
+def test_norms_after_convolutions_go(name: str, n_norms: int, n_left: int) -> None:
+    x = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    net = trained(build_model({"name": name}), x)
+    folded, gone = fold_norms(net, x)
+    norms = [m for m in folded.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert (len(gone) + len(norms), len(norms)) == (n_norms, n_left)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), net(x), rtol=1e-3, atol=1e-4)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in net.modules()) == n_norms
+
+
+class Shared(nn.Module):
+    """A norm behind two convolutions belongs to neither; a convolution that something else reads keeps its norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+        self.both, self.beside = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.c(x)
+        return self.both(self.a(x)) + self.both(self.b(x)) + self.beside(y) + y  # type: ignore[no-any-return]
+
+
+def test_norms_that_are_not_a_convolutions_own_stay() -> None:
+    assert fold_norms(Shared().eval(), torch.rand(2, 3, 8, 8))[1] == []
