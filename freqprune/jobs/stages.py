@@ -86,11 +86,12 @@ class Run:
         self.write()
         if "pruned" in self.metrics:
             point = {name: (value, math.nan) for name, value in tables.percentages(self.metrics).items()}
-            whole = {name: point["dense"] for name in point if name in tables.STAGES} | {"cut": (0.0, math.nan)}
-            save(
-                run_figures.accuracy_over_cut({self.settings.scoring.criterion: [whole, point]}),
-                self.out / "figures" / "accuracy_over_cut.png",
-            )
+            nothing = dict.fromkeys(run_figures.REMOVED, (0.0, math.nan))
+            whole = {name: point["dense"] for name in point if name in tables.STAGES} | nothing
+            line = {self.settings.scoring.criterion: [whole, point]}
+            for over, name in (("cut", "accuracy_over_cut"), ("time_cut", "accuracy_over_time")):
+                if over in point:
+                    save(run_figures.accuracy_over_cut(line, over), self.out / "figures" / f"{name}.png")
         write_page(self.out)
 
     def shrink(

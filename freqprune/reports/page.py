@@ -17,6 +17,7 @@ from freqprune.reports.tables import percentages, stage_rows
 # Figures in the order of the page: file name without its ending, caption.
 CAPTIONS = {
     "accuracy_over_cut": "Test accuracy over the share of MACs removed.",
+    "accuracy_over_time": "Test accuracy over the share of the time of a forward removed, at the largest batch timed.",
     "training_curves": "Loss and accuracy over training.",
     "kept_per_layer": "Filters kept in each layer that could lose some.",
     "important_filters": "Filters that answer the tags, layer by layer.",
@@ -36,6 +37,7 @@ CAPTIONS = {
 OF_A_SWEEP = {
     "accuracy_over_cut": "Test accuracy over the share of MACs removed: mean over seeds, bars of one standard "
     "deviation.",
+    "accuracy_over_time": "Test accuracy over the share of the time of a forward removed, at the largest batch timed.",
     "kept_over_depth": "Filters kept in each layer, mean over seeds.",
     "part_preference": "Which part drives the filters: median of each layer before pruning, in the first job of each "
     "kind.",

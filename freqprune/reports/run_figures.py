@@ -153,13 +153,18 @@ def kept_per_layer(kept: Mapping[str, int], widths: Mapping[str, int], title: st
     )
 
 
-def accuracy_over_cut(lines: Mapping[str, Sequence[Mapping[str, tuple[float, float]]]]) -> Figure:
-    """Test accuracy over the share of MACs removed, one line a method; left before fine-tuning, right after it, as far
-    as they were measured.
+REMOVED = {"cut": "MACs removed (%)", "time_cut": "time of a forward removed (%)"}
+
+
+def accuracy_over_cut(lines: Mapping[str, Sequence[Mapping[str, tuple[float, float]]]], over: str = "cut") -> Figure:
+    """Test accuracy over the share of MACs, or of the time, removed, one line a method; left before fine-tuning, right
+    after it, as far as they were measured.
 
     Args:
         lines: for each method its points: mean and standard deviation (NaN for a single run) by name, in per cent:
-            ``cut``, ``dense``, and ``pruned``, ``recalibrated`` (which then stands for ``pruned``) or ``finetuned``.
+            ``cut`` or ``time_cut``, ``dense``, and ``pruned``, ``recalibrated`` (which then stands for ``pruned``) or
+            ``finetuned``.
+        over: ``"cut"`` or ``"time_cut"``.
     """
 
     def before(point: Mapping[str, tuple[float, float]]) -> tuple[float, float] | None:
@@ -180,7 +185,7 @@ def accuracy_over_cut(lines: Mapping[str, Sequence[Mapping[str, tuple[float, flo
     handles = {}
     for axis, (pick, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for (colour, marker), (label, points) in zip(line_styles(len(lines)), lines.items(), strict=True):
-            shown = [(point["cut"][0], *value) for point in points if (value := pick(point)) is not None]
+            shown = [(point[over][0], *value) for point in points if (value := pick(point)) is not None]
             if not shown:
                 continue
             cuts, means, deviations = zip(*sorted(shown), strict=True)
@@ -210,7 +215,7 @@ def accuracy_over_cut(lines: Mapping[str, Sequence[Mapping[str, tuple[float, flo
         tidy(axis)
         axis.margins(x=0.12, y=0.1)
         axis.set_title(title, fontsize=9, loc="left", pad=10)
-        axis.set_xlabel("MACs removed (%)", fontsize=9)
+        axis.set_xlabel(REMOVED[over], fontsize=9)
         axis.set_ylabel("test accuracy (%)", fontsize=9)
     figure.legend(
         handles=list(handles.values()),

@@ -92,6 +92,7 @@ def grouped(jobs: Sequence[Job]) -> list[Group]:
 COLUMNS = {
     "cut": "MACs cut, %",
     "params_cut": "parameters cut, %",
+    "time_cut": "time cut, %",
     **{stage: f"{stage}, %" for stage in STAGES},
     "validation": "validation, %",
     "test": "test, %",
@@ -149,7 +150,10 @@ def _write_csv(path: Path, groups: Sequence[Group]) -> None:
             )
 
 
-AMOUNTS = ("pruning.ratio", "pruning.macs_cut", "pruning.threshold", "pruning.default_macs_cut")
+AMOUNTS = (
+    "pruning.ratio", "pruning.macs_cut", "pruning.threshold", "pruning.default_macs_cut", "pruning.latency_cut",
+    "pruning.latency_ms",
+)  # fmt: skip
 
 
 def _lines(groups: Sequence[Group]) -> dict[str, list[Mapping[str, tuple[float, float]]]]:
@@ -169,6 +173,9 @@ def _draw(groups: Sequence[Group], folder: Path) -> None:
     drawn = [group for group in groups if "cut" in group.mean]
     if drawn:
         save(accuracy_over_cut(_lines(drawn)), folder / "accuracy_over_cut.png")
+    timed = [group for group in drawn if "time_cut" in group.mean]
+    if timed:
+        save(accuracy_over_cut(_lines(timed), "time_cut"), folder / "accuracy_over_time.png")
     kept = {group.label() or "all jobs": shares for group in drawn if (shares := _shares_kept(group))}
     if kept:
         save(kept_over_depth(kept), folder / "kept_over_depth.png")

@@ -20,8 +20,8 @@ STAGES = ("dense", "pruned", "recalibrated", "finetuned", "folded")
 
 
 def percentages(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Test accuracy of every stage that ran, and ``cut`` and ``params_cut``, the shares of MACs and parameters removed;
-    all in per cent.
+    """Test accuracy of every stage that ran, and ``cut``, ``params_cut`` and ``time_cut``, the shares of MACs,
+    parameters and time (of the largest batch timed) removed; all in per cent.
 
     Args:
         metrics: as in ``metrics.json``; see the README.
@@ -34,6 +34,10 @@ def percentages(metrics: Mapping[str, Any]) -> dict[str, float]:
     if "pruned" in metrics:
         for name, key in (("cut", "macs"), ("params_cut", "params")):
             found[name] = 100 * (1 - metrics["pruned"][key] / metrics["dense"][key])
+        before, after = (metrics[stage].get("latency_ms") for stage in ("dense", "pruned"))
+        if before and after:
+            size = max(before, key=int)
+            found["time_cut"] = 100 * (1 - after[size] / before[size])
     return found
 
 

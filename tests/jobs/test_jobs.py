@@ -162,6 +162,7 @@ def test_prune_writes_what_it_says(pruned: tuple[Path, dict[str, Any], dict[str,
         "integration.png",
         "kept_per_layer.png",
         "accuracy_over_cut.png",
+        "accuracy_over_time.png",
     }
     check_page(out)
 
