@@ -82,7 +82,7 @@ class Recipe:
     compensation: str = "none"
     reconstruction: Reconstruction = field(default_factory=Reconstruction)
     calibrate_on: str = "frames"
-    frames_an_image: int = 2
+    frames_an_image: int = 1
     measured_images: int | None = None
     tagging: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
