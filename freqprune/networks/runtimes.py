@@ -77,6 +77,8 @@ def _in_onnxruntime(net: nn.Module, example: Tensor) -> Callable[[], object]:
         net.to(where)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Threads that wait for work by spinning take the cores from the session that is timed in turn.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     inputs = {session.get_inputs()[0].name: np.ascontiguousarray(example.cpu().numpy())}
     return lambda: session.run(None, inputs)
