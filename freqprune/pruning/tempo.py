@@ -17,8 +17,9 @@ from freqprune.pruning.selection import Kept, select
 from freqprune.pruning.surgery import Plan
 from freqprune.tagging import Progress
 
-# Shares of the time: the measured one may lie so far below what is asked for, or above.
-BELOW, ABOVE = 0.01, 0.04
+# Shares of the time: the measured one may lie so far below what is asked for, or above, before the cut is taken further
+# or back.
+BELOW, ABOVE = 0.0, 0.05
 # What a cut may miss before it is told.
 MISSED = 0.05
 N_TRIES = 6
