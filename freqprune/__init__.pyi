@@ -1,8 +1,12 @@
+from . import attribution as attribution
 from . import networks as networks
 from . import pruning as pruning
 from . import reports as reports
 from . import tagging as tagging
 from . import training as training
+from .attribution import Attribution as Attribution
+from .attribution import attribute as attribute
+from .attribution import filter_effects as filter_effects
 from .errors import InputError as InputError
 from .networks import build_model as build_model
 from .networks import load_network as load_network

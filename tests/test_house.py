@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 
 PACKAGE = ROOT / "freqprune"
 # Lowest first: a wing imports from those before it.
-WINGS = ("networks", "tagging", "pruning", "reports", "training", "jobs")
+WINGS = ("networks", "tagging", "attribution", "pruning", "reports", "training", "jobs")
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name not in ("__init__.py", "_moved.py"))
 
 

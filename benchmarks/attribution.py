@@ -1,0 +1,156 @@
+"""Maps by tags against maps by random masks, occlusion and RISE: insertion and deletion, tile by tile, on test images
+of CIFAR-10, of the package's ResNet-32.
+
+    python benchmarks/attribution.py CIFAR10_FOLDER --images 200 --json attribution.json
+
+Of each map the tiles are taken away from the image (deletion, lower is better) or put into its mean colour (insertion,
+higher is better), the most important first; the figure is the mean probability of the class that the network answered
+with. `difference` is insertion minus deletion. After Petsiuk, Das & Saenko 2018 (RISE, arXiv 1806.07421).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from result import publish
+from rich.progress import track
+from torch import Tensor, nn
+
+from freqprune import attribute, resnet32
+from freqprune.attribution.effects import estimate
+from freqprune.training import ImageFolderData
+
+GRID = 8
+
+
+class Judge:
+    """One image and its network: fades tiles to the mean colour, reads logits."""
+
+    def __init__(self, net: nn.Module, data: ImageFolderData, image: Tensor) -> None:
+        self.net, self.data, self.image = net, data, image
+        self.faded = image.mean((1, 2), keepdim=True).expand_as(image)
+        size = image.shape[-1] // GRID
+        self.spread: Callable[[Tensor], Tensor] = lambda gates: (
+            gates.view(-1, 1, GRID, GRID).repeat_interleave(size, 2).repeat_interleave(size, 3)
+        )
+        self.target = int(self.logits(torch.ones(1, GRID * GRID)).argmax())
+
+    def logits(self, gates: Tensor) -> Tensor:
+        """Of frames with the tiles so far open, ``(n_frames, n_tiles)`` to ``(n_frames, n_classes)``."""
+        with torch.inference_mode():
+            return torch.cat(
+                [
+                    self.net(self.data.normalize(self.faded + self.spread(some) * (self.image - self.faded)))
+                    for some in gates.float().split(256)
+                ]
+            )
+
+    def score(self, gates: Tensor) -> Tensor:
+        """Logit of the target."""
+        return self.logits(gates)[:, self.target]
+
+    def curves(self, effects: Tensor) -> tuple[float, float]:
+        """Insertion and deletion of a map."""
+        order = effects.argsort(descending=True)
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(len(order))
+        put_in = (rank[None] < torch.arange(len(order) + 1)[:, None]).float()
+        found = [self.logits(gates).softmax(1)[:, self.target].mean() for gates in (put_in, 1 - put_in)]
+        return float(found[0]), float(found[1])
+
+
+def random_order(judge: Judge, forwards: int, seed: int) -> Tensor:
+    return torch.rand(GRID * GRID, generator=torch.Generator().manual_seed(seed))
+
+
+def occlusion(judge: Judge, forwards: int, seed: int) -> Tensor:
+    """What each tile takes away with it."""
+    whole = judge.score(torch.ones(1, GRID * GRID))
+    return whole - judge.score(1 - torch.eye(GRID * GRID))
+
+
+def tags(steepness: float, score: str = "logit") -> Callable[[Judge, int, int], Tensor]:
+    """By `freqprune.attribute`."""
+
+    def of(judge: Judge, forwards: int, seed: int) -> Tensor:
+        return attribute(
+            judge.net, judge.image[None], judge.target, grid=GRID, forwards=forwards, steepness=steepness, score=score,
+            mean=judge.data.mean, std=judge.data.std, seed=seed,
+        ).effects[0]  # fmt: skip
+
+    return of
+
+
+def rise(judge: Judge, forwards: int, seed: int) -> Tensor:
+    """Mean score of the masks that show a tile: random masks of the grid, half open, each tile on its own."""
+    masks = torch.rand(forwards, GRID * GRID, generator=torch.Generator().manual_seed(seed)) < 0.5
+    scores = judge.logits(masks).softmax(1)[:, judge.target]
+    return (masks.float().T @ scores) / masks.sum(0)
+
+
+def least_squares(judge: Judge, forwards: int, seed: int) -> Tensor:
+    """Of the logit on random masks."""
+    masks = torch.rand(forwards, GRID * GRID, generator=torch.Generator().manual_seed(seed)) < 0.5
+    return estimate(masks.double(), judge.score(masks)[:, None])[0][0]
+
+
+METHODS: dict[str, tuple[Callable[[Judge, int, int], Tensor], tuple[int, ...]]] = {
+    "random": (random_order, (0,)),
+    "occlusion": (occlusion, (65,)),
+    "tags": (tags(1.0), (256, 512, 1024)),
+    "tags_steep": (tags(4.0), (256, 512, 1024)),
+    "rise": (rise, (256, 512, 1024, 4096)),
+    "least_squares": (least_squares, (256, 512, 1024)),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", help="folder with train/<class>/* and test/<class>/*")
+    parser.add_argument("--json", metavar="FILE", help="write the figures here")
+    parser.add_argument("--images", type=int, default=200, help="test images (200)")
+    parser.add_argument("--split", default="test", choices=["val", "test"], help="choose on val, report on test")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    given = parser.parse_args()
+    data = ImageFolderData(given.root, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+    net = resnet32(pretrained=True).eval()
+    images = data.split(given.split)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: given.images]
+    rows: dict[str, list[tuple[float, float]]] = {}
+    for number in track(order.tolist(), description="images"):
+        judge = Judge(net, data, images.pixels[number].float() / 255)
+        for name in given.methods:
+            method, budgets = METHODS[name]
+            for forwards in budgets:
+                found = judge.curves(method(judge, forwards, number))
+                rows.setdefault(f"cifar.{name}.{forwards}", []).append(found)
+    found: dict[str, Any] = {"images": given.images, "split": given.split}
+    for key, values in rows.items():
+        insertion, deletion = (list(column) for column in zip(*values, strict=True))
+        difference = [a - b for a, b in values]
+        found[key] = {
+            "insertion": round(statistics.mean(insertion), 4), "deletion": round(statistics.mean(deletion), 4),
+            "difference": round(statistics.mean(difference), 4),
+            "se": round(statistics.stdev(difference) / len(difference) ** 0.5, 4),
+        }  # fmt: skip
+        print(key, found[key], flush=True)
+    for one, other in (
+        ("tags_steep.512", "rise.4096"),
+        ("tags_steep.512", "least_squares.512"),
+        ("tags.512", "rise.4096"),
+    ):
+        pair = [rows.get(f"cifar.{name}") for name in (one, other)]
+        if pair[0] and pair[1]:
+            apart = [(a - b) - (c - d) for (a, b), (c, d) in zip(*pair, strict=True)]
+            found[f"{one} over {other}"] = [
+                round(statistics.mean(apart), 4), round(statistics.stdev(apart) / len(apart) ** 0.5, 4)
+            ]  # fmt: skip
+    publish(found, given.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""One tag a part: gates that open and close at frequencies of their own, for as many parts as there are odd bins.
+
+Odd bins only: sums and differences of two odd numbers are even, so that no interaction of two parts falls on the bin of
+one (the odd random-phase multisine of Pintelon & Schoukens 2012, System Identification). Read at a model's answer this
+is the Fourier amplitude sensitivity test (Cukier et al. 1973; Saltelli, Tarantola & Chan 1999).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from freqprune.errors import InputError
+
+
+def frames_for(n_parts: int) -> int:
+    """Frames of a recording that gives every part an odd bin of its own below half of the frame rate.
+
+    >>> frames_for(64)
+    256
+    """
+    return 4 * n_parts
+
+
+def check_frames(n_parts: int, n_frames: int) -> None:
+    """Raise InputError unless so many frames have an odd bin for every part."""
+    if n_frames < frames_for(n_parts):
+        raise InputError(
+            f"{n_parts} parts need an odd bin each: forwards must be at least {frames_for(n_parts)}, got {n_frames}; "
+            "give more forwards, or fewer parts (a coarser grid)"
+        )
+
+
+def gates(n_parts: int, n_frames: int, generator: torch.Generator, steepness: float = 1.0) -> Tensor:
+    """How far open each part is in each frame of a recording, ``(n_frames, n_parts)`` in [0, 1].
+
+    Args:
+        n_parts: number of parts.
+        n_frames: frames of the recording, at least `frames_for`.
+        generator: of the assignment of bins to parts and of the phases.
+        steepness: 1 for a sine; more clips it, ``clip(1/2 + steepness * sin / 2, 0, 1)``, towards a square wave.
+    """
+    check_frames(n_parts, n_frames)
+    n_bins = (n_frames // 2 + 1) // 2
+    bins = 2 * torch.randperm(n_bins, generator=generator)[:n_parts] + 1
+    phases = 2 * math.pi * torch.rand(n_parts, generator=generator, dtype=torch.float64)
+    time = torch.arange(n_frames, dtype=torch.float64)[:, None] / n_frames
+    return (0.5 + steepness / 2 * torch.sin(2 * math.pi * bins * time + phases)).clamp(0, 1)

@@ -1,0 +1,201 @@
+"""Attribution by tags against answers that are known."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from freqprune.attribution.effects import estimate
+from freqprune.attribution.filters import filter_effects
+from freqprune.attribution.gates import gates
+from freqprune.attribution.images import attribute
+from freqprune.errors import InputError
+from freqprune.networks.registry import build_model
+
+IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+class OfTiles(nn.Module):
+    """Logits as a function of the means of 4 x 4 tiles of 4 x 4 pixels."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function, self.scale = function, nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tiles = nn.functional.avg_pool2d(x.mean(1, keepdim=True), 4).flatten(1)
+        value = self.function(tiles) * self.scale
+        return torch.stack([value, -value, torch.zeros_like(value)], 1)
+
+
+def tiles_of(images: Tensor) -> Tensor:
+    return nn.functional.avg_pool2d(images.mean(1, keepdim=True), 4).flatten(1)
+
+
+@pytest.mark.parametrize("steepness", [1.0, 4.0])
+def test_a_linear_model_gives_its_coefficients(steepness: float) -> None:
+    weights = torch.randn(16, generator=torch.Generator().manual_seed(1))
+    net = OfTiles(lambda tiles: tiles @ weights)
+    found = attribute(net, IMAGES, 0, grid=4, forwards=128, baseline="grey", steepness=steepness)
+    expected = weights * (tiles_of(IMAGES) - 0.5)
+    torch.testing.assert_close(found.effects, expected.double(), rtol=1e-3, atol=1e-5)
+    assert found.standard_error.max() < 1e-5
+    assert found.interactions.abs().max() < 1e-3
+    torch.testing.assert_close(found.whole - found.baseline, expected.sum(1), rtol=1e-3, atol=1e-5)
+    assert found.forwards == 128
+    # Tiles row by row.
+    assert found.maps.shape == (3, 16, 16)
+    assert found.maps[1, 5, 14] == found.effects[1, 7]
+    # The other class sees the opposite, and the network's own answer is one of the two.
+    other = attribute(net, IMAGES, torch.tensor([1, 1, 1]), grid=4, forwards=64, baseline="grey")
+    torch.testing.assert_close(other.effects, -found.effects, rtol=1e-3, atol=1e-5)
+    own = attribute(net, IMAGES, grid=4, forwards=64).target
+    assert own is not None
+    assert own.tolist() == net(IMAGES).argmax(1).tolist()
+
+
+def test_a_product_of_two_parts_shows_in_their_interaction() -> None:
+    net = OfTiles(lambda tiles: (tiles[:, 2] - 0.5) * (tiles[:, 9] - 0.5))
+    images = torch.ones(1, 3, 16, 16)
+    black = torch.zeros(3, 16, 16)
+    found = attribute(net, images, 0, grid=4, forwards=1024, baseline=black)
+    together = found.interactions[0]
+    # (g - 1/2)(h - 1/2): nothing alone, all of it together.
+    assert float(together[2, 9]) == pytest.approx(1.0, rel=0.1)
+    assert found.effects.abs().max() < 0.05
+    others = together.clone()
+    others[2, 9] = others[9, 2] = 0
+    assert others.abs().max() < 0.25
+    assert found.strongest_pairs(0, 1)[0][:2] == (2, 9)
+    assert torch.equal(together, together.T)
+    assert together.diagonal().abs().max() == 0
+
+
+def test_a_part_that_does_nothing_is_significant_at_the_rate_alpha() -> None:
+    net = OfTiles(
+        lambda tiles: torch.tanh(6 * tiles[:, :8].mean(1) - 3) + (tiles[:, 1] * tiles[:, 3] - tiles[:, 5]).sin()
+    )
+    p_values = torch.cat(
+        [attribute(net, IMAGES, 0, grid=4, forwards=128, seed=seed).p_values[:, 8:].flatten() for seed in range(20)]
+    )
+    assert len(p_values) == 20 * 3 * 8
+    for alpha in (0.05, 0.2):
+        assert float((p_values < alpha).double().mean()) < alpha + 3 * (alpha * (1 - alpha) / len(p_values)) ** 0.5
+    used = attribute(net, IMAGES, 0, grid=4, forwards=256)
+    assert float((used.adjusted[:, :8] < 0.05).double().mean()) > 0.8
+
+
+def test_recordings_follow_from_the_error_asked_for() -> None:
+    net = build_model({"name": "resnet8"}).eval()
+    rough = attribute(net, IMAGES[:1], grid=4, forwards=1024, until=1e9)
+    assert rough.forwards == 64
+    some = attribute(net, IMAGES[:1], grid=4, forwards=1024, until=float(rough.standard_error.max()) / 2)
+    assert 64 < some.forwards <= 1024
+    assert some.standard_error.max() < rough.standard_error.max()
+    again = attribute(net, IMAGES[:1], grid=4, forwards=1024, until=1e9)
+    assert torch.equal(again.effects, rough.effects)
+
+
+def test_segments_and_what_is_in_none() -> None:
+    net = OfTiles(lambda tiles: tiles[:, 0] + 2 * tiles[:, 5])
+    segments = torch.full((16, 16), -1)
+    segments[:4, :4], segments[4:8, 4:8] = 0, 1
+    found = attribute(net, IMAGES, 0, segments=segments, forwards=64, baseline="grey")
+    expected = torch.tensor([1.0, 2.0]) * (tiles_of(IMAGES)[:, [0, 5]] - 0.5)
+    torch.testing.assert_close(found.effects, expected.double(), rtol=1e-3, atol=1e-5)
+    assert found.maps[0, 15, 15] == 0
+    each = segments.expand(3, -1, -1).clone()
+    assert torch.equal(attribute(net, IMAGES, 0, segments=each, forwards=64, baseline="grey").effects, found.effects)
+
+
+@pytest.mark.parametrize("score", ["logit", "probability", "log_odds", lambda output: output[:, 0] * 2])
+def test_scores(score: Any) -> None:
+    net = build_model({"name": "resnet8"}).eval()
+    found = attribute(net, IMAGES, 3, grid=2, forwards=32, score=score, mean=[0.5] * 3, std=[0.25] * 3)
+    with torch.no_grad():
+        logits = net((IMAGES - 0.5) / 0.25)
+    expected = {
+        "logit": logits[:, 3],
+        "probability": logits.softmax(1)[:, 3],
+        "log_odds": torch.logit(logits.double().softmax(1)[:, 3]).float(),
+    }.get(score, 2 * logits[:, 0])  # type: ignore[call-overload]
+    torch.testing.assert_close(found.whole, expected, rtol=1e-3, atol=1e-4)
+    assert found.effects.shape == found.standard_error.shape == found.p_values.shape == (3, 4)
+
+
+def test_filters_of_a_layer() -> None:
+    """Behind the layer everything is linear: the effect of a filter is what leaving it out takes away."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)).eval()
+    found = filter_effects(net, IMAGES, "0")
+    weight = net[4].weight
+    with torch.no_grad():
+        # A gate on what comes before a ReLU is one on what comes after it.
+        means = net[:4](IMAGES)
+        expected = (means[:, :, None] * weight.T[None]).double()
+    torch.testing.assert_close(found.effects, expected, rtol=1e-3, atol=1e-5)
+    assert found.interactions.shape == (3, 6, 6)
+    assert found.interactions.abs().max() < 1e-4
+    with pytest.raises(InputError, match="no convolution or linear layer '1'"):
+        filter_effects(net, IMAGES, "1")
+    with pytest.raises(InputError, match="6 parts need an odd bin each: forwards must be at least 24, got 20"):
+        filter_effects(net, IMAGES, "0", forwards=20)
+
+
+def test_gates_lie_on_odd_bins_of_their_own() -> None:
+    design = gates(16, 64, torch.Generator().manual_seed(0))
+    power = torch.fft.rfft(design - 0.5, dim=0).abs()
+    assert sorted(power.argmax(0).tolist()) == list(range(1, 32, 2))
+    assert (design.min(), design.max()) >= (0, 0)
+    assert design.max() <= 1
+    with pytest.raises(InputError, match="at least 64, got 60"):
+        gates(16, 60, torch.Generator())
+
+
+def test_the_answer_draws_itself() -> None:
+    net = OfTiles(lambda tiles: tiles[:, 2])
+    found = attribute(net, IMAGES, 0, grid=4, forwards=64)
+    assert found.plot(0).axes
+    assert found.plot(1, IMAGES[1]).axes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"grid": 8, "forwards": 128}, "64 parts need an odd bin each: forwards must be at least 256, got 128"),
+        ({"grid": 20}, "do not fit into images of 16 x 16"),
+        ({"grid": 0}, "grid must be at least 1"),
+        ({"segments": torch.zeros(4, 4, dtype=torch.long)}, r"segments must be integers of shape \(16, 16\)"),
+        ({"segments": torch.zeros(16, 16)}, "segments must be integers"),
+        ({"target": 7}, r"target must lie in \[0, 2\], got \[7\]"),
+        ({"target": torch.tensor([0, 1])}, "one for each of 3 images, got 2"),
+        ({"baseline": "black"}, "baseline must be one of"),
+        ({"baseline": torch.zeros(3, 8, 8)}, "baseline must have the shape"),
+        ({"score": "margin"}, "score must be one of"),
+        ({"score": lambda output: output}, "one number an image"),
+        ({"score": lambda output: output[:, 0] / 0}, "scores are not finite"),
+        ({"mean": [0.5] * 3}, "mean and std come together"),
+        ({"mean": [0.5], "std": [1.0]}, "mean must hold 3 values"),
+        ({"until": 0}, "until must be a standard error above 0"),
+        ({"steepness": 0.5}, "steepness must be at least 1"),
+    ],
+)
+def test_bad_input(arguments: dict[str, Any], message: str) -> None:
+    net = OfTiles(lambda tiles: tiles[:, 0])
+    with pytest.raises(InputError, match=message):
+        attribute(net, IMAGES, **{"grid": 4, "forwards": 64, **arguments})
+
+
+def test_networks_that_cannot_be_read() -> None:
+    class Draws(OfTiles):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + torch.rand(())
+
+    with pytest.raises(InputError, match="differently from call to call"):
+        attribute(Draws(lambda tiles: tiles[:, 0]), IMAGES, grid=4, forwards=64)
+    net = build_model({"name": "resnet8"}).train()
+    attribute(net, IMAGES[:1], grid=2, forwards=16)
+    assert net.training
+    with pytest.raises(InputError, match="are not finite"):
+        estimate(torch.rand(8, 2), torch.full((8, 1), torch.nan))
