@@ -33,7 +33,7 @@ def attribute(
     until: float | None = None,
     score: str | Score = "logit",
     baseline: str | Tensor = "mean",
-    steepness: float = 1.0,
+    steepness: float = 4.0,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     half: torch.dtype | None = None,
