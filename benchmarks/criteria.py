@@ -55,7 +55,7 @@ def main() -> None:
     found["dense"] = round(accuracy(net, data), 2)
     names = [name for name in given.criteria if name != "common"]
     runs = [(seed, name) for seed in given.seeds for name in names]
-    responses: dict[int, object] = {}
+    responses: dict[tuple[int, str], object] = {}
     all_of: dict[str, list[float]] = {}
     for seed, name in track(runs, description="criteria"):
         with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -70,8 +70,10 @@ def main() -> None:
             calibration=train.pixels[order[: given.images]].float() / 255,
             labelled=(labelled.pixels.float() / 255, labelled.labels),
         )  # fmt: skip
-        if seed not in responses and "tags" in needs(name):
-            responses[seed] = tag(
+        # Criteria that read every position are measured on their own.
+        key = seed, str(settings.recipe.tagging)
+        if key not in responses and "tags" in needs(name):
+            responses[key] = tag(
                 net, shown, settings.stimulus, mean=data.mean, std=data.std, seed=seed, **settings.recipe.tagging
             )
         how = replace(settings.recipe.reconstruction, rounds=given.rounds)
@@ -81,7 +83,7 @@ def main() -> None:
                 amount=replace(settings.recipe.amount, macs_cut=share),
                 compensation="sequential", reconstruction=how, calibrate_on="images",
             )  # fmt: skip
-            small = cut(net, material, recipe, settings.stimulus, responses.get(seed)).net  # type: ignore[arg-type]
+            small = cut(net, material, recipe, settings.stimulus, responses.get(key)).net  # type: ignore[arg-type]
             all_of.setdefault(f"{name} {share:g}", []).append(accuracy(small, data))
             print(seed, name, share, round(all_of[f"{name} {share:g}"][-1], 2), flush=True)
     for key, values in all_of.items():
