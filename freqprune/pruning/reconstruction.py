@@ -104,6 +104,7 @@ def reconstruct(
     """
     walk, muted = _walked(model, silenced, batches, how or Reconstruction(), progress, without)
     twin = walk.twin_net
+    walk.remark_on_samples()
     with torch.no_grad():
         if walk.error() > walk.error_of(muted):
             walk.remarks.append(
@@ -155,7 +156,6 @@ def _walked(
         for node, _ in zip(walk.trace.nodes, progress(steps) if progress is not None else steps, strict=True):
             walk.step(node)
         walk.check_exit(model, batches[0])
-        walk.remark_on_samples()
     return walk, muted
 
 

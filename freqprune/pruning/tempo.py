@@ -25,7 +25,9 @@ MISSED = 0.05
 N_TRIES = 6
 # Spread of a measured share above which it is measured again, with more forwards, and in the end given up.
 NOISY = 0.02
-N_PAIRS = (15, 40, 100)
+N_PAIRS = (15, 40, 100, 400, 1000)
+# Seconds that a measurement takes at most, but for the first three.
+MOST_S = 30.0
 
 
 def to_time(
@@ -120,12 +122,17 @@ def _ready(net: nn.Module) -> nn.Module:
 
 def _measured(time_dense: object, small: nn.Module, batch: Tensor, target: str) -> Speed:
     time_small = runner(small, batch, target)
-    for n_pairs in N_PAIRS:
-        speed = compare(time_dense, time_small, n_pairs)  # type: ignore[arg-type]
-        if speed.spread <= NOISY:
-            return speed
+    taken = N_PAIRS[0]
+    speed = compare(time_dense, time_small, taken)  # type: ignore[arg-type]
+    for n_pairs in N_PAIRS[1:]:
+        too_long = n_pairs > N_PAIRS[2] and n_pairs * (speed.dense_ms + speed.small_ms) > 1000 * MOST_S
+        if speed.spread <= NOISY or too_long:
+            break
+        speed, taken = compare(time_dense, time_small, n_pairs), n_pairs  # type: ignore[arg-type]
+    if speed.spread <= NOISY:
+        return speed
     raise InputError(
-        f"this device is too noisy to measure a cut on: over {N_PAIRS[-1]} pairs of forwards the share saved is "
+        f"this device is too noisy to measure a cut on: over {taken} pairs of forwards the share saved is "
         f"{100 * speed.saved:.1f} % with a spread of {100 * speed.spread:.1f} %, above {100 * NOISY:g} %; stop what "
         "else runs on it, or cut by pruning.macs_cut"
     )

@@ -131,7 +131,11 @@ def test_a_noisy_device_is_measured_longer_and_then_given_up(monkeypatch: pytest
     spread = 0.05
     with pytest.raises(InputError, match=r"too noisy .* 20\.0 % with a spread of 5\.0 %, above 2 %"):
         tempo._measured(lambda: None, net, PIXELS, "eager")
-    assert asked[2:] == [15, 40, 100]
+    # Forwards of 10 and 8 ms: 1,000 pairs of them would be 18 s.
+    assert asked[2:] == [15, 40, 100, 400, 1000]
+    monkeypatch.setattr(tempo, "MOST_S", 5.0)
+    with pytest.raises(InputError, match="over 100 pairs"):
+        tempo._measured(lambda: None, net, PIXELS, "eager")
 
 
 @pytest.mark.parametrize(
