@@ -42,7 +42,7 @@ lint: install-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Which networks of torchvision and timm can be cut; about an hour on one core.
+# Which networks of torchvision and timm can be cut; about 25 minutes on one core.
 coverage: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py --json coverage.json --markdown coverage.md
 

@@ -28,7 +28,7 @@ class Attribution:
         whole: score of the whole image, ``(n_images,)``.
         baseline: score with every part at its baseline, likewise.
         parts: number of each pixel's part, -1 for none, ``(n_images, height, width)``.
-        forwards: frames that every image took.
+        forwards: frames that an image took at most.
     """
 
     effects: Tensor

@@ -10,13 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.attribution.effects import estimate
-from freqprune.attribution.gates import check_frames, frames_for, gates
+from freqprune.attribution.gates import batches, check_frames, frames_for, gates
 from freqprune.errors import InputError, closest
 from freqprune.networks import check_answers, evaluating, first, hooked
 from freqprune.tagging import Progress
-
-# Pixels of the frames of one forward.
-PIXELS = 2**20
 
 
 @dataclass(frozen=True)
@@ -79,12 +76,11 @@ def filter_effects(
         return output * (share.view(shape) if shape else share.view(-1, *[1] * (output.dim() - 2), n_filters))
 
     found = []
-    size = max(1, PIXELS // images[0, 0].numel())
     hook: Callable[..., Tensor] = gate
     with evaluating(model), torch.inference_mode(), hooked([(module, None, hook)]):
         for number in progress(range(len(images))) if progress is not None else range(len(images)):
             logits = []
-            for some in design.split(size):
+            for some in batches(design, images[number]):
                 opened[:] = [some]
                 logits.append(first(model(images[number : number + 1].expand(len(some), -1, -1, -1))).double().cpu())
             answers = torch.cat(logits)

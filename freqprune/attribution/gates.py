@@ -14,6 +14,9 @@ from torch import Tensor
 
 from freqprune.errors import InputError
 
+# Pixels of the frames of one forward: 256 of 64 x 64.
+PIXELS = 2**20
+
 
 def frames_for(n_parts: int) -> int:
     """Frames of a recording that gives every part an odd bin of its own below half of the frame rate.
@@ -48,3 +51,8 @@ def gates(n_parts: int, n_frames: int, generator: torch.Generator, steepness: fl
     phases = 2 * math.pi * torch.rand(n_parts, generator=generator, dtype=torch.float64)
     time = torch.arange(n_frames, dtype=torch.float64)[:, None] / n_frames
     return (0.5 + steepness / 2 * torch.sin(2 * math.pi * bins * time + phases)).clamp(0, 1)
+
+
+def batches(design: Tensor, image: Tensor) -> list[Tensor]:
+    """The frames of a recording, ``(n_frames, n_parts)``, in batches of as many as one forward takes of an image."""
+    return list(design.split(max(1, PIXELS // image[0].numel())))

@@ -11,15 +11,13 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from freqprune.attribution.effects import Attribution, estimate
-from freqprune.attribution.gates import check_frames, frames_for, gates
+from freqprune.attribution.gates import batches, check_frames, frames_for, gates
 from freqprune.attribution.scores import Score, read, targets
 from freqprune.errors import InputError, at_least, one_of
 from freqprune.networks import check_answers, evaluating, first
 from freqprune.tagging import Progress
 
 BASELINES = ("mean", "grey", "blur")
-# Pixels of the frames of one forward: 256 of 64 x 64.
-PIXELS = 2**20
 
 
 def attribute(
@@ -122,8 +120,7 @@ def _frames(image: Tensor, faded: Tensor, parts: Tensor, design: Tensor) -> list
     """Batches of frames of one image, ``(n_frames, n_channels, height, width)``: each part as far from its baseline as
     its gate says; what is in no part stays."""
     still = torch.ones(len(design), 1, dtype=torch.float64)
-    size = max(1, PIXELS // image[0].numel())
-    opened = torch.cat([design, still], 1).to(image.dtype).split(size)
+    opened = batches(torch.cat([design, still], 1).to(image.dtype), image)
     return [faded + some[:, parts][:, None] * (image - faded) for some in opened]
 
 

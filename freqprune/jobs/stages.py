@@ -27,7 +27,7 @@ from freqprune.networks import (
 )
 from freqprune.pruning import Kept, Material, Recipe, Verdict, cut, plan_cut, recalibrate_batch_norm, step_amount
 from freqprune.reports import record, run_figures, save, show, tables, write_page
-from freqprune.tagging import TagResponse, rounds
+from freqprune.tagging import TagResponse, find_folds, rounds
 from freqprune.training import Classifier, ImageData
 
 
@@ -60,15 +60,9 @@ class Run:
             for stage, value in found.items():
                 self.metrics[stage]["latency_ms"][str(size)] = round(value, 4)
 
-    def _time_deployed(self, dense: nn.Module, folded: nn.Module) -> None:
-        """Time the network for deployment in turn with the dense one, whose time from before is the measure of all."""
-        keep = dict(self.metrics["dense"]["latency_ms"])
-        self.latencies({"dense": dense, "folded": folded})
-        scaled = {size: keep[size] / self.metrics["dense"]["latency_ms"][size] for size in keep}
-        self.metrics["folded"]["latency_ms"] = {
-            size: round(value * scaled[size], 4) for size, value in self.metrics["folded"]["latency_ms"].items()
-        }
-        self.metrics["dense"]["latency_ms"] = keep
+    def _folded(self, net: nn.Module) -> nn.Module:
+        """The network as it is deployed."""
+        return fold_norms(net, find_folds(net, self.example, []))
 
     def _batch(self, size: int) -> Tensor:
         pixels = self.data.pixels("val", min(size, len(self.data.split("val"))))
@@ -115,11 +109,12 @@ class Run:
             now = replace(recipe, amount=amount)
             done = cut(small, self._material(), now, self.settings.stimulus, response if step == 0 else None, rounds)
             small = done.net.to(memory_format=torch.channels_last)
-            gone = {name for name in ours if any(name.startswith(f"{block}.") for block in done.dropped)}
+            # Layers of blocks that went are in the network no more.
+            there = dict(small.named_modules())
             ours = {
                 name: indices[done.kept[name]] if name in done.kept else indices
                 for name, indices in ours.items()
-                if name not in gone
+                if name in there
             }
             if done.dropped:
                 self.metrics.setdefault("dropped_blocks", []).extend(done.dropped)
@@ -128,8 +123,12 @@ class Run:
                 self._recalibrate(small)
                 if self.settings.course.step_epochs:
                     small = self._finetune(small, net, self.settings.course.step_epochs, f"step{step + 1}")
-        self.measure("pruned", small)
-        self.latencies({"dense": net, "pruned": small})
+        stages = {"pruned": small}
+        if self.settings.exports.fold:
+            stages["folded"] = self._folded(small)
+        for stage, one in stages.items():
+            self.measure(stage, one)
+        self.latencies({"dense": net, **stages})
         widths = {name: width for name, width in widths.items() if name in ours}
         self.metrics["kept"], self.metrics["widths"] = tables.kept_counts(ours), widths
         title = f"Filters kept by {self.settings.scoring.criterion}"
@@ -153,9 +152,8 @@ class Run:
             self.write(small)
         exports, deployed = self.settings.exports, small
         if exports.fold:
-            deployed, _ = fold_norms(small, self.example)
-            self.measure("folded", deployed)
-            self._time_deployed(net, deployed)
+            deployed = self._folded(small)
+            self.metrics["folded"]["test_accuracy"] = assembly.accuracy_of(self.settings, deployed, self.data)
         exported = export(deployed, self.example, self.out, exports.onnx, exports.torch_export)
         if exported:
             self.metrics["exports"] = exported

@@ -15,6 +15,7 @@ from .checkpoint import write_atomically as write_atomically
 from .exports import Exports as Exports
 from .exports import export as export
 from .folding import fold_norms as fold_norms
+from .folding import fused as fused
 from .hooks import evaluating as evaluating
 from .hooks import hooked as hooked
 from .hooks import replaced as replaced
@@ -46,6 +47,7 @@ from .trace import BATCH_NORM as BATCH_NORM
 from .trace import CONVOLUTIONS as CONVOLUTIONS
 from .trace import IDENTITIES as IDENTITIES
 from .trace import LINEAR as LINEAR
+from .trace import PLAIN as PLAIN
 from .trace import SUMS as SUMS
 from .trace import Trace as Trace
 from .trace import equal_batches as equal_batches

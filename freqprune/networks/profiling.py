@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from freqprune.errors import at_least, one_of
 from freqprune.networks.hooks import evaluating
-from freqprune.networks.runtimes import TARGETS
+from freqprune.networks.runtimes import TARGETS, in_turn, runner
 
 
 def macs_by_layer(model: nn.Module, example: Tensor) -> dict[str, int]:
@@ -158,21 +157,7 @@ def latency_ms(
         n_runs: timed forwards of each.
         n_warmup: forwards before those.
     """
-    times: dict[str, list[float]] = {name: [] for name in models}
     for model in models.values():
         model.eval()
-    with torch.inference_mode():
-        for run in range(n_warmup + n_runs):
-            for name, model in models.items():
-                _wait(example.device)
-                start = time.perf_counter()
-                model(example)
-                _wait(example.device)
-                if run >= n_warmup:
-                    times[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
+    times = in_turn([runner(model, example) for model in models.values()], n_runs, n_warmup)
+    return {name: statistics.median(found) for name, found in zip(models, times, strict=True)}

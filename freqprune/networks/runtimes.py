@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,8 +84,20 @@ def _in_onnxruntime(net: nn.Module, example: Tensor) -> Callable[[], object]:
     return lambda: session.run(None, inputs)
 
 
+def in_turn(forwards: Sequence[Callable[[], object]], n_runs: int, n_warmup: int) -> list[list[float]]:
+    """Milliseconds of every run of some forwards, taken in turn so that a drift of the machine meets all of them."""
+    times: list[list[float]] = [[] for _ in forwards]
+    for number in range(n_warmup + n_runs):
+        for forward, found in zip(forwards, times, strict=True):
+            start = time.perf_counter()
+            forward()
+            if number >= n_warmup:
+                found.append(1000 * (time.perf_counter() - start))
+    return times
+
+
 def compare(dense: Callable[[], object], small: Callable[[], object], n_pairs: int = 15, n_warmup: int = 3) -> Speed:
-    """Time two forwards in turn, so that a drift of the machine meets both.
+    """Time a dense and a smaller network in turn.
 
     Args:
         dense: a forward of the dense network, from `runner`.
@@ -93,18 +105,8 @@ def compare(dense: Callable[[], object], small: Callable[[], object], n_pairs: i
         n_pairs: timed forwards of each.
         n_warmup: forwards of each before those.
     """
-    times: tuple[list[float], list[float]] = ([], [])
-    for number in range(n_warmup + n_pairs):
-        for work, found in zip((dense, small), times, strict=True):
-            start = time.perf_counter()
-            work()
-            if number >= n_warmup:
-                found.append(1000 * (time.perf_counter() - start))
-    saved = [1 - after / before for before, after in zip(*times, strict=True)]
+    before, after = in_turn([dense, small], n_pairs, n_warmup)
+    saved = [1 - b / a for a, b in zip(before, after, strict=True)]
     low, _, high = statistics.quantiles(saved, n=4)
-    return Speed(
-        statistics.median(times[0]),
-        statistics.median(times[1]),
-        statistics.median(saved),
-        (high - low) / 2 / len(saved) ** 0.5,
-    )
+    spread = (high - low) / 2 / len(saved) ** 0.5
+    return Speed(statistics.median(before), statistics.median(after), statistics.median(saved), spread)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,11 +93,9 @@ class Times:
         values: dict[Node, Any] = {trace.entrance: batch}
         said = [f"timing {trace.layers.get(node, node.name)}" for node in trace.nodes]
         with evaluating(model), torch.no_grad():
-            for node, _ in zip(trace.nodes, progress(said) if progress is not None else said, strict=True):
-                values[node] = run(node, lambda of: fixed[of] if of in fixed else values[of])
+            steps = trace.walk(values, fixed)
+            for node, _ in zip(steps, progress(said) if progress is not None else said, strict=True):
                 measured.append(self._measure(node, trace, values, fixed))
-                for done in trace.done_with(node):
-                    values.pop(done, None)
         total = sum(operation.writes[0] for operation in measured)
         # Calls from Python take time of their own; a fused forward takes less than its operations.
         rest, scale = max(0.0, dense_ms - total) / len(measured), min(1.0, dense_ms / max(total, 1e-9))
@@ -124,13 +123,10 @@ class Times:
 
         if node in trace.layers:
             return self._layer(node, trace.layers[node], read)
-        layer, before = None, node
-        while layer is None and before.all_input_nodes:
-            sources = [source for source in before.all_input_nodes if source in values or source in trace.nodes]
-            if not sources:
-                break
-            before = sources[0]
-            layer = trace.layers.get(before)
+        layer, before = None, [node]
+        while layer is None and before:
+            before = [source for source in before[0].all_input_nodes if source not in fixed]
+            layer = trace.layers.get(before[0]) if before else None
         if not isinstance(values[node], Tensor) or values[node].dim() < 2:
             return Operation(node, layer, (0.0,) * len(SHARES), (0.0,) * len(SHARES))
         full = self._time(str(node.target), _shapes(node, read), lambda: run(node, read))
@@ -174,7 +170,7 @@ class Times:
 
     def _time(self, what: str, shapes: str, work: Callable[[], Any]) -> float:
         """Milliseconds of a call, measured unless known."""
-        key = hashlib.sha1(f"{what} {shapes}".encode()).hexdigest()[:16]
+        key = f"{what} {shapes}"
         if key not in self._known:
             timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
             self._known[key] = 1000 * timer.blocked_autorange(min_run_time=LEAST_S).median
@@ -222,11 +218,12 @@ def _about(device: torch.device) -> dict[str, Any]:
 
 
 def _processor() -> str:
+    """Name of the processor and what it can do: machines of one name may differ."""
     info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
-    flags = [line for line in info.read_text().splitlines() if line.startswith("flags")] if info.is_file() else []
-    name = names[0].split(":", 1)[1].strip() if names else torch.backends.cpu.get_cpu_capability()
-    return f"{name} {hashlib.sha1(''.join(flags[:1]).encode()).hexdigest()[:6]}"
+    text = info.read_text() if info.is_file() else ""
+    lines = [line for line in text.splitlines() if line.startswith(("model name", "flags"))][:2]
+    kind = hashlib.sha1("".join(lines).encode()).hexdigest()[:6]
+    return f"{platform.processor() or platform.machine()} {torch.backends.cpu.get_cpu_capability()} {kind}"
 
 
 def cache_file(folder: Path, device: torch.device) -> Path:

@@ -3,7 +3,7 @@ together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from freqprune.errors import InputError
+from freqprune.networks.answers import first
 from freqprune.networks.hooks import evaluating
 
 _ATEN = torch.ops.aten
@@ -22,6 +23,8 @@ BATCH_NORM = _ATEN.batch_norm.default
 SUMS = (_ATEN.add.Tensor,)
 # In eval mode these hand on what they get.
 IDENTITIES = (_ATEN.dropout.default, _ATEN.clone.default, _ATEN.contiguous.default)
+# What `Trace.walk` is told for an operation that runs as it is.
+PLAIN = object()
 # Of a batch, at most: 64 images of 64 x 64.
 BATCH_PIXELS = 64**3
 
@@ -114,6 +117,43 @@ class Trace:
         first = self._output.args[0][0]
         assert isinstance(first, Node)
         return first
+
+    def walk(
+        self,
+        values: dict[Node, Any],
+        fixed: Mapping[Node, Tensor],
+        instead: Callable[[Node, Callable[[Node], Any]], Any] | None = None,
+        nodes: Sequence[Node] | None = None,
+    ) -> Iterator[Node]:
+        """Run operations one by one; each is handed out once its result is in `values`, and what nobody needs any more
+        is dropped afterwards.
+
+        Args:
+            values: results so far, of `entrance` at least; changed in place.
+            fixed: parameters and buffers, from `inputs`.
+            instead: the result of an operation, of it and of what reads values for it; `PLAIN` for its own.
+            nodes: the operations; all if left out.
+        """
+
+        def read(of: Node) -> Any:
+            return fixed[of] if of in fixed else values[of]
+
+        for node in self.nodes if nodes is None else nodes:
+            result = PLAIN if instead is None else instead(node, read)
+            values[node] = run(node, read) if result is PLAIN else result
+            yield node
+            for done in self.done_with(node):
+                values.pop(done, None)
+
+    def check(self, model: nn.Module, batch: Tensor, answer: Tensor, way_out: str) -> None:
+        """Raise InputError, with a way out, unless the network gives the answer that its operations gave."""
+        with evaluating(model), torch.no_grad():
+            expected = first(model(batch))
+        if not torch.allclose(answer, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+            raise InputError(
+                f"the operations that torch.export finds in {type(model).__name__} compute something else than it "
+                f"does; {way_out}"
+            )
 
     def done_with(self, node: Node) -> Sequence[Node]:
         """Operations whose results nobody needs after `node` has run."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from freqprune.errors import InputError, one_of
 from freqprune.pruning.graph import ChannelGraph
@@ -93,3 +95,15 @@ def compensate(
                     "constant"
                 )
     return remarks
+
+
+def recalibrate_batch_norm(model: nn.Module, batches: Sequence[Any], device: torch.device | None = None) -> None:
+    """Re-estimate the running statistics of every batch norm as plain averages over batches of (normalised) inputs, in
+    place.
+
+    Removing filters shifts what the following layers see; this takes no gradient step. Modes are restored.
+    """
+    modes = {module: module.training for module in model.modules()}
+    update_bn(batches, model, device=device)
+    for module, mode in modes.items():
+        module.training = mode

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.networks import equal_batches
-from freqprune.pruning.compensation import compensate
+from freqprune.pruning.compensation import compensate, recalibrate_batch_norm
 from freqprune.pruning.criteria import needs, scores
 from freqprune.pruning.depth import block_scores
 from freqprune.pruning.evidence import calibration, gather, n_measured
@@ -17,7 +17,7 @@ from freqprune.pruning.importance import Evidence
 from freqprune.pruning.recipe import Material, Recipe
 from freqprune.pruning.reconstruction import reconstruct
 from freqprune.pruning.selection import Amount, Kept, remarks, select
-from freqprune.pruning.surgery import Plan, recalibrate_batch_norm
+from freqprune.pruning.surgery import Plan
 from freqprune.pruning.tempo import to_time
 from freqprune.tagging import Progress, Stimulus, TagResponse, pick_layers
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.networks import Trace, equal_batches, evaluating, replaced, run
+from freqprune.networks import PLAIN, Trace, equal_batches, evaluating, replaced
 from freqprune.pruning.moments import least_squares
 
 Readers = Mapping[str, tuple[Tensor, Tensor, Tensor]]
@@ -94,15 +94,13 @@ def _go_on(
     layers: Mapping[str, nn.Module],
 ) -> Any:
     """Run operations, some layers replaced; the network's answer, once it is there."""
-    for node in nodes:
+
+    def instead(node: Any, read: Callable[[Any], Any]) -> Any:
         layer = layers.get(trace.layers.get(node, ""))
-        values[node] = (
-            run(node, lambda of: fixed[of] if of in fixed else values[of])
-            if layer is None
-            else node.target(values[node.args[0]], layer.weight, layer.bias, *node.args[3:])
-        )
-        for done in trace.done_with(node):
-            values.pop(done, None)
+        return PLAIN if layer is None else node.target(read(node.args[0]), layer.weight, layer.bias, *node.args[3:])
+
+    for _ in trace.walk(values, fixed, instead, nodes):
+        pass
     return values.get(trace.exit)
 
 

@@ -2,97 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-import torch
 import torch_pruning as tp
 from torch import Tensor, nn
-from torch_pruning.dependency import index_mapping
-from torch_pruning.dependency.group import Group
 
 from freqprune.errors import InputError
 from freqprune.networks import IndexShortcut, check_answers, macs_by_layer
+from freqprune.pruning.dependencies import channel_group, dependency_graph
 from freqprune.pruning.followed import Followed, follow, followed_group
-from freqprune.pruning.pruners import group_width, taught, teach
+from freqprune.pruning.pruners import group_width, taught
 
 _OUT = (tp.prune_conv_out_channels, tp.prune_linear_out_channels)
 _IN = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
 _ARITHMETIC = {"AddBackward": "sum", "SubBackward": "difference", "MulBackward": "product", "DivBackward": "quotient"}
-
-
-# Channels and operations that torch-pruning may name for a group: where it misreads a view it names more and more,
-# without end. A DenseNet's largest group has 200 operations.
-_MOST_CHANNELS, _MOST_OPERATIONS = 2_000_000, 2_000
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torch-pruning says of parameters without a layer and of long ways: should it misread them, the proof
-    of the cut says so. OverflowError for groups without end."""
-    mapping, group = index_mapping._FlattenIndexMapping, Group
-    call, add, named = mapping.__call__, group.add_dep, {"channels": 0, "operations": 0}
-
-    def count(what: str, number: int, most: int) -> None:
-        named[what] += number
-        if named[what] > most:
-            raise OverflowError(f"more than {most} {what} in one group")
-
-    def bounded_call(self: Any, idxs: Any) -> Any:
-        count("channels", len(idxs) if self.reverse else len(idxs) * int(self._stride), _MOST_CHANNELS)
-        return call(self, idxs)
-
-    def bounded_add(self: Any, *args: Any, **kwargs: Any) -> Any:
-        count("operations", 1, _MOST_OPERATIONS)
-        return add(self, *args, **kwargs)
-
-    with warnings.catch_warnings():
-        for known in ("Unwrapped parameters detected", "Maximum recursive depth"):
-            warnings.filterwarnings("ignore", known)
-        mapping.__call__, group.add_dep = bounded_call, bounded_add
-        try:
-            yield
-        finally:
-            mapping.__call__, group.add_dep = call, add
-
-
-def _graph(model: nn.Module, example: Tensor) -> tuple[nn.Module, tp.DependencyGraph | Exception]:
-    """A private copy of the model and the dependency graph of that copy, or what torch-pruning raised instead."""
-    # torch-pruning needs gradients and unfrozen parameters to trace, and leaves the model in eval mode: let it have a
-    # copy.
-    twin = copy.deepcopy(model)
-    for parameter in twin.parameters():
-        parameter.requires_grad_(True)
-    try:
-        with torch.enable_grad(), _quiet():
-            graph = tp.DependencyGraph().build_dependency(
-                twin, example_inputs=example[:1], customized_pruners=teach(twin)
-            )
-    except Exception as error:
-        # torch-pruning raises whatever it trips over, down to ZeroDivisionError.
-        return twin, error
-    return twin, graph
-
-
-def _group(graph: tp.DependencyGraph | Exception, module: nn.Module, idxs: list[int], layer: str) -> Any:
-    write = tp.prune_linear_out_channels if isinstance(module, nn.Linear) else tp.prune_conv_out_channels
-    try:
-        if isinstance(graph, Exception):
-            raise graph
-        with _quiet():
-            return graph.get_pruning_group(module, write, idxs=idxs)
-    except Exception as error:
-        raise InputError(
-            f"torch-pruning {version('torch-pruning')} cannot follow the channels of {layer!r} "
-            f"({type(error).__name__}: {error})"
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -195,7 +123,7 @@ class ChannelGraph:
         if like is None:
             check_answers(model, self.example)
         self._graph: Any
-        self.twin, self._graph = _graph(model, example)
+        self.twin, self._graph = dependency_graph(model, example)
         names = {module: name for name, module in self.twin.named_modules()}
         self._names, self._modules = names, dict(self.twin.named_modules())
         if like is not None:
@@ -246,7 +174,7 @@ class ChannelGraph:
     def _add(self, module: Any, layer: str) -> None:
         """The unit that a layer leads, if it leads one."""
         names = self._names
-        group = _group(self._graph, module, [0], layer)
+        group = channel_group(self._graph, module, [0], layer)
         partners = _partners(group, module, names)
         members = [layer]
         if partners:
@@ -293,7 +221,7 @@ class ChannelGraph:
         filters = range(unit.n_filters) if filters is None else filters
         if name in self._followed:
             return followed_group(self._modules, self._followed[name], list(filters))
-        return _group(self._graph, self._modules[name], unit.channels(filters), name)
+        return channel_group(self._graph, self._modules[name], unit.channels(filters), name)
 
     def possible(self, group: Any) -> bool:
         """Whether removing a group leaves every layer of it at least one channel."""
@@ -312,9 +240,11 @@ class ChannelGraph:
                 found.setdefault(reader, []).extend(int(i) for i in idxs)
         return found
 
-    def macs(self, widths: Mapping[str, int]) -> float:
-        """MACs of the network for one image with `widths` filters left in the named units, the others at full width."""
-        return sum(self._macs[layer] * read * written for layer, (read, written) in self.left(widths).items())
+    def macs(self, widths: Mapping[str, int], without: Collection[str] = ()) -> float:
+        """MACs of the network for one image with `widths` filters left in the named units, the others at full width,
+        and without some layers."""
+        left = self.left(widths)
+        return sum(macs * left[layer][0] * left[layer][1] for layer, macs in self._macs.items() if layer not in without)
 
     def left(self, widths: Mapping[str, int]) -> dict[str, tuple[float, float]]:
         """Shares of the inputs and of the outputs of each convolution and linear layer that are left, with `widths`
@@ -328,11 +258,6 @@ class ChannelGraph:
                 left[side] -= gone.get(name, 0) * share
             found[layer] = left["in"], left["out"]
         return found
-
-    @property
-    def macs_by_layer(self) -> Mapping[str, float]:
-        """MACs of every layer of the dense network for one image."""
-        return self._macs
 
 
 def _enters(dependency: Any) -> bool:

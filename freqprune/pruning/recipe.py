@@ -12,8 +12,8 @@ from freqprune.errors import InputError, at_least, one_of
 from freqprune.networks import Latency
 from freqprune.pruning.compensation import AT_ONCE, METHODS
 from freqprune.pruning.criteria import needs
-from freqprune.pruning.reconstruction import Reconstruction
 from freqprune.pruning.selection import Amount
+from freqprune.pruning.walk import Reconstruction
 
 # Criteria whose scores are squared changes of the logits.
 BLOCK_CRITERIA = ("logit_error", "logit_redundancy")

@@ -9,10 +9,7 @@ After He, Zhang & Sun 2017 (arXiv 1707.06168), who reconstruct layer by layer on
 from __future__ import annotations
 
 import copy
-import logging
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,59 +17,10 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from freqprune.errors import InputError, at_least, one_of
-from freqprune.networks import BATCH_NORM, IDENTITIES, LINEAR, SUMS, Trace, check_answers, evaluating, first, run
-from freqprune.pruning.blocks import Block, answers_without, find_blocks
-from freqprune.pruning.equations import Sums, solve
-from freqprune.pruning.patches import Geometry, pick
-from freqprune.pruning.refinement import Segment, gauss_newton
-
-log = logging.getLogger(__name__)
-
-RESOLVE = ("shifted", "lost")
-HELD_OUT = 4
-# Pixels of the images of one Gauss-Newton step, 1,200 of 32 x 32: larger images have more positions to learn from.
-STEP_PIXELS = 1200 * 32**2
-# Most inputs of a layer that are solved for at once: the matrix of 8,192 takes half a gigabyte.
-MAX_VALUES = 8192
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """How a cut is made up for in sequence.
-
-    Args:
-        positions: random positions of each map that enter the equations, drawn anew for every batch.
-        ridge: pulls the weights towards those that the cut left, in units of the inputs' mean variance; None: of
-            `freqprune.pruning.equations.RIDGES` for each layer the one that does best on every fourth batch from the
-            others.
-        resolve: ``"shifted"``: every layer whose inputs have changed is solved again; ``"lost"``: only those that lost
-            inputs.
-        rounds: after a layer is solved, so many times the layer that feeds it takes a Gauss-Newton step towards the
-            same target, and it is solved again.
-        memory_gb: gigabytes that the activations of all calibration images may take; fewer images are used where more
-            would be needed.
-        seed: of the positions.
-
-    Raises:
-        InputError: for an argument out of range.
-    """
-
-    positions: int = 256
-    ridge: float | None = 1e-2
-    resolve: str = "shifted"
-    rounds: int = 3
-    memory_gb: float = 4.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        at_least(1, positions=self.positions)
-        at_least(0, rounds=self.rounds)
-        one_of(RESOLVE, resolve=self.resolve)
-        if not self.memory_gb > 0:
-            raise InputError(f"memory_gb must be above 0, got {self.memory_gb}")
-        if self.ridge is not None and not (self.ridge > 0 and math.isfinite(self.ridge)):
-            raise InputError(f"ridge must be a finite number above 0, got {self.ridge}")
+from freqprune.errors import InputError
+from freqprune.networks import Trace, check_answers
+from freqprune.pruning.blocks import find_blocks
+from freqprune.pruning.walk import Reconstruction, Walk
 
 
 def reconstruct(
@@ -133,7 +81,7 @@ def _walked(
     how: Reconstruction,
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None,
     without: Sequence[str],
-) -> tuple[_Walk, nn.Module]:
+) -> tuple[Walk, nn.Module]:
     """The walk, done, and the network that nothing was made up for in."""
     if not batches:
         raise InputError("making up for a cut needs calibration images: pass Material(calibration=...)")
@@ -145,7 +93,7 @@ def _walked(
         blocks = find_blocks(model, trace) if without else {}
         n_fit = max(1, int(min(how.memory_gb * 1e9 / _bytes_of(trace, model, batches[0]), len(batches))))
         n_images, batches = sum(map(len, batches)), batches[:n_fit]
-        walk = _Walk(model, twin, trace, silenced, batches, how, [blocks[name] for name in without])
+        walk = Walk(model, twin, trace, silenced, batches, how, [blocks[name] for name in without])
         if sum(map(len, batches)) < n_images:
             walk.remarks.append(
                 f"made up for on {sum(map(len, batches))} of {n_images} calibration images, whose activations fit into "
@@ -155,7 +103,7 @@ def _walked(
         steps = [f"making up for the cut in {walk.trace.layers.get(node, node.name)}" for node in walk.trace.nodes]
         for node, _ in zip(walk.trace.nodes, progress(steps) if progress is not None else steps, strict=True):
             walk.step(node)
-        walk.check_exit(model, batches[0])
+        trace.check(model, batches[0], walk.dense[trace.exit][0], "use pruning.compensation=least_squares")
     return walk, muted
 
 
@@ -173,322 +121,8 @@ def _bytes_of(trace: Trace, model: nn.Module, batch: Tensor) -> int:
     fixed = trace.inputs(model)
     values: dict[Node, Any] = {trace.entrance: batch}
     most = 0
-    for node in trace.nodes:
-        values[node] = run(node, lambda of: fixed[of] if of in fixed else values[of])
+    for _ in trace.walk(values, fixed):
         most = max(
             most, sum(tensor.nbytes for tensor in tree_leaves(list(values.values())) if isinstance(tensor, Tensor))
         )
-        for done in trace.done_with(node):
-            values.pop(done, None)
     return 3 * most
-
-
-class _Walk:
-    """The dense network and its twin, taken through their operations together, all batches at each."""
-
-    def __init__(
-        self,
-        dense: nn.Module,
-        twin: nn.Module,
-        trace: Trace,
-        silenced: Mapping[str, Sequence[int]],
-        batches: Sequence[Tensor],
-        how: Reconstruction,
-        without: Sequence[Block] = (),
-    ) -> None:
-        self.twin_net, self.trace, self.silenced, self.how = twin, trace, silenced, how
-        self.batches, self.without = batches, without
-        self.ends = {node for block in without for node in block.ends}
-        self.skipped = {node for block in without for node in block.branch} - self.ends
-        self.n_batches, self.batch_pixels = len(batches), batches[0][:, :1].numel()
-        self.generator = torch.Generator().manual_seed(how.seed)
-        self.fixed = trace.inputs(dense), trace.inputs(twin)
-        self.dense: dict[Node, list[Any]] = {trace.entrance: list(batches)}
-        # Results of the twin where they are not the dense network's.
-        self.twin: dict[Node, list[Any]] = {}
-        changed = [f"{name}.weight" for name in silenced]
-        self.touched = {node for node in self.fixed[0] if trace.source(node) in changed}
-        # To each layer, from the layer that feeds it and no other: the operations on the way, that layer first.
-        self.paths = {node: path for node in trace.layers if (path := self._path_to(node))} if how.rounds else {}
-        self.paths = {node: path for node, path in self.paths.items() if node not in self.skipped | self.ends}
-        self.freed: set[Node] = set()
-        self.remarks: list[str] = []
-        # Samples that layers lack for as many equations as unknowns.
-        self.short: dict[str, int] = {}
-
-    def error(self) -> float:
-        """Mean squared difference of the twin's answers from the dense network's."""
-        pairs = zip(
-            self.twin.get(self.trace.exit, self.dense[self.trace.exit]), self.dense[self.trace.exit], strict=True
-        )
-        return sum(float((a - b).double().square().mean()) for a, b in pairs) / self.n_batches
-
-    def error_of(self, net: nn.Module) -> float:
-        """The same of another network, with the same blocks silenced."""
-        pairs, fixed = zip(self.batches, self.dense[self.trace.exit], strict=True), self.trace.inputs(net)
-        answers = ((answers_without(self.trace, fixed, x, self.without), y) for x, y in pairs)
-        return sum(float((answer - y).double().square().mean()) for answer, y in answers) / self.n_batches
-
-    def remark_on_samples(self) -> None:
-        """Say, and warn, where there were fewer samples than unknowns."""
-        if self.short:
-            worst = max(self.short, key=self.short.__getitem__)
-            self.remarks.append(
-                f"{len(self.short)} layers have fewer samples than unknowns, worst {worst}, which lacks "
-                f"{self.short[worst]}: more calibration images (pruning.calibration_images) or positions "
-                "(pruning.positions) would help"
-            )
-            log.warning(self.remarks[-1])
-
-    def check_exit(self, model: nn.Module, batch: Tensor) -> None:
-        """Raise InputError unless the operations gave what the network gives."""
-        with evaluating(model):
-            expected = first(model(batch))
-        found = self.dense[self.trace.exit][0]
-        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
-            raise InputError(
-                f"the operations that torch.export finds in {type(model).__name__} compute something else than it "
-                "does; "
-                "use pruning.compensation=least_squares"
-            )
-
-    def step(self, node: Node) -> None:
-        """Take all batches through one operation, in the dense network and in its twin."""
-        self.dense[node] = [run(node, self._reader(self.dense, self.fixed[0], i)) for i in range(self.n_batches)]
-        layer = self.trace.layers.get(node)
-        if node in self.ends:
-            self.twin[node] = [torch.zeros_like(value) for value in self.dense[node]]
-        elif node not in self.skipped:
-            self._take(node, layer)
-        self.paths.pop(node, None)
-        self.freed |= set(self.trace.done_with(node))
-        # A layer that the next one's target refines again needs its input until then.
-        held = {source for path in self.paths.values() for source in path[0].all_input_nodes}
-        for done in self.freed - held:
-            self.dense.pop(done, None)
-            self.twin.pop(done, None)
-        self.freed &= held
-
-    def _take(self, node: Node, layer: str | None) -> None:
-        """Take the twin through an operation, after solving for its weights where it has any."""
-        if layer is not None:
-            norm, others = self._target_of(node)
-            shifted = bool(others) or node.args[0] in self.twin
-            if layer in self.silenced or (shifted and self.how.resolve == "shifted"):
-                self._solve(node, layer, norm, others)
-                for number in range(self.how.rounds):
-                    if self._refine(node, norm, others, self._some(number)):
-                        self._solve(node, layer, norm, others)
-        if any(source in self.twin or source in self.touched for source in node.all_input_nodes):
-            self._run_twin(node)
-
-    def _run_twin(self, node: Node) -> None:
-        self.twin[node] = [run(node, self._reader(self.twin, self.fixed[1], i)) for i in range(self.n_batches)]
-
-    def _reader(self, values: Mapping[Node, list[Any]], fixed: Mapping[Node, Tensor], batch: int) -> Any:
-        return lambda node: (
-            fixed[node] if node in fixed else values[node][batch] if node in values else self.dense[node][batch]
-        )
-
-    def _solve(self, node: Node, layer: str, norm: Node | None, others: Sequence[Node]) -> None:
-        weight = self.twin_net.get_parameter(f"{layer}.weight")
-        geometry = Geometry() if node.target is LINEAR else Geometry.of_call(weight, node.args[2:])
-        n_values = weight[0].numel()
-        if n_values > MAX_VALUES:
-            self.remarks.append(
-                f"{layer} reads {n_values} values, more than the {MAX_VALUES} that are solved for at once: what it "
-                "lost is "
-                "not made up for"
-            )
-            return
-        read: Any = node.args[0]
-        parts: list[Sums] = []
-        stays = self._stays(layer, weight, geometry)
-        # What is gone takes no part in the products.
-        columns = None if stays.all() else stays.nonzero().flatten()
-        for i in range(self.n_batches):
-            x = self.twin.get(read, self.dense[read])[i]
-            chosen = pick(geometry.n_positions(x.shape), self.how.positions, self.generator)
-            target = geometry.outputs(self.dense[node][i], chosen)
-            for other in others:
-                shift = geometry.outputs(self.dense[other][i] - self.twin[other][i], chosen)
-                target = target + (shift if norm is None else shift / self._scale(norm))
-            rows = geometry.patches(x, chosen)
-            rows = rows if columns is None else rows[:, columns]
-            parts = parts or [Sums(geometry.groups, (rows.mean(0), target.mean(0))) for _ in range(2)]
-            parts[i % HELD_OUT == HELD_OUT - 1].add(rows, target)
-        if not all(part.finite for part in parts):
-            raise InputError(f"what {layer!r} reads, or what it is to answer, holds NaN or infinite values")
-        n_samples, n_unknowns = sum(part.n_samples for part in parts), int(stays.sum()) // geometry.groups + 1
-        if n_samples < n_unknowns:
-            self.short[layer] = n_unknowns - n_samples
-        constant_in = self._constant_in(layer, norm)
-        left = weight.detach().flatten(1)[:, stays]
-        solved = solve(parts, left, stays[stays], self.how.ridge, constant_in is not None)
-        if solved is None:
-            self.remarks.append(f"the inputs of {layer} leave its weights undetermined: they stay as the cut left them")
-            return
-        whole = torch.zeros_like(weight).flatten(1)
-        whole[:, stays] = solved[0].to(whole)
-        weight.data.copy_(whole.view_as(weight))
-        self._touch(f"{layer}.weight")
-        if constant_in is not None:
-            name, sign = constant_in
-            dense, twin = (fixed[self._placeholder(name)] for fixed in self.fixed)
-            twin.copy_((dense if sign < 0 else torch.zeros_like(dense)) + sign * solved[1].to(dense))
-            self._touch(name)
-
-    def _stays(self, layer: str, weight: Tensor, geometry: Geometry) -> Tensor:
-        """Columns of the weight that read a channel that is left, ``(n_values,)``."""
-        stays = torch.ones(weight.shape[1:], dtype=torch.bool, device=weight.device)
-        if geometry.groups == 1:
-            stays[list(self.silenced.get(layer, ()))] = False
-        return stays.flatten()
-
-    def _placeholder(self, name: str) -> Node:
-        return next(node for node in self.fixed[1] if self.trace.source(node) == name)
-
-    def _touch(self, name: str) -> None:
-        self.touched.add(self._placeholder(name))
-
-    def _path_to(self, node: Node) -> list[Node]:
-        """Operations from the layer before a layer to it, where that feeds no other; empty if there is no such
-        layer."""
-        path: list[Node] = []
-        at: Any = node.args[0]
-        while isinstance(at, Node) and at not in self.fixed[0] and len(at.users) == 1:
-            path.insert(0, at)
-            if at in self.trace.layers:
-                return path
-            before = [source for source in at.all_input_nodes if source not in self.fixed[0]]
-            if len(before) != 1:
-                break
-            at = before[0]
-        return []
-
-    def _some(self, number: int) -> list[int]:
-        """Batches for one step, `STEP_PIXELS` at most and others each time."""
-        count = max(1, min(self.n_batches, STEP_PIXELS // self.batch_pixels))
-        return [(number * count + i) % self.n_batches for i in range(count)]
-
-    def _refine(self, node: Node, norm: Node | None, others: Sequence[Node], some: Sequence[int]) -> bool:
-        """A Gauss-Newton step of the layer that feeds `node` towards the target of `node`; whether that came closer."""
-        path = self.paths.get(node)
-        if not path:
-            return False
-        source, feeding = path[0], self.trace.layers[path[0]]
-        constant_in = self._constant_in(feeding, self._target_of(source)[0])
-        scale: Tensor | float = 1.0 if norm is None else self._channelwise(self._scale(norm), node)
-        own_constant = self._constant_of(node, norm)
-        weight = self.twin_net.get_parameter(f"{feeding}.weight").detach()
-        own: Any = self.twin_net.get_submodule(feeding).bias
-        constant = weight.new_zeros(len(weight)) if own is None else own.detach()
-        reader = self.twin_net.get_parameter(f"{self.trace.layers[node]}.weight").detach()
-
-        def target(i: int) -> Tensor:
-            found: Tensor = self.dense[node][i]
-            for other in others:
-                lost = self.dense[other][i] - self.twin[other][i]
-                found = found + (lost if norm is None else lost / scale)
-            return (found if own_constant is None else found - self._channelwise(own_constant, node)) * scale
-
-        def between(z: Tensor, i: int) -> Tensor:
-            values: dict[Node, Any] = {source: z}
-            read = self._reader(self.twin, self.fixed[1], i)
-            for one in path[1:]:
-                values[one] = run(one, lambda of: values[of] if of in values else read(of))
-            result: Tensor = values[path[-1]]
-            return result
-
-        segment = Segment(
-            lambda w, c, i: self._times_weight(source, w, some[i]) + self._channelwise(c, source),
-            lambda z, i: between(z, some[i]),
-            lambda h, i: self._times_weight(node, reader, some[i], h) * scale,
-            [target(i) for i in some],
-            self._energy(source, weight, some),
-            -1 if source.target is LINEAR else 1,
-        )
-        step = gauss_newton(segment, weight, constant, constant_in is not None, self.how.seed)
-        if step is None:
-            return False
-        if constant_in is not None:
-            name, sign = constant_in
-            self.fixed[1][self._placeholder(name)].add_(sign * (step[1] - constant))
-            self._touch(name)
-        weight.copy_(step[0])
-        self._touch(f"{feeding}.weight")
-        for one in path:
-            self._run_twin(one)
-        return True
-
-    def _times_weight(self, node: Node, weight: Tensor, batch: int, x: Tensor | None = None) -> Tensor:
-        """What a layer multiplies with its weight, without its bias; of an input that is given, or of the twin's."""
-        read = self._reader(self.twin, self.fixed[1], batch)
-        rest = node.args[3:]
-        given = read(node.args[0]) if x is None else x
-        product: Tensor = node.target(given, weight, None, *rest)  # type: ignore[operator]
-        return product
-
-    def _energy(self, node: Node, weight: Tensor, some: Sequence[int]) -> Tensor:
-        """Mean square of what each input channel brings to a layer, in a shape that spreads over its weight."""
-        read: Any = node.args[0]
-        everything = self.twin.get(read, self.dense[read])
-        inputs = [everything[i] for i in some]
-        over = [0, *range(2, inputs[0].dim())] if node.target is not LINEAR else list(range(inputs[0].dim() - 1))
-        energy = torch.stack([x.square().mean(over) for x in inputs]).mean(0)
-        if len(energy) != weight.shape[1]:
-            energy = energy.mean().expand(weight.shape[1])
-        return energy.view(1, -1, *[1] * (weight.dim() - 2))
-
-    def _channelwise(self, values: Tensor, node: Node) -> Tensor:
-        """Values of a layer's channels in a shape that spreads over its output."""
-        return values if node.target is LINEAR else values.view(-1, 1, 1)
-
-    def _target_of(self, node: Node) -> tuple[Node | None, list[Node]]:
-        """The batch norm after a layer, and the other terms of the sums its output goes into, where they have
-        shifted."""
-        norm, end, others = None, node, []
-        while len(end.users) == 1:
-            user = next(iter(end.users))
-            if user.target is BATCH_NORM and end is node and user.args[0] is node:
-                norm = user
-            elif user.target in SUMS and not user.kwargs:
-                first, second = user.args[:2]
-                other = second if first is end else first
-                if other is end or not isinstance(other, Node):
-                    break
-                # A branch that has yet to run will make up for this one.
-                if other in self.twin and self.twin[other][0].shape == self.dense[node][0].shape:
-                    others.append(other)
-            elif user.target not in IDENTITIES:
-                break
-            end = user
-        return norm, others
-
-    def _scale(self, norm: Node) -> Tensor:
-        """Factor of a batch norm for each channel, kept from zero."""
-        read = self._reader({}, self.fixed[0], 0)
-        values: list[Any] = [read(a) if isinstance(a, Node) else a for a in norm.args]
-        scale: Tensor = (values[4] + values[7]).rsqrt() * (1.0 if values[1] is None else values[1])
-        least = 1e-3 * scale.abs().max().clamp(min=torch.finfo(scale.dtype).tiny)
-        return torch.where(scale.abs() < least, torch.where(scale < 0, -least, least), scale)
-
-    def _constant_of(self, node: Node, norm: Node | None) -> Tensor | None:
-        """What is added to the products of a layer in the twin: its bias, or what went into the norm's mean."""
-        layer = self.trace.layers[node]
-        bias: Any = self.twin_net.get_submodule(layer).bias
-        if bias is not None:
-            return bias.detach().clone()
-        where = self._constant_in(layer, norm)
-        if where is None:
-            return None
-        dense, twin = (fixed[self._placeholder(where[0])] for fixed in self.fixed)
-        return where[1] * (twin - dense)
-
-    def _constant_in(self, layer: str, norm: Node | None) -> tuple[str, int] | None:
-        """Where a constant added to a layer's output goes: its bias, or, with the other sign, the norm's mean."""
-        if self.twin_net.get_submodule(layer).bias is not None:
-            return f"{layer}.bias", 1
-        mean: Any = None if norm is None else norm.args[3]
-        name = self.trace.source(mean)
-        return None if name is None or len(mean.users) != 1 else (name, -1)

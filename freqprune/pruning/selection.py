@@ -153,17 +153,12 @@ def select(
             )
         return _without(scores, removed)
     assert macs is not None
+    if amount.latency_ms is not None:
+        raise InputError(
+            "pruning.latency_ms counts from what the network takes: cut measures that; give latency_cut here"
+        )
     name = "macs_cut" if amount.macs_cut is not None else "latency_cut"
-    share = getattr(amount, name)
-    if share is None:
-        assert amount.latency_ms is not None
-        share = 1 - amount.latency_ms / macs({layer: len(score) for layer, score in scores.items()})
-        if share <= 0:
-            raise InputError(
-                f"pruning.latency_ms = {amount.latency_ms:g} asks for no less than the network takes already, "
-                f"{amount.latency_ms / (1 - share):.4g} ms"
-            )
-    return _to_macs(scores, blocks, share, macs, name)
+    return _to_macs(scores, blocks, getattr(amount, name), macs, name)
 
 
 def remarks(kept: Mapping[str, Tensor], widths: Mapping[str, int], amount: Amount) -> list[str]:

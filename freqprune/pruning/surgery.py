@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
 from freqprune.errors import InputError, closest
-from freqprune.networks import Trace, drop_blocks, evaluating, hooked
-from freqprune.pruning.blocks import Block, find_blocks, masked_run
+from freqprune.networks import Trace, drop_blocks
+from freqprune.pruning.blocks import Block, find_blocks
 from freqprune.pruning.graph import ChannelGraph, Unit
-from freqprune.pruning.pruners import CUSTOM_PRUNERS, restore
+from freqprune.pruning.proof import prove
+from freqprune.pruning.pruners import restore
 from freqprune.tagging import match_layers
-
-__all__ = ["CUSTOM_PRUNERS", "Plan", "masked_forward", "recalibrate_batch_norm"]
 
 
 class Plan:
@@ -110,9 +107,8 @@ class Plan:
         for name in widths:
             self._check_name(name)
         units = {name: width for name, width in widths.items() if name not in self.blocks}
-        gone = self._layers_gone([name for name, width in widths.items() if name in self.blocks and not width])
-        left, macs = self.graph.left(units), self.graph.macs_by_layer
-        return sum(macs[layer] * left[layer][0] * left[layer][1] for layer in macs if layer not in gone)
+        gone = [name for name, width in widths.items() if name in self.blocks and not width]
+        return self.graph.macs(units, self._layers_gone(gone))
 
     def _layers_gone(self, blocks: Sequence[str]) -> set[str]:
         return {layer for name in blocks for layer in self.blocks[name].layers}
@@ -190,7 +186,8 @@ class Plan:
             modules[layer].training = module.training
         drop_blocks(twin, {name: self.blocks[name].left for name in shrunk})
         if check:
-            self._prove(source, twin, kept)
+            blocks = [self.blocks[name] for name in shrunk]
+            prove(source, twin, self.silenced(kept), self.example, blocks, self.trace if blocks else None)
         return twin
 
     def misread(self, names: Sequence[str]) -> list[str]:
@@ -223,34 +220,6 @@ class Plan:
     def _removed(self, name: str, indices: Tensor) -> list[int]:
         return sorted(set(range(self.unit(name).n_filters)) - set(indices.tolist()))
 
-    def _prove(self, source: nn.Module, twin: nn.Module, kept: Mapping[str, Tensor]) -> None:
-        try:
-            with evaluating(twin), torch.no_grad():
-                small = twin(self.example)
-        except Exception as error:
-            raise InputError(
-                f"the smaller network does not run ({type(error).__name__}: {error}): torch-pruning misreads how "
-                "channels pass through "
-                f"{type(self.model).__name__}, for example a shortcut padded with zero channels. {_WAY_OUT}"
-            ) from error
-        silenced, dropped = self.silenced(kept), self.dropped(kept)
-        expected = (
-            masked_run(self.trace, source, silenced, [self.blocks[name] for name in dropped], self.example)
-            if dropped
-            else masked_forward(source, silenced, self.example)
-        )
-        for big, little in zip(_tensors(expected), _tensors(small), strict=True):
-            close = big.shape == little.shape and torch.allclose(
-                big, little, rtol=1e-3, atol=1e-3 * float(big.abs().max().clamp(min=1e-6))
-            )
-            if not close:
-                raise InputError(
-                    "the smaller network computes something else than the network with the removed filters silenced: "
-                    "torch-pruning misreads how "
-                    f"channels pass through {type(self.model).__name__}, for example a shortcut padded with zero "
-                    f"channels. {_WAY_OUT}"
-                )
-
     def _check_name(self, name: str) -> None:
         if name not in self.blocks and name not in self.graph.units:
             if name in self.coupled:
@@ -278,55 +247,3 @@ class Plan:
             raise InputError(f"{name!r} would keep no filter, which cuts the network in two; keep at least one")
         if len(set(found)) != len(found) or min(found) < 0 or max(found) >= width:
             raise InputError(f"kept filters of {name!r} must be distinct indices in [0, {width - 1}], got {found}")
-
-
-_WAY_OUT = (
-    "Write the shortcut as freqprune.networks.IndexShortcut, or leave the residual stream out (pruning.streams=false) "
-    "and the layers around it (pruning.exclude)"
-)
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else []
-    return [tensor for value in values for tensor in _tensors(value)]
-
-
-def masked_forward(model: nn.Module, silenced: Mapping[str, Sequence[int]], inputs: Tensor) -> Any:
-    """Output of a network in eval mode with some channels silenced where they are read: what a pruned network has to
-    compute.
-
-    Args:
-        model: the network, left as it is.
-        silenced: input channels (of a linear layer: features) set to zero, by layer.
-        inputs: input batch.
-    """
-
-    def silence(channels: Sequence[int]) -> Callable[..., Any]:
-        def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            x = args[0].clone()
-            x[(..., list(channels)) if isinstance(module, nn.Linear) else (slice(None), list(channels))] = 0
-            return (x, *args[1:])
-
-        return before
-
-    modules = dict(model.named_modules())
-    with (
-        evaluating(model),
-        torch.no_grad(),
-        hooked([(modules[name], silence(channels), None) for name, channels in silenced.items()]),
-    ):
-        return model(inputs)
-
-
-def recalibrate_batch_norm(model: nn.Module, batches: Sequence[Any], device: torch.device | None = None) -> None:
-    """Re-estimate the running statistics of every batch norm as plain averages over batches of (normalised) inputs, in
-    place.
-
-    Removing filters shifts what the following layers see; this takes no gradient step. Modes are restored.
-    """
-    modes = {module: module.training for module in model.modules()}
-    update_bn(batches, model, device=device)
-    for module, mode in modes.items():
-        module.training = mode

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from freqprune.errors import InputError
-from freqprune.networks import evaluating, hooked, replaced
+from freqprune.networks import evaluating, fused, hooked, replaced
 from freqprune.tagging.sites import Site, first_tensor
 
 
@@ -97,7 +96,7 @@ class Recorder:
             by_module.setdefault(site.module, []).append(site)
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
-            stack.enter_context(replaced(self.model, self._folded()))
+            stack.enter_context(replaced(self.model, fused(self.model, self.folds)))
             modules = dict(self.model.named_modules())
             stack.enter_context(
                 hooked([(modules[name], None, self._hook(name, sites)) for name, sites in by_module.items()])
@@ -108,14 +107,6 @@ class Recorder:
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
         self._read, self._calls = {}, {}
-
-    def _folded(self) -> dict[str, nn.Module]:
-        modules = dict(self.model.named_modules())
-        stand_ins: dict[str, nn.Module] = {}
-        for convolution, norm in self.folds:
-            stand_ins[convolution] = fuse_conv_bn_eval(modules[convolution], modules[norm])
-            stand_ins[norm] = nn.Identity()
-        return stand_ins
 
     def _hook(self, name: str, sites: list[Site]) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:

@@ -1,4 +1,4 @@
-"""Batch norms folded for deployment, read off the operations."""
+"""Batch norms folded for deployment."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from freqprune.networks.folding import fold_norms
 from freqprune.networks.registry import build_model
+from freqprune.tagging.sites import find_folds
 
 
 def trained(net: nn.Module, x: Tensor) -> nn.Module:
@@ -27,7 +28,8 @@ def trained(net: nn.Module, x: Tensor) -> nn.Module:
 def test_norms_after_convolutions_go(name: str, n_norms: int, n_left: int) -> None:
     x = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     net = trained(build_model({"name": name}), x)
-    folded, gone = fold_norms(net, x)
+    gone = find_folds(net, x[:1], [])
+    folded = fold_norms(net, gone)
     norms = [m for m in folded.modules() if isinstance(m, nn.BatchNorm2d)]
     assert (len(gone) + len(norms), len(norms)) == (n_norms, n_left)
     with torch.no_grad():
@@ -49,4 +51,4 @@ class Shared(nn.Module):
 
 
 def test_norms_that_are_not_a_convolutions_own_stay() -> None:
-    assert fold_norms(Shared().eval(), torch.rand(2, 3, 8, 8))[1] == []
+    assert find_folds(Shared().eval(), torch.rand(2, 3, 8, 8), []) == []

@@ -15,7 +15,7 @@ from freqprune.pruning.criteria import criterion_names, scores
 from freqprune.pruning.graph import ChannelGraph
 from freqprune.pruning.importance import Evidence, criterion
 from freqprune.pruning.moments import input_moments, output_gradients
-from freqprune.pruning.surgery import CUSTOM_PRUNERS
+from freqprune.pruning.pruners import CUSTOM_PRUNERS
 from freqprune.pruning.verdict import judge
 from freqprune.tagging.measurement import tag
 from tests.tagging.test_measurement import WHITE, Affine

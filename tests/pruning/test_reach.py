@@ -16,9 +16,9 @@ from freqprune.pruning.criteria import criterion_names, scores
 from freqprune.pruning.cutting import Material, Recipe, cut
 from freqprune.pruning.followed import follow
 from freqprune.pruning.importance import Evidence
-from freqprune.pruning.reconstruction import Reconstruction
 from freqprune.pruning.selection import Amount, select
 from freqprune.pruning.surgery import Plan
+from freqprune.pruning.walk import Reconstruction
 from freqprune.tagging.measurement import tag
 from freqprune.tagging.stimulus import Stimulus
 

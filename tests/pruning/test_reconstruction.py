@@ -15,10 +15,11 @@ from torchvision.models import mobilenet_v2, resnet18
 from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
 from freqprune.networks.trace import Trace, equal_batches, run
-from freqprune.pruning import reconstruction
-from freqprune.pruning.reconstruction import Reconstruction, mute, reconstruct
+from freqprune.pruning import walk
+from freqprune.pruning.reconstruction import mute, reconstruct
 from freqprune.pruning.refinement import Segment
 from freqprune.pruning.surgery import Plan
+from freqprune.pruning.walk import Reconstruction
 
 EXACT = Reconstruction(positions=10_000, ridge=1e-9, rounds=0)
 
@@ -230,7 +231,7 @@ def test_a_gauss_newton_step_starts_from_what_least_squares_left(monkeypatch: py
             answer = segment.read(segment.between(segment.feed(weight, constant, i), i), i)
             seen.append((target - answer).movedim(1, -1).flatten(0, -2))
 
-    monkeypatch.setattr(reconstruction, "gauss_newton", spy)
+    monkeypatch.setattr(walk, "gauss_newton", spy)
     torch.manual_seed(0)
     net, x = settled(Residual(True)), images(24)
     how = Reconstruction(positions=10_000, ridge=1e-9, rounds=1)
