@@ -16,6 +16,11 @@ from .exports import Exports as Exports
 from .exports import export as export
 from .folding import fold_norms as fold_norms
 from .folding import fused as fused
+from .heads import HeadAttention as HeadAttention
+from .heads import Heads as Heads
+from .heads import find_heads as find_heads
+from .heads import keep_heads as keep_heads
+from .heads import open_heads as open_heads
 from .hooks import evaluating as evaluating
 from .hooks import hooked as hooked
 from .hooks import replaced as replaced
@@ -51,4 +56,5 @@ from .trace import PLAIN as PLAIN
 from .trace import SUMS as SUMS
 from .trace import Trace as Trace
 from .trace import equal_batches as equal_batches
+from .trace import images_at_once as images_at_once
 from .trace import run as run

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from freqprune.errors import InputError, check_file
 from freqprune.networks.blocks import drop_blocks, dropped_blocks
+from freqprune.networks.heads import by_new_names
 from freqprune.networks.libraries import WEIGHTS
 from freqprune.networks.registry import build_model, model_names, resize
 
@@ -196,6 +197,9 @@ def _strip_prefix(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _load(net: nn.Module, state: Mapping[str, Any], path: str | Path, config: Mapping[str, Any]) -> None:
     expected = net.state_dict()
+    # The versions of its modules are of the state dict that was given.
+    versions = getattr(state, "_metadata", None)
+    state = by_new_names(net, state)
     # Counters of seen batches are absent from older checkpoints and change nothing in eval mode.
     missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
     unknown = [key for key in state if key not in expected]
@@ -217,7 +221,7 @@ def _load(net: nn.Module, state: Mapping[str, Any], path: str | Path, config: Ma
         )
     loaded = OrderedDict(state)
     # Versions of modules, which some networks cannot be loaded without; plain dicts have lost them.
-    loaded._metadata = getattr(state, "_metadata", None) or getattr(expected, "_metadata", None)  # type: ignore[attr-defined]
+    loaded._metadata = versions or getattr(expected, "_metadata", None)  # type: ignore[attr-defined]
     net.load_state_dict(loaded, strict=False)
 
 

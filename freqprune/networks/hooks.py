@@ -25,16 +25,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def hooked(wanted: Sequence[tuple[nn.Module, Callable[..., Any] | None, Callable[..., Any] | None]]) -> Iterator[None]:
+def hooked(
+    wanted: Sequence[tuple[nn.Module, Callable[..., Any] | None, Callable[..., Any] | None]], kwargs: bool = False
+) -> Iterator[None]:
     """Forward pre-hooks and forward hooks ``(module, before, after)`` inside the block, removed after it, also after an
-    error."""
+    error; with `kwargs` they are told the keyword arguments too."""
     handles = []
     try:
         for module, before, after in wanted:
             if before is not None:
-                handles.append(module.register_forward_pre_hook(before))
+                handles.append(module.register_forward_pre_hook(before, with_kwargs=kwargs))
             if after is not None:
-                handles.append(module.register_forward_hook(after))
+                handles.append(module.register_forward_hook(after, with_kwargs=kwargs))
         yield
     finally:
         for handle in handles:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError, closest
+from freqprune.networks.heads import open_heads
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def library_builder(name: str) -> Callable[..., nn.Module] | None:
         known = _torchvision().list_models(module=_torchvision())
         if kind not in known:
             raise InputError(f"model.name = {name!r}: torchvision has no classifier {kind!r}{closest(kind, known)}")
-        return lambda **arguments: _from_torchvision(kind, **arguments)
+        return lambda **arguments: open_heads(_from_torchvision(kind, **arguments))
     if name.startswith(TIMM):
         kind = name.removeprefix(TIMM)
         timm = _timm()

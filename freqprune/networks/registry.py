@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError, closest
+from freqprune.networks.heads import find_heads, keep_heads
 from freqprune.networks.libraries import TIMM, TORCHVISION, library_builder
 from freqprune.networks.resnet import CifarResNet
 
@@ -86,6 +87,7 @@ def resize(net: nn.Module, state: Mapping[str, Any]) -> None:
     Only shapes are set; load the state dict afterwards. Layers that fit already, and kinds of layers that pruning does
     not change, are left.
     """
+    attentions = find_heads(net)
     for name, module in net.named_modules():
         weight = state.get(f"{name}.weight")
         old = getattr(module, "weight", None)
@@ -111,3 +113,7 @@ def resize(net: nn.Module, state: Mapping[str, Any]) -> None:
         module.weight = nn.Parameter(torch.empty(weight.shape, dtype=old.dtype))
         if isinstance(module.bias, Tensor):
             module.bias = nn.Parameter(torch.empty(len(weight), dtype=old.dtype))
+    for heads in attentions.values():
+        left = net.get_submodule(heads.proj).in_features // heads.size  # type: ignore[operator]
+        if left != heads.n_heads:
+            keep_heads(net.get_submodule(heads.module), heads, range(left))

@@ -187,12 +187,15 @@ def _without_writing(graph: Graph) -> None:
                 user.replace_input_with(written, node)
 
 
+def images_at_once(images: Tensor) -> int:
+    """How many images of a size to take at once: 64, or fewer of more than 64 x 64 pixels."""
+    return max(1, min(64, BATCH_PIXELS // max(1, images[0, 0].numel())))
+
+
 def equal_batches(images: Iterable[Tensor], size: int | None = None) -> list[Tensor]:
-    """Batches of one size, of at most `size` images (64, or fewer of more than 64 x 64 pixels, if left out) and of at
-    least half as many; the size is the one that leaves out fewest images at the end."""
+    """Batches of one size, of at most `size` images (`images_at_once` if left out) and of at least half as many; the
+    size is the one that leaves out fewest images at the end."""
     everything = torch.cat(list(images))
-    if size is None:
-        size = max(1, min(64, BATCH_PIXELS // max(1, everything[0, 0].numel())))
-    most = min(size, len(everything))
+    most = min(size or images_at_once(everything), len(everything))
     each = min(range(most, most // 2, -1), key=lambda one: len(everything) % one)
     return list(everything[: len(everything) // each * each].split(each))

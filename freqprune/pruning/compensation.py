@@ -62,7 +62,11 @@ def compensate(
         return []
     dense, pruned = dict(plan.model.named_modules()), dict(small.named_modules())
     followers = dict(find_folds(plan.model, plan.example, []))
-    outputs = {member: indices for name, indices in kept.items() for member in plan.unit(name).members}
+    outputs = {
+        member: torch.tensor(plan.unit(name).channels(indices.tolist()))
+        for name, indices in kept.items()
+        for member in plan.unit(name).members
+    }
     remarks = []
     for layer, channels in plan.silenced(kept).items():
         old, new = dense[layer], pruned[layer]

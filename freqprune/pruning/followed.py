@@ -78,16 +78,28 @@ def follow(model: nn.Module, example: Tensor, convolutions: bool = False) -> dic
 
 def followed_group(modules: Mapping[str, nn.Module], unit: Followed, idxs: Sequence[int]) -> Any:
     """The removal of some channels of a unit as a group of torch-pruning's, for its surgery and importances."""
-    group = Group()
-    group._DG = _Bookkeeper(modules)
-    root: Any = None
+    steps = []
     for names, acts in ((unit.members, _WRITE), (unit.between, _PASS), (unit.readers, _READ)):
         for name in names:
             act = next(act for kind, act in acts.items() if isinstance(modules[name], kind))
-            node = tp.dependency.Node(module=modules[name], grad_fn=None, name=name)
-            root = root or node
-            group.add_dep(Dependency(act, act, source=root, target=node), list(idxs))
-            group[len(group) - 1].root_idxs = list(idxs)
+            steps.append((name, act, list(idxs), list(idxs)))
+    return joined(modules, steps)
+
+
+def joined(modules: Mapping[str, nn.Module], steps: Sequence[tuple[str, Any, list[int], list[int]]]) -> Any:
+    """A group of torch-pruning's that loses what it is told to.
+
+    Args:
+        modules: by name.
+        steps: name of a module, what is done to it, the numbers of the channels it is done to, and for each of these
+            the channel of the first module that it goes with.
+    """
+    group = Group()
+    group._DG = _Bookkeeper(modules)
+    nodes = [tp.dependency.Node(module=modules[name], grad_fn=None, name=name) for name, *_ in steps]
+    for node, (_, act, idxs, roots) in zip(nodes, steps, strict=True):
+        group.add_dep(Dependency(act, act, source=nodes[0], target=node), idxs)
+        group[len(group) - 1].root_idxs = roots
     return group
 
 

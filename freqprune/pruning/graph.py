@@ -13,9 +13,10 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.networks import IndexShortcut, check_answers, macs_by_layer
+from freqprune.networks import Heads, IndexShortcut, check_answers, macs_by_layer
 from freqprune.pruning.dependencies import channel_group, dependency_graph
 from freqprune.pruning.followed import Followed, follow, followed_group
+from freqprune.pruning.heads import head_group, movable_heads
 from freqprune.pruning.pruners import group_width, taught
 
 _OUT = (tp.prune_conv_out_channels, tp.prune_linear_out_channels)
@@ -32,7 +33,9 @@ class Unit:
         members: all layers whose outputs these are: one for an inner layer, all that write to it for a residual stream.
         n_filters: number of filters.
         readers: layers that read these channels, in no particular order.
-        width: channels that are one filter: 1, or where a convolution in groups is on the way those of one group.
+        width: channels that are one filter: 1, where a convolution in groups is on the way those of one group, of
+            attention heads those of a head's queries, keys and values.
+        n_parts: equal parts of the layer that a filter's channels are spread over: 3 for queries, keys and values.
     """
 
     name: str
@@ -40,10 +43,17 @@ class Unit:
     n_filters: int
     readers: tuple[str, ...]
     width: int = 1
+    n_parts: int = 1
 
     def channels(self, filters: Sequence[int]) -> list[int]:
-        """Channels of the layer that the unit is named after, by filters."""
-        return [int(one) * self.width + i for one in filters for i in range(self.width)]
+        """Channels of the layer that the unit is named after, part by part and filter by filter."""
+        each = self.width // self.n_parts
+        starts = [(part * self.n_filters + int(one)) * each for part in range(self.n_parts) for one in filters]
+        return [start + i for start in starts for i in range(each)]
+
+    def by_filter(self, values: Tensor) -> Tensor:
+        """Values of the layer's channels, last dimension, as those of the filters: the mean over a filter's."""
+        return values.unflatten(-1, (self.n_parts, self.n_filters, -1)).mean((-3, -1))
 
 
 def _partners(group: Any, module: nn.Module, names: Mapping[nn.Module, str]) -> list[str]:
@@ -116,7 +126,7 @@ class ChannelGraph:
     coupled: dict[str, list[str]]
     _macs: Mapping[str, float]
     _losses: dict[str, list[tuple[str, str, float]]]
-    _followed: dict[str, Followed]
+    _followed: dict[str, Followed | Heads]
 
     def __init__(self, model: nn.Module, example: Tensor, like: ChannelGraph | None = None) -> None:
         self.model, self.example = model, example[:1]
@@ -132,8 +142,10 @@ class ChannelGraph:
             return
         self._macs = macs_by_layer(model, self.example)
         self._losses = {name: [] for name in self._macs}
-        self._followed, self.inner, self.streams, self.coupled = {}, {}, {}, {}
-        found = follow(model, self.example)
+        self._followed, self.inner, self.streams = {}, {}, {}
+        heads, tied = movable_heads(model, self.example)
+        found: dict[str, Followed | Heads] = {**follow(model, self.example), **heads}
+        self.coupled = {layer: ["a number of heads that its module cannot do without"] for layer in tied}
         lost = []
         for module, layer in names.items():
             if layer not in self._macs:
@@ -148,11 +160,15 @@ class ChannelGraph:
         if lost:
             self._find(lost)
 
-    def _take(self, layer: str, found: Followed) -> None:
+    def _take(self, layer: str, found: Followed | Heads) -> None:
         """The unit of a layer that was followed without torch-pruning."""
         self._followed[layer] = found
-        n_filters = len(self._modules[layer].weight)
-        self._register(Unit(layer, tuple(found.members), n_filters, tuple(found.readers)), self.inner)
+        if isinstance(found, Heads):
+            unit = Unit(layer, (layer,), found.n_heads, (found.proj,), 3 * found.size, 3)
+        else:
+            n_filters = len(self._modules[layer].weight)
+            unit = Unit(layer, tuple(found.members), n_filters, tuple(found.readers))
+        self._register(unit, self.inner)
 
     def _find(self, lost: Sequence[str]) -> None:
         """The units of convolutions that torch-pruning has lost."""
@@ -219,8 +235,11 @@ class ChannelGraph:
         """torch-pruning's group of some (or all) filters of a unit, over the modules of `twin`."""
         unit = self.units[name]
         filters = range(unit.n_filters) if filters is None else filters
-        if name in self._followed:
-            return followed_group(self._modules, self._followed[name], list(filters))
+        found = self._followed.get(name)
+        if isinstance(found, Heads):
+            return head_group(self._modules, found, list(filters))
+        if found is not None:
+            return followed_group(self._modules, found, list(filters))
         return channel_group(self._graph, self._modules[name], unit.channels(filters), name)
 
     def possible(self, group: Any) -> bool:

@@ -73,7 +73,7 @@ class Evidence:
         unit = None if self.graph is None else self.graph.units.get(layer)
         if unit is None or unit.width == 1 or values.shape[-1] == unit.n_filters:
             return values
-        return values.unflatten(-1, (unit.n_filters, unit.width)).mean(-1)
+        return unit.by_filter(values)
 
     @cached_property
     def trace(self) -> Trace | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.networks import evaluating, hooked
+from freqprune.networks import evaluating, hooked, images_at_once
 from freqprune.pruning.patches import Geometry, multiplications, pick
 
 MAX_VALUES = 8192
@@ -135,7 +135,7 @@ def output_gradients(
         return after
 
     with evaluating(model), torch.enable_grad(), hooked([(modules[name], None, hook(name)) for name in layers]):
-        for batch in batches:
+        for batch in (part for given in batches for part in given.split(images_at_once(given))):
             outputs.clear()
             # Frozen networks have no gradients unless the input asks for them.
             logits = model(batch.detach().requires_grad_(True))
