@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -72,13 +72,18 @@ WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "
 def _in_words(hint: Any) -> str:
     """A type as users know it.
 
-    >>> _in_words(float | None), _in_words(Sequence[float] | str)
-    ('a number or null', 'a list ([...]) or a word')
+    >>> _in_words(float | None), _in_words(Sequence[float] | str), _in_words(int | Literal["auto"])
+    ('a number or null', 'a list ([...]) or a word', 'a whole number or auto')
     """
-    parts = [part for part in get_args(hint) or (hint,) if part in WORDS or get_origin(part) is Sequence]
     if get_origin(hint) is Sequence:
-        parts = [hint]
-    return " or ".join(WORDS.get(part, "a list ([...])") for part in parts)
+        return "a list ([...])"
+    words = []
+    for part in get_args(hint) or (hint,):
+        if get_origin(part) is Literal:
+            words += map(str, get_args(part))
+        elif part in WORDS or get_origin(part) is Sequence:
+            words.append(WORDS.get(part, "a list ([...])"))
+    return " or ".join(words)
 
 
 def no_such_key(given: str, cfg: DictConfig) -> str:

@@ -15,6 +15,7 @@ from freqprune.jobs import assembly
 from freqprune.jobs.outputs import name_of, tell
 from freqprune.jobs.settings import Settings
 from freqprune.networks import (
+    OnnxModule,
     cost,
     dropped_blocks,
     export,
@@ -29,6 +30,9 @@ from freqprune.pruning import Kept, Material, Recipe, Verdict, cut, plan_cut, re
 from freqprune.reports import record, run_figures, save, show, tables, write_page
 from freqprune.tagging import TagResponse, find_folds, rounds
 from freqprune.training import Classifier, ImageData
+
+# Training images that show the quantiser the ranges of the activations.
+INT8_IMAGES = 256
 
 
 class Run:
@@ -150,15 +154,29 @@ class Run:
             small = self._finetune(small, net, self.settings.finetune_epochs, "finetune", ckpt_path)
             self.metrics["finetuned"] = {"test_accuracy": assembly.accuracy_of(self.settings, small, self.data)}
             self.write(small)
-        exports, deployed = self.settings.exports, small
-        if exports.fold:
-            deployed = self._folded(small)
-            self.metrics["folded"]["test_accuracy"] = assembly.accuracy_of(self.settings, deployed, self.data)
-        exported = export(deployed, self.example, self.out, exports.onnx, exports.torch_export)
+        self._deploy(net, small)
+        return small
+
+    def _deploy(self, net: nn.Module, small: nn.Module) -> None:
+        """Write the files that were asked for, and measure what they are as networks."""
+        exports = self.settings.exports
+        deployed = {"folded": self._folded(small)} if exports.fold else {}
+        last = deployed.get("folded", small)
+        images = self.data.pixels("train", min(INT8_IMAGES, len(self.data.split("train")))) if exports.int8 else None
+        batches = [] if images is None else [self.data.normalize(batch) for batch in images.split(32)]
+        exported = export(last, self.example, self.out, exports.onnx, exports.torch_export, batches)
+        for stage, file in (("onnx", self.out / "model.onnx"), ("int8", self.out / "model.int8.onnx")):
+            if file.name in exported:
+                deployed[stage] = OnnxModule(file)
+                self.metrics[stage] = {"file_bytes": file.stat().st_size}
+        for stage, one in deployed.items():
+            self.metrics[stage]["test_accuracy"] = assembly.accuracy_of(self.settings, one, self.data)
+        if "onnx" in deployed:
+            self.latencies({"dense": net, "pruned": small, **deployed})
         if exported:
             self.metrics["exports"] = exported
+        if deployed or exported:
             self.write()
-        return small
 
     def go_on(self, net: nn.Module, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """Go on with the fine-tuning of an interrupted run, as the unbroken run would have."""

@@ -43,6 +43,7 @@ from .registry import register_model as register_model
 from .resnet import BasicBlock as BasicBlock
 from .resnet import CifarResNet as CifarResNet
 from .resnet import IndexShortcut as IndexShortcut
+from .runtimes import OnnxModule as OnnxModule
 from .runtimes import Speed as Speed
 from .runtimes import compare as compare
 from .runtimes import runner as runner

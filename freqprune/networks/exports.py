@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.networks.hooks import evaluating
+from freqprune.networks.runtimes import OnnxModule
 
 TOLERANCE = 1e-4
 
@@ -25,6 +28,7 @@ class Exports:
         onnx: ``model.onnx``.
         torch_export: ``model.pt2``.
         fold: fold batch norms into the convolutions before them first, see `freqprune.networks.folding`.
+        int8: ``model.int8.onnx``, by ONNX Runtime's own quantiser from ``model.onnx``.
 
     Raises:
         InputError: if a package that one of them needs is missing.
@@ -33,8 +37,11 @@ class Exports:
     onnx: bool = False
     torch_export: bool = False
     fold: bool = False
+    int8: bool = False
 
     def __post_init__(self) -> None:
+        if self.int8 and not self.onnx:
+            raise InputError("export.int8=true is made from model.onnx: set export.onnx=true too")
         missing = [
             name
             for name in ("onnx", "onnxscript", "onnxruntime")
@@ -47,7 +54,12 @@ class Exports:
 
 
 def export(
-    net: nn.Module, example: Tensor, folder: Path, onnx: bool = False, torch_export: bool = False
+    net: nn.Module,
+    example: Tensor,
+    folder: Path,
+    onnx: bool = False,
+    torch_export: bool = False,
+    calibration: Sequence[Tensor] = (),
 ) -> dict[str, Any]:
     """Write ``model.onnx`` (run by onnxruntime) and ``model.pt2`` (run by ``torch.export.load``), any batch size, and
     compare their outputs.
@@ -58,21 +70,28 @@ def export(
         folder: where the files go.
         onnx: write ``model.onnx``.
         torch_export: write ``model.pt2``.
+        calibration: batches of network inputs; given any, ``model.int8.onnx`` is written too, whose activations are
+            rounded over the ranges that they have there.
 
     Returns:
-        For each file the largest difference of its outputs from the network's, relative to the largest output.
+        For each file the largest difference of its outputs from the network's, relative to the largest output; of
+        ``model.int8.onnx``, which is to differ, the share of the calibration images that it answers alike.
 
     Raises:
         InputError: if a package is missing, or a file computes something else.
     """
-    Exports(onnx, torch_export)
+    Exports(onnx, torch_export, int8=bool(calibration))
     if not (onnx or torch_export):
         return {}
     device = example.device
     net.cpu()
     try:
         with evaluating(net), torch.no_grad():
-            return _written(net, example.detach().cpu().contiguous(), folder, onnx, torch_export)
+            found = _written(net, example.detach().cpu().contiguous(), folder, onnx, torch_export)
+            if calibration:
+                batches = [batch.detach().cpu().contiguous() for batch in calibration]
+                found["model.int8.onnx"] = _quantised(net, folder, batches)
+            return found
     finally:
         net.to(device)
 
@@ -93,18 +112,38 @@ def _written(net: nn.Module, example: Tensor, folder: Path, onnx: bool, torch_ex
             again = torch.export.load(folder / "model.pt2").module()(inputs)
             found["model.pt2"] = _difference("model.pt2", again, expected)
         if onnx:
-            import onnxruntime
-
             path = folder / "model.onnx"
             torch.onnx.export(
                 net, (pair,), str(path), dynamo=True, dynamic_shapes=dynamic, external_data=False, verbose=False
             )
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = 1
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            again = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: inputs.numpy()})[0])
+            again = OnnxModule(path)(inputs)
             found["model.onnx"] = _difference("model.onnx", again, expected)
     return found
+
+
+def _quantised(net: nn.Module, folder: Path, batches: Sequence[Tensor]) -> float:
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+
+    dense = OnnxModule(folder / "model.onnx")
+
+    class Reader(CalibrationDataReader):
+        left = iter(batches)
+
+        def get_next(self) -> dict[str, Any] | None:
+            batch = next(self.left, None)
+            return None if batch is None else {dense.entrance: batch.numpy()}
+
+    types = {"weight_type": QuantType.QInt8, "activation_type": QuantType.QUInt8}
+    root, level = logging.getLogger(), logging.getLogger().level
+    try:
+        # It logs advice to optimise the file first, which has been done.
+        root.setLevel(logging.ERROR)
+        quantize_static(folder / "model.onnx", folder / "model.int8.onnx", Reader(), per_channel=True, **types)
+    finally:
+        root.setLevel(level)
+    small = OnnxModule(folder / "model.int8.onnx")
+    same = [(small(batch).argmax(1) == net(batch).argmax(1)).float().mean() for batch in batches]
+    return float(torch.stack(same).mean())
 
 
 def _difference(name: str, found: Tensor, expected: Tensor) -> float:

@@ -24,11 +24,14 @@ from torch.utils.benchmark import Timer
 
 from freqprune.errors import InputError
 from freqprune.networks.hooks import evaluating
+from freqprune.networks.steps import best_multiple, widths_to_time
 from freqprune.networks.trace import CONVOLUTIONS, Trace, run
 
 SHARES = (1.0, 0.75, 0.5, 0.25)
 # Seconds that each measurement takes at least.
 LEAST_S = 0.03
+# Layers whose steps count for all.
+N_HEAVY = 3
 
 
 @dataclass(frozen=True)
@@ -108,14 +111,39 @@ class Times:
             )
             for one in measured
         ]
-        if cache is not None:
-            _write(cache, batch.device, self._known)
+        self._cache, self._device = cache, batch.device
+        self._keep()
+
+    def _keep(self) -> None:
+        if self._cache is not None:
+            _write(self._cache, self._device, self._known)
 
     def ms(self, left: Mapping[str, tuple[float, float]], gone: Iterable[Node] = ()) -> float:
         """Milliseconds of a forward, with shares of the inputs and outputs of each layer left, without some
         operations."""
         without = set(gone)
         return sum(one.ms(*left.get(one.layer or "", (1.0, 1.0))) for one in self.operations if one.node not in without)
+
+    def multiple(self, model: nn.Module, trace: Trace, batch: Tensor, most: int) -> int:
+        """The multiple that widths are best rounded up to, `most` at most, by the steps in the times of the `N_HEAVY`
+        layers that take longest."""
+        ranked = sorted(self.operations, key=lambda one: -one.writes[0])
+        heavy = [one.node for one in ranked if one.node in trace.layers and _groups(one.node) == 1][:N_HEAVY]
+        fixed = trace.inputs(model)
+        values: dict[Node, Any] = {trace.entrance: batch}
+
+        def read(of: Node) -> Any:
+            return fixed[of] if of in fixed else values[of]
+
+        curves = []
+        with evaluating(model), torch.no_grad():
+            for node in trace.walk(values, fixed):
+                if node in heavy:
+                    n_filters = len(read(node.args[1]))  # type: ignore[arg-type]
+                    widths = widths_to_time(n_filters)
+                    curves.append({width: self._narrow(node, read, 1.0, width / n_filters) for width in widths})
+        self._keep()
+        return best_multiple(curves, most)
 
     def _measure(self, node: Node, trace: Trace, values: Mapping[Node, Any], fixed: Mapping[Node, Tensor]) -> Operation:
         def read(of: Node) -> Any:
@@ -140,33 +168,32 @@ class Times:
         return Operation(node, layer, (full,) * len(SHARES), times)
 
     def _layer(self, node: Node, layer: str, read: Callable[[Node], Any]) -> Operation:
+        writes = tuple(self._narrow(node, read, 1.0, share) for share in SHARES)
+        if _groups(node) > 1:
+            return Operation(node, layer, (writes[0],) * len(SHARES), writes)
+        return Operation(node, layer, tuple(self._narrow(node, read, share, 1.0) for share in SHARES), writes)
+
+    def _narrow(self, node: Node, read: Callable[[Node], Any], inputs: float, outputs: float) -> float:
+        """Milliseconds of a layer with shares of its inputs and of its outputs; of one in groups with whole groups."""
         x, weight = (read(arg) for arg in node.args[:2])  # type: ignore[arg-type]
-        rest = node.args[3:]
+        rest = list(node.args[3:])
         own_bias = node.args[2] if len(node.args) > 2 else None
         bias = read(own_bias) if isinstance(own_bias, Node) else None
-        dim = 1 if node.target in CONVOLUTIONS else -1
-        groups = int(rest[3]) if node.target in CONVOLUTIONS and len(rest) > 3 else 1  # type: ignore[arg-type]
-
-        def at(inputs: float, outputs: float) -> float:
-            n_in, n_out = (max(1, round(n * share)) for n, share in ((weight.shape[1], inputs), (len(weight), outputs)))
-            more = list(rest)
-            if groups > 1:
-                # Whole groups go, on both sides.
-                n_groups = max(1, round(groups * outputs))
-                n_in, n_out = weight.shape[1], len(weight) // groups * n_groups
-                more[3] = n_groups
-                few = x.narrow(dim, 0, n_groups * n_in)
-            else:
-                few = x.narrow(dim, 0, n_in)
-            few = few.contiguous(memory_format=_format(x))
-            some = weight[:n_out, :n_in].contiguous(memory_format=_format(weight))
-            b = None if bias is None else bias[:n_out].contiguous()
-            name = f"{node.target} {tuple(few.shape)} {tuple(some.shape)} {b is not None} {more} {_format(x)}"
-            return self._time(name, "", lambda: node.target(few, some, b, *more))  # type: ignore[operator]
-
-        writes = tuple(at(1.0, share) for share in SHARES)
-        reads = tuple(at(share, 1.0) for share in SHARES) if groups == 1 else (writes[0],) * len(SHARES)
-        return Operation(node, layer, reads, writes)
+        dim, groups = 1 if node.target in CONVOLUTIONS else -1, _groups(node)
+        n_in, n_out = (max(1, round(n * share)) for n, share in ((weight.shape[1], inputs), (len(weight), outputs)))
+        if groups > 1:
+            # Whole groups go, on both sides.
+            n_groups = max(1, round(groups * outputs))
+            n_in, n_out = weight.shape[1], len(weight) // groups * n_groups
+            rest[3] = n_groups
+            few = x.narrow(dim, 0, n_groups * n_in)
+        else:
+            few = x.narrow(dim, 0, n_in)
+        few = few.contiguous(memory_format=_format(x))
+        some = weight[:n_out, :n_in].contiguous(memory_format=_format(weight))
+        b = None if bias is None else bias[:n_out].contiguous()
+        name = f"{node.target} {tuple(few.shape)} {tuple(some.shape)} {b is not None} {rest} {_format(x)}"
+        return self._time(name, "", lambda: node.target(few, some, b, *rest))  # type: ignore[operator]
 
     def _time(self, what: str, shapes: str, work: Callable[[], Any]) -> float:
         """Milliseconds of a call, measured unless known."""
@@ -175,6 +202,11 @@ class Times:
             timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
             self._known[key] = 1000 * timer.blocked_autorange(min_run_time=LEAST_S).median
         return self._known[key]
+
+
+def _groups(node: Node) -> int:
+    """Groups of a layer."""
+    return int(node.args[6]) if node.target in CONVOLUTIONS and len(node.args) > 6 else 1  # type: ignore[arg-type]
 
 
 def _format(tensor: Tensor) -> torch.memory_format:

@@ -115,19 +115,20 @@ def cut(
     found = scores(recipe.criterion, evidence, chosen, progress)
     if plan.blocks:
         found |= block_scores(net, evidence.frames or _some(plan, material, recipe, stimulus), progress=progress)
-    if recipe.amount.by_time:
-        kept, more = to_time(plan, found, material, recipe, progress)
+    amount = recipe.amount
+    if amount.by_time:
+        kept, amount, more = to_time(plan, found, material, recipe, progress)
         notes += more
     else:
-        kept = select(found, recipe.amount, plan.macs, plan.blocks)
+        kept = select(found, amount, plan.macs, plan.blocks)
     kept = plan.sensible(kept)
     small = plan.apply(kept)
     inner = {name: indices for name, indices in kept.items() if name not in plan.blocks}
-    notes += remarks(inner, {name: plan.unit(name).n_filters for name in inner}, recipe.amount) if inner else []
+    notes += remarks(inner, {name: plan.unit(name).n_filters for name in inner}, amount) if inner else []
     if dropped := plan.dropped(kept):
         notes.append(f"{len(dropped)} of {len(plan.blocks)} residual blocks went altogether: {', '.join(dropped)}")
     small, more = _made_up_for(plan, small, kept, evidence, material, recipe, stimulus, progress)
-    notes += more + _overshoot(plan, kept, recipe.amount)
+    notes += more + _overshoot(plan, kept, amount)
     return Cut(small, inner, found, evidence.response, notes, plan.dropped(kept))
 
 

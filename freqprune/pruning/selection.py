@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ Kept = dict[str, Tensor]
 """Filters kept a layer: sorted int64 indices into the dense layer."""
 
 SCOPES = ("global", "per_mac", "per_ms", "layer")
+AUTO = "auto"
 AMOUNTS = ("ratio", "threshold", "macs_cut", "latency_cut", "latency_ms")
 
 
@@ -36,6 +38,7 @@ class Amount:
         min_filters: filters that every layer keeps at least.
         multiple_of: keep a multiple of so many filters in every layer that loses any, such as 8 for hardware that works
             in blocks. Ratio and threshold then remove no more than asked for; a MACs cut removes whole blocks.
+            ``"auto"``, for an amount of time: by the steps that are measured in the time of the layers.
 
     Raises:
         InputError: for none or several amounts, or values out of range.
@@ -49,7 +52,7 @@ class Amount:
     scope: str = "global"
     normalize: bool = False
     min_filters: int = 1
-    multiple_of: int = 1
+    multiple_of: int | Literal["auto"] = 1
 
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in AMOUNTS if getattr(self, name) is not None}
@@ -76,8 +79,15 @@ class Amount:
                 f"pruning.min_filters must be at least 1, got {self.min_filters}: a layer without filters cuts the "
                 "network in two"
             )
-        if self.multiple_of < 1:
-            raise InputError(f"pruning.multiple_of must be at least 1, got {self.multiple_of}")
+        if self.multiple_of == AUTO and not self.by_time:
+            raise InputError(
+                "pruning.multiple_of = auto is read off measured times, which only a cut by time takes: set "
+                "pruning.latency_cut or pruning.latency_ms, or a number such as 8"
+            )
+        if self.multiple_of != AUTO and not (isinstance(self.multiple_of, int) and self.multiple_of >= 1):
+            raise InputError(
+                f"pruning.multiple_of must be a whole number of at least 1 or auto, got {self.multiple_of!r}"
+            )
         if self.threshold is not None and self.normalize:
             raise InputError(
                 "pruning.threshold is an absolute score; it cannot be combined with pruning.normalize=true"
@@ -86,6 +96,13 @@ class Amount:
     @property
     def by_time(self) -> bool:
         return self.latency_cut is not None or self.latency_ms is not None
+
+    @property
+    def step(self) -> int:
+        """`multiple_of` as a number."""
+        if not isinstance(self.multiple_of, int):
+            raise InputError("pruning.multiple_of = auto is found by cut, which measures; give a number here")
+        return self.multiple_of
 
 
 def select(
@@ -167,7 +184,7 @@ def remarks(kept: Mapping[str, Tensor], widths: Mapping[str, int], amount: Amoun
     >>> remarks({"a": torch.arange(4), "b": torch.arange(1)}, {"a": 4, "b": 4}, Amount(ratio=0.4))
     ['1 of 2 layers lost no filter: a', '1 of 2 layers is at its floor of 1 filter: b']
     """
-    floor = max(amount.min_filters, amount.multiple_of)
+    floor = max(amount.min_filters, amount.step)
     whole = [layer for layer, indices in kept.items() if len(indices) == widths[layer]]
     low = [layer for layer, indices in kept.items() if len(indices) <= floor and layer not in whole]
     found = []
@@ -185,7 +202,7 @@ def remarks(kept: Mapping[str, Tensor], widths: Mapping[str, int], amount: Amoun
 
 
 def _above(scores: Mapping[str, Tensor], amount: Amount) -> Kept:
-    threshold, step = amount.threshold, amount.multiple_of
+    threshold, step = amount.threshold, amount.step
     assert threshold is not None
     kept = {}
     for layer, score in scores.items():
@@ -207,7 +224,7 @@ def _above(scores: Mapping[str, Tensor], amount: Amount) -> Kept:
 
 
 @dataclass(frozen=True)
-class _Block:
+class _Bundle:
     """Filters of a layer that go together, after the `number` blocks of that layer before it."""
 
     key: float
@@ -240,11 +257,11 @@ def _ranking(
     amount: Amount,
     macs: Mapping[str, float] | None = None,
     whole: Collection[str] = (),
-) -> list[_Block]:
+) -> list[_Bundle]:
     """Blocks of filters (single ones, unless widths have to be multiples) in the order in which they go, floors
     respected."""
     blocks = []
-    step = amount.multiple_of
+    step = amount.step
     for position, (layer, score) in enumerate(scores.items()):
         n_filters = len(score)
         values = score.double()
@@ -261,14 +278,14 @@ def _ranking(
         for number, (wide, narrow) in enumerate(pairwise(widths)):
             filters = ascending[n_filters - wide : n_filters - narrow]
             key = float(values[filters].mean()) if amount.scope != "layer" else (n_filters - narrow) / n_filters
-            blocks.append(_Block(key, position, number, layer, filters.tolist()))
+            blocks.append(_Bundle(key, position, number, layer, filters.tolist()))
     return sorted(blocks, key=lambda block: (block.key, block.position, block.number))
 
 
-def _that_fit(blocks: list[_Block], n_filters: int) -> list[_Block]:
+def _that_fit(blocks: list[_Bundle], n_filters: int) -> list[_Bundle]:
     """Blocks in order, as long as they hold no more than `n_filters` together; none before those of its layer that come
     first."""
-    taken: list[_Block] = []
+    taken: list[_Bundle] = []
     count: dict[str, int] = {}
     for block in blocks:
         if len(block.filters) <= n_filters and count.get(block.layer, 0) == block.number:
@@ -278,7 +295,7 @@ def _that_fit(blocks: list[_Block], n_filters: int) -> list[_Block]:
     return taken
 
 
-def _without(scores: Mapping[str, Tensor], removed: list[_Block]) -> Kept:
+def _without(scores: Mapping[str, Tensor], removed: list[_Bundle]) -> Kept:
     keep = {layer: torch.ones(len(score), dtype=torch.bool) for layer, score in scores.items()}
     for block in removed:
         keep[block.layer][block.filters] = False
@@ -287,7 +304,7 @@ def _without(scores: Mapping[str, Tensor], removed: list[_Block]) -> Kept:
 
 def _to_macs(
     scores: Mapping[str, Tensor],
-    blocks: list[_Block],
+    blocks: list[_Bundle],
     cut: float,
     macs: Callable[[Mapping[str, int]], float],
     name: str = "macs_cut",
@@ -295,7 +312,7 @@ def _to_macs(
     dense = {layer: len(score) for layer, score in scores.items()}
     everything = macs(dense)
 
-    def cut_by(removed: list[_Block]) -> float:
+    def cut_by(removed: list[_Bundle]) -> float:
         widths = dict(dense)
         for block in removed:
             widths[block.layer] -= len(block.filters)

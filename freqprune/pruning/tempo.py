@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from freqprune.errors import InputError
 from freqprune.networks import Speed, Times, Trace, cache_file, compare, runner
 from freqprune.pruning.recipe import Material, Recipe
-from freqprune.pruning.selection import Kept, select
+from freqprune.pruning.selection import AUTO, Amount, Kept, select
 from freqprune.pruning.surgery import Plan
 from freqprune.tagging import Progress
 
@@ -32,7 +32,7 @@ MOST_S = 30.0
 
 def to_time(
     plan: Plan, scores: Mapping[str, Tensor], material: Material, recipe: Recipe, progress: Progress | None = None
-) -> tuple[Kept, list[str]]:
+) -> tuple[Kept, Amount, list[str]]:
     """Choose what to keep so that the measured time falls by what `recipe.amount` asks for.
 
     Args:
@@ -43,7 +43,7 @@ def to_time(
         progress: see `freqprune.tag`.
 
     Returns:
-        What is kept, and remarks.
+        What is kept, the amount with the multiple that was measured, and remarks.
 
     Raises:
         InputError: for a time that cannot be reached, or a device too noisy to measure.
@@ -75,9 +75,14 @@ def to_time(
                 f"pruning.latency_ms = {recipe.amount.latency_ms:g} asks for no less than the network takes already, "
                 f"{target_ms:.4g} ms at batch {how.batch_size}"
             )
+    wanted, said = recipe.amount, []
+    if wanted.multiple_of == AUTO:
+        smallest = min(len(score) for name, score in scores.items() if name not in blocks)
+        wanted = replace(wanted, multiple_of=times.multiple(dense, trace, batch, max(1, smallest // 2)))
+        said = [f"widths are multiples of {wanted.multiple_of}, by the steps in the measured times of the layers"]
     goal, best = asked, None
     for _ in range(N_TRIES):
-        amount = replace(recipe.amount, latency_ms=None, latency_cut=min(goal, 0.99))
+        amount = replace(wanted, latency_ms=None, latency_cut=min(goal, 0.99))
         try:
             by = plan.macs if amount.scope == "per_mac" else None
             kept = plan.sensible(select(scores, amount, ms, plan.blocks, by))
@@ -102,13 +107,13 @@ def to_time(
     where = f"batch {how.batch_size}, {how.target} on {device.type}"
     if device.type == "cpu":
         where += f" with {torch.get_num_threads()} threads"
-    said = [
+    said += [
         f"{100 * speed.saved:.1f} % of the time saved, {100 * asked:.1f} % asked for: {speed.dense_ms:.4g} ms before, "
         f"{speed.small_ms:.4g} ms now ({where}; spread {100 * speed.spread:.1f} %)"
     ]
     if speed.saved < asked - MISSED:
         said.append(f"the time asked for was missed by {100 * (asked - speed.saved):.1f} % of the dense network's")
-    return kept, said
+    return kept, wanted, said
 
 
 def _badness(off: float) -> float:

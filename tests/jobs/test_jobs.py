@@ -471,8 +471,14 @@ def test_everything_at_once(trained: tuple[Path, dict[str, Any]], tmp_path: Path
             "finetune.distill=0.5",
             "export.torch_export=true",
             "export.fold=true",
+            "export.onnx=true",
+            "export.int8=true",
         )
     )
+    assert metrics["onnx"]["test_accuracy"] == pytest.approx(metrics["folded"]["test_accuracy"], abs=0.011)
+    assert metrics["int8"]["file_bytes"] < metrics["onnx"]["file_bytes"]
+    assert set(metrics["int8"]["latency_ms"]) == {"1", "4"}
+    assert metrics["exports"]["model.int8.onnx"] > 0.5
     assert metrics["folded"]["test_accuracy"] == pytest.approx(metrics["finetuned"]["test_accuracy"], abs=0.011)
     assert metrics["folded"]["params"] < metrics["pruned"]["params"]
     assert set(metrics["folded"]["latency_ms"]) == set(metrics["dense"]["latency_ms"]) == {"1", "4"}

@@ -7,6 +7,7 @@ from torch import nn
 from freqprune.errors import InputError
 from freqprune.networks.exports import Exports, export
 from freqprune.networks.registry import build_model
+from freqprune.networks.runtimes import OnnxModule
 from freqprune.pruning.surgery import Plan
 
 X = torch.rand(2, 3, 32, 32)
@@ -25,6 +26,26 @@ def test_pruned_networks_export(tmp_path: Path, streams: bool) -> None:
     program = torch.export.load(tmp_path / "model.pt2").module()
     with torch.no_grad():
         torch.testing.assert_close(program(torch.rand(7, 3, 32, 32)).shape, torch.Size([7, 10]))
+
+
+def test_eight_bits(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="needs pip install 'freqprune[onnx]'")
+    pytest.importorskip("onnxscript", reason="needs pip install 'freqprune[onnx]'")
+    torch.manual_seed(0)
+    net = build_model({"name": "resnet8"}).eval()
+    batches = list(torch.randn(64, 3, 32, 32).split(16))
+    found = export(net, X, tmp_path, onnx=True, calibration=batches)
+    whole, small = (OnnxModule(tmp_path / name) for name in ("model.onnx", "model.int8.onnx"))
+    sizes = [(tmp_path / name).stat().st_size for name in ("model.onnx", "model.int8.onnx")]
+    assert sizes[1] < 0.5 * sizes[0]
+    with torch.no_grad():
+        answers, expected = torch.cat([small(batch) for batch in batches]), net(torch.cat(batches))
+        torch.testing.assert_close(whole(X), net(X), rtol=1e-3, atol=1e-4)
+    # Rounded to 255 steps of each layer's range, layer after layer.
+    assert 0 < float((answers - expected).abs().max() / expected.abs().max()) < 0.2
+    assert found["model.int8.onnx"] == pytest.approx(float((answers.argmax(1) == expected.argmax(1)).float().mean()))
+    with pytest.raises(InputError, match=r"set export\.onnx=true too"):
+        Exports(int8=True)
 
 
 def test_a_file_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

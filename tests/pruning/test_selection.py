@@ -150,7 +150,7 @@ def test_remarks_tell_layers_that_did_not_change_and_floors() -> None:
 
 
 def test_multiples_refuse() -> None:
-    with pytest.raises(InputError, match=r"pruning.multiple_of must be at least 1, got 0"):
+    with pytest.raises(InputError, match=r"pruning\.multiple_of must be a whole number of at least 1 or auto, got 0"):
         Amount(ratio=0.5, multiple_of=0)
     with pytest.raises(InputError, match=r"each is at its floor \(pruning.min_filters = 1, pruning.multiple_of = 16\)"):
         select(SCORES, Amount(ratio=0.5, multiple_of=16))

@@ -17,7 +17,7 @@ from freqprune.networks.timing import Operation, Times
 from freqprune.networks.trace import Trace
 from freqprune.pruning import tempo
 from freqprune.pruning.cutting import Material, Recipe, cut
-from freqprune.pruning.selection import Amount
+from freqprune.pruning.selection import Amount, select
 from freqprune.pruning.surgery import Plan
 from freqprune.tagging.stimulus import Stimulus
 
@@ -167,3 +167,42 @@ def test_filters_alone_where_there_are_no_blocks(tmp_path: Path, monkeypatch: py
     assert done.dropped == []
     assert count_macs(done.net, PIXELS[:1]) < 0.75 * whole
     assert isinstance(Plan(net, PIXELS[:1], blocks=True).blocks, dict)
+
+
+@pytest.mark.usefixtures("_by_macs")
+def test_multiples_by_the_steps_of_the_measured_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net = build_model({"name": "resnet20"}).eval()
+    most: list[int] = []
+
+    def multiple(self: Times, model: nn.Module, trace: Trace, batch: Tensor, at_most: int) -> int:
+        most.append(at_most)
+        return 4
+
+    monkeypatch.setattr(ByMacs, "multiple", multiple)
+    whole = count_macs(net, PIXELS[:1])
+    slow_as(lambda small: count_macs(small, PIXELS[:1]) / whole, monkeypatch)
+    material = Material(PIXELS[:4], lambda p: p, calibration=PIXELS)
+    done = cut(net, material, recipe(tmp_path, latency_cut=0.3, multiple_of="auto"), Stimulus())
+    # Half of the 16 filters of the first stage.
+    assert most == [8]
+    assert {len(kept) % 4 for kept in done.kept.values()} == {0}
+    assert any("widths are multiples of 4, by the steps" in remark for remark in done.remarks)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"macs_cut": 0.5, "multiple_of": "auto"}, "auto is read off measured times, which only a cut by time takes"),
+        ({"macs_cut": 0.5, "multiple_of": "eight"}, "must be a whole number of at least 1 or auto, got 'eight'"),
+        ({"macs_cut": 0.5, "multiple_of": 0}, "must be a whole number of at least 1 or auto, got 0"),
+    ],
+)
+def test_bad_multiples(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Amount(**settings)
+
+
+def test_a_selection_alone_measures_no_multiple() -> None:
+    with pytest.raises(InputError, match="auto is found by cut, which measures; give a number here"):
+        select({"a": torch.arange(4.0)}, Amount(latency_cut=0.5, multiple_of="auto"), lambda widths: 1.0)
