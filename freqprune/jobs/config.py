@@ -77,7 +77,7 @@ def _in_words(hint: Any) -> str:
     """
     if get_origin(hint) is Sequence:
         return "a list ([...])"
-    words = []
+    words: list[str] = []
     for part in get_args(hint) or (hint,):
         if get_origin(part) is Literal:
             words += map(str, get_args(part))
