@@ -31,6 +31,7 @@ def quiet() -> None:
     for logger in (
         "pytorch_lightning.utilities.rank_zero",
         "lightning.pytorch.utilities.rank_zero",
+        "lightning_fabric.utilities.distributed",
         "onnx_ir",
         "onnxscript",
         "matplotlib.font_manager",
@@ -39,6 +40,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*The number of training batches .* is smaller than the logging interval.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    # Every process measures its network on all test images.
+    warnings.filterwarnings("ignore", ".*It is recommended to use `self.log.'test/.*sync_dist=True.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
     # Resuming into a new run folder: the best checkpoint is then looked for among the epochs to come.
     warnings.filterwarnings("ignore", ".*The dirpath has changed from.*")

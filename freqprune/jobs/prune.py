@@ -13,10 +13,12 @@ from torch import nn
 
 from freqprune.jobs import assembly
 from freqprune.jobs.config import check_pruning
+from freqprune.jobs.launch import in_all_processes
 from freqprune.jobs.outputs import name_of, tell, write_response
 from freqprune.jobs.settings import Settings, read
 from freqprune.jobs.stages import Run
 from freqprune.networks import Stored, build_model, load_network, preprocessing, pretrained_path, rebuilt_from, trained
+from freqprune.processes import rank_and_size
 from freqprune.pruning import Verdict, judge, needs, plan_cut
 from freqprune.reports import record
 from freqprune.tagging import TagResponse, pick_layers, rounds, tag
@@ -45,8 +47,17 @@ def prune(
     check_pruning(cfg, at_hand=dense is not None)
     settings = read(cfg)
     assembly.quiet()
-    out = assembly.prepare_output(settings.out)
-    record.write(out, cfg)
+    assembly.prepare_output(settings.out)
+    with in_all_processes(settings.trainer) as first:
+        if first:
+            record.write(settings.out, cfg)
+        return _pruned(settings, first, dense, data)
+
+
+def _pruned(
+    settings: Settings, first: bool, dense: nn.Module | None, data: ImageData | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The job in each of its processes; the first one writes and speaks."""
     stored = _network_to_prune(settings) if dense is None else Stored(dense, {})
     net = stored.net
     pick_layers(net, settings.readout.layers)
@@ -56,7 +67,7 @@ def prune(
     settings.stimulus.masks(*data.split("val").pixels.shape[-2:])
     device = assembly.device_of(settings)
     net = net.to(device).to(memory_format=torch.channels_last).eval()
-    run = Run(settings, data, device)
+    run = Run(settings, data, device, first)
     if settings.recipe is not None:
         plan_cut(net, run.example, settings.recipe)
     if settings.common.resume is not None:
@@ -64,11 +75,14 @@ def prune(
     run.metrics["network"] = name_of(net)
     run.measure("dense", net)
     response, verdict = _tagged(settings, net, data)
-    write_response(out, response, verdict, data.pixels("val", 1)[0], _by_class(settings, net, data))
+    classes = _by_class(settings, net, data)
+    if first:
+        write_response(settings.out, response, verdict, data.pixels("val", 1)[0], classes)
     if settings.recipe is None:
         run.latencies({"dense": net})
         run.finish()
-        tell(settings, run.metrics, f"{name_of(net)}, tagged and not pruned", verdict, device.type)
+        if first:
+            tell(settings, run.metrics, f"{name_of(net)}, tagged and not pruned", verdict, device.type)
         return run.metrics, {"response": response, "verdict": verdict, "kept": {}, "net": net}
     small, kept = run.shrink(net, stored.kept, settings.recipe, response)
     small = run.recover(net, small)
@@ -98,7 +112,7 @@ def _tagged(settings: Settings, net: nn.Module, data: ImageData) -> tuple[TagRes
         mean=data.mean,
         std=data.std,
         seed=settings.common.seed,
-        progress=rounds,
+        progress=rounds if rank_and_size()[0] == 0 else None,
         **asdict(settings.readout),
     )
     if settings.readout.noise_std == 0:

@@ -26,6 +26,7 @@ from freqprune.networks import (
     of_the_dense,
     save_pruned,
 )
+from freqprune.processes import from_first
 from freqprune.pruning import Kept, Material, Recipe, Verdict, cut, plan_cut, recalibrate_batch_norm, step_amount
 from freqprune.reports import record, run_figures, save, show, tables, write_page
 from freqprune.tagging import TagResponse, find_folds, rounds
@@ -36,10 +37,12 @@ INT8_IMAGES = 256
 
 
 class Run:
-    """A pruning run: its settings, data, and the metrics gathered so far."""
+    """A pruning run: its settings, data, and the metrics gathered so far; in each of its processes, of which the first
+    writes and speaks."""
 
-    def __init__(self, settings: Settings, data: ImageData, device: torch.device) -> None:
+    def __init__(self, settings: Settings, data: ImageData, device: torch.device, first: bool = True) -> None:
         self.settings, self.out, self.data, self.device = settings, settings.out, data, device
+        self.first = first
         self.example = data.normalize(data.pixels("val", 1)).to(device)
         self.metrics: dict[str, Any] = {}
         self.kept: dict[str, list[int]] = {}
@@ -56,11 +59,8 @@ class Run:
         for stage in nets:
             self.metrics[stage]["latency_ms"] = {}
         for size in self.settings.latency.batch_sizes:
-            found = latency_ms(
-                {stage: net.to(self.device) for stage, net in nets.items()},
-                self._batch(size),
-                self.settings.latency.n_runs,
-            )
+            ready = {stage: net.to(self.device) for stage, net in nets.items()}
+            found = from_first(latency_ms, ready, self._batch(size), self.settings.latency.n_runs)
             for stage, value in found.items():
                 self.metrics[stage]["latency_ms"][str(size)] = round(value, 4)
 
@@ -74,6 +74,8 @@ class Run:
 
     def write(self, net: nn.Module | None = None) -> None:
         """Keep the network and the metrics as they are now."""
+        if not self.first:
+            return
         if net is not None:
             save_pruned(self.out / "pruned.ckpt", net, self.kept, assembly.normalization_of(self.data))
         record.write_json(self.out / record.METRICS, self.metrics)
@@ -82,6 +84,8 @@ class Run:
         """Mark the run as complete and write its report."""
         self.metrics["finished"] = True
         self.write()
+        if not self.first:
+            return
         if "pruned" in self.metrics:
             point = {name: (value, math.nan) for name, value in tables.percentages(self.metrics).items()}
             nothing = dict.fromkeys(run_figures.REMOVED, (0.0, math.nan))
@@ -111,7 +115,8 @@ class Run:
             )
             amount = step_amount(recipe.amount, step, n_steps, left)
             now = replace(recipe, amount=amount)
-            done = cut(small, self._material(), now, self.settings.stimulus, response if step == 0 else None, rounds)
+            bar = rounds if self.first else None
+            done = cut(small, self._material(), now, self.settings.stimulus, response if step == 0 else None, bar)
             small = done.net.to(memory_format=torch.channels_last)
             # Layers of blocks that went are in the network no more.
             there = dict(small.named_modules())
@@ -136,9 +141,9 @@ class Run:
         widths = {name: width for name, width in widths.items() if name in ours}
         self.metrics["kept"], self.metrics["widths"] = tables.kept_counts(ours), widths
         title = f"Filters kept by {self.settings.scoring.criterion}"
-        save(
-            run_figures.kept_per_layer(self.metrics["kept"], widths, title), self.out / "figures" / "kept_per_layer.png"
-        )
+        if self.first:
+            figure = run_figures.kept_per_layer(self.metrics["kept"], widths, title)
+            save(figure, self.out / "figures" / "kept_per_layer.png")
         self.metrics["remarks"] = notes
         self.kept = of_the_dense(ours, earlier)
         self.write(small)
@@ -164,7 +169,9 @@ class Run:
         last = deployed.get("folded", small)
         images = self.data.pixels("train", min(INT8_IMAGES, len(self.data.split("train")))) if exports.int8 else None
         batches = [] if images is None else [self.data.normalize(batch) for batch in images.split(32)]
-        exported = export(last, self.example, self.out, exports.onnx, exports.torch_export, batches)
+        exported = from_first(
+            export, last, self.example, self.out, exports.onnx, exports.torch_export, calibration=batches
+        )
         for stage, file in (("onnx", self.out / "model.onnx"), ("int8", self.out / "model.int8.onnx")):
             if file.name in exported:
                 deployed[stage] = OnnxModule(file)
@@ -191,7 +198,8 @@ class Run:
         self.kept = load_network(pruned).kept
         last = folder / "finetune" / "checkpoints" / "last.ckpt"
         if "finetuned" in self.metrics:
-            show(f"{folder} is complete; its fine-tuning is not repeated")
+            if self.first:
+                show(f"{folder} is complete; its fine-tuning is not repeated")
         else:
             small = self.recover(net, small, last if last.is_file() else None)
         self.finish()
@@ -204,6 +212,8 @@ class Run:
         }
 
     def tell(self, net: nn.Module, verdict: Verdict | None) -> None:
+        if not self.first:
+            return
         share = tables.percentages(self.metrics)["cut"]
         kept_by, seed = self.settings.scoring.criterion, self.settings.common.seed
         title = f"{name_of(net)}, filters kept by {kept_by}, {share:.1f} % of the MACs cut, seed {seed}"

@@ -9,7 +9,6 @@ from typing import Any
 from omegaconf import DictConfig
 from pytorch_lightning.utilities import rank_zero_only
 
-from freqprune.errors import InputError
 from freqprune.jobs import assembly
 from freqprune.jobs.config import check_training
 from freqprune.jobs.outputs import figures_of_training
@@ -59,11 +58,6 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     pick_layers(classifier.net, settings.readout.layers)
     tagging = _tagging(settings)
     trainer = assembly.make_trainer(settings, out, [tagging])
-    if trainer.world_size > 1 and settings.recipe is not None:
-        raise InputError(
-            f"{trainer.world_size} processes train, one prunes: "
-            "use train.py pruning=none, then prune.py ckpt=... on one device"
-        )
     if common.compile:
         classifier.net.compile()
     start = time.perf_counter()

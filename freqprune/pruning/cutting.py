@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.networks import equal_batches
+from freqprune.processes import from_first
 from freqprune.pruning.compensation import compensate, recalibrate_batch_norm
 from freqprune.pruning.criteria import needs, scores
 from freqprune.pruning.depth import block_scores
@@ -117,11 +118,13 @@ def cut(
         found |= block_scores(net, evidence.frames or _some(plan, material, recipe, stimulus), progress=progress)
     amount = recipe.amount
     if amount.by_time:
-        kept, amount, more = to_time(plan, found, material, recipe, progress)
+        # What is timed in one process is timed while the others wait.
+        kept, amount, more = from_first(to_time, plan, found, material, recipe, progress)
         notes += more
     else:
         kept = select(found, amount, plan.macs, plan.blocks)
-    kept = plan.sensible(kept)
+    # One decides: rounding may differ between processes.
+    kept = from_first(plan.sensible, kept)
     small = plan.apply(kept)
     inner = {name: indices for name, indices in kept.items() if name not in plan.blocks}
     notes += remarks(inner, {name: plan.unit(name).n_filters for name in inner}, amount) if inner else []

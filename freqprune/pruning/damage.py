@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.networks import PLAIN, Trace, equal_batches, evaluating, replaced
+from freqprune.processes import added_up, own_share
 from freqprune.pruning.moments import least_squares
 
 Readers = Mapping[str, tuple[Tensor, Tensor, Tensor]]
@@ -55,18 +56,18 @@ def logit_errors(
     solved = [
         {name: _without(modules[name], *reader, order[:count]) for name, reader in readers.items()} for count in counts
     ]
-    n_images, found = 0, torch.zeros(len(counts), dtype=torch.float64)
+    found = torch.zeros(len(counts), dtype=torch.float64)
+    equal = equal_batches(batches)
     with torch.no_grad():
-        for batch, outputs in _answers(model, solved, equal_batches(batches), trace):
-            n_images += len(batch)
+        for outputs in _answers(model, solved, [batch for _, batch in own_share(equal)], trace):
             found += torch.tensor([float((output - outputs[0]).double().square().sum()) for output in outputs[1:]])
-    return (found / n_images).cummax(0).values
+    return (added_up(found) / sum(map(len, equal))).cummax(0).values
 
 
 def _answers(
     model: nn.Module, solved: Sequence[Mapping[str, nn.Module]], batches: Sequence[Tensor], trace: Trace | None
-) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Each batch, with the logits of the network and then of the network with each set of layers in the place of its
+) -> Iterator[list[Tensor]]:
+    """For each batch the logits of the network and then of the network with each set of layers in the place of its
     own."""
     if trace is None or not all(name in trace.layers.values() for layers in solved for name in layers):
         with evaluating(model):
@@ -75,7 +76,7 @@ def _answers(
                 for layers in solved:
                     with replaced(model, layers):
                         outputs.append(model(batch))
-                yield batch, outputs
+                yield outputs
         return
     fixed = trace.inputs(model)
     start = min(at for at, node in enumerate(trace.nodes) if trace.layers.get(node) in solved[0])
@@ -83,7 +84,7 @@ def _answers(
         values: dict[Any, Any] = {trace.entrance: batch}
         _go_on(trace, trace.nodes[:start], values, fixed, {})
         # What comes before the layers is the same for all.
-        yield batch, [_go_on(trace, trace.nodes[start:], dict(values), fixed, layers) for layers in ({}, *solved)]
+        yield [_go_on(trace, trace.nodes[start:], dict(values), fixed, layers) for layers in ({}, *solved)]
 
 
 def _go_on(

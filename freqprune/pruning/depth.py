@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.networks import Trace, equal_batches
+from freqprune.processes import added_up, own_share
 from freqprune.pruning.blocks import answers_without, find_blocks
 from freqprune.pruning.reconstruction import error_without
 from freqprune.pruning.walk import Reconstruction
@@ -47,14 +48,16 @@ def block_scores(
     before = last = 0.0
     said = [f"ranking blocks, {number} of {len(blocks)}" for number in range(1, len(blocks) + 1)]
     with torch.no_grad():
-        dense = [answers_without(trace, fixed, batch, ()) for batch in batches]
+        own = [batch for _, batch in own_share(batches)]
+        dense = [answers_without(trace, fixed, batch, ()) for batch in own]
         for _ in progress(said) if progress is not None else said:
             change = {}
             for name in blocks:
                 if name not in gone:
                     without = [blocks[one] for one in (*gone, name)]
-                    answers = [answers_without(trace, fixed, batch, without) for batch in batches]
-                    change[name] = sum(float((a - b).square().sum()) for a, b in zip(answers, dense, strict=True))
+                    answers = [answers_without(trace, fixed, batch, without) for batch in own]
+                    moved = sum(float((a - b).square().sum()) for a, b in zip(answers, dense, strict=True))
+                    change[name] = float(added_up(torch.tensor(moved, dtype=torch.float64)))
             gone.append(min(change, key=change.__getitem__))
             now = error_without(model, gone, batches, how)
             last = max(last, now - before)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from freqprune.processes import added_up, rank_and_size
+
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-# Rows that are multiplied at once.
-MIN_ROWS = 4096
 
 
 class Sums:
@@ -19,22 +19,10 @@ class Sums:
     def __init__(self, groups: int, origin: tuple[Tensor, Tensor]) -> None:
         self.groups, self.origin, self.n_samples = groups, origin, 0
         self.xx = self.xt = self.x = self.t = self.tt = torch.zeros((), dtype=torch.float64)
-        self._waiting: list[tuple[Tensor, Tensor]] = []
 
     def add(self, x: Tensor, t: Tensor) -> None:
         """Add rows of inputs ``(n_samples, groups * n_values)`` and of targets ``(n_samples, groups * n_outputs)``."""
         self.n_samples += len(x)
-        self._waiting.append((x, t))
-        # One addition to the sums of many columns costs as much as the products of many rows.
-        if sum(len(rows) for rows, _ in self._waiting) >= MIN_ROWS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Take the rows that wait into the sums."""
-        if not self._waiting:
-            return
-        x, t = (torch.cat(rows) for rows in zip(*self._waiting, strict=True))
-        self._waiting = []
         # Float32 products of what is small beside its mean would hold nothing but rounding.
         x, t = (
             (v - zero).view(len(v), self.groups, -1).transpose(0, 1)
@@ -45,14 +33,21 @@ class Sums:
         self.x, self.t = self.x + x.double().sum(1), self.t + t.double().sum(1)
         self.tt = self.tt + t.double().square().sum()
 
+    def add_shares(self) -> None:
+        """Add up the sums of all processes, whichever of them have seen something."""
+        n_values, n_outputs = (len(zero) // self.groups for zero in self.origin)
+        shapes = {"xx": (n_values, n_values), "xt": (n_values, n_outputs), "x": (n_values,), "t": (n_outputs,)}
+        for name, shape in shapes.items():
+            total = getattr(self, name)
+            setattr(self, name, added_up(total.expand(self.groups, *shape)) if rank_and_size()[1] > 1 else total)
+        self.tt = added_up(self.tt)
+        self.n_samples = int(added_up(torch.tensor(self.n_samples)))
+
     @property
     def finite(self) -> bool:
-        self.flush()
         return bool(self.xx.isfinite().all() and self.xt.isfinite().all())
 
     def __add__(self, other: Sums) -> Sums:
-        self.flush()
-        other.flush()
         both = Sums(self.groups, self.origin)
         both.n_samples = self.n_samples + other.n_samples
         for name in ("xx", "xt", "x", "t", "tt"):
@@ -61,7 +56,6 @@ class Sums:
 
     def equations(self, where: Tensor, constant: bool) -> Equations:
         """Normal equations for the inputs `where` of each group."""
-        self.flush()
         zero_x, zero_t = (zero.double().view(self.groups, -1) for zero in self.origin)
         xx, xt = self.xx[:, where][:, :, where] / self.n_samples, self.xt[:, where] / self.n_samples
         x, t, zero_x = self.x[:, where] / self.n_samples, self.t / self.n_samples, zero_x[:, where]

@@ -7,7 +7,7 @@ values) and a 1 appended for the constant; ``G = E[x x^T]``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.networks import evaluating, hooked, images_at_once
+from freqprune.processes import added_up, own_share
 from freqprune.pruning.patches import Geometry, multiplications, pick
 
 MAX_VALUES = 8192
@@ -66,8 +67,7 @@ def counted_moments(
             )
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    generator = torch.Generator().manual_seed(seed)
-
+    generator = torch.Generator()
     batches = list(batches)
     n_inputs = sum(map(len, batches))
 
@@ -83,7 +83,9 @@ def counted_moments(
         counts[name] = counts.get(name, 0) + len(rows)
 
     with evaluating(model), torch.no_grad(), multiplications(model, layers, seen):
-        for batch in batches:
+        for number, batch in own_share(batches):
+            # Of each batch its own, whichever process has it.
+            generator.manual_seed(seed * 1_000_003 + number)
             model(batch)
     missing = [name for name in layers if name not in sums]
     if missing:
@@ -93,7 +95,8 @@ def counted_moments(
             "something else than their weight (standardised or shared weights); leave the layers before them out "
             "(pruning.exclude), or do without moments (importance=l2 pruning.compensation=none)"
         )
-    return {name: sums[name] / counts[name] for name in layers}, {name: counts[name] for name in layers}
+    counts = {name: int(added_up(torch.tensor(counts[name]))) for name in layers}
+    return {name: added_up(sums[name]) / counts[name] for name in layers}, counts
 
 
 def output_gradients(
@@ -123,8 +126,9 @@ def output_gradients(
     modules = dict(model.named_modules())
     outputs: dict[str, Tensor] = {}
     sums: dict[str, Tensor] = {}
-    n_inputs = 0
-    generator = torch.Generator().manual_seed(seed)
+    batches = list(batches)
+    n_inputs = sum(map(len, batches))
+    generator = torch.Generator()
 
     def hook(name: str) -> Callable[..., Tensor]:
         def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -135,7 +139,8 @@ def output_gradients(
         return after
 
     with evaluating(model), torch.enable_grad(), hooked([(modules[name], None, hook(name)) for name in layers]):
-        for batch in (part for given in batches for part in given.split(images_at_once(given))):
+        for number, batch in _parts(own_share(batches)):
+            generator.manual_seed(seed * 1_000_003 + number)
             outputs.clear()
             # Frozen networks have no gradients unless the input asks for them.
             logits = model(batch.detach().requires_grad_(True))
@@ -151,10 +156,16 @@ def output_gradients(
                 g = (gradient.movedim(1, -1) if isinstance(modules[name], nn.Conv2d) else gradient).flatten(0, -2)
                 total = (g.T @ g).double().cpu()
                 sums[name] = sums[name] + total if name in sums else total
-            n_inputs += len(batch)
     if not n_inputs:
         raise InputError("no batch was given to take gradients of")
-    return {name: sums[name] / n_inputs for name in layers}
+    return {name: added_up(sums[name]) / n_inputs for name in layers}
+
+
+def _parts(batches: Iterable[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
+    """Batches in parts of as many images as fit, each with a number of its own."""
+    for number, batch in batches:
+        for at, part in enumerate(batch.split(images_at_once(batch))):
+            yield number * len(batch) + at, part
 
 
 def columns_of(module: nn.Module, channels: Sequence[int]) -> Tensor:

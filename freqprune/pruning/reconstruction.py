@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from freqprune.errors import InputError
 from freqprune.networks import Trace, check_answers
+from freqprune.processes import rank_and_size
 from freqprune.pruning.blocks import find_blocks
 from freqprune.pruning.walk import Reconstruction, Walk
 
@@ -91,8 +92,9 @@ def _walked(
     with torch.no_grad():
         trace = Trace(model, batches[0])
         blocks = find_blocks(model, trace) if without else {}
+        n_processes = rank_and_size()[1]
         n_fit = max(1, int(min(how.memory_gb * 1e9 / _bytes_of(trace, model, batches[0]), len(batches))))
-        n_images, batches = sum(map(len, batches)), batches[:n_fit]
+        n_images, batches = sum(map(len, batches)), batches[: n_fit * n_processes]
         walk = Walk(model, twin, trace, silenced, batches, how, [blocks[name] for name in without])
         if sum(map(len, batches)) < n_images:
             walk.remarks.append(
@@ -103,7 +105,7 @@ def _walked(
         steps = [f"making up for the cut in {walk.trace.layers.get(node, node.name)}" for node in walk.trace.nodes]
         for node, _ in zip(walk.trace.nodes, progress(steps) if progress is not None else steps, strict=True):
             walk.step(node)
-        trace.check(model, batches[0], walk.dense[trace.exit][0], "use pruning.compensation=least_squares")
+        trace.check(model, walk.batches[0], walk.dense[trace.exit][0], "use pruning.compensation=least_squares")
     return walk, muted
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp
 
+from freqprune.processes import added_up
+
 N_PRODUCTS = 6
 DAMPING = 0.1
 
@@ -31,6 +33,7 @@ class Segment:
         targets: what the second layer is to answer, one a batch.
         energy: mean square of what each weight of the first layer multiplies, in a shape that spreads over the weight.
         channel_dim: dimension of the first layer's output that its weights' first one is.
+        numbers: of the batches among those of all processes; 0, 1, ... if left out.
     """
 
     feed: Callable[[Tensor, Tensor, int], Tensor]
@@ -39,6 +42,7 @@ class Segment:
     targets: Sequence[Tensor]
     energy: Tensor
     channel_dim: int = 1
+    numbers: Sequence[int] = ()
 
     def error(self, weight: Tensor, constant: Tensor) -> float:
         """Squared error of the answers, summed."""
@@ -46,7 +50,7 @@ class Segment:
         for i, target in enumerate(self.targets):
             answer = self.read(self.between(self.feed(weight, constant, i), i), i)
             total += float((answer - target).double().square().sum())
-        return total
+        return float(added_up(torch.tensor(total, dtype=torch.float64)))
 
 
 def gauss_newton(
@@ -61,8 +65,8 @@ def gauss_newton(
         movable: whether the constants may move.
         seed: of the random signs that scale the problem.
     """
-    generator = torch.Generator().manual_seed(seed)
     numbers = range(len(segment.targets))
+    among_all = segment.numbers or numbers
     # Of linear maps, any point will do to take the transposed one at.
     start = [segment.feed(weight, constant, i) for i in numbers]
     back, to_weight = [], []
@@ -74,10 +78,12 @@ def gauss_newton(
 
     def transposed(vectors: Callable[[int], Tensor]) -> list[Tensor]:
         """Jacobian, transposed, times a vector a batch, summed over batches."""
-        total = [torch.zeros_like(weight), torch.zeros_like(constant)]
+        # In float64, so that it is the same in whichever order batches come.
+        total = [torch.zeros_like(weight, dtype=torch.float64), torch.zeros_like(constant, dtype=torch.float64)]
         for i in numbers:
             for into, found in zip(total, to_weight[i](back[i][1](vectors(i))), strict=True):
                 into.add_(found)
+        total = [added_up(one).to(weight) for one in total]
         if not movable:
             total[1].zero_()
         return total
@@ -92,16 +98,17 @@ def gauss_newton(
 
     def signs(i: int) -> Tensor:
         shape = segment.targets[i].shape
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + among_all[i])
         drawn = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8)
         return (2 * drawn - 1).to(segment.targets[i])
 
     # The diagonal of the matrix to invert: squared gradients of random signs at the first layer's output (Hutchinson's
     # estimate), times the energy of what the weights multiply.
-    reach = torch.zeros_like(constant)
+    reach = torch.zeros_like(constant, dtype=torch.float64)
     for i in numbers:
         gradient = back[i][1](signs(i)).square()
         reach += gradient.sum([d for d in range(gradient.dim()) if d != segment.channel_dim % gradient.dim()])
-    reach = _floored(reach)
+    reach = _floored(added_up(reach).to(weight))
     scales = [(reach.view(-1, *[1] * (weight.dim() - 1)) * _floored(segment.energy)).expand_as(weight), reach]
     residual = transposed(lambda i: segment.targets[i] - back[i][0])
     step = [torch.zeros_like(weight), torch.zeros_like(constant)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from freqprune.errors import InputError, at_least, one_of
 from freqprune.networks import BATCH_NORM, IDENTITIES, LINEAR, SUMS, Trace, run
+from freqprune.processes import added_up, from_first, own_share
 from freqprune.pruning.blocks import Block, answers_without
 from freqprune.pruning.equations import Sums, solve
 from freqprune.pruning.patches import Geometry, pick
@@ -82,13 +83,16 @@ class Walk:
         without: Sequence[Block] = (),
     ) -> None:
         self.twin_net, self.trace, self.silenced, self.how = twin, trace, silenced, how
-        self.batches, self.without = batches, without
+        own = own_share(batches)
+        self.n_all, self.without = len(batches), without
+        # Of all batches, the numbers of those that are this process's.
+        self.numbers, self.batches = [number for number, _ in own], [batch for _, batch in own]
         self.ends = {node for block in without for node in block.ends}
         self.skipped = {node for block in without for node in block.branch} - self.ends
-        self.n_batches, self.batch_pixels = len(batches), batches[0][:, :1].numel()
-        self.generator = torch.Generator().manual_seed(how.seed)
+        self.n_batches, self.batch_pixels = len(own), batches[0][:, :1].numel()
+        self.n_draws = 0
         self.fixed = trace.inputs(dense), trace.inputs(twin)
-        self.dense: dict[Node, list[Any]] = {trace.entrance: list(batches)}
+        self.dense: dict[Node, list[Any]] = {trace.entrance: list(self.batches)}
         # Results of the twin where they are not the dense network's.
         self.twin: dict[Node, list[Any]] = {}
         changed = [f"{name}.weight" for name in silenced]
@@ -106,13 +110,17 @@ class Walk:
         pairs = zip(
             self.twin.get(self.trace.exit, self.dense[self.trace.exit]), self.dense[self.trace.exit], strict=True
         )
-        return sum(float((a - b).double().square().mean()) for a, b in pairs) / self.n_batches
+        return self._mean(float((a - b).double().square().mean()) for a, b in pairs)
+
+    def _mean(self, values: Iterable[float]) -> float:
+        """Mean over the batches of all processes."""
+        return float(added_up(torch.tensor(sum(values), dtype=torch.float64))) / self.n_all
 
     def error_of(self, net: nn.Module) -> float:
         """The same of another network, with the same blocks silenced."""
         pairs, fixed = zip(self.batches, self.dense[self.trace.exit], strict=True), self.trace.inputs(net)
         answers = ((answers_without(self.trace, fixed, x, self.without), y) for x, y in pairs)
-        return sum(float((answer - y).double().square().mean()) for answer, y in answers) / self.n_batches
+        return self._mean(float((answer - y).double().square().mean()) for answer, y in answers)
 
     def remark_on_samples(self) -> None:
         """Say, and warn, where there were fewer samples than unknowns."""
@@ -179,17 +187,24 @@ class Walk:
         stays = self._stays(layer, weight, geometry)
         # What is gone takes no part in the products.
         columns = None if stays.all() else stays.nonzero().flatten()
-        for i in range(self.n_batches):
+        self.n_draws += 1
+        for i, number in enumerate(self.numbers):
             x = self.twin.get(read, self.dense[read])[i]
-            chosen = pick(geometry.n_positions(x.shape), self.how.positions, self.generator)
+            # Of each batch its own, whichever process has it.
+            generator = torch.Generator().manual_seed((self.how.seed * 1_000_003 + self.n_draws) * 10_007 + number)
+            chosen = pick(geometry.n_positions(x.shape), self.how.positions, generator)
             target = geometry.outputs(self.dense[node][i], chosen)
             for other in others:
                 shift = geometry.outputs(self.dense[other][i] - self.twin[other][i], chosen)
                 target = target + (shift if norm is None else shift / self._scale(norm))
             rows = geometry.patches(x, chosen)
             rows = rows if columns is None else rows[:, columns]
-            parts = parts or [Sums(geometry.groups, (rows.mean(0), target.mean(0))) for _ in range(2)]
-            parts[i % HELD_OUT == HELD_OUT - 1].add(rows, target)
+            if not parts:
+                origin = from_first(lambda *means: means, rows.mean(0), target.mean(0))
+                parts = [Sums(geometry.groups, origin) for _ in range(2)]
+            parts[number % HELD_OUT == HELD_OUT - 1].add(rows, target)
+        for part in parts:
+            part.add_shares()
         if not all(part.finite for part in parts):
             raise InputError(f"what {layer!r} reads, or what it is to answer, holds NaN or infinite values")
         n_samples, n_unknowns = sum(part.n_samples for part in parts), int(stays.sum()) // geometry.groups + 1
@@ -240,9 +255,10 @@ class Walk:
         return []
 
     def _some(self, number: int) -> list[int]:
-        """Batches for one step, `STEP_PIXELS` at most and others each time."""
-        count = max(1, min(self.n_batches, STEP_PIXELS // self.batch_pixels))
-        return [(number * count + i) % self.n_batches for i in range(count)]
+        """Batches of this process for one step, `STEP_PIXELS` at most in all and others each time."""
+        count = max(1, min(self.n_all, STEP_PIXELS // self.batch_pixels))
+        chosen = {(number * count + i) % self.n_all for i in range(count)}
+        return [i for i, own in enumerate(self.numbers) if own in chosen]
 
     def _refine(self, node: Node, norm: Node | None, others: Sequence[Node], some: Sequence[int]) -> bool:
         """A Gauss-Newton step of the layer that feeds `node` towards the target of `node`; whether that came closer."""
@@ -280,6 +296,7 @@ class Walk:
             [target(i) for i in some],
             self._energy(source, weight, some),
             -1 if source.target is LINEAR else 1,
+            [self.numbers[i] for i in some],
         )
         step = gauss_newton(segment, weight, constant, constant_in is not None, self.how.seed)
         if step is None:
@@ -306,9 +323,12 @@ class Walk:
         """Mean square of what each input channel brings to a layer, in a shape that spreads over its weight."""
         read: Any = node.args[0]
         everything = self.twin.get(read, self.dense[read])
-        inputs = [everything[i] for i in some]
-        over = [0, *range(2, inputs[0].dim())] if node.target is not LINEAR else list(range(inputs[0].dim() - 1))
-        energy = torch.stack([x.square().mean(over) for x in inputs]).mean(0)
+        n_dims, channel = everything[0].dim(), 1 if node.target is not LINEAR else -1
+        over = [side for side in range(n_dims) if side != channel % n_dims]
+        total = everything[0].new_zeros(everything[0].shape[channel], dtype=torch.float64)
+        for i in some:
+            total = total + everything[i].square().mean(over)
+        energy = (added_up(total) / int(added_up(torch.tensor(len(some))))).to(weight)
         if len(energy) != weight.shape[1]:
             energy = energy.mean().expand(weight.shape[1])
         return energy.view(1, -1, *[1] * (weight.dim() - 2))

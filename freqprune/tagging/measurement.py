@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
+from freqprune.processes import rank_and_size
 from freqprune.tagging.readout import HALF, SPATIAL, Readout
 from freqprune.tagging.recording import Recorder
 from freqprune.tagging.response import LayerResponse, TagResponse
@@ -90,6 +91,10 @@ def tag(
     if numbers is not None and len(numbers) != len(images):
         raise InputError(f"numbers must give one number an image: {len(images)} images, {len(numbers)} numbers")
     stimulus.masks(*images.shape[-2:])
+    rank, size = rank_and_size()
+    if 1 < size <= len(images) and not share:
+        numbers = (range(len(images)) if numbers is None else numbers)[rank::size]
+        images, share = images[rank::size], True
     parameter = next(model.parameters(), None)
     device = images.device if parameter is None else parameter.device
     precision = torch.float32 if parameter is None else parameter.dtype

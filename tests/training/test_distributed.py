@@ -2,6 +2,12 @@
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,10 +20,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from freqprune import FrequencyTagging
 from freqprune.errors import InputError
+from freqprune.networks.checkpoint import load_pruned
 from freqprune.networks.registry import build_model
 from freqprune.tagging.measurement import tag
 from freqprune.training.classifier import Classifier
 from freqprune.training.datamodule import DigitsData
+from tests.conftest import ROOT
 from tests.jobs.test_cli import call
 from tests.jobs.test_jobs import SMALL
 
@@ -162,15 +170,46 @@ def test_training_on_two_processes_has_the_loss_curve_of_one(tmp_path: Path) -> 
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
 
 
-def test_train_runs_on_two_processes_with_one_run_folder(tmp_path: Path) -> None:
-    ddp = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
-    small = [argument for argument in SMALL if argument != "trainer=cpu"]
-    done = call("train.py", *small, *ddp, cwd=tmp_path)
+TWO = [*(argument for argument in SMALL if argument != "trainer=cpu"),
+       "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]  # fmt: skip
+
+
+def test_two_processes_train_and_prune_into_one_run_folder(tmp_path: Path) -> None:
+    more = ["pruning=filters", "pruning.calibration_images=96", "tagging.n_images=3"]
+    done = call("train.py", *TWO, *more, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "outputs" / "train").iterdir()
     assert json.loads((run / "training.json").read_text())["epochs"] == 1
     assert (run / "checkpoints" / "last.ckpt").exists()
     assert done.stdout.count("trained resnet8") == 1
-    done = call("train.py", *small, *ddp, "pruning=filters", cwd=tmp_path)
-    assert done.returncode != 0
-    assert "2 processes train, one prunes: use train.py pruning=none" in done.stderr
+    assert done.stdout.count("filters kept by") == 1
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["finished"]
+    assert {"dense", "pruned", "finetuned"} <= set(metrics)
+    assert sum(p.numel() for p in load_pruned(run / "pruned.ckpt").parameters()) == metrics["pruned"]["params"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the other process in /proc")
+def test_a_process_that_is_killed_ends_the_others(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    classifier = Classifier({"name": "resnet8"}, normalization={"mean": [0.3] * 3, "std": [0.3] * 3})
+    state = {f"net.{key}": value for key, value in classifier.net.state_dict().items()}
+    torch.save({"hyper_parameters": dict(classifier.hparams), "state_dict": state}, tmp_path / "net.ckpt")
+    long = ["data.limit_train=1200", "pruning.calibration_images=1200", "pruning.rounds=50", "data.mean=[0.3,0.3,0.3]",
+            "data.std=[0.3,0.3,0.3]", "ckpt=net.ckpt", "hydra.run.dir=run"]  # fmt: skip
+    command = [sys.executable, str(ROOT / "prune.py"), *TWO, *long]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as first:
+        # Tagged: what comes now takes long.
+        until(lambda: (tmp_path / "run" / "filters.csv").is_file() or first.poll() is not None, 200)
+        second = int(Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text())
+        os.kill(second, signal.SIGKILL)
+        said, _ = first.communicate(timeout=60)
+    assert first.returncode != 0
+    assert f"Child process with PID {second} terminated" in said
+
+
+def until(true: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert true()

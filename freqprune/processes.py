@@ -1,0 +1,90 @@
+"""Work that several processes share: who takes what, adding up, and one that decides for all.
+
+Nothing is shared unless a job says so by `shared_work`: whoever calls `freqprune.cut` in one process of many has it
+done there alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from freqprune.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+_SHARING: ContextVar[bool] = ContextVar("sharing", default=False)
+
+
+@contextmanager
+def shared_work() -> Iterator[None]:
+    """Inside the block the processes of the ``torch.distributed`` group, if there is one, share the work: all of them
+    have to run it."""
+    before = _SHARING.set(True)
+    try:
+        yield
+    finally:
+        _SHARING.reset(before)
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Number of this process and how many share the work; 0 and 1 outside `shared_work`."""
+    if not _SHARING.get():
+        return 0, 1
+    import torch.distributed as dist
+
+    there = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
+
+
+def own_share(items: Iterable[T], what: str = "batches") -> list[tuple[int, T]]:
+    """What of some items this process takes, each with its number among all.
+
+    Args:
+        items: the same in every process.
+        what: they are, for the error.
+
+    Raises:
+        InputError: for fewer items than processes.
+    """
+    rank, size = rank_and_size()
+    numbered = list(enumerate(items))
+    if 0 < len(numbered) < size:
+        raise InputError(
+            f"{size} processes cannot share {len(numbered)} {what} of calibration images: use fewer "
+            "(trainer.devices), or more images (pruning.calibration_images)"
+        )
+    return numbered[rank::size]
+
+
+def added_up(total: Tensor) -> Tensor:
+    """A tensor summed over the processes, the same in all of them."""
+    if rank_and_size()[1] == 1:
+        return total
+    import torch
+    import torch.distributed as dist
+
+    on_device = dist.get_backend() == "nccl" and total.device.type == "cpu"
+    summed = total.detach().clone().contiguous()
+    summed = summed.to(torch.accelerator.current_accelerator()) if on_device else summed
+    dist.all_reduce(summed)
+    return summed.to(total.device)
+
+
+def from_first(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """What the first process finds, which alone does the work; the others wait for it."""
+    rank, size = rank_and_size()
+    if size == 1:
+        return work(*args, **kwargs)
+    import torch.distributed as dist
+
+    found: list[Any] = [work(*args, **kwargs) if rank == 0 else None]
+    dist.broadcast_object_list(found, src=0)
+    result: T = found[0]
+    return result

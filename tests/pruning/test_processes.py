@@ -1,0 +1,99 @@
+"""Two processes share the work of a cut and come to what one comes to."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from freqprune.errors import InputError
+from freqprune.networks.registry import build_model
+from freqprune.networks.trace import equal_batches
+from freqprune.processes import added_up, from_first, own_share, rank_and_size, shared_work
+from freqprune.pruning.cutting import Material, Recipe, cut
+from freqprune.pruning.depth import block_scores
+from freqprune.pruning.moments import input_moments, output_gradients
+from freqprune.pruning.selection import Amount
+from freqprune.pruning.walk import Reconstruction
+from freqprune.tagging.stimulus import Stimulus
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    net = build_model({"name": "resnet8"})
+    for _ in range(3):
+        net(torch.rand(16, 3, 16, 16))
+    return net.eval()
+
+
+def pixels() -> Tensor:
+    return torch.rand(96, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+
+
+def done(criterion: str, compensation: str, macs_cut: float, blocks: bool = False) -> dict[str, Any]:
+    material = Material(
+        pixels()[:5].clamp(0.1, 0.9), lambda p: (p - 0.5) / 0.3, [0.5] * 3, [0.3] * 3, calibration=pixels()
+    )
+    recipe = Recipe(
+        Amount(macs_cut=macs_cut, scope="per_mac"), criterion, compensation=compensation, calibrate_on="both",
+        reconstruction=Reconstruction(rounds=2), measured_images=64, blocks=blocks,
+    )  # fmt: skip
+    found = cut(network(), material, recipe, Stimulus())
+    return {"kept": found.kept, "state": found.net.state_dict(), "scores": found.scores, "dropped": found.dropped}
+
+
+CUTS: dict[str, tuple[Any, ...]] = {
+    "at once": ("snr", "least_squares", 0.4),
+    "in sequence": ("logit_error", "sequential", 0.7, True),
+}
+
+
+def parts() -> dict[str, Any]:
+    """What is summed, on its own."""
+    batches = equal_batches(pixels().split(32), 32)
+    return {
+        "moments": input_moments(network(), ["layer2.0.conv2", "layer3.0.conv2"], batches),
+        "gradients": output_gradients(network(), ["layer2.0.conv2"], batches),
+        "blocks": block_scores(network(), batches),
+    }
+
+
+def everything() -> dict[str, Any]:
+    return {name: done(*how) for name, how in CUTS.items()} | {"parts": parts()}
+
+
+def one_process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    assert rank_and_size() == (0, 1)
+    with shared_work():
+        assert rank_and_size() == (rank, 2)
+        assert [number for number, _ in own_share("abc")] == ([0, 2] if rank == 0 else [1])
+        with pytest.raises(InputError, match=r"2 processes cannot share 1 batches .*use fewer \(trainer\.devices\)"):
+            own_share("a")
+        assert float(added_up(torch.tensor(1.0 + rank))) == 3
+        assert from_first(int, rank + 5) == 5
+        torch.save(everything(), f"{folder}/{rank}.pt")
+    # Outside everyone is on his own again.
+    assert float(added_up(torch.tensor(1.0 + rank))) == 1 + rank
+    dist.destroy_process_group()
+
+
+def test_two_processes_come_to_what_one_does(tmp_path: Path) -> None:
+    mp.spawn(one_process, (str(tmp_path),), nprocs=2)
+    alone = everything()
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(found["parts"], alone["parts"], rtol=1e-6, atol=1e-9)
+        for name in CUTS:
+            one, other = found[name], alone[name]
+            assert one["dropped"] == other["dropped"]
+            assert {layer: kept.tolist() for layer, kept in one["kept"].items()} == {
+                layer: kept.tolist() for layer, kept in other["kept"].items()
+            }, name
+            torch.testing.assert_close(one["scores"], other["scores"], rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(one["state"], other["state"], rtol=1e-6, atol=1e-6)
+    assert alone["in sequence"]["dropped"]
