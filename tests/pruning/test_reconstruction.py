@@ -209,15 +209,15 @@ def test_a_gauss_newton_step_comes_closer_and_bits_are_equal_for_equal_seeds() -
     net, x = settled(build_model({"name": "resnet8"})), images(240, 16)
     plan = Plan(net, x)
     kept = {unit: torch.arange(plan.unit(unit).n_filters // 2) for unit in plan.choose()}
-    how = Reconstruction(positions=16, ridge=1e-4, rounds=0)
+    how = Reconstruction(positions=64, ridge=1e-4, rounds=0)
     silenced, batches = plan.silenced(kept), equal_batches([x], 60)
     errors, twins = [], []
-    for one in (how, replace(how, rounds=1), replace(how, rounds=1), replace(how, rounds=1, seed=1)):
+    for one in (how, replace(how, rounds=3), replace(how, rounds=3), replace(how, rounds=3, seed=1)):
         twin, _ = reconstruct(net, silenced, batches, one)
         with torch.no_grad():
             errors.append(float((twin(x) - net(x)).square().mean()))
         twins.append(twin.state_dict())
-    assert errors[1] < 0.97 * errors[0]
+    assert errors[1] < 0.93 * errors[0]
     assert all(torch.equal(tensor, twins[2][key]) for key, tensor in twins[1].items())
     assert not all(torch.equal(tensor, twins[3][key]) for key, tensor in twins[1].items())
 
