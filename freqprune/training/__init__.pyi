@@ -4,7 +4,8 @@ from .classifier import Optimization as Optimization
 from .datamodule import CIFAR10Data as CIFAR10Data
 from .datamodule import DigitsData as DigitsData
 from .datamodule import ImageData as ImageData
-from .datamodule import ImageFolderData as ImageFolderData
+from .listed import ImageFolderData as ImageFolderData
+from .listed import ListedData as ListedData
 from .pruning_callback import TagPruning as TagPruning
 from .sources import Images as Images
 from .sources import Source as Source

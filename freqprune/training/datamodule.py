@@ -1,4 +1,4 @@
-"""Lightning data modules over images that are held as uint8 in memory."""
+"""Lightning data modules over uint8 images, in memory or stored elsewhere."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from freqprune.errors import InputError
 from freqprune.training.augment import random_crop_flip
+from freqprune.training.pixels import DecodedPixels, StoredPixels, cores
 from freqprune.training.sources import (
     CIFAR10_MEAN,
     CIFAR10_STD,
@@ -23,13 +24,12 @@ from freqprune.training.sources import (
     channel_statistics,
     cifar10,
     digits,
-    image_folder,
     stratified_split,
 )
 
 
 class _Batches(Dataset[Any]):
-    """Map-style data set that hands out whole batches: the sampler's indices pick from the tensors in one go."""
+    """Map-style data set that hands out whole batches: the sampler's indices pick from the images in one go."""
 
     def __init__(self, images: Images) -> None:
         self.images = images
@@ -40,9 +40,15 @@ class _Batches(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.images.pixels[index], self.images.labels[index]
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        picked = self.images[torch.tensor(indices).to(self.images.pixels.device, non_blocking=True)]
-        return picked.pixels, picked.labels
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor] | InputError:
+        chosen = torch.tensor(indices)
+        if isinstance(self.images.pixels, Tensor):
+            chosen = chosen.to(self.images.pixels.device, non_blocking=True)
+        try:
+            return self.images.pixels[chosen], self.images.labels[chosen]
+        except InputError as error:
+            # Handed over as it is: raised in a worker it would come with the worker's traceback for its message.
+            return error
 
 
 def _as_is(batch: Any) -> Any:
@@ -50,7 +56,7 @@ def _as_is(batch: Any) -> Any:
 
 
 class ImageData(pl.LightningDataModule, ABC):
-    """Images in memory, split into train, validation and test; batches come out normalised, training batches augmented.
+    """Images split into train, validation and test; batches come out normalised, training batches augmented.
 
     Args:
         batch_size: images a batch.
@@ -97,6 +103,7 @@ class ImageData(pl.LightningDataModule, ABC):
         self.crop_padding = crop_padding
         self.flip = flip
         self.limit_train, self.limit_test = limit_train, limit_test
+        self.num_workers: int | None = None
         self.train: Images | None = None
         self.val: Images | None = None
         self.test: Images | None = None
@@ -111,7 +118,7 @@ class ImageData(pl.LightningDataModule, ABC):
         if self.train is not None:
             return
         source = self.load()
-        train, self.val = stratified_split(source.train, self.val_fraction, self.split_seed)
+        train, self.val = stratified_split(source.train, self.val_fraction, self.split_seed, source.classes)
         if self.limit_train is not None:
             train = train[torch.arange(min(self.limit_train, len(train)))]
         test = source.test
@@ -155,6 +162,11 @@ class ImageData(pl.LightningDataModule, ABC):
         pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
         return ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if isinstance(batch, InputError):
+            raise batch
+        return batch
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         pixels, labels = batch
         if self.trainer is not None and self.trainer.training:
@@ -172,25 +184,42 @@ class ImageData(pl.LightningDataModule, ABC):
 
     def _loader(self, split: str, shuffle: bool) -> DataLoader[Any]:
         images = self.split(split)
-        if self.trainer is not None and self.trainer.strategy.root_device.type != "cpu":
+        ranks, device = (1, 0), torch.device("cpu")
+        if self.trainer is not None:
+            ranks, device = (self.trainer.world_size, self.trainer.global_rank), self.trainer.strategy.root_device
+        if device.type != "cpu":
             # The whole set as bytes on the accelerator: a batch is one gather there.
-            images = images.to(self.trainer.strategy.root_device)
-        data = _Batches(images)
+            images = images.to(device)
+        data, n_here = _Batches(images), len(images)
         sampler: DistributedSampler[Any] | None = None
         if shuffle:
             # An order by seed and epoch (Lightning tells it the epoch), dealt out to the processes of a distributed run
             # in turn.
-            ranks = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
             sampler = DistributedSampler(data, *ranks, shuffle=True, seed=torch.initial_seed() % 2**31)
-        # Workers would cost more than they bring: a batch is one indexing operation.
+            n_here = len(sampler)
         return DataLoader(
             data,
             self.batch_size,
             sampler=sampler,
-            num_workers=0,
             collate_fn=_as_is,
-            drop_last=shuffle and len(images) > self.batch_size,
+            drop_last=shuffle and n_here > self.batch_size,
+            **self._reading(images, device, shuffle),
         )
+
+    def _reading(self, images: Images, device: torch.device, often: bool) -> dict[str, Any]:
+        """How a loader reads: by itself, or by processes of its own."""
+        if not isinstance(images.pixels, StoredPixels):
+            # Workers would cost more than they bring: a batch is one indexing operation.
+            return {"num_workers": 0}
+        n_workers = self.num_workers
+        if n_workers is None:
+            here = 1 if self.trainer is None else self.trainer.num_devices
+            n_workers = max(1, cores() // here) if isinstance(images.pixels, DecodedPixels) else 0
+        return {
+            "num_workers": n_workers,
+            "pin_memory": device.type == "cuda",
+            "persistent_workers": often and n_workers > 0,
+        }
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader("train", shuffle=True)
@@ -214,27 +243,6 @@ class CIFAR10Data(ImageData):
 
     def load(self) -> Source:
         return cifar10(self.root, self.download)
-
-
-class ImageFolderData(ImageData):
-    """Any folder tree ``root/{train,test}/<class>/*``; mean and std measured on its training images by default."""
-
-    def __init__(
-        self,
-        root: str | Path,
-        image_size: int | None = None,
-        resize: int | None = None,
-        interpolation: str | None = None,
-        n_classes: int | None = None,
-        **settings: Any,
-    ) -> None:
-        super().__init__(**settings)
-        self.root, self.image_size, self.resize, self.interpolation = root, image_size, resize, interpolation
-        self.n_classes = n_classes
-
-    def load(self) -> Source:
-        how = self.image_size, self.resize, self.interpolation or "bilinear", self.n_classes
-        return image_folder(self.root, *how)
 
 
 class DigitsData(ImageData):

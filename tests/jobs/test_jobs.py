@@ -439,7 +439,7 @@ def test_public_weights_reach_their_published_accuracy(public_weights: Path, cif
 
 def test_intermodulation_appears_with_the_first_nonlinearity(public_weights: Path, cifar10: Path) -> None:
     from freqprune.tagging.measurement import tag
-    from freqprune.training.datamodule import ImageFolderData
+    from freqprune.training.listed import ImageFolderData
 
     net = load_network(public_weights, {"name": "resnet32"}).net
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

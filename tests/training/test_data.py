@@ -9,7 +9,8 @@ from torchvision.datasets import CIFAR10
 
 from freqprune.errors import InputError
 from freqprune.training.augment import random_crop_flip
-from freqprune.training.datamodule import CIFAR10Data, DigitsData, ImageFolderData
+from freqprune.training.datamodule import CIFAR10Data, DigitsData
+from freqprune.training.listed import ImageFolderData
 from freqprune.training.sources import Images, channel_statistics, digits, stratified_split
 
 
