@@ -1,5 +1,6 @@
 """Images in memory, on disk and decoded as they are asked for are the same images, whatever happens on the way."""
 
+import csv
 import errno
 import logging
 import multiprocessing
@@ -14,11 +15,15 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from omegaconf import DictConfig
 from PIL import Image
 
 from freqprune.errors import InputError
+from freqprune.jobs.assembly import load_data
 from freqprune.jobs.prune import prune
-from freqprune.jobs.train import train
+from freqprune.jobs.settings import read as read_settings
+from freqprune.jobs.stages import Run
+from freqprune.networks.registry import build_model
 from freqprune.training import caching, ledger
 from freqprune.training.classifier import Classifier
 from freqprune.training.ledger import ROW, Ledger
@@ -286,16 +291,28 @@ def test_bad_settings(settings: dict[str, Any], message: str, folder: Path) -> N
         ImageFolderData(folder, **settings)
 
 
-def test_jobs_do_the_same_wherever_the_images_are_held(folder: Path, tmp_path: Path) -> None:
+def small(folder: Path, out: Path, cache: str) -> DictConfig:
     base = [item for item in SMALL if not item.startswith("data")]
     few = ("model.stage_widths=[4,4,8]", "data.batch_size=16", "tagging.per_class=true", "importance=snr")
+    where = ("data=image_folder", f"data.root={folder}", f"data.cache={cache}")
+    return config("prune", out, *where, "pruning.ratio=0.3", *few, base=base)
+
+
+def test_a_cut_gets_the_same_images_wherever_they_are_held(folder: Path, tmp_path: Path) -> None:
     found = []
-    for cache in ("memory", "disk", "none"):
-        cfg = config("prune", tmp_path / cache, "data=image_folder", f"data.root={folder}", f"data.cache={cache}",
-                     "pruning.ratio=0.3", *few, base=base)  # fmt: skip
-        _, objects = train(cfg)
-        metrics, _ = prune(cfg, objects["classifier"].net, objects["data"])
-        found.append(
-            (metrics["kept"], metrics["finetuned"]["test_accuracy"], (tmp_path / cache / "layers.csv").read_text())
-        )
-    assert found[0] == found[1] == found[2]
+    for cache in ("memory", *STORED):
+        settings = read_settings(small(folder, tmp_path, cache))
+        run = Run(settings, load_data(settings.data), torch.device("cpu"))
+        material = run._material()
+        assert material.labelled is not None
+        found.append((material.images, material.calibration, *material.labelled))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_a_network_is_tagged_cut_and_tuned_on_images_that_are_not_held(folder: Path, tmp_path: Path) -> None:
+    net = build_model({"name": "resnet8", "num_classes": 2, "stage_widths": [4, 4, 8]})
+    metrics, _ = prune(small(folder, tmp_path, "none"), net)
+    assert metrics["finished"]
+    with (tmp_path / "layers.csv").open() as file:
+        assert {row["group"] for row in csv.DictReader(file)} == {"all", "class0", "class1"}
