@@ -10,3 +10,4 @@ from .pruning_callback import TagPruning as TagPruning
 from .sources import Images as Images
 from .sources import Source as Source
 from .tagging_callback import FrequencyTagging as FrequencyTagging
+from .torchvision_sets import TorchvisionData as TorchvisionData
