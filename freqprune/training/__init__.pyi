@@ -4,6 +4,7 @@ from .classifier import Optimization as Optimization
 from .datamodule import CIFAR10Data as CIFAR10Data
 from .datamodule import DigitsData as DigitsData
 from .datamodule import ImageData as ImageData
+from .hub_sets import HuggingFaceData as HuggingFaceData
 from .listed import ImageFolderData as ImageFolderData
 from .listed import ListedData as ListedData
 from .pruning_callback import TagPruning as TagPruning

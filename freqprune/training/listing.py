@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import struct
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from freqprune.errors import InputError, one_of
+
+log = logging.getLogger(__name__)
 
 _INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 # What Pillow raises for files that it cannot make out.
@@ -142,6 +146,14 @@ class FolderListing(Listing):
 
     def digest(self) -> str:
         return hashlib.sha256(b"\n".join([str(len(self)).encode(), self._names.tobytes()])).hexdigest()
+
+
+def tell_missing(train: Listing, test: Listing, classes: Sequence[str]) -> None:
+    """Warn of classes that only one of two parts shows; of a published set that is no error."""
+    odd = sorted(set(train.labels.tolist()) ^ set(test.labels.tolist()))
+    if odd:
+        names = ", ".join(classes[number] for number in odd[:5])
+        log.warning("%d classes are in one of %s and %s only: %s", len(odd), train.place, test.place, names)
 
 
 class Reader:

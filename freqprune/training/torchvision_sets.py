@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,7 @@ from torch import Tensor
 
 from freqprune.errors import InputError, one_of
 from freqprune.training.listed import ListedData
-from freqprune.training.listing import Listing
-
-log = logging.getLogger(__name__)
+from freqprune.training.listing import Listing, tell_missing
 
 _FLAG = {"train": True}, {"train": False}
 _TEST = {"split": "train"}, {"split": "test"}
@@ -64,10 +61,7 @@ class TorchvisionData(ListedData):
         known = train.classes or test.classes
         n_classes = int(max(train.labels.max(), test.labels.max())) + 1
         classes = known if len(known) >= n_classes else tuple(map(str, range(n_classes)))
-        missing = set(train.labels.tolist()) ^ set(test.labels.tolist())
-        if missing:
-            names = ", ".join(classes[number] for number in sorted(missing)[:5])
-            log.warning("only one of the training and test images of %s shows %s", self.set_name, names)
+        tell_missing(train, test, classes)
         return train, test, classes
 
     def _part(self, arguments: Mapping[str, Any]) -> DatasetListing:

@@ -297,7 +297,11 @@ def test_every_choice_of_every_group_is_valid(group: str, tmp_path: Path) -> Non
 
     for path in (ROOT / "conf" / group).glob("*.yaml"):
         if not path.stem.startswith("common"):
-            named = {"image_folder": [f"data.root={tmp_path}"], "torchvision": ["data.name=CIFAR100"]}
+            named = {
+                "image_folder": [f"data.root={tmp_path}"],
+                "torchvision": ["data.name=CIFAR100"],
+                "huggingface": ["data.path=imagefolder"],
+            }
             cfg = config(
                 "prune",
                 tmp_path,
