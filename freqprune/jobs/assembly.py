@@ -109,7 +109,7 @@ def with_classes(config: Mapping[str, Any], data: ImageData) -> dict[str, Any]:
 
 def load_data(settings: Mapping[str, Any]) -> ImageData:
     try:
-        data = instantiate(settings)
+        data = instantiate(settings, _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, InputError):
             raise error.__cause__ from None

@@ -161,7 +161,8 @@ class Classifier(pl.LightningModule):
         if self._teacher:
             loss = (1 - self.distill) * loss + self.distill * self._distillation(logits, images)
         self._check_finite(loss, batch_idx)
-        self.train_accuracy.update(logits, labels)
+        # Mixed images have shares of classes for labels.
+        self.train_accuracy.update(logits, labels.argmax(1) if labels.is_floating_point() else labels)
         self.log(
             "train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels), sync_dist=True
         )

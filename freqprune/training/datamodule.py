@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,25 @@ from freqprune.training.sources import (
     digits,
     stratified_split,
 )
+from freqprune.training.transforms import Transforms
+
+# Sampled numbers are those of the images, plus so much for every epoch.
+_EPOCH = 2**40
+
+
+class _Epochs(DistributedSampler[Any]):
+    """An order by seed and epoch (Lightning tells it the epoch), dealt out to the processes of a distributed run in
+    turn; every number says the epoch too."""
+
+    def __iter__(self) -> Iterator[int]:
+        return (self.epoch * _EPOCH + number for number in super().__iter__())
 
 
 class _Batches(Dataset[Any]):
-    """Map-style data set that hands out whole batches: the sampler's indices pick from the images in one go."""
+    """Map-style data set that hands out whole batches: the sampler's numbers pick from the images in one go."""
 
-    def __init__(self, images: Images) -> None:
-        self.images = images
+    def __init__(self, images: Images, transforms: Transforms | None = None, seed: int = 0) -> None:
+        self.images, self.transforms, self.seed = images, transforms, seed
 
     def __len__(self) -> int:
         return len(self.images)
@@ -40,15 +52,20 @@ class _Batches(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.images.pixels[index], self.images.labels[index]
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor] | InputError:
-        chosen = torch.tensor(indices)
+    def __getitems__(self, numbers: list[int]) -> tuple[Tensor, Tensor] | InputError:
+        chosen = torch.tensor(numbers) % _EPOCH
         if isinstance(self.images.pixels, Tensor):
             chosen = chosen.to(self.images.pixels.device, non_blocking=True)
         try:
-            return self.images.pixels[chosen], self.images.labels[chosen]
+            pixels = self.images.pixels[chosen]
         except InputError as error:
             # Handed over as it is: raised in a worker it would come with the worker's traceback for its message.
             return error
+        if self.transforms is not None:
+            # Drawn by seed, epoch and image: the same with any number of workers and processes, and after a resume.
+            seeds = (hash((self.seed, number)) % 2**32 for number in numbers)
+            pixels = torch.stack([self.transforms.one(image, seed) for image, seed in zip(pixels, seeds, strict=True)])
+        return pixels, self.images.labels[chosen]
 
 
 def _as_is(batch: Any) -> Any:
@@ -67,6 +84,12 @@ class ImageData(pl.LightningDataModule, ABC):
         std: channel standard deviations, likewise.
         crop_padding: pixels of zero padding for random crops of training images, 0 for none.
         flip: random left-right flips of training images.
+        transforms: further ones of training images, see `Transforms`: those of single images come before the crop and
+            flip, those of whole batches at the end.
+        eval_size: validation, test and tags see the middle so many pixels of an image, where `transforms` cut training
+            images out of the whole; all of it if left out.
+        num_workers: processes that read batches; if left out, one a core where images have to be decoded or
+            `transforms` are to be done, none elsewhere.
         limit_train: use the first so many images of the training split only, e.g. for a quick trial.
         limit_test: use the first so many test images only.
     """
@@ -80,6 +103,9 @@ class ImageData(pl.LightningDataModule, ABC):
         std: Sequence[float] | None = None,
         crop_padding: int = 4,
         flip: bool = True,
+        transforms: Sequence[Any] | None = None,
+        eval_size: int | None = None,
+        num_workers: int | None = None,
         limit_train: int | None = None,
         limit_test: int | None = None,
     ) -> None:
@@ -87,6 +113,8 @@ class ImageData(pl.LightningDataModule, ABC):
         for name, value, low in (
             ("batch_size", batch_size, 1),
             ("crop_padding", crop_padding, 0),
+            ("eval_size", eval_size, 1),
+            ("num_workers", num_workers, 0),
             ("limit_train", limit_train, 1),
             ("limit_test", limit_test, 1),
         ):
@@ -103,10 +131,11 @@ class ImageData(pl.LightningDataModule, ABC):
         self.crop_padding = crop_padding
         self.flip = flip
         self.limit_train, self.limit_test = limit_train, limit_test
-        self.num_workers: int | None = None
+        self.transforms, self.eval_size, self.num_workers = Transforms(transforms), eval_size, num_workers
         self.train: Images | None = None
         self.val: Images | None = None
         self.test: Images | None = None
+        self._whole: Images | None = None
         self.classes: tuple[str, ...] = ()
         self._generator: tuple[tuple[int, int, int], torch.Generator] | None = None
 
@@ -118,7 +147,7 @@ class ImageData(pl.LightningDataModule, ABC):
         if self.train is not None:
             return
         source = self.load()
-        train, self.val = stratified_split(source.train, self.val_fraction, self.split_seed, source.classes)
+        train, val = stratified_split(source.train, self.val_fraction, self.split_seed, source.classes)
         if self.limit_train is not None:
             train = train[torch.arange(min(self.limit_train, len(train)))]
         test = source.test
@@ -129,13 +158,26 @@ class ImageData(pl.LightningDataModule, ABC):
             ]
         if self.mean is None:
             self.mean, self.std = channel_statistics(train.pixels)
-        self.train, self.test, self.classes = train, test, source.classes
+        self._whole, self.classes = train, source.classes
+        self.train, self.val, self.test = (self._seen(images) for images in (train, val, test))
+        self.transforms.bind(len(self.classes), train.pixels[0] if self.transforms.single else None)
         n_channels = train.pixels.shape[1]
         for name, statistic in (("mean", self.mean), ("std", self.std)):
             if len(statistic or ()) != n_channels:
                 raise InputError(f"data.{name} must hold {n_channels} values, one a channel, got {statistic}")
         if min(self.std or [1.0]) <= 0:
             raise InputError(f"data.std must be positive, got {self.std}")
+
+    def _seen(self, images: Images) -> Images:
+        """What validation, test and tags see of them."""
+        if self.eval_size is None:
+            return images
+        if self.eval_size > min(images.pixels.shape[-2:]):
+            raise InputError(
+                f"data.eval_size = {self.eval_size} is more than the images have: "
+                f"{' x '.join(map(str, images.pixels.shape[-2:]))} pixels; raise data.image_size, or leave it out"
+            )
+        return images.middle(self.eval_size)
 
     def split(self, name: str) -> Images:
         """Images of ``"train"``, ``"val"`` or ``"test"``, set up first if need be."""
@@ -169,9 +211,11 @@ class ImageData(pl.LightningDataModule, ABC):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         pixels, labels = batch
-        if self.trainer is not None and self.trainer.training:
-            pixels = random_crop_flip(pixels, self.crop_padding, self.flip, self._epoch_generator(self.trainer))
-        return self.normalize(pixels), labels
+        if self.trainer is None or not self.trainer.training:
+            return self.normalize(pixels), labels
+        generator = self._epoch_generator(self.trainer)
+        pixels = self.normalize(random_crop_flip(pixels, self.crop_padding, self.flip, generator))
+        return self.transforms.mix(pixels, labels, generator) if self.transforms.mixing else (pixels, labels)
 
     def _epoch_generator(self, trainer: pl.Trainer) -> torch.Generator:
         """Randomness of the running epoch: it depends on the seed, the epoch and the process only, so that a resumed
@@ -187,15 +231,18 @@ class ImageData(pl.LightningDataModule, ABC):
         ranks, device = (1, 0), torch.device("cpu")
         if self.trainer is not None:
             ranks, device = (self.trainer.world_size, self.trainer.global_rank), self.trainer.strategy.root_device
-        if device.type != "cpu":
+        transforms = self.transforms if shuffle and self.transforms.single else None
+        if shuffle:
+            assert self._whole is not None
+            images = self._whole
+        if device.type != "cpu" and transforms is None:
             # The whole set as bytes on the accelerator: a batch is one gather there.
             images = images.to(device)
-        data, n_here = _Batches(images), len(images)
-        sampler: DistributedSampler[Any] | None = None
+        seed = torch.initial_seed() % 2**31
+        data, n_here = _Batches(images, transforms, seed), len(images)
+        sampler: _Epochs | None = None
         if shuffle:
-            # An order by seed and epoch (Lightning tells it the epoch), dealt out to the processes of a distributed run
-            # in turn.
-            sampler = DistributedSampler(data, *ranks, shuffle=True, seed=torch.initial_seed() % 2**31)
+            sampler = _Epochs(data, *ranks, shuffle=True, seed=seed)
             n_here = len(sampler)
         return DataLoader(
             data,
@@ -203,18 +250,20 @@ class ImageData(pl.LightningDataModule, ABC):
             sampler=sampler,
             collate_fn=_as_is,
             drop_last=shuffle and n_here > self.batch_size,
-            **self._reading(images, device, shuffle),
+            **self._reading(images, device, transforms is not None, often=shuffle),
         )
 
-    def _reading(self, images: Images, device: torch.device, often: bool) -> dict[str, Any]:
+    def _reading(self, images: Images, device: torch.device, transformed: bool, often: bool) -> dict[str, Any]:
         """How a loader reads: by itself, or by processes of its own."""
-        if not isinstance(images.pixels, StoredPixels):
+        stored = isinstance(images.pixels, StoredPixels)
+        if not stored and not transformed:
             # Workers would cost more than they bring: a batch is one indexing operation.
             return {"num_workers": 0}
         n_workers = self.num_workers
         if n_workers is None:
             here = 1 if self.trainer is None else self.trainer.num_devices
-            n_workers = max(1, cores() // here) if isinstance(images.pixels, DecodedPixels) else 0
+            work = transformed or isinstance(images.pixels, DecodedPixels)
+            n_workers = max(1, cores() // here) if work else 0
         return {
             "num_workers": n_workers,
             "pin_memory": device.type == "cuda",

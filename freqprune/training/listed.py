@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freqprune.errors import InputError, at_least, one_of
+from freqprune.errors import InputError, one_of
 from freqprune.training.caching import CACHES, hold
 from freqprune.training.datamodule import ImageData
 from freqprune.training.listing import Fitting, FolderListing, Listing, Reader
@@ -26,8 +26,6 @@ class ListedData(ImageData):
         interpolation: ``"bilinear"`` (None) or ``"bicubic"``.
         cache: ``"memory"``, ``"disk"``, ``"none"`` or ``"auto"``, see `freqprune.training.caching.hold`.
         cache_dir: folder for the files of ``"disk"`` and ``"none"``; beside the data if left out.
-        num_workers: processes that read batches of images that are not in memory; if left out, one a core for images
-            that have to be decoded, none for those on disk.
         settings: of `ImageData`.
 
     Raises:
@@ -41,15 +39,12 @@ class ListedData(ImageData):
         interpolation: str | None = None,
         cache: str = "auto",
         cache_dir: str | Path | None = None,
-        num_workers: int | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
         self.fitting = Fitting(image_size, resize, interpolation or "bilinear")
         one_of(CACHES, **{"data.cache": cache})
-        if num_workers is not None:
-            at_least(0, **{"data.num_workers": num_workers})
-        self.cache, self.cache_dir, self.num_workers = cache, cache_dir, num_workers
+        self.cache, self.cache_dir = cache, cache_dir
 
     @abstractmethod
     def listings(self) -> tuple[Listing, Listing, tuple[str, ...]]:

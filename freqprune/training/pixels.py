@@ -32,12 +32,14 @@ class StoredPixels(ABC):
     def __init__(self, shape: tuple[int, ...], ledger: Ledger) -> None:
         height, width, n_channels = shape
         self._image = (n_channels, height, width)
+        self._size: int | None = None
         self._ledger: Ledger | None = ledger
         self._rows = torch.arange(len(ledger))
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((len(self._rows), *self._image))
+        sides = self._image[1:] if self._size is None else (self._size, self._size)
+        return torch.Size((len(self._rows), self._image[0], *sides))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -45,13 +47,24 @@ class StoredPixels(ABC):
     def __getitem__(self, index: int | slice | Tensor) -> Tensor:
         """Read images: uint8, of an integer one without the first axis."""
         rows = self._rows[index]
-        return self._read(rows) if rows.dim() else self._read(rows[None])[0]
+        pixels = self._read(rows if rows.dim() else rows[None])
+        if self._size is not None:
+            top, left = ((side - self._size) // 2 for side in self._image[1:])
+            pixels = pixels[..., top : top + self._size, left : left + self._size]
+        return pixels if rows.dim() else pixels[0]
 
     def subset(self, index: Tensor) -> StoredPixels:
         """Some of the images, none of them read."""
+        return self._part(_rows=self._rows[index])
+
+    def middle(self, size: int) -> StoredPixels:
+        """The middle ``size x size`` pixels of each, none of them read."""
+        return self._part(_size=size)
+
+    def _part(self, **changed: Any) -> StoredPixels:
+        # Not copied: all parts share one ledger and one mapped file.
         part = object.__new__(type(self))
-        # Not copied: the parts share one ledger and one mapped file.
-        part.__dict__.update(self.__dict__, _rows=self._rows[index])
+        part.__dict__.update(self.__dict__, **changed)
         return part
 
     def statistics(self) -> tuple[list[float], list[float]]:

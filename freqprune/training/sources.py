@@ -34,6 +34,13 @@ class Images:
         pixels = self.pixels.subset(index) if isinstance(self.pixels, StoredPixels) else self.pixels[index]
         return Images(pixels, self.labels[index])
 
+    def middle(self, size: int) -> Images:
+        """The middle ``size x size`` pixels of each; none are copied or read."""
+        if isinstance(self.pixels, StoredPixels):
+            return Images(self.pixels.middle(size), self.labels)
+        top, left = ((side - size) // 2 for side in self.pixels.shape[-2:])
+        return Images(self.pixels[..., top : top + size, left : left + size], self.labels)
+
     def to(self, device: torch.device) -> Images:
         """The same images on a device; stored ones stay where they are."""
         if isinstance(self.pixels, StoredPixels):
