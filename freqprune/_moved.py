@@ -36,7 +36,7 @@ MOVED = {
     "importance": ["pruning.importance", "pruning.criteria", "pruning.adapter"],
     "models": ["networks.registry", "networks.resnet"],
     "models.resnet": ["networks.resnet"],
-    "module": ["training.classifier"],
+    "module": ["training.classifier", "training.optimization"],
     "moments": ["pruning.moments", "pruning.elimination"],
     "outputs": ["jobs.outputs"],
     "page": ["reports.page"],

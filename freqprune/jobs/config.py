@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -72,9 +72,11 @@ WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "
 def _in_words(hint: Any) -> str:
     """A type as users know it.
 
-    >>> _in_words(float | None), _in_words(Sequence[float] | str)
-    ('a number or null', 'a list ([...]) or a word')
+    >>> _in_words(float | None), _in_words(Sequence[float] | str), _in_words(Mapping[str, float])
+    ('a number or null', 'a list ([...]) or a word', 'a mapping ({...})')
     """
+    if get_origin(hint) is Mapping:
+        return "a mapping ({...})"
     parts = [part for part in get_args(hint) or (hint,) if part in WORDS or get_origin(part) is Sequence]
     if get_origin(hint) is Sequence:
         parts = [hint]
