@@ -68,6 +68,10 @@ class _Batches(Dataset[Any]):
         return pixels, self.images.labels[chosen]
 
 
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def _as_is(batch: Any) -> Any:
     return batch
 
@@ -77,7 +81,8 @@ class ImageData(pl.LightningDataModule, ABC):
 
     Args:
         batch_size: images a batch.
-        val_fraction: share of the training images held out for validation, stratified by class.
+        val_fraction: share of the training images held out for validation, stratified by class; with 0 all are trained
+            on, and what would be done with validation images but measure the training is done with them.
         split_seed: seed of that split. It does not follow the run's seed, so a network never validates on what it
             trained on.
         mean: channel means for normalisation; measured on the training split if left out.
@@ -120,8 +125,8 @@ class ImageData(pl.LightningDataModule, ABC):
         ):
             if value is not None and value < low:
                 raise InputError(f"data.{name} must be at least {low}, got {value}")
-        if not 0 < val_fraction < 1:
-            raise InputError(f"data.val_fraction must lie between 0 and 1, got {val_fraction}")
+        if not 0 <= val_fraction < 1:
+            raise InputError(f"data.val_fraction must lie between 0 (no validation) and 1, got {val_fraction}")
         if (mean is None) != (std is None):
             raise InputError("data.mean and data.std come together: set both or neither")
         self.batch_size = batch_size
@@ -139,6 +144,11 @@ class ImageData(pl.LightningDataModule, ABC):
         self.classes: tuple[str, ...] = ()
         self._generator: tuple[tuple[int, int, int], torch.Generator] | None = None
 
+    @property
+    def validates(self) -> bool:
+        """Whether images are held out for validation."""
+        return self.val_fraction > 0
+
     @abstractmethod
     def load(self) -> Source:
         """Read the data set; subclasses say how."""
@@ -147,19 +157,21 @@ class ImageData(pl.LightningDataModule, ABC):
         if self.train is not None:
             return
         source = self.load()
-        train, val = stratified_split(source.train, self.val_fraction, self.split_seed, source.classes)
+        if self.validates:
+            train, val = stratified_split(source.train, self.val_fraction, self.split_seed, source.classes)
+        else:
+            train = source.train[torch.randperm(len(source.train), generator=_seeded(self.split_seed))]
         if self.limit_train is not None:
             train = train[torch.arange(min(self.limit_train, len(train)))]
         test = source.test
         if self.limit_test is not None:
             # A seeded draw: test images are often sorted by class.
-            test = test[
-                torch.randperm(len(test), generator=torch.Generator().manual_seed(self.split_seed))[: self.limit_test]
-            ]
+            test = test[torch.randperm(len(test), generator=_seeded(self.split_seed))[: self.limit_test]]
         if self.mean is None:
             self.mean, self.std = channel_statistics(train.pixels)
         self._whole, self.classes = train, source.classes
-        self.train, self.val, self.test = (self._seen(images) for images in (train, val, test))
+        self.train, self.test = self._seen(train), self._seen(test)
+        self.val = self._seen(val) if self.validates else self.train
         self.transforms.bind(len(self.classes), train.pixels[0] if self.transforms.single else None)
         n_channels = train.pixels.shape[1]
         for name, statistic in (("mean", self.mean), ("std", self.std)):

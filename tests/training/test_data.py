@@ -135,11 +135,22 @@ def test_limits_and_pixels(tmp_path: Path) -> None:
         data.pixels("val", 21)
 
 
+def test_no_image_is_held_out_where_none_is_wanted(tmp_path: Path) -> None:
+    data = ImageFolderData(write_tree(tmp_path), val_fraction=0)
+    assert not data.validates
+    assert len(data.split("train")) == 40
+    assert len(data.split("train").labels[:10].unique()) > 1
+    assert torch.equal(data.pixels("val", 5), data.pixels("train", 5))
+    held_out = ImageFolderData(tmp_path, val_fraction=0.25)
+    everything = torch.cat([held_out.split(name).pixels for name in ("train", "val")]).flatten(1)
+    assert torch.equal(everything.unique(dim=0), data.split("train").pixels.flatten(1).unique(dim=0))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"batch_size": 0}, "data.batch_size must be at least 1"),
-        ({"val_fraction": 0.0}, "val_fraction must lie between 0 and 1"),
+        ({"val_fraction": -0.1}, r"val_fraction must lie between 0 \(no validation\) and 1, got -0.1"),
         ({"mean": [0.5]}, "come together"),
         ({"crop_padding": -1}, "crop_padding must be at least 0"),
         ({"limit_train": 0}, "limit_train must be at least 1"),
@@ -185,7 +196,7 @@ def damage(root: Path, how: str) -> None:
         ("text", r"00.png is not a readable image"),
         ("sizes", "set data.image_size"),
         ("classes", "same classes; only one of them has class1, other"),
-        ("too few", "does not split"),
+        ("too few", r"does not split the one image of class class1: one to train on .* or remove the class"),
     ],
 )
 def test_bad_folders(how: str, message: str, tmp_path: Path) -> None:
