@@ -91,14 +91,13 @@ def free_memory() -> int | None:
 
 
 def _in_memory(reader: Reader) -> Tensor:
-    height, width, n_channels = reader.shape
-    pixels = np.empty((len(reader), n_channels, height, width), np.uint8)
+    pixels = np.empty((len(reader), *reader.shape), np.uint8)
 
     def keep(number: int, image: NDArray[np.uint8]) -> None:
-        pixels[number] = image.transpose(2, 0, 1)
+        pixels[number] = image
 
     read_all(reader, np.arange(len(reader)), keep)
-    return torch.from_numpy(pixels)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
 def _stem(place: Path, split: str, reader: Reader, beside: bool) -> Path:

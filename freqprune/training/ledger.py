@@ -55,7 +55,7 @@ class Ledger:
         row = self.rows[number]
         row["sums"] = image.sum((0, 1), dtype=np.int64)
         row["squares"] = np.square(image, dtype=np.uint32).sum((0, 1), dtype=np.int64)
-        row["checksum"] = zlib.crc32(image.transpose(2, 0, 1).tobytes())
+        row["checksum"] = zlib.crc32(image.tobytes())
 
     def totals(self, chosen: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Sums and sums of squares of each channel over some images."""
@@ -112,7 +112,7 @@ def open_ledger(reader: Reader, stem: Path, with_pixels: bool) -> Ledger:
     Args:
         reader: reads one image.
         stem: path of the files, without what distinguishes them: ``.json``, ``.rows``, ``.pixels``, ``.lock``.
-        with_pixels: write the pixels too, ``(n_images, n_channels, height, width)``.
+        with_pixels: write the pixels too, ``(n_images, height, width, n_channels)``.
 
     Raises:
         InputError: names images that cannot be read; says how much room is needed where it is too little.
@@ -241,7 +241,7 @@ def _read_stale(reader: Reader, ledger: Ledger, stamps: NDArray[np.int64], pixel
         ledger.enter(number, image)
         if file is not None:
             # Written, not mapped: mapped pages would count as memory of this process.
-            os.pwrite(file, image.transpose(2, 0, 1).tobytes(), number * size)
+            os.pwrite(file, image.tobytes(), number * size)
 
     def after_block(block: NDArray[np.int64]) -> None:
         # Marked only when the pixels are on the disk, so that a machine that stops leaves no mark without them.

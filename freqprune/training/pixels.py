@@ -22,7 +22,8 @@ _HAND_BACK = 64 * 2**20
 
 
 class StoredPixels(ABC):
-    """Indexed like a uint8 tensor ``(n_images, n_channels, height, width)``; an index along the images reads these.
+    """Indexed like a uint8 tensor ``(n_images, n_channels, height, width)``; an index along the images reads these. In
+    memory channels come last, as they are decoded.
 
     Args:
         shape: of one image, ``(height, width, n_channels)``.
@@ -92,10 +93,10 @@ class DecodedPixels(StoredPixels):
         self._reader = reader
 
     def _read(self, rows: Tensor) -> Tensor:
-        pixels = np.empty((len(rows), *self._image), np.uint8)
+        pixels = np.empty((len(rows), *self._reader.shape), np.uint8)
 
         def read(place: int) -> None:
-            pixels[place] = self._reader(int(rows[place])).transpose(2, 0, 1)
+            pixels[place] = self._reader(int(rows[place]))
 
         if get_worker_info() is not None or len(rows) < 8:
             for place in range(len(rows)):
@@ -103,7 +104,7 @@ class DecodedPixels(StoredPixels):
         else:
             with ThreadPoolExecutor() as pool:
                 list(pool.map(read, range(len(rows))))
-        return torch.from_numpy(pixels)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
 class MappedPixels(StoredPixels):
@@ -119,10 +120,10 @@ class MappedPixels(StoredPixels):
         with open(self._path, "rb") as file:
             # Private: torch wants memory that it may write to; nothing is ever written.
             self._map = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        self._all = torch.frombuffer(self._map, dtype=torch.uint8).view(self._n_all, *self._image)
+        self._all = torch.frombuffer(self._map, dtype=torch.uint8).view(self._n_all, *self._image[1:], self._image[0])
 
     def _read(self, rows: Tensor) -> Tensor:
-        pixels = self._all[rows]
+        pixels = self._all[rows].permute(0, 3, 1, 2)
         self._handed_out += pixels.numel()
         if self._handed_out > _HAND_BACK:
             self._map.madvise(mmap.MADV_DONTNEED)

@@ -12,6 +12,7 @@ from freqprune.training.augment import random_crop_flip
 from freqprune.training.datamodule import CIFAR10Data, DigitsData
 from freqprune.training.listed import ImageFolderData
 from freqprune.training.sources import Images, channel_statistics, digits, stratified_split
+from tests.training.test_defaults import crop_and_flip
 
 
 def write_tree(root: Path, classes: int = 2, per_class: int = 20, size: int = 8) -> Path:
@@ -101,6 +102,13 @@ def test_every_image_gets_its_own_crop_and_flip() -> None:
     found = [legal[one[0].contiguous().numpy().tobytes()] for one in batch]
     assert len(set(found)) == 25
     assert len({one.contiguous().numpy().tobytes() for one in batch}) == 50
+
+
+@pytest.mark.parametrize("size", [(20, 24), (70, 80)])
+def test_small_and_large_images_are_cut_as_one_by_one(size: tuple[int, int]) -> None:
+    batch = torch.randint(0, 256, (30, 3, *size), dtype=torch.uint8)
+    found = random_crop_flip(batch, 5, True, torch.Generator().manual_seed(4))
+    assert torch.equal(found, crop_and_flip(batch, 5, torch.Generator().manual_seed(4)))
 
 
 def test_no_augmentation_is_the_identity() -> None:
