@@ -155,6 +155,8 @@ def main() -> None:
     parser.add_argument("--cache", help=argparse.SUPPRESS)
     options = parser.parse_args()
     keep_freed_memory()
+    # Beside workers, and other processes, threads that wait for each other cost more than they bring.
+    torch.set_num_threads(1)
     if options.peak_of:
         measure_peak(options)
         return

@@ -24,6 +24,7 @@ from freqprune.training.sources import (
     channel_statistics,
     cifar10,
     digits,
+    picked,
     stratified_split,
 )
 from freqprune.training.transforms import Transforms
@@ -57,7 +58,7 @@ class _Batches(Dataset[Any]):
         if isinstance(self.images.pixels, Tensor):
             chosen = chosen.to(self.images.pixels.device, non_blocking=True)
         try:
-            pixels = self.images.pixels[chosen]
+            pixels = picked(self.images.pixels, chosen)
         except InputError as error:
             # Handed over as it is: raised in a worker it would come with the worker's traceback for its message.
             return error

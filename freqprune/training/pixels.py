@@ -123,7 +123,7 @@ class MappedPixels(StoredPixels):
         self._all = torch.frombuffer(self._map, dtype=torch.uint8).view(self._n_all, *self._image[1:], self._image[0])
 
     def _read(self, rows: Tensor) -> Tensor:
-        pixels = self._all[rows].permute(0, 3, 1, 2)
+        pixels = self._all.index_select(0, rows).permute(0, 3, 1, 2)
         self._handed_out += pixels.numel()
         if self._handed_out > _HAND_BACK:
             self._map.madvise(mmap.MADV_DONTNEED)
