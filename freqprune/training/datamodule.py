@@ -73,6 +73,13 @@ def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def _fits(images: Images, device: torch.device) -> bool:
+    """Whether an accelerator has room for images beside a network that trains; assumed where it does not say."""
+    if device.type != "cuda" or isinstance(images.pixels, StoredPixels):
+        return True
+    return images.pixels.numel() <= torch.cuda.mem_get_info(device)[0] // 4
+
+
 def _as_is(batch: Any) -> Any:
     return batch
 
@@ -254,7 +261,7 @@ class ImageData(pl.LightningDataModule, ABC):
         if shuffle:
             assert self._whole is not None
             images = self._whole
-        if device.type != "cpu" and transforms is None:
+        if device.type != "cpu" and transforms is None and _fits(images, device):
             # The whole set as bytes on the accelerator: a batch is one gather there.
             images = images.to(device)
         seed = torch.initial_seed() % 2**31
@@ -277,7 +284,7 @@ class ImageData(pl.LightningDataModule, ABC):
         stored = isinstance(images.pixels, StoredPixels)
         if not stored and not transformed:
             # Workers would cost more than they bring: a batch is one indexing operation.
-            return {"num_workers": 0}
+            return {"num_workers": 0, "pin_memory": device.type == "cuda" and images.labels.device.type == "cpu"}
         n_workers = self.num_workers
         if n_workers is None:
             here = 1 if self.trainer is None else self.trainer.num_devices

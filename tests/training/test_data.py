@@ -9,7 +9,7 @@ from torchvision.datasets import CIFAR10
 
 from freqprune.errors import InputError
 from freqprune.training.augment import random_crop_flip
-from freqprune.training.datamodule import CIFAR10Data, DigitsData
+from freqprune.training.datamodule import CIFAR10Data, DigitsData, _fits
 from freqprune.training.listed import ImageFolderData
 from freqprune.training.sources import Images, channel_statistics, digits, stratified_split
 from tests.training.test_defaults import crop_and_flip
@@ -133,6 +133,13 @@ def test_loaders_cover_each_split_once(tmp_path: Path) -> None:
     seen = torch.cat([labels for _, labels in data.test_dataloader()])
     assert torch.equal(seen, data.split("test").labels)
     assert all(len(labels) == 7 for _, labels in data.train_dataloader())
+
+
+def test_images_go_to_an_accelerator_that_has_room_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, device = Images(torch.zeros(10, 3, 8, 8, dtype=torch.uint8), torch.zeros(10)), torch.device("cuda")
+    for free, fits in ((4 * 1920, True), (4 * 1920 - 1, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 0))
+        assert _fits(images, device) is fits
 
 
 def test_limits_and_pixels(tmp_path: Path) -> None:
