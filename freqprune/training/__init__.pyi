@@ -8,6 +8,7 @@ from .listed import ImageFolderData as ImageFolderData
 from .listed import ListedData as ListedData
 from .optimization import Optimization as Optimization
 from .pruning_callback import TagPruning as TagPruning
+from .shard_sets import WebDatasetData as WebDatasetData
 from .sources import Images as Images
 from .sources import Source as Source
 from .tagging_callback import FrequencyTagging as FrequencyTagging

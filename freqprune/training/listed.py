@@ -1,4 +1,4 @@
-"""Data modules over images that are listed and read one by one: a folder tree."""
+"""Data modules over images that are listed and read one by one; of a folder tree."""
 
 from __future__ import annotations
 

@@ -303,6 +303,7 @@ def test_every_choice_of_every_group_is_valid(group: str, tmp_path: Path) -> Non
                 "image_folder": [f"data.root={tmp_path}"],
                 "torchvision": ["data.name=CIFAR100"],
                 "huggingface": ["data.path=imagefolder"],
+                "webdataset": ["data.train_shards=a", "data.test_shards=b"],
             }
             cfg = config(
                 "prune",
