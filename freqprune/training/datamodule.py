@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader
 
 from freqprune.errors import InputError
 from freqprune.training.augment import random_crop_flip
-from freqprune.training.pixels import DecodedPixels, StoredPixels, cores
+from freqprune.training.loading import make_loader
 from freqprune.training.sources import (
     CIFAR10_MEAN,
     CIFAR10_STD,
@@ -24,64 +24,13 @@ from freqprune.training.sources import (
     channel_statistics,
     cifar10,
     digits,
-    picked,
     stratified_split,
 )
 from freqprune.training.transforms import Transforms
 
-# Sampled numbers are those of the images, plus so much for every epoch.
-_EPOCH = 2**40
-
-
-class _Epochs(DistributedSampler[Any]):
-    """An order by seed and epoch (Lightning tells it the epoch), dealt out to the processes of a distributed run in
-    turn; every number says the epoch too."""
-
-    def __iter__(self) -> Iterator[int]:
-        return (self.epoch * _EPOCH + number for number in super().__iter__())
-
-
-class _Batches(Dataset[Any]):
-    """Map-style data set that hands out whole batches: the sampler's numbers pick from the images in one go."""
-
-    def __init__(self, images: Images, transforms: Transforms | None = None, seed: int = 0) -> None:
-        self.images, self.transforms, self.seed = images, transforms, seed
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images.pixels[index], self.images.labels[index]
-
-    def __getitems__(self, numbers: list[int]) -> tuple[Tensor, Tensor] | InputError:
-        chosen = torch.tensor(numbers) % _EPOCH
-        if isinstance(self.images.pixels, Tensor):
-            chosen = chosen.to(self.images.pixels.device, non_blocking=True)
-        try:
-            pixels = picked(self.images.pixels, chosen)
-        except InputError as error:
-            # Handed over as it is: raised in a worker it would come with the worker's traceback for its message.
-            return error
-        if self.transforms is not None:
-            # Drawn by seed, epoch and image: the same with any number of workers and processes, and after a resume.
-            seeds = (hash((self.seed, number)) % 2**32 for number in numbers)
-            pixels = torch.stack([self.transforms.one(image, seed) for image, seed in zip(pixels, seeds, strict=True)])
-        return pixels, self.images.labels[chosen]
-
 
 def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def _fits(images: Images, device: torch.device) -> bool:
-    """Whether an accelerator has room for images beside a network that trains; assumed where it does not say."""
-    if device.type != "cuda" or isinstance(images.pixels, StoredPixels):
-        return True
-    return images.pixels.numel() <= torch.cuda.mem_get_info(device)[0] // 4
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
 
 
 class ImageData(pl.LightningDataModule, ABC):
@@ -254,47 +203,11 @@ class ImageData(pl.LightningDataModule, ABC):
 
     def _loader(self, split: str, shuffle: bool) -> DataLoader[Any]:
         images = self.split(split)
-        ranks, device = (1, 0), torch.device("cpu")
-        if self.trainer is not None:
-            ranks, device = (self.trainer.world_size, self.trainer.global_rank), self.trainer.strategy.root_device
-        transforms = self.transforms if shuffle and self.transforms.single else None
-        if shuffle:
-            assert self._whole is not None
-            images = self._whole
-        if device.type != "cpu" and transforms is None and _fits(images, device):
-            # The whole set as bytes on the accelerator: a batch is one gather there.
-            images = images.to(device)
-        seed = torch.initial_seed() % 2**31
-        data, n_here = _Batches(images, transforms, seed), len(images)
-        sampler: _Epochs | None = None
-        if shuffle:
-            sampler = _Epochs(data, *ranks, shuffle=True, seed=seed)
-            n_here = len(sampler)
-        return DataLoader(
-            data,
-            self.batch_size,
-            sampler=sampler,
-            collate_fn=_as_is,
-            drop_last=shuffle and n_here > self.batch_size,
-            **self._reading(images, device, transforms is not None, often=shuffle),
-        )
-
-    def _reading(self, images: Images, device: torch.device, transformed: bool, often: bool) -> dict[str, Any]:
-        """How a loader reads: by itself, or by processes of its own."""
-        stored = isinstance(images.pixels, StoredPixels)
-        if not stored and not transformed:
-            # Workers would cost more than they bring: a batch is one indexing operation.
-            return {"num_workers": 0, "pin_memory": device.type == "cuda" and images.labels.device.type == "cpu"}
-        n_workers = self.num_workers
-        if n_workers is None:
-            here = 1 if self.trainer is None else self.trainer.num_devices
-            work = transformed or isinstance(images.pixels, DecodedPixels)
-            n_workers = max(1, cores() // here) if work else 0
-        return {
-            "num_workers": n_workers,
-            "pin_memory": device.type == "cuda",
-            "persistent_workers": often and n_workers > 0,
-        }
+        if not shuffle:
+            return make_loader(images, self.batch_size, self.trainer, num_workers=self.num_workers)
+        assert self._whole is not None
+        single = self.transforms if self.transforms.single else None
+        return make_loader(self._whole, self.batch_size, self.trainer, True, single, self.num_workers)
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader("train", shuffle=True)

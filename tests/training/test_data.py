@@ -9,8 +9,9 @@ from torchvision.datasets import CIFAR10
 
 from freqprune.errors import InputError
 from freqprune.training.augment import random_crop_flip
-from freqprune.training.datamodule import CIFAR10Data, DigitsData, _fits
+from freqprune.training.datamodule import CIFAR10Data, DigitsData
 from freqprune.training.listed import ImageFolderData
+from freqprune.training.loading import _fits
 from freqprune.training.sources import Images, channel_statistics, digits, stratified_split
 from tests.training.test_defaults import crop_and_flip
 
