@@ -22,8 +22,9 @@ def closest(name: str, choices: Iterable[str]) -> str:
     >>> closest("resnet23", ["resnet32", "vgg16"])
     '; did you mean resnet32?'
     """
-    matches = difflib.get_close_matches(name, list(choices), n=1)
-    return f"; did you mean {matches[0]}?" if matches else ""
+    spelled = {choice.casefold(): choice for choice in choices}
+    matches = difflib.get_close_matches(name.casefold(), list(spelled), n=1)
+    return f"; did you mean {spelled[matches[0]]}?" if matches else ""
 
 
 def at_least(low: float, **values: float) -> None:

@@ -15,6 +15,7 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import nn
 
@@ -24,6 +25,8 @@ from freqprune.jobs.settings import Settings
 from freqprune.networks import build_model, check_answers, preprocessing, rebuilt_from, trained, write_atomically
 from freqprune.reports import show
 from freqprune.training import Classifier, ImageData
+
+log = logging.getLogger(__name__)
 
 
 def quiet() -> None:
@@ -112,7 +115,7 @@ def with_classes(config: Mapping[str, Any], data: ImageData) -> dict[str, Any]:
 
 def load_data(settings: Mapping[str, Any]) -> ImageData:
     try:
-        data = instantiate(settings)
+        data = instantiate(settings, _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, InputError):
             raise error.__cause__ from None
@@ -120,6 +123,11 @@ def load_data(settings: Mapping[str, Any]) -> ImageData:
     if not isinstance(data, ImageData):
         raise InputError(f"data._target_ must be a freqprune.training.ImageData, got {type(data).__name__}")
     data.setup()
+    if not data.validates:
+        rank_zero_only(log.warning)(
+            "data.val_fraction=0: all training images are trained on; there is no validation accuracy and no best.ckpt,"
+            " and filters are tagged on training images, after the training only"
+        )
     return data
 
 
@@ -162,6 +170,10 @@ def make_trainer(
 ) -> pl.Trainer:
     arguments = settings.trainer if max_epochs is None else {**settings.trainer, "max_epochs": max_epochs}
     configured = {name: dict(spec) for name, spec in settings.callbacks.items() if spec}
+    if settings.data.get("val_fraction") == 0:
+        arguments = {**arguments, "limit_val_batches": 0}
+        # What follows a validation metric would wait for it for ever.
+        configured = {name: spec for name, spec in configured.items() if "val/" not in str(spec.get("monitor"))}
     for spec in configured.values():
         if "dirpath" in spec:
             spec["dirpath"] = str(folder / "checkpoints")
@@ -208,13 +220,14 @@ def evaluator(settings: Settings) -> pl.Trainer:
     return trainer
 
 
-def tested(trainer: pl.Trainer, classifier: Classifier, data: ImageData) -> float:
-    found = trainer.test(classifier, datamodule=data, verbose=False)
-    return float(found[0]["test/accuracy"])
+def tested(trainer: pl.Trainer, classifier: Classifier, data: ImageData) -> dict[str, float]:
+    """``test_accuracy``, and with many classes ``test_top5``."""
+    (found,) = trainer.test(classifier, datamodule=data, verbose=False)
+    return {f"test_{name}": float(found[f"test/{name}"]) for name in ("accuracy", "top5") if f"test/{name}" in found}
 
 
 def accuracy_of(settings: Settings, net: nn.Module, data: ImageData) -> float:
-    return tested(evaluator(settings), Classifier(net, num_classes=len(data.classes)), data)
+    return tested(evaluator(settings), Classifier(net, num_classes=len(data.classes)), data)["test_accuracy"]
 
 
 def metric(trainer: pl.Trainer, name: str) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -74,7 +74,11 @@ def _in_words(hint: Any) -> str:
 
     >>> _in_words(float | None), _in_words(Sequence[float] | str), _in_words(int | Literal["auto"])
     ('a number or null', 'a list ([...]) or a word', 'a whole number or auto')
+    >>> _in_words(Mapping[str, float])
+    'a mapping ({...})'
     """
+    if get_origin(hint) is Mapping:
+        return "a mapping ({...})"
     if get_origin(hint) is Sequence:
         return "a list ([...])"
     words: list[str] = []

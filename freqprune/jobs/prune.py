@@ -132,10 +132,10 @@ def _by_class(settings: Settings, net: nn.Module, data: ImageData) -> dict[str, 
     readout = asdict(settings.readout) | {"noise_std": 0.0}
     found = {}
     for number, name in enumerate(data.classes):
-        chosen = images.pixels[images.labels == number][: settings.showing.n_images].float() / 255
+        chosen = (images.labels == number).nonzero().flatten()[: settings.showing.n_images]
         if not len(chosen):
             continue
-        pixels = chosen.to(device)
+        pixels = (images.pixels[chosen].float() / 255).to(device)
         seed = settings.common.seed
         found[name] = tag(net, pixels, settings.stimulus, mean=data.mean, std=data.std, seed=seed, **readout)
     return found

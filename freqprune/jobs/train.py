@@ -27,8 +27,9 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         cfg: composed from ``conf/train.yaml`` or ``conf/prune.yaml``.
 
     Returns:
-        Metrics (``val_accuracy`` and ``test_accuracy`` of the last epoch as fractions, ``epochs``, ``seconds``), which
-        are also written to ``training.json``, and the objects: ``data``, ``classifier``, ``trainer``, ``tagging``.
+        Metrics (``val_accuracy`` and ``test_accuracy`` of the last epoch as fractions, with many classes ``test_top5``,
+        ``epochs``, ``seconds``), which are also written to ``training.json``, and the objects: ``data``,
+        ``classifier``, ``trainer``, ``tagging``.
 
     Raises:
         InputError: for a bad setting, before any work; for a loss that is not finite.
@@ -56,7 +57,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     if settings.recipe is not None:
         plan_cut(classifier.net, data.normalize(data.pixels("val", 1)), settings.recipe)
     pick_layers(classifier.net, settings.readout.layers)
-    tagging = _tagging(settings)
+    tagging = _tagging(settings, data.validates)
     trainer = assembly.make_trainer(settings, out, [tagging])
     if common.compile:
         classifier.net.compile()
@@ -65,9 +66,10 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     advice = f"interrupted; to go on, if an epoch was complete: ckpt_path={last}"
     assembly.fit(trainer, classifier, data, common.ckpt_path, advice)
     seconds = time.perf_counter() - start
+    validated = {"val_accuracy": assembly.metric(trainer, "val/accuracy")} if data.validates else {}
     metrics = {
-        "val_accuracy": assembly.metric(trainer, "val/accuracy"),
-        "test_accuracy": assembly.tested(trainer, classifier, data),
+        **validated,
+        **assembly.tested(trainer, classifier, data),
         "epochs": trainer.current_epoch,
         "seconds": round(seconds, 2),
     }
@@ -78,14 +80,15 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         total = sum(int(flags.sum()) for flags in tagging.latest.get("important", {}).values())
         show(
             f"trained {config['name']} for {metrics['epochs']} epochs in {seconds:.0f} s: "
-            f"validation {100 * metrics['val_accuracy']:.2f} %, test {100 * metrics['test_accuracy']:.2f} %"
+            + "".join(f"validation {100 * accuracy:.2f} %, " for accuracy in validated.values())
+            + f"test {100 * metrics['test_accuracy']:.2f} %"
             + (f"; {total} important filters" if tagging.latest else "")
             + f"; everything in {out}"
         )
     return metrics, {"data": data, "classifier": classifier, "trainer": trainer, "tagging": tagging}
 
 
-def _tagging(settings: Settings) -> FrequencyTagging:
+def _tagging(settings: Settings, validates: bool) -> FrequencyTagging:
     # Scores that need more than tags are for pruning; over training the SNR stands for them.
     criterion = settings.scoring.criterion
     return FrequencyTagging(
@@ -94,7 +97,7 @@ def _tagging(settings: Settings) -> FrequencyTagging:
         folder=settings.out,
         seed=settings.common.seed,
         n_images=settings.showing.epoch_images,
-        every_n_epochs=settings.showing.every_n_epochs,
+        every_n_epochs=settings.showing.every_n_epochs if validates else 0,
         criterion=criterion if needs(criterion) <= {"tags", "noise"} else "snr",
         **vars(settings.judgement),
         **vars(settings.readout),

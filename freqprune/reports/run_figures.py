@@ -30,6 +30,8 @@ def training_curves(history: Mapping[str, Sequence[tuple[int, float]]]) -> Figur
         for split, colour, style in (("train", BLUE, "-"), ("val", RED, "--")):
             points = history.get(f"{split}/{kind}", ())
             name = "validation" if split == "val" else "training, augmented"
+            if not points:
+                continue
             axis.plot(
                 [epoch + 1 for epoch, _ in points],
                 [unit * value for _, value in points],

@@ -118,7 +118,8 @@ def _figures(path: Path) -> dict[str, float]:
             raise ValueError(f"{METRICS} holds no accuracy")
         return found
     metrics = read_json(path / TRAINING)
-    return {"validation": 100 * metrics["val_accuracy"], "test": 100 * metrics["test_accuracy"]}
+    validated = {"validation": 100 * metrics["val_accuracy"]} if "val_accuracy" in metrics else {}
+    return {**validated, "test": 100 * metrics["test_accuracy"]}
 
 
 def by_key(overrides: Any) -> dict[str, str]:

@@ -1,11 +1,15 @@
 from .classifier import Classifier as Classifier
 from .classifier import Distillation as Distillation
-from .classifier import Optimization as Optimization
 from .datamodule import CIFAR10Data as CIFAR10Data
 from .datamodule import DigitsData as DigitsData
 from .datamodule import ImageData as ImageData
-from .datamodule import ImageFolderData as ImageFolderData
+from .hub_sets import HuggingFaceData as HuggingFaceData
+from .listed import ImageFolderData as ImageFolderData
+from .listed import ListedData as ListedData
+from .optimization import Optimization as Optimization
 from .pruning_callback import TagPruning as TagPruning
+from .shard_sets import WebDatasetData as WebDatasetData
 from .sources import Images as Images
 from .sources import Source as Source
 from .tagging_callback import FrequencyTagging as FrequencyTagging
+from .torchvision_sets import TorchvisionData as TorchvisionData

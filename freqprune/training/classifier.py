@@ -9,48 +9,17 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import EMAWeightAveraging
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from freqprune.errors import InputError, check_fields
 from freqprune.networks import build_model, rebuilt_from
+from freqprune.training.optimization import Optimization
 
-
-@dataclass(frozen=True)
-class Optimization:
-    """SGD with a cosine schedule to zero.
-
-    Args:
-        lr: peak learning rate.
-        momentum: momentum of SGD.
-        nesterov: Nesterov's form of it.
-        weight_decay: L2 penalty, on weights of convolutions and linear layers and on batch norms alike.
-        warmup_epochs: epochs of linear warm-up.
-        label_smoothing: of the training loss.
-
-    Raises:
-        InputError: for an argument out of range.
-    """
-
-    lr: float = 0.1
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 5e-4
-    warmup_epochs: float = 0.0
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise InputError(f"lr must be above 0, got {self.lr}")
-        for name in ("momentum", "weight_decay", "warmup_epochs"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise InputError(f"{name} must be a finite number of at least 0, got {value}")
-        if self.momentum >= 1 or (self.nesterov and self.momentum == 0):
-            raise InputError(f"momentum must lie in [0, 1), and above 0 for nesterov, got {self.momentum}")
-        if not 0 <= self.label_smoothing < 1:
-            raise InputError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
+# With more classes than so many the share of images whose class is among the first five answers is measured too.
+_FEW = 10
 
 
 @dataclass(frozen=True)
@@ -78,7 +47,7 @@ class Distillation:
 
 
 class Classifier(pl.LightningModule):
-    """Cross-entropy training with SGD (Nesterov) and a cosine schedule to zero, one update of the rate a step.
+    """Cross-entropy training, one update of the learning rate a step; how, `Optimization` says.
 
     Args:
         model: config for `freqprune.build_model`, or a network. Only the config is saved in the checkpoint: to
@@ -103,7 +72,7 @@ class Classifier(pl.LightningModule):
     ) -> None:
         super().__init__()
         check_fields(Optimization, optimization)
-        optimizer = Optimization(**optimization)
+        self.optimization = Optimization(**optimization)
         Distillation(distill, temperature)
         if distill and teacher is None:
             raise InputError(
@@ -119,17 +88,29 @@ class Classifier(pl.LightningModule):
         self.save_hyperparameters(
             {
                 "model": config,
-                **asdict(optimizer),
+                **_plain(self.optimization),
                 "num_classes": num_classes,
                 "normalization": {key: list(value) for key, value in (normalization or {}).items()},
             }
         )
-        self.loss = nn.CrossEntropyLoss(label_smoothing=optimizer.label_smoothing)
+        self.loss = nn.CrossEntropyLoss(label_smoothing=self.optimization.label_smoothing)
         self.train_accuracy, self.val_accuracy, self.test_accuracy = (
             # Checking the labels would make an accelerator wait in every step.
             MulticlassAccuracy(num_classes, average="micro", validate_args=False)
             for _ in range(3)
         )
+        self.top5 = nn.ModuleDict(
+            {
+                stage: MulticlassAccuracy(num_classes, top_k=5, average="micro", validate_args=False)
+                for stage in ("val", "test")
+                if num_classes > _FEW
+            }
+        )
+        weights = self.optimization.class_weights
+        if weights is not None and not isinstance(weights, str) and len(weights) != num_classes:
+            raise InputError(f"class_weights must hold {num_classes} numbers, one a class, got {len(weights)}")
+        # Not saved: weights that balance the classes follow the data.
+        self.register_buffer("class_weights", None if weights is None else torch.ones(num_classes), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images ``(n_images, n_channels, height, width)`` to logits ``(n_images, num_classes)``."""
@@ -142,7 +123,15 @@ class Classifier(pl.LightningModule):
         # elements up.
         self.net.to(memory_format=torch.channels_last)
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        ema = self.optimization.ema
+        return [EMAWeightAveraging(decay=ema)] if ema else []
+
     def on_fit_start(self) -> None:
+        if isinstance(self.class_weights, Tensor):
+            data: Any = getattr(self.trainer, "datamodule", None)
+            labels = data.split("train").labels if hasattr(data, "split") else None
+            self.class_weights.copy_(self.optimization.weights_of(labels, len(self.class_weights)))
         for teacher in self._teacher:
             teacher.to(device=self.device).to(memory_format=torch.channels_last).eval()
 
@@ -154,14 +143,23 @@ class Classifier(pl.LightningModule):
         # Gradients of the softened outputs shrink with the square of the temperature.
         return nn.functional.kl_div(own, target, reduction="batchmean", log_target=True) * self.temperature**2
 
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if not isinstance(self.class_weights, Tensor):
+            loss: Tensor = self.loss(logits, labels)
+            return loss
+        return nn.functional.cross_entropy(
+            logits, labels, self.class_weights, label_smoothing=self.optimization.label_smoothing
+        )
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         logits = self(images)
-        loss = self.loss(logits, labels)
+        loss = self._loss(logits, labels)
         if self._teacher:
             loss = (1 - self.distill) * loss + self.distill * self._distillation(logits, images)
         self._check_finite(loss, batch_idx)
-        self.train_accuracy.update(logits, labels)
+        # Mixed images have shares of classes for labels.
+        self.train_accuracy.update(logits, labels.argmax(1) if labels.is_floating_point() else labels)
         self.log(
             "train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels), sync_dist=True
         )
@@ -199,23 +197,21 @@ class Classifier(pl.LightningModule):
             sync_dist=True,
         )
         self.log(f"{stage}/accuracy", accuracy, prog_bar=stage == "val", batch_size=len(labels))
+        if stage in self.top5:
+            among_five = self.top5[stage]
+            assert isinstance(among_five, MulticlassAccuracy)
+            among_five.update(logits, labels)
+            self.log(f"{stage}/top5", among_five, batch_size=len(labels))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        settings = self.hparams
-        optimizer = torch.optim.SGD(
-            self.net.parameters(),
-            lr=settings["lr"],
-            momentum=settings["momentum"],
-            nesterov=settings["nesterov"],
-            weight_decay=settings["weight_decay"],
-        )
+        optimizer = self.optimization.optimizer(self.net)
         total = max(1, int(self.trainer.estimated_stepping_batches))
-        warmup = round(settings["warmup_epochs"] * total / max(1, self.trainer.max_epochs or 1))
-
-        def rate(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        warmup = round(self.optimization.warmup_epochs * total / max(1, self.trainer.max_epochs or 1))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.optimization.rate(total, warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _plain(optimization: Optimization) -> dict[str, Any]:
+    """The fields as plain lists and dicts, for the checkpoint."""
+    lists = {"milestones": list(optimization.milestones), "arguments": dict(optimization.arguments)}
+    return {**asdict(optimization), **lists}

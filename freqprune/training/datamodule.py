@@ -1,4 +1,4 @@
-"""Lightning data modules over images that are held as uint8 in memory."""
+"""Lightning data modules over uint8 images, in memory or stored elsewhere."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader
 
 from freqprune.errors import InputError
 from freqprune.training.augment import random_crop_flip
+from freqprune.training.loading import make_loader
 from freqprune.training.sources import (
     CIFAR10_MEAN,
     CIFAR10_STD,
@@ -23,44 +24,34 @@ from freqprune.training.sources import (
     channel_statistics,
     cifar10,
     digits,
-    image_folder,
     stratified_split,
 )
+from freqprune.training.transforms import Transforms
 
 
-class _Batches(Dataset[Any]):
-    """Map-style data set that hands out whole batches: the sampler's indices pick from the tensors in one go."""
-
-    def __init__(self, images: Images) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images.pixels[index], self.images.labels[index]
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        picked = self.images[torch.tensor(indices).to(self.images.pixels.device, non_blocking=True)]
-        return picked.pixels, picked.labels
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 class ImageData(pl.LightningDataModule, ABC):
-    """Images in memory, split into train, validation and test; batches come out normalised, training batches augmented.
+    """Images split into train, validation and test; batches come out normalised, training batches augmented.
 
     Args:
         batch_size: images a batch.
-        val_fraction: share of the training images held out for validation, stratified by class.
+        val_fraction: share of the training images held out for validation, stratified by class; with 0 all are trained
+            on, and what would be done with validation images but measure the training is done with them.
         split_seed: seed of that split. It does not follow the run's seed, so a network never validates on what it
             trained on.
         mean: channel means for normalisation; measured on the training split if left out.
         std: channel standard deviations, likewise.
         crop_padding: pixels of zero padding for random crops of training images, 0 for none.
         flip: random left-right flips of training images.
+        transforms: further ones of training images, see `Transforms`: those of single images come before the crop and
+            flip, those of whole batches at the end.
+        eval_size: validation, test and tags see the middle so many pixels of an image, where `transforms` cut training
+            images out of the whole; all of it if left out.
+        num_workers: processes that read batches; if left out, one a core where images have to be decoded or
+            `transforms` are to be done, none elsewhere.
         limit_train: use the first so many images of the training split only, e.g. for a quick trial.
         limit_test: use the first so many test images only.
     """
@@ -74,6 +65,9 @@ class ImageData(pl.LightningDataModule, ABC):
         std: Sequence[float] | None = None,
         crop_padding: int = 4,
         flip: bool = True,
+        transforms: Sequence[Any] | None = None,
+        eval_size: int | None = None,
+        num_workers: int | None = None,
         limit_train: int | None = None,
         limit_test: int | None = None,
     ) -> None:
@@ -81,13 +75,15 @@ class ImageData(pl.LightningDataModule, ABC):
         for name, value, low in (
             ("batch_size", batch_size, 1),
             ("crop_padding", crop_padding, 0),
+            ("eval_size", eval_size, 1),
+            ("num_workers", num_workers, 0),
             ("limit_train", limit_train, 1),
             ("limit_test", limit_test, 1),
         ):
             if value is not None and value < low:
                 raise InputError(f"data.{name} must be at least {low}, got {value}")
-        if not 0 < val_fraction < 1:
-            raise InputError(f"data.val_fraction must lie between 0 and 1, got {val_fraction}")
+        if not 0 <= val_fraction < 1:
+            raise InputError(f"data.val_fraction must lie between 0 (no validation) and 1, got {val_fraction}")
         if (mean is None) != (std is None):
             raise InputError("data.mean and data.std come together: set both or neither")
         self.batch_size = batch_size
@@ -97,11 +93,18 @@ class ImageData(pl.LightningDataModule, ABC):
         self.crop_padding = crop_padding
         self.flip = flip
         self.limit_train, self.limit_test = limit_train, limit_test
+        self.transforms, self.eval_size, self.num_workers = Transforms(transforms), eval_size, num_workers
         self.train: Images | None = None
         self.val: Images | None = None
         self.test: Images | None = None
+        self._whole: Images | None = None
         self.classes: tuple[str, ...] = ()
         self._generator: tuple[tuple[int, int, int], torch.Generator] | None = None
+
+    @property
+    def validates(self) -> bool:
+        """Whether images are held out for validation."""
+        return self.val_fraction > 0
 
     @abstractmethod
     def load(self) -> Source:
@@ -111,24 +114,39 @@ class ImageData(pl.LightningDataModule, ABC):
         if self.train is not None:
             return
         source = self.load()
-        train, self.val = stratified_split(source.train, self.val_fraction, self.split_seed)
+        if self.validates:
+            train, val = stratified_split(source.train, self.val_fraction, self.split_seed, source.classes)
+        else:
+            train = source.train[torch.randperm(len(source.train), generator=_seeded(self.split_seed))]
         if self.limit_train is not None:
             train = train[torch.arange(min(self.limit_train, len(train)))]
         test = source.test
         if self.limit_test is not None:
             # A seeded draw: test images are often sorted by class.
-            test = test[
-                torch.randperm(len(test), generator=torch.Generator().manual_seed(self.split_seed))[: self.limit_test]
-            ]
+            test = test[torch.randperm(len(test), generator=_seeded(self.split_seed))[: self.limit_test]]
         if self.mean is None:
             self.mean, self.std = channel_statistics(train.pixels)
-        self.train, self.test, self.classes = train, test, source.classes
+        self._whole, self.classes = train, source.classes
+        self.train, self.test = self._seen(train), self._seen(test)
+        self.val = self._seen(val) if self.validates else self.train
+        self.transforms.bind(len(self.classes), train.pixels[0] if self.transforms.single else None)
         n_channels = train.pixels.shape[1]
         for name, statistic in (("mean", self.mean), ("std", self.std)):
             if len(statistic or ()) != n_channels:
                 raise InputError(f"data.{name} must hold {n_channels} values, one a channel, got {statistic}")
         if min(self.std or [1.0]) <= 0:
             raise InputError(f"data.std must be positive, got {self.std}")
+
+    def _seen(self, images: Images) -> Images:
+        """What validation, test and tags see of them."""
+        if self.eval_size is None:
+            return images
+        if self.eval_size > min(images.pixels.shape[-2:]):
+            raise InputError(
+                f"data.eval_size = {self.eval_size} is more than the images have: "
+                f"{' x '.join(map(str, images.pixels.shape[-2:]))} pixels; raise data.image_size, or leave it out"
+            )
+        return images.middle(self.eval_size)
 
     def split(self, name: str) -> Images:
         """Images of ``"train"``, ``"val"`` or ``"test"``, set up first if need be."""
@@ -151,15 +169,28 @@ class ImageData(pl.LightningDataModule, ABC):
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """uint8 or [0, 1] pixels to the network's input."""
-        mean, std = (torch.tensor(v, device=pixels.device).view(1, -1, 1, 1) for v in (self.mean, self.std))
-        pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
-        return ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
+        bytes_ = pixels.dtype == torch.uint8
+        copied = pixels.to(torch.float32 if bytes_ else pixels.dtype, memory_format=torch.channels_last, copy=True)
+        n, n_channels, height, width = pixels.shape
+        # Whole rows at a time: three channels alone would be a loop of three.
+        rows = copied.permute(0, 2, 3, 1).reshape(n, height, width * n_channels)
+        if bytes_:
+            rows.div_(255)
+        mean, std = (torch.tensor(v, device=pixels.device).repeat(width) for v in (self.mean, self.std))
+        return rows.sub_(mean).div_(std).view(n, height, width, n_channels).permute(0, 3, 1, 2)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if isinstance(batch, InputError):
+            raise batch
+        return batch
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         pixels, labels = batch
-        if self.trainer is not None and self.trainer.training:
-            pixels = random_crop_flip(pixels, self.crop_padding, self.flip, self._epoch_generator(self.trainer))
-        return self.normalize(pixels), labels
+        if self.trainer is None or not self.trainer.training:
+            return self.normalize(pixels), labels
+        generator = self._epoch_generator(self.trainer)
+        pixels = self.normalize(random_crop_flip(pixels, self.crop_padding, self.flip, generator))
+        return self.transforms.mix(pixels, labels, generator) if self.transforms.mixing else (pixels, labels)
 
     def _epoch_generator(self, trainer: pl.Trainer) -> torch.Generator:
         """Randomness of the running epoch: it depends on the seed, the epoch and the process only, so that a resumed
@@ -172,25 +203,11 @@ class ImageData(pl.LightningDataModule, ABC):
 
     def _loader(self, split: str, shuffle: bool) -> DataLoader[Any]:
         images = self.split(split)
-        if self.trainer is not None and self.trainer.strategy.root_device.type != "cpu":
-            # The whole set as bytes on the accelerator: a batch is one gather there.
-            images = images.to(self.trainer.strategy.root_device)
-        data = _Batches(images)
-        sampler: DistributedSampler[Any] | None = None
-        if shuffle:
-            # An order by seed and epoch (Lightning tells it the epoch), dealt out to the processes of a distributed run
-            # in turn.
-            ranks = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
-            sampler = DistributedSampler(data, *ranks, shuffle=True, seed=torch.initial_seed() % 2**31)
-        # Workers would cost more than they bring: a batch is one indexing operation.
-        return DataLoader(
-            data,
-            self.batch_size,
-            sampler=sampler,
-            num_workers=0,
-            collate_fn=_as_is,
-            drop_last=shuffle and len(images) > self.batch_size,
-        )
+        if not shuffle:
+            return make_loader(images, self.batch_size, self.trainer, num_workers=self.num_workers)
+        assert self._whole is not None
+        single = self.transforms if self.transforms.single else None
+        return make_loader(self._whole, self.batch_size, self.trainer, True, single, self.num_workers)
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader("train", shuffle=True)
@@ -214,27 +231,6 @@ class CIFAR10Data(ImageData):
 
     def load(self) -> Source:
         return cifar10(self.root, self.download)
-
-
-class ImageFolderData(ImageData):
-    """Any folder tree ``root/{train,test}/<class>/*``; mean and std measured on its training images by default."""
-
-    def __init__(
-        self,
-        root: str | Path,
-        image_size: int | None = None,
-        resize: int | None = None,
-        interpolation: str | None = None,
-        n_classes: int | None = None,
-        **settings: Any,
-    ) -> None:
-        super().__init__(**settings)
-        self.root, self.image_size, self.resize, self.interpolation = root, image_size, resize, interpolation
-        self.n_classes = n_classes
-
-    def load(self) -> Source:
-        how = self.image_size, self.resize, self.interpolation or "bilinear", self.n_classes
-        return image_folder(self.root, *how)
 
 
 class DigitsData(ImageData):

@@ -11,7 +11,7 @@ from freqprune.networks.checkpoint import load_network, save_weights
 from freqprune.networks.pretrained import pretrained_path, resnet32
 from freqprune.networks.registry import build_model
 from freqprune.training.classifier import Classifier
-from freqprune.training.datamodule import ImageFolderData
+from freqprune.training.listed import ImageFolderData
 
 
 def test_weights_are_plain_tensors_of_the_network_they_name() -> None:

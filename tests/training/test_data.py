@@ -9,8 +9,11 @@ from torchvision.datasets import CIFAR10
 
 from freqprune.errors import InputError
 from freqprune.training.augment import random_crop_flip
-from freqprune.training.datamodule import CIFAR10Data, DigitsData, ImageFolderData
+from freqprune.training.datamodule import CIFAR10Data, DigitsData
+from freqprune.training.listed import ImageFolderData
+from freqprune.training.loading import _fits
 from freqprune.training.sources import Images, channel_statistics, digits, stratified_split
+from tests.training.test_defaults import crop_and_flip
 
 
 def write_tree(root: Path, classes: int = 2, per_class: int = 20, size: int = 8) -> Path:
@@ -102,6 +105,13 @@ def test_every_image_gets_its_own_crop_and_flip() -> None:
     assert len({one.contiguous().numpy().tobytes() for one in batch}) == 50
 
 
+@pytest.mark.parametrize("size", [(20, 24), (70, 80)])
+def test_small_and_large_images_are_cut_as_one_by_one(size: tuple[int, int]) -> None:
+    batch = torch.randint(0, 256, (30, 3, *size), dtype=torch.uint8)
+    found = random_crop_flip(batch, 5, True, torch.Generator().manual_seed(4))
+    assert torch.equal(found, crop_and_flip(batch, 5, torch.Generator().manual_seed(4)))
+
+
 def test_no_augmentation_is_the_identity() -> None:
     batch = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
     assert torch.equal(random_crop_flip(batch, 0, False), batch)
@@ -126,6 +136,13 @@ def test_loaders_cover_each_split_once(tmp_path: Path) -> None:
     assert all(len(labels) == 7 for _, labels in data.train_dataloader())
 
 
+def test_images_go_to_an_accelerator_that_has_room_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, device = Images(torch.zeros(10, 3, 8, 8, dtype=torch.uint8), torch.zeros(10)), torch.device("cuda")
+    for free, fits in ((4 * 1920, True), (4 * 1920 - 1, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 0))
+        assert _fits(images, device) is fits
+
+
 def test_limits_and_pixels(tmp_path: Path) -> None:
     data = ImageFolderData(write_tree(tmp_path), limit_train=5, limit_test=6, val_fraction=0.5)
     assert (len(data.split("train")), len(data.split("test"))) == (5, 6)
@@ -134,11 +151,22 @@ def test_limits_and_pixels(tmp_path: Path) -> None:
         data.pixels("val", 21)
 
 
+def test_no_image_is_held_out_where_none_is_wanted(tmp_path: Path) -> None:
+    data = ImageFolderData(write_tree(tmp_path), val_fraction=0)
+    assert not data.validates
+    assert len(data.split("train")) == 40
+    assert len(data.split("train").labels[:10].unique()) > 1
+    assert torch.equal(data.pixels("val", 5), data.pixels("train", 5))
+    held_out = ImageFolderData(tmp_path, val_fraction=0.25)
+    everything = torch.cat([held_out.split(name).pixels for name in ("train", "val")]).flatten(1)
+    assert torch.equal(everything.unique(dim=0), data.split("train").pixels.flatten(1).unique(dim=0))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"batch_size": 0}, "data.batch_size must be at least 1"),
-        ({"val_fraction": 0.0}, "val_fraction must lie between 0 and 1"),
+        ({"val_fraction": -0.1}, r"val_fraction must lie between 0 \(no validation\) and 1, got -0.1"),
         ({"mean": [0.5]}, "come together"),
         ({"crop_padding": -1}, "crop_padding must be at least 0"),
         ({"limit_train": 0}, "limit_train must be at least 1"),
@@ -184,7 +212,7 @@ def damage(root: Path, how: str) -> None:
         ("text", r"00.png is not a readable image"),
         ("sizes", "set data.image_size"),
         ("classes", "same classes; only one of them has class1, other"),
-        ("too few", "does not split"),
+        ("too few", r"does not split the one image of class class1: one to train on .* or remove the class"),
     ],
 )
 def test_bad_folders(how: str, message: str, tmp_path: Path) -> None:

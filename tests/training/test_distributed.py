@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -168,6 +169,15 @@ def test_training_on_two_processes_has_the_loss_curve_of_one(tmp_path: Path) -> 
     assert curves[0][2] < curves[0][0]
     # Sums in another order: rounding, which later steps magnify.
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+
+
+def test_a_share_that_is_less_than_a_batch_is_trained_on() -> None:
+    """Two processes and 48 images: each has 24, which is no batch of 32, and not none."""
+    data = DigitsData(batch_size=32, limit_train=48)
+    fake = SimpleNamespace(world_size=2, global_rank=0, num_devices=2)
+    fake.strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    data.trainer = fake  # type: ignore[assignment]
+    assert [len(labels) for _, labels in data.train_dataloader()] == [24]
 
 
 TWO = [*(argument for argument in SMALL if argument != "trainer=cpu"),

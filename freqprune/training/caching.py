@@ -1,0 +1,127 @@
+"""Where images are held: in memory, in a mapped file of bytes, or nowhere, decoded as they are asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from freqprune.errors import one_of
+from freqprune.training.ledger import checked, open_ledger, read_all, room
+from freqprune.training.listing import Reader
+from freqprune.training.pixels import DecodedPixels, MappedPixels, StoredPixels
+
+log = logging.getLogger(__name__)
+
+CACHES = ("auto", "memory", "disk", "none")
+
+
+def hold(
+    readers: Mapping[str, Reader], cache: str, folder: str | Path | None, beside: Path
+) -> list[Tensor | StoredPixels]:
+    """Pixels of every split, held where `cache` says.
+
+    Args:
+        readers: what reads an image, by the name of the split.
+        cache: ``"memory"``; ``"disk"``: a memory-mapped file of uint8, written once; ``"none"``: decoded at every use,
+            after all images were read once to see that they can be; ``"auto"``: in memory if there is room for it twice
+            (while it is split), else on disk if there is room, else nowhere.
+        folder: where the files go.
+        beside: where they go if `folder` is None, as ``beside/.freqprune``.
+
+    Raises:
+        InputError: names images that cannot be read; says how much room ``"disk"`` needs where there is too little.
+    """
+    one_of(CACHES, **{"data.cache": cache})
+    place = Path(folder) if folder is not None else beside / ".freqprune"
+    stems = {split: _stem(place, split, reader, folder is None) for split, reader in readers.items()}
+    if cache == "auto":
+        cache = _choose([(reader, stems[split]) for split, reader in readers.items()])
+    if cache == "memory":
+        return [_in_memory(reader) for reader in readers.values()]
+    if cache == "disk":
+        try:
+            return [_mapped(reader, stems[split]) for split, reader in readers.items()]
+        except OSError as error:
+            log.warning(
+                "%s cannot be written to (%s): images are decoded as they are asked for, as with data.cache=none; name "
+                "a folder for them with data.cache_dir", place, error.strerror
+            )  # fmt: skip
+    return [_decoded(reader, stems[split]) for split, reader in readers.items()]
+
+
+def _choose(planned: list[tuple[Reader, Path]]) -> str:
+    needed, free = sum(reader.n_bytes for reader, _ in planned), free_memory()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if free is None or 2 * needed * processes <= free:
+        chosen = "memory"
+    else:
+        chosen = "disk" if all(room(reader, stem) for reader, stem in planned) else "none"
+    said = "unknown" if free is None else f"{free / 1e9:.3g} GB"
+    log.log(
+        logging.INFO if chosen == "memory" else logging.WARNING,
+        "data.cache=auto: the images take %.3g GB, free memory is %s: data.cache=%s", needed / 1e9, said, chosen
+    )  # fmt: skip
+    return chosen
+
+
+def free_memory() -> int | None:
+    """Bytes that this process may still take: of the machine, or of its control group if that is less."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = int((group / "memory.max").read_text()), int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # The cache of files counts as used, and gives way.
+        return min(free, limit - used + int(stat["inactive_file"]))
+    except (OSError, KeyError, ValueError):
+        return free
+
+
+def _in_memory(reader: Reader) -> Tensor:
+    pixels = np.empty((len(reader), *reader.shape), np.uint8)
+
+    def keep(number: int, image: NDArray[np.uint8]) -> None:
+        pixels[number] = image
+
+    read_all(reader, np.arange(len(reader)), keep)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+def _stem(place: Path, split: str, reader: Reader, beside: bool) -> Path:
+    """Path of a split's files without their ending; others for other sizes, and in a shared folder for other data."""
+    owner = "" if beside else str(Path(reader.listing.place).absolute())
+    said = json.dumps([owner, vars(reader.fitting)])
+    return place / f"{split}-{hashlib.sha256(said.encode()).hexdigest()[:10]}"
+
+
+def _mapped(reader: Reader, stem: Path) -> MappedPixels:
+    ledger = open_ledger(reader, stem, with_pixels=True)
+    return MappedPixels(stem.with_suffix(".pixels"), reader.shape, ledger)
+
+
+def _decoded(reader: Reader, stem: Path) -> DecodedPixels:
+    stem = stem.with_name(f"{stem.name}-checked")
+    home = Path.home() / ".cache" / "freqprune" / "images"
+    for place in (stem, home / _stem(home, stem.name, reader, beside=False).name):
+        try:
+            return DecodedPixels(reader, open_ledger(reader, place, with_pixels=False))
+        except OSError as error:
+            reason = error.strerror
+    log.warning(
+        "neither %s nor %s can be written to (%s): all images are read at every start to see that they can be",
+        stem.parent, home, reason
+    )  # fmt: skip
+    return DecodedPixels(reader, checked(reader))

@@ -1,0 +1,149 @@
+"""Data sets by way of Hugging Face's ``datasets``: of its hub, or files of one's own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from freqprune.errors import InputError, closest
+from freqprune.training.listed import ListedData
+from freqprune.training.listing import Listing, tell_missing
+
+_TEST_SPLITS = ("test", "validation", "valid", "val")
+
+
+class HuggingFaceData(ListedData):
+    """A data set of images with labels that ``datasets.load_dataset`` finds.
+
+    Args:
+        path: of the hub, or a builder for files of one's own: ``imagefolder``, ``parquet``.
+        name: configuration of the data set, where it has several.
+        train_split: part to train on.
+        test_split: part to test on; ``test`` or ``validation`` if left out.
+        image_column: the one column of images if left out.
+        label_column: the one column of class labels if left out, else one called ``label`` or ``labels``.
+        arguments: further ones of ``load_dataset``, such as ``data_dir`` or ``data_files``.
+        settings: of `ListedData`.
+
+    Raises:
+        InputError: if ``datasets`` is not installed, the data set is not to be had, or a part or column is not there.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        name: str | None = None,
+        train_split: str = "train",
+        test_split: str | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(**settings)
+        self.path, self.config_name, self.splits = path, name, (train_split, test_split)
+        self.columns, self.arguments = (image_column, label_column), dict(arguments or {})
+        self._files = Path("data")
+
+    def beside(self) -> Path:
+        return self._files
+
+    def listings(self) -> tuple[Listing, Listing, tuple[str, ...]]:
+        parts = self._loaded()
+        train_name, test_name = self.splits
+        test_name = test_name or next((name for name in _TEST_SPLITS if name in parts), "test")
+        for key, name in (("train_split", train_name), ("test_split", test_name)):
+            if name not in parts:
+                raise InputError(
+                    f"data.{key} = {name} is no part of {self.path}; it has {', '.join(parts)}{closest(name, parts)}"
+                )
+        files = parts[train_name].cache_files
+        self._files = Path(files[0]["filename"]).parent if files else self._files
+        image = _column(parts[train_name], "image", self.columns[0])
+        label = _column(parts[train_name], "label", self.columns[1])
+        train, test = (
+            HubListing(parts[name], image, label, f"{self.path} ({name})") for name in (train_name, test_name)
+        )
+        classes = train.classes
+        if classes != test.classes:
+            odd = ", ".join(sorted(set(classes) ^ set(test.classes))[:5])
+            raise InputError(f"train and test of {self.path} must hold the same classes; only one of them has {odd}")
+        tell_missing(train, test, classes)
+        return train, test, classes
+
+    def _loaded(self) -> Any:
+        try:
+            import datasets
+        except ImportError:
+            raise InputError("data=huggingface needs datasets: pip install 'freqprune[datasets]'") from None
+        try:
+            return datasets.load_dataset(self.path, self.config_name, **self.arguments)
+        except (OSError, ValueError, RuntimeError, TypeError) as error:
+            raise InputError(
+                f"data.path = {self.path} could not be loaded ({type(error).__name__}: {error}); on a machine without "
+                "a network it must have been loaded once, or be files: data.path=imagefolder "
+                "+data.arguments.data_dir=FOLDER"
+            ) from error
+
+
+class HubListing(Listing):
+    """Images of one part of a data set.
+
+    Attributes:
+        classes: names of the classes.
+    """
+
+    def __init__(self, dataset: Any, image: str, label: str, place: str) -> None:
+        self.dataset, self.image, self.place = dataset.select_columns([image]), image, place
+        self._identity = f"{dataset._fingerprint} {image} {label}"
+        found, feature = dataset[label][:], dataset.features[label]
+        names = getattr(feature, "names", None)
+        if names is None:
+            names = sorted(set(found)) if isinstance(found[0], str) else range(max(found) + 1)
+            found = [names.index(value) for value in found]
+        if min(found) < 0:
+            raise InputError(f"{place} has images without a label; leave them out, or name another part")
+        self.labels, self.classes = torch.tensor(found), tuple(map(str, names))
+
+    def name(self, number: int) -> str:
+        return f"image {number} of {self.place}"
+
+    def open(self, number: int) -> Image.Image:
+        image = self.dataset[number][self.image]
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"got {type(image).__name__}")
+        return image
+
+    def stamps(self) -> NDArray[np.int64]:
+        # Data with other content have another fingerprint, and with it another digest.
+        return np.zeros((len(self), 2), np.int64)
+
+    def digest(self) -> str:
+        return hashlib.sha256(self._identity.encode()).hexdigest()
+
+
+def _column(dataset: Any, what: str, name: str | None) -> str:
+    """The column of images or of labels."""
+    features = dataset.features
+    if name is not None:
+        if name not in features:
+            raise InputError(
+                f"data.{what}_column = {name} is no column; there are {', '.join(features)}{closest(name, features)}"
+            )
+        return name
+    kinds = {"image": ("Image",), "label": ("ClassLabel",)}[what]
+    found = [key for key, feature in features.items() if type(feature).__name__ in kinds]
+    if not found:
+        found = [key for key in features if key in (what, f"{what}s")]
+    if len(found) != 1:
+        raise InputError(
+            f"{len(found)} columns may be the {what}s, of {', '.join(features)}; say which with data.{what}_column"
+        )
+    return found[0]

@@ -1,0 +1,121 @@
+"""Data modules over images that are listed and read one by one; of a folder tree."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freqprune.errors import InputError, one_of
+from freqprune.training.caching import CACHES, hold
+from freqprune.training.datamodule import ImageData
+from freqprune.training.listing import Fitting, FolderListing, Listing, Reader
+from freqprune.training.sources import Images, Source
+
+
+class ListedData(ImageData):
+    """Images that are read one by one, brought to one size, and held in memory, on disk or not at all.
+
+    Args:
+        image_size: height and width to resize to; needed only where the images differ in size.
+        resize: instead, resize the shorter side to this and cut the middle of `image_size` out.
+        interpolation: ``"bilinear"`` (None) or ``"bicubic"``.
+        cache: ``"memory"``, ``"disk"``, ``"none"`` or ``"auto"``, see `freqprune.training.caching.hold`.
+        cache_dir: folder for the files of ``"disk"`` and ``"none"``; beside the data if left out.
+        settings: of `ImageData`.
+
+    Raises:
+        InputError: for an argument out of range.
+    """
+
+    def __init__(
+        self,
+        image_size: int | None = None,
+        resize: int | None = None,
+        interpolation: str | None = None,
+        cache: str = "auto",
+        cache_dir: str | Path | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(**settings)
+        self.fitting = Fitting(image_size, resize, interpolation or "bilinear")
+        one_of(CACHES, **{"data.cache": cache})
+        self.cache, self.cache_dir = cache, cache_dir
+
+    @abstractmethod
+    def listings(self) -> tuple[Listing, Listing, tuple[str, ...]]:
+        """Training images, test images, names of the classes."""
+
+    @abstractmethod
+    def beside(self) -> Path:
+        """Where the data lie."""
+
+    def load(self) -> Source:
+        train, test, classes = self.listings()
+        readers = {"train": Reader(train, self.fitting), "test": Reader(test, self.fitting)}
+        shapes = {split: reader.shape[:2] for split, reader in readers.items()}
+        if shapes["train"] != shapes["test"]:
+            raise InputError(
+                f"train images are {shapes['train']} pixels, test images {shapes['test']}; set data.image_size"
+            )
+        pixels = hold(readers, self.cache, self.cache_dir, self.beside())
+        return Source(Images(pixels[0], train.labels), Images(pixels[1], test.labels), classes)
+
+
+class ImageFolderData(ListedData):
+    """Any folder tree ``root/{train,test}/<class>/*``, in RGB; mean and std measured on its training images by default.
+
+    Args:
+        root: the folder.
+        n_classes: folders are named by the number of their class, ``0`` to ``n_classes - 1``, and need not be there for
+            all; if left out, classes are numbered by the order of their names.
+        settings: of `ListedData`.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        image_size: int | None = None,
+        resize: int | None = None,
+        interpolation: str | None = None,
+        n_classes: int | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(image_size, resize, interpolation, **settings)
+        self.root, self.n_classes = root, n_classes
+
+    def beside(self) -> Path:
+        return Path(self.root)
+
+    def listings(self) -> tuple[Listing, Listing, tuple[str, ...]]:
+        root = Path(self.root)
+        if not root.is_dir():
+            raise InputError(
+                f"data.root = {root} is not a folder; it must hold train/<class>/*.png and test/<class>/*.png"
+            )
+        train, test = (FolderListing(root / split) for split in ("train", "test"))
+        if self.n_classes is not None:
+            for listing in (train, test):
+                listing.labels = _numbers(listing.folder, listing.classes, self.n_classes)[listing.labels]
+            return train, test, tuple(map(str, range(self.n_classes)))
+        if train.classes != test.classes:
+            odd = sorted(set(train.classes) ^ set(test.classes))
+            raise InputError(
+                f"train and test of {root} must hold the same classes; only one of them has {', '.join(odd)}"
+            )
+        return train, test, train.classes
+
+
+def _numbers(folder: Path, names: Sequence[str], n_classes: int) -> Tensor:
+    """Class numbers that folders are named by."""
+    odd = [name for name in names if not (name.isdecimal() and int(name) < n_classes)]
+    if odd:
+        raise InputError(
+            f"data.n_classes = {n_classes} says that the folders in {folder} are named by the number of their class, 0 "
+            f"to {n_classes - 1}; {odd[0]!r} is not: rename it, or leave data.n_classes out"
+        )
+    return torch.tensor([int(name) for name in names])

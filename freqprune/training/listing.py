@@ -1,0 +1,207 @@
+"""What images there are, and how one of them is read: nothing of the pixels is held."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from freqprune.errors import InputError, one_of
+
+log = logging.getLogger(__name__)
+
+_INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+# What Pillow raises for files that it cannot make out.
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How images are brought to one size.
+
+    Args:
+        image_size: height and width to resize to; needed only where the images differ in size.
+        resize: instead, resize the shorter side to this and cut the middle of `image_size` out.
+        interpolation: ``"bilinear"`` or ``"bicubic"``.
+
+    Raises:
+        InputError: for an argument out of range.
+    """
+
+    image_size: int | None = None
+    resize: int | None = None
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        one_of(tuple(_INTERPOLATIONS), **{"data.interpolation": self.interpolation})
+        if self.image_size is not None and self.image_size < 1:
+            raise InputError(f"data.image_size must be at least 1, got {self.image_size}")
+        if self.resize is not None and (self.image_size is None or self.resize < self.image_size):
+            raise InputError(
+                f"data.resize = {self.resize} is the shorter side out of which data.image_size = {self.image_size} is "
+                "cut: set both, resize the larger"
+            )
+
+    def __call__(self, image: Image.Image) -> NDArray[np.uint8]:
+        """An RGB image as ``(height, width, 3)``."""
+        size, how = self.image_size, _INTERPOLATIONS[self.interpolation]
+        if self.resize is not None and size is not None:
+            share = self.resize / min(image.size)
+            image = image.resize((round(image.width * share), round(image.height * share)), how)
+            left, top = (round((side - size) / 2) for side in image.size)
+            image = image.crop((left, top, left + size, top + size))
+        elif size is not None and image.size != (size, size):
+            image = image.resize((size, size), how)
+        return np.array(image)
+
+
+class Listing(ABC):
+    """Labelled images that lie somewhere, in a fixed order.
+
+    Attributes:
+        place: where they lie, for messages.
+        labels: int64 ``(n_images,)``.
+    """
+
+    place: str
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def name(self, number: int) -> str:
+        """What a person finds an image by."""
+
+    @abstractmethod
+    def open(self, number: int) -> Image.Image:
+        """An image, not yet decoded if that can be put off."""
+
+    @abstractmethod
+    def stamps(self) -> NDArray[np.int64]:
+        """Two numbers an image, ``(n_images, 2)``, that are others once it has changed."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """A word that is another once there are other images, or in another order."""
+
+
+class FolderListing(Listing):
+    """Images of a folder tree ``folder/<class>/*``, as torchvision's ``ImageFolder`` finds them.
+
+    Attributes:
+        classes: names of the class folders, sorted.
+
+    Raises:
+        InputError: if the folder is missing, holds one class, or a class folder is empty.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from torchvision.datasets import ImageFolder
+
+        if not folder.is_dir():
+            raise InputError(f"{folder} is missing; data.root must hold train/<class>/*.png and test/<class>/*.png")
+        try:
+            tree = ImageFolder(str(folder))
+        except FileNotFoundError as error:
+            raise InputError(f"{folder} holds no images, or a class folder in it is empty: {error}") from None
+        if len(tree.classes) < 2:
+            raise InputError(
+                f"{folder} holds one class ({tree.classes[0]}); a classifier needs at least two class folders"
+            )
+        self.folder, self.place, self.classes = folder, str(folder), tuple(tree.classes)
+        self.labels = torch.tensor(tree.targets)
+        # Bytes in one block: a million Python strings would be copied page by page into every worker.
+        self._names = np.array([os.fsencode(os.path.relpath(path, folder)) for path, _ in tree.samples])
+
+    def name(self, number: int) -> str:
+        return os.path.join(self.folder, os.fsdecode(self._names[number]))
+
+    def open(self, number: int) -> Image.Image:
+        return Image.open(self.name(number))
+
+    def stamps(self) -> NDArray[np.int64]:
+        found = np.empty((len(self), 2), np.int64)
+        for number in range(len(self)):
+            try:
+                there = os.stat(self.name(number))
+            except OSError as error:
+                raise InputError(
+                    f"{self.name(number)} cannot be read ({error.strerror}); repair or remove it"
+                ) from None
+            found[number] = there.st_size, there.st_mtime_ns
+        return found
+
+    def digest(self) -> str:
+        return hashlib.sha256(b"\n".join([str(len(self)).encode(), self._names.tobytes()])).hexdigest()
+
+
+def tell_missing(train: Listing, test: Listing, classes: Sequence[str]) -> None:
+    """Warn of classes that only one of two parts shows; of a published set that is no error."""
+    odd = sorted(set(train.labels.tolist()) ^ set(test.labels.tolist()))
+    if odd:
+        names = ", ".join(classes[number] for number in odd[:5])
+        log.warning("%d classes are in one of %s and %s only: %s", len(odd), train.place, test.place, names)
+
+
+class Reader:
+    """Reads single images of a listing, all in one shape.
+
+    Args:
+        listing: what images there are.
+        fitting: how they are brought to one size.
+
+    Attributes:
+        shape: of an image, ``(height, width, n_channels)``: that of the first.
+    """
+
+    def __init__(self, listing: Listing, fitting: Fitting) -> None:
+        self.listing, self.fitting = listing, fitting
+        self.shape: tuple[int, ...] = self._read(0).shape
+
+    def __len__(self) -> int:
+        return len(self.listing)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all images."""
+        return len(self) * int(np.prod(self.shape))
+
+    def __call__(self, number: int) -> NDArray[np.uint8]:
+        """An image as ``(height, width, n_channels)``.
+
+        Raises:
+            InputError: names an image that cannot be read or has another size than the first.
+        """
+        array = self._read(number)
+        if array.shape != self.shape:
+            raise InputError(
+                f"{self.listing.name(number)} has {array.shape[:2]} pixels, {self.listing.name(0)} has "
+                f"{self.shape[:2]}; set data.image_size to resize all of them"
+            )
+        return array
+
+    def _read(self, number: int) -> NDArray[np.uint8]:
+        try:
+            with self.listing.open(number) as image:
+                return self.fitting(image.convert("RGB"))
+        except _UNREADABLE as error:
+            raise InputError(
+                f"{self.listing.name(number)} is not a readable image ({error}); repair or remove it"
+            ) from None
+
+    def describe(self) -> dict[str, Any]:
+        """What a cache of these images has to agree with."""
+        return {"images": self.listing.digest(), "shape": list(self.shape), "fitting": vars(self.fitting)}

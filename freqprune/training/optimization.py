@@ -1,0 +1,179 @@
+"""How a network is optimised: optimizer, schedule of its rate, weight decay, averaging, weights of classes."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from freqprune.errors import InputError, closest, one_of
+
+SCHEDULES = ("cosine", "step", "one_cycle", "constant")
+BALANCED = "balanced"
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """SGD with a cosine schedule to zero, unless told otherwise.
+
+    Args:
+        name: class of ``torch.optim``, or of another module, with its dots: ``lion.Lion``.
+        arguments: further ones of that class, such as ``betas``.
+        lr: peak learning rate.
+        momentum: momentum of SGD; others have theirs in `arguments`.
+        nesterov: Nesterov's form of it.
+        weight_decay: L2 penalty (of AdamW and the like: decoupled decay).
+        decay_norms: on weights of norms and on biases too, not only on those of convolutions and linear layers.
+        schedule: ``"cosine"`` to zero; ``"step"``: times `gamma` at every milestone; ``"one_cycle"``: up from 1/25 and
+            down to 1/250,000 in halves of a cosine (Smith & Topin 2018, arXiv 1708.07120); ``"constant"``.
+        milestones: shares of the training.
+        gamma: factor at a milestone.
+        warmup_epochs: epochs of linear warm-up; of ``"one_cycle"`` epochs of its rise, 0 for 30 % of all.
+        label_smoothing: of the training loss.
+        ema: validate, save and keep an exponential moving average of the weights with this decay, e.g. 0.999; 0 for
+            none.
+        class_weights: weights of the classes in the training loss; ``"balanced"``: so that each class counts the same.
+
+    Raises:
+        InputError: for an argument out of range, an optimizer that does not exist or does not take its arguments.
+    """
+
+    name: str = "SGD"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    decay_norms: bool = True
+    schedule: str = "cosine"
+    milestones: Sequence[float] = (0.5, 0.75)
+    gamma: float = 0.1
+    warmup_epochs: float = 0.0
+    label_smoothing: float = 0.0
+    ema: float = 0.0
+    class_weights: Sequence[float] | str | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise InputError(f"lr must be above 0, got {self.lr}")
+        for name in ("momentum", "weight_decay", "warmup_epochs"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise InputError(f"{name} must be a finite number of at least 0, got {value}")
+        if self.momentum >= 1 or (self.nesterov and self.momentum == 0):
+            raise InputError(f"momentum must lie in [0, 1), and above 0 for nesterov, got {self.momentum}")
+        for name in ("label_smoothing", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        one_of(SCHEDULES, schedule=self.schedule)
+        if not all(0 < share < 1 for share in self.milestones):
+            raise InputError(f"milestones must be shares of the training, in (0, 1), got {list(self.milestones)}")
+        if not 0 < self.gamma <= 1:
+            raise InputError(f"gamma must lie in (0, 1], got {self.gamma}")
+        self._check_class_weights()
+        # A module that draws nothing: the weights of the network to come stay as they would be.
+        self.optimizer(nn.BatchNorm1d(1))
+
+    def _check_class_weights(self) -> None:
+        weights = self.class_weights
+        fine = (
+            weights == BALANCED
+            if isinstance(weights, str)
+            else weights is None or (all(math.isfinite(w) and w >= 0 for w in weights) and sum(weights) > 0)
+        )
+        if not fine:
+            raise InputError(
+                f"class_weights must be {BALANCED}, null or a list of numbers of at least 0, got {weights!r}"
+            )
+
+    def optimizer(self, net: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of a network's parameters."""
+        kind = _class(self.name)
+        own: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay}
+        if kind is torch.optim.SGD:
+            own |= {"momentum": self.momentum, "nesterov": self.nesterov}
+        if "weight_decay" not in inspect.signature(kind).parameters:
+            if self.weight_decay:
+                raise InputError(f"weight_decay = {self.weight_decay} is nothing that {self.name} knows; set it to 0")
+            del own["weight_decay"]
+        parameters: Any = net.parameters()
+        if not self.decay_norms:
+            parameters = [
+                {"params": [p for p in net.parameters() if p.dim() > 1]},
+                {"params": [p for p in net.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+            ]
+        try:
+            return kind(parameters, **{**own, **self.arguments})
+        except (TypeError, ValueError) as error:
+            raise InputError(f"arguments {dict(self.arguments)} do not go with {self.name} ({error})") from None
+
+    def rate(self, total: int, warmup: int) -> Callable[[int], float]:
+        """Factor of the learning rate by step, of `total` steps, the first `warmup` of them warm-up."""
+
+        def after_warmup(step: int) -> float:
+            if self.schedule == "cosine":
+                return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+            if self.schedule == "step":
+                return float(self.gamma ** sum(step >= share * total for share in self.milestones))
+            return 1.0
+
+        def rate(step: int) -> float:
+            if self.schedule == "one_cycle":
+                return _one_cycle(step, total, warmup or 0.3 * total)
+            return (step + 1) / warmup if step < warmup else after_warmup(step)
+
+        return rate
+
+    def weights_of(self, labels: Tensor | None, n_classes: int) -> Tensor:
+        """Weights of the classes; balanced ones are inverse to the frequency, 1 in the mean over images.
+
+        Args:
+            labels: of the training images ``(n_images,)``; None if they are not known.
+            n_classes: classes; those that no image shows get a weight of 0.
+        """
+        if not isinstance(self.class_weights, str):
+            assert self.class_weights is not None
+            return torch.tensor([float(weight) for weight in self.class_weights])
+        if labels is None:
+            raise InputError("class_weights = balanced needs a data module of freqprune; give a list of numbers")
+        counts = labels.bincount(minlength=n_classes).float()
+        return torch.where(counts > 0, len(labels) / ((counts > 0).sum() * counts.clamp(min=1)), 0.0)
+
+
+def _one_cycle(step: int, total: int, rise: float) -> float:
+    def between(start: float, end: float, share: float) -> float:
+        return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
+
+    top = max(1.0, rise - 1)
+    if step <= top:
+        return between(1 / 25, 1.0, step / top)
+    return between(1.0, 1 / 25 / 1e4, min(1.0, (step - top) / max(1.0, total - 1 - top)))
+
+
+def _class(name: str) -> type[Any]:
+    known = [key for key, kind in vars(torch.optim).items() if _is_optimizer(kind)]
+    if name in known:
+        return getattr(torch.optim, name)
+    module, _, last = name.rpartition(".")
+    if not module:
+        raise InputError(
+            f"name must be one of torch.optim's {', '.join(known)}, or a class with its module's dots, got "
+            f"{name!r}{closest(name, known)}"
+        )
+    try:
+        kind = getattr(importlib.import_module(module), last)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"name = {name} cannot be imported ({error})") from None
+    if not _is_optimizer(kind):
+        raise InputError(f"name = {name} is no torch.optim.Optimizer")
+    return kind
+
+
+def _is_optimizer(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer

@@ -1,0 +1,318 @@
+"""Images in memory, on disk and decoded as they are asked for are the same images, whatever happens on the way."""
+
+import csv
+import errno
+import logging
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig
+from PIL import Image
+
+from freqprune.errors import InputError
+from freqprune.jobs.assembly import load_data
+from freqprune.jobs.prune import prune
+from freqprune.jobs.settings import read as read_settings
+from freqprune.jobs.stages import Run
+from freqprune.networks.registry import build_model
+from freqprune.training import caching, ledger
+from freqprune.training.classifier import Classifier
+from freqprune.training.ledger import ROW, Ledger
+from freqprune.training.listed import ImageFolderData
+from freqprune.training.listing import Fitting
+from freqprune.training.pixels import MappedPixels, StoredPixels
+from tests.jobs.test_jobs import SMALL, config
+from tests.training.test_data import write_tree
+
+STORED = ("disk", "none")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_tree(tmp_path / "images", per_class=24, size=16)
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The images that are decoded, as they are."""
+    found: list[str] = []
+    whole = Fitting.__call__
+
+    def noted(self: Fitting, image: Image.Image) -> Any:
+        found.append("")
+        return whole(self, image)
+
+    monkeypatch.setattr(Fitting, "__call__", noted)
+    return found
+
+
+def repaint(path: Path, grey: int) -> None:
+    Image.new("RGB", (16, 16), (grey,) * 3).save(path)
+    # Some file systems count time in steps that a test is shorter than.
+    os.utime(path, ns=(0, os.stat(path).st_mtime_ns + 1_000_000_000))
+
+
+def same(one: ImageFolderData, other: ImageFolderData) -> None:
+    for split in ("train", "val", "test"):
+        a, b = one.split(split), other.split(split)
+        assert a.pixels.shape == b.pixels.shape
+        assert torch.equal(a.pixels[:], b.pixels[:])
+        assert torch.equal(a.labels, b.labels)
+    assert (one.mean, one.std) == (other.mean, other.std)
+
+
+@pytest.mark.parametrize("cache", STORED)
+def test_the_same_images_wherever_they_are_held(cache: str, folder: Path) -> None:
+    Image.new("RGB", (30, 20), (90, 8, 200)).save(folder / "train" / "class0" / "00.png")
+    how: dict[str, Any] = {"image_size": 10, "resize": 12, "interpolation": "bicubic"}
+    memory, stored = (ImageFolderData(folder, cache=where, limit_train=30, **how) for where in ("memory", cache))
+    same(memory, stored)
+    assert isinstance(stored.split("train").pixels, StoredPixels)
+    assert torch.equal(memory.pixels("val", 3), stored.pixels("val", 3))
+    assert torch.equal(memory.split("test").pixels[5], stored.split("test").pixels[5])
+    again = pickle.loads(pickle.dumps(stored.split("val").pixels))
+    assert torch.equal(again[:], memory.split("val").pixels)
+
+
+def test_trained_to_the_same_bits_wherever_they_are_held(folder: Path) -> None:
+    final = []
+    for cache, workers in (("memory", None), ("disk", None), ("none", 2)):
+        pl.seed_everything(0, verbose=False)
+        data = ImageFolderData(folder, cache=cache, num_workers=workers, batch_size=8)
+        module = Classifier({"name": "resnet8", "num_classes": 2, "stage_widths": [4, 4, 8]})
+        run = pl.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False,
+                         enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+        run.fit(module, datamodule=data)
+        final.append(module.net.state_dict())
+    assert all(torch.equal(value, other[key]) for other in final[1:] for key, value in final[0].items())
+
+
+@pytest.mark.parametrize("cache", STORED)
+def test_read_once_and_again_only_what_has_changed(
+    cache: str, folder: Path, read: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    first = ImageFolderData(folder, cache=cache)
+    first.setup()
+    # The first image of each split is also read for its size.
+    assert len(read) == 96 + 2
+    del read[:]
+    ImageFolderData(folder, cache=cache).setup()
+    assert len(read) == 2
+    repaint(folder / "test" / "class1" / "03.png", 77)
+    del read[:]
+    second = ImageFolderData(folder, cache=cache)
+    second.setup()
+    assert len(read) == 2 + 1
+    assert "1 images" in caplog.text
+    assert "have changed" in caplog.text
+    assert (second.split("test").pixels[27] == 77).all()
+    shutil.copy(folder / "train" / "class0" / "00.png", folder / "train" / "class0" / "000.png")
+    same(ImageFolderData(folder, cache=cache), ImageFolderData(folder, cache="memory"))
+    assert "there are other images in" in caplog.text
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk", "none"])
+def test_corrupt_images_are_named_before_training(cache: str, folder: Path, read: list[str]) -> None:
+    bad = [folder / "train" / "class1" / f"{number}.png" for number in (11, 20)]
+    whole = [path.read_bytes() for path in bad]
+    for path in bad:
+        path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(InputError, match=r"11.png is not a readable image(.|\n)*20.png is not a readable image"):
+        ImageFolderData(folder, cache=cache).setup()
+    for path, content in zip(bad, whole, strict=True):
+        path.write_bytes(content)
+    del read[:]
+    same(ImageFolderData(folder, cache=cache), ImageFolderData(folder, cache="memory"))
+    if cache == "disk":
+        # Two sizes; what was corrupt; and the test images, which had not been reached; then all of them in memory.
+        assert len(read) == 2 + 2 + 48 + 98
+
+
+@pytest.mark.parametrize("damage", ["short", "other bytes", "header", "rows"])
+def test_a_damaged_file_is_written_anew(damage: str, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ImageFolderData(folder, cache="disk").setup()
+    (pixels,) = (folder / ".freqprune").glob("train-*.pixels")
+    match damage:
+        case "short":
+            os.truncate(pixels, 100)
+        case "other bytes":
+            pixels.write_bytes(bytes(pixels.stat().st_size))
+        case "header":
+            pixels.with_suffix(".json").write_text("{")
+        case "rows":
+            pixels.with_suffix(".rows").unlink()
+    same(ImageFolderData(folder, cache="disk"), ImageFolderData(folder, cache="memory"))
+    assert "is damaged" in caplog.text
+
+
+def build(folder: Path, stop_after: int | None, log: Path) -> None:
+    """In a process of its own: note every image that is read, and be killed after so many."""
+    torch.set_num_threads(1)
+    whole, count = Fitting.__call__, iter(range(10**6))
+    ledger._BLOCK = 8
+
+    def noted(self: Fitting, image: Image.Image) -> Any:
+        if next(count) == stop_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with log.open("a") as file:
+            file.write(".")
+        return whole(self, image)
+
+    Fitting.__call__ = noted  # type: ignore[method-assign]
+    ImageFolderData(folder, cache="disk").setup()
+
+
+def test_a_build_that_was_killed_goes_on(folder: Path, tmp_path: Path, read: list[str]) -> None:
+    context = multiprocessing.get_context("fork")
+    killed = context.Process(target=build, args=(folder, 40, tmp_path / "log"))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    data = ImageFolderData(folder, cache="disk")
+    data.setup()
+    # Of 96 images at most 40 were read, some blocks of 8 of them to the end.
+    assert 96 + 2 - 40 <= len(read) <= 96 + 2 - 16
+    same(data, ImageFolderData(folder, cache="memory"))
+
+
+def test_two_processes_build_one_cache(folder: Path, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    both = [context.Process(target=build, args=(folder, None, tmp_path / "log")) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert len((tmp_path / "log").read_text()) == 96 + 2 * 2
+    same(ImageFolderData(folder, cache="disk"), ImageFolderData(folder, cache="memory"))
+
+
+def test_folders_that_cannot_be_written_to(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, read: list[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    data = ImageFolderData(folder, cache="disk", cache_dir=tmp_path / "file" / "cache")
+    same(data, ImageFolderData(folder, cache="memory"))
+    assert "cannot be written to" in caplog.text
+    assert "data.cache_dir" in caplog.text
+    # What was checked is remembered at home.
+    del read[:]
+    ImageFolderData(folder, cache="none", cache_dir=tmp_path / "file" / "cache").setup()
+    assert len(read) == 2
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    ImageFolderData(folder, cache="none", cache_dir=tmp_path / "file" / "cache").setup()
+    assert "all images are read at every start" in caplog.text
+    assert len(read) == 2 + 98
+
+
+def test_a_disk_that_is_too_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=3000))
+        with pytest.raises(InputError, match=r"needs 3.69e-05 GB .* for 48 images .*, 3e-06 GB are free; make room"):
+            ImageFolderData(folder, cache="disk").setup()
+        # Left to decide, it does without.
+        patch.setattr(caching, "free_memory", lambda: 10)
+        assert not isinstance(ImageFolderData(folder).split("val").pixels, MappedPixels)
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(InputError, match="GB are free; make room"):
+        ImageFolderData(folder, cache="disk").setup()
+
+
+def test_auto_decides_by_the_free_memory_and_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert (caching.free_memory() or 0) > 2**20
+    size = 96 * 3 * 16 * 16
+    for free, kind, chosen in ((2 * size, torch.Tensor, "memory"), (2 * size - 1, MappedPixels, "disk")):
+        monkeypatch.setattr(caching, "free_memory", lambda free=free: free)
+        assert isinstance(ImageFolderData(folder).split("train").pixels, kind)
+        assert f"data.cache=auto: the images take 7.37e-05 GB, free memory is 0.000147 GB: data.cache={chosen}" in (
+            caplog.text
+        )
+
+
+def test_mapped_pages_are_handed_back(tmp_path: Path) -> None:
+    """Twice 512 MiB read, far less held."""
+    n_images, shape = 4096, (256, 512, 1)
+    with (tmp_path / "big").open("wb") as file:
+        file.truncate(n_images * 256 * 512)
+    pixels = MappedPixels(tmp_path / "big", shape, Ledger(np.zeros(n_images, ROW)))
+
+    def held() -> int:
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(lines["RssFile"].split()[0]) * 1024
+
+    before, most = held(), 0
+    for rows in torch.randperm(n_images).split(128) * 2:
+        assert not pixels[rows].any()
+        most = max(most, held() - before)
+    assert most < 200 * 2**20
+
+
+def test_an_image_that_goes_while_training_is_named(folder: Path) -> None:
+    data = ImageFolderData(folder, cache="none", num_workers=1, batch_size=8)
+    data.setup()
+    (folder / "train" / "class0" / "07.png").write_text("gone")
+    (folder / "train" / "class0" / "08.png").write_text("gone")
+    (folder / "train" / "class0" / "09.png").write_text("gone")
+    run = pl.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+                     enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0)  # fmt: skip
+    with pytest.raises(InputError, match=r"^\S+0[789].png is not a readable image"):
+        run.fit(Classifier({"name": "resnet8", "num_classes": 2, "stage_widths": [4, 4, 8]}), datamodule=data)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cache": "dsk"}, "data.cache must be one of auto, memory, disk, none, got 'dsk'; did you mean disk"),
+        ({"num_workers": -1}, "data.num_workers must be at least 0, got -1"),
+        ({"image_size": 0}, "data.image_size must be at least 1, got 0"),
+        ({"interpolation": "cubic"}, "data.interpolation must be one of bilinear, bicubic, got 'cubic'"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], message: str, folder: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        ImageFolderData(folder, **settings)
+
+
+def small(folder: Path, out: Path, cache: str) -> DictConfig:
+    base = [item for item in SMALL if not item.startswith("data")]
+    few = ("model.stage_widths=[4,4,8]", "data.batch_size=16", "tagging.per_class=true", "importance=snr")
+    where = ("data=image_folder", f"data.root={folder}", f"data.cache={cache}")
+    return config("prune", out, *where, "pruning.ratio=0.3", *few, base=base)
+
+
+def test_a_cut_gets_the_same_images_wherever_they_are_held(folder: Path, tmp_path: Path) -> None:
+    found = []
+    for cache in ("memory", *STORED):
+        settings = read_settings(small(folder, tmp_path, cache))
+        run = Run(settings, load_data(settings.data), torch.device("cpu"))
+        material = run._material()
+        assert material.labelled is not None
+        found.append((material.images, material.calibration, *material.labelled))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_a_network_is_tagged_cut_and_tuned_on_images_that_are_not_held(folder: Path, tmp_path: Path) -> None:
+    net = build_model({"name": "resnet8", "num_classes": 2, "stage_widths": [4, 4, 8]})
+    metrics, _ = prune(small(folder, tmp_path, "none"), net)
+    assert metrics["finished"]
+    with (tmp_path / "layers.csv").open() as file:
+        assert {row["group"] for row in csv.DictReader(file)} == {"all", "class0", "class1"}

@@ -1,0 +1,67 @@
+"""Data sets by way of Hugging Face's library, from files: no network."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from freqprune.errors import InputError
+from freqprune.training.hub_sets import HuggingFaceData
+from freqprune.training.listed import ImageFolderData
+from tests.training.test_data import write_tree
+
+datasets = pytest.importorskip("datasets", reason="pip install 'freqprune[datasets]'")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+    datasets.disable_progress_bars()
+    return write_tree(tmp_path / "images", per_class=8)
+
+
+def by_hub(folder: Path, **settings: Any) -> HuggingFaceData:
+    return HuggingFaceData("imagefolder", arguments={"data_dir": str(folder)}, **{"val_fraction": 0.25, **settings})
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk", "none"])
+def test_the_same_images_as_from_the_folder(cache: str, folder: Path) -> None:
+    expected, found = ImageFolderData(folder, val_fraction=0.25), by_hub(folder, cache=cache)
+    for split in ("train", "val", "test"):
+        assert torch.equal(found.split(split).pixels[:], expected.split(split).pixels)
+        assert torch.equal(found.split(split).labels, expected.split(split).labels)
+    assert found.classes == ("class0", "class1")
+    assert (found.mean, found.std) == (expected.mean, expected.std)
+
+
+def test_labels_that_are_words(folder: Path) -> None:
+    """As in a table of files and words beside the images."""
+    rows = {"image": [str(folder / "test" / "class1" / f"0{i}.png") for i in range(4)], "kind": list("baba")}
+    table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    for split in ("train", "test"):
+        table.to_parquet(folder / f"{split}.parquet")
+    files = {split: str(folder / f"{split}.parquet") for split in ("train", "test")}
+    data = HuggingFaceData("parquet", label_column="kind", arguments={"data_files": files}, val_fraction=0.5)
+    assert data.split("test").labels.tolist() == [1, 0, 1, 0]
+    assert data.classes == ("a", "b")
+
+
+def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"data.test_split = tset is no part of imagefolder; it has train, test; did"):
+        by_hub(folder, test_split="tset").setup()
+    with pytest.raises(InputError, match=r"data.label_column = kind is no column; there are image, label"):
+        by_hub(folder, label_column="kind").setup()
+    with pytest.raises(InputError, match=r"data.path = imagefolder could not be loaded"):
+        by_hub(tmp_path / "nowhere").setup()
+    first = folder / "train" / "class0" / "00.png"
+    first.write_bytes(first.read_bytes()[:40])
+    with pytest.raises(InputError, match=r"image 0 of imagefolder \(train\) is not a readable image"):
+        by_hub(folder).setup()
+
+
+def test_a_class_that_is_missing_in_test_is_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.rmtree(folder / "test" / "class1")
+    by_hub(folder).setup()
+    assert "1 classes are in one of imagefolder (train) and imagefolder (test) only: class1" in caplog.text

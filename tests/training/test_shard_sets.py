@@ -1,0 +1,101 @@
+"""Tar files in the form of WebDataset, written here with Python's own tarfile."""
+
+import io
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from freqprune.errors import InputError
+from freqprune.training.shard_sets import WebDatasetData
+
+
+def add(file: tarfile.TarFile, name: str, content: bytes) -> None:
+    header = tarfile.TarInfo(name)
+    header.size = len(content)
+    file.addfile(header, io.BytesIO(content))
+
+
+def png(pixels: np.ndarray[Any, Any]) -> bytes:
+    found = io.BytesIO()
+    Image.fromarray(pixels).save(found, "png")
+    return found.getvalue()
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> tuple[Path, np.ndarray[Any, Any]]:
+    """Two shards to train on and one to test on, ten images each; image i of each shard is of class i modulo 3."""
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 8, 9, 3), dtype=np.uint8)
+    for number, name in enumerate(("train-0", "train-1", "test-0")):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as file:
+            for i in range(10):
+                add(file, f"some/{name}_{i}.json", b"{}")
+                add(file, f"some/{name}_{i}.cls", str(i % 3).encode())
+                add(file, f"some/{name}_{i}.png", png(pixels[10 * number + i]))
+    return tmp_path, pixels
+
+
+def data(folder: Path, **settings: Any) -> WebDatasetData:
+    how: dict[str, Any] = {"val_fraction": 0.4, **settings}
+    return WebDatasetData(str(folder / "train-*.tar"), str(folder / "test-*.tar"), **how)
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk", "none"])
+def test_pixels_and_labels(cache: str, shards: tuple[Path, Any]) -> None:
+    folder, pixels = shards
+    found = data(folder, cache=cache)
+    assert np.array_equal(found.split("test").pixels[:].permute(0, 2, 3, 1).numpy(), pixels[20:])
+    assert found.split("test").labels.tolist() == [i % 3 for i in range(10)]
+    whole = torch.cat([found.split(name).pixels[:] for name in ("train", "val")]).flatten(1)
+    expected = torch.from_numpy(pixels[:20]).permute(0, 3, 1, 2).flatten(1)
+    assert torch.equal(whole.unique(dim=0), expected.unique(dim=0))
+    assert found.classes == ("0", "1", "2")
+
+
+def test_a_shard_that_has_changed_is_read_again(shards: tuple[Path, Any]) -> None:
+    folder, pixels = shards
+    data(folder, cache="disk").setup()
+    with tarfile.open(folder / "test-0.tar", "w") as file:
+        for i in range(10):
+            add(file, f"some/test-0_{i}.json", b"{}")
+            add(file, f"some/test-0_{i}.cls", str(i % 3).encode())
+            add(file, f"some/test-0_{i}.png", png(255 - pixels[20 + i]))
+    os.utime(folder / "test-0.tar", ns=(0, 1))
+    found = data(folder, cache="disk").split("test").pixels[:]
+    assert np.array_equal(found.permute(0, 2, 3, 1).numpy(), 255 - pixels[20:])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("odd.png", png(np.zeros((8, 9, 3), np.uint8)), r"odd in \S+test-0.tar has an image and no .cls; 1 samples"),
+        ("odd.cls", b"1", r"odd in \S+ has a label and no .jpg"),
+        ("odd.cls", b"cat", r"odd.cls in \S+ must hold the number of a class, got b'cat'"),
+    ],
+)
+def test_samples_that_are_refused(name: str, content: bytes, message: str, shards: tuple[Path, Any]) -> None:
+    with tarfile.open(shards[0] / "test-0.tar", "a") as file:
+        add(file, name, content)
+    with pytest.raises(InputError, match=message):
+        data(shards[0]).setup()
+
+
+def test_shards_that_are_refused(shards: tuple[Path, Any]) -> None:
+    folder, _ = shards
+    with pytest.raises(InputError, match=r"data.train_shards = \S+ matches no file"):
+        data(folder / "none").setup()
+    with pytest.raises(InputError, match=r"data.n_classes = 2, but there are labels up to 2"):
+        data(folder, n_classes=2).setup()
+    with tarfile.open(folder / "test-0.tar", "a") as file:
+        add(file, "bad.png", b"no image")
+        add(file, "bad.cls", b"0")
+    with pytest.raises(InputError, match=r"bad in \S+test-0.tar is not a readable image"):
+        data(folder).setup()
+    (folder / "test-0.tar").write_bytes(b"no tar" * 200)
+    with pytest.raises(InputError, match=r"test-0.tar is no readable tar file"):
+        data(folder).setup()
