@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from scipy import stats
 from torch import Tensor
 
 from freqprune.errors import InputError
 from freqprune.tagging import benjamini_hochberg
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,7 @@ class Attribution:
         whole: score of the whole image, ``(n_images,)``.
         baseline: score with every part at its baseline, likewise.
         parts: number of each pixel's part, -1 for none, ``(n_images, height, width)``.
+        part_names: what the parts are called, ``n_parts`` of them.
         forwards: frames that an image took at most.
     """
 
@@ -39,6 +48,7 @@ class Attribution:
     whole: Tensor
     baseline: Tensor
     parts: Tensor
+    part_names: Sequence[str]
     forwards: int
 
     @property
@@ -48,40 +58,75 @@ class Attribution:
 
     @property
     def maps(self) -> Tensor:
-        """Effect of the part that each pixel belongs to, ``(n_images, height, width)``; zero outside all parts. What
-        captum and pytorch-grad-cam call an attribution."""
+        """Effect of the part that each pixel belongs to, ``(n_images, height, width)``; zero outside all parts."""
         found = self.effects.gather(1, self.parts.flatten(1).clamp(min=0)).view(self.parts.shape)
         return torch.where(self.parts < 0, 0, found)
 
     def strongest_pairs(self, image: int, n_pairs: int = 5) -> list[tuple[int, int, float]]:
         """Pairs of parts that interact most, by size."""
-        upper = self.interactions[image].triu(1)
-        order = upper.abs().flatten().argsort(descending=True)[:n_pairs].tolist()
-        n_parts = upper.shape[0]
-        return [(one // n_parts, one % n_parts, float(upper.flatten()[one])) for one in order]
+        one, other = torch.ones(self.interactions.shape[1:]).triu(1).nonzero(as_tuple=True)
+        values = self.interactions[image][one, other]
+        order = values.abs().argsort(descending=True)[:n_pairs]
+        return [(int(one[at]), int(other[at]), float(values[at])) for at in order]
 
-    def plot(self, image: int, pixels: Tensor | None = None) -> Any:
-        """A figure of one map, over the image if its pixels ``(n_channels, height, width)`` are given; what is
-        significant at a false discovery rate of 5 % is outlined."""
-        from matplotlib.figure import Figure
+    def ranked(self, image: int, n_parts: int | None = None) -> list[int]:
+        """Parts of an image, those with the largest effect, of either sign, first."""
+        return self.effects[image].abs().argsort(descending=True)[:n_parts].tolist()
 
-        figure = Figure(figsize=(3.6, 3.4), layout="constrained")
-        axis = figure.subplots()
-        values = self.maps[image]
-        if pixels is not None:
-            axis.imshow(pixels.permute(1, 2, 0).clamp(0, 1).mean(-1).cpu().numpy(), cmap="gray")
-        limit = float(values.abs().max()) or 1.0
-        shown = axis.imshow(
-            values.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, alpha=0.65 if pixels is not None else 1
+    def significant(self, image: int, alpha: float = 0.05) -> Tensor:
+        """Parts whose effect is significant at a false discovery rate, ``(n_parts,)``."""
+        return self.adjusted[image] < alpha
+
+    def plot(
+        self,
+        image: int = 0,
+        pixels: Tensor | None = None,
+        n_pairs: int = 0,
+        n_marked: int = 0,
+        alpha: float = 0.05,
+        title: str = "",
+    ) -> Figure:
+        """A figure of one map.
+
+        Args:
+            image: number of the image.
+            pixels: of that image, in [0, 1], ``(n_channels, height, width)``: drawn beside the map and below it.
+            n_pairs: so many of the strongest interactions are drawn as lines between parts.
+            n_marked: so many of the parts with the largest effects are numbered.
+            alpha: false discovery rate at which parts are outlined.
+            title: line above the map.
+
+        Raises:
+            InputError: for an image that is not there, or pixels of another size.
+        """
+        from freqprune.attribution.pictures import picture
+
+        n_images, size = len(self.effects), tuple(self.parts.shape[-2:])
+        if not 0 <= image < n_images:
+            raise InputError(f"image must lie in [0, {n_images - 1}], got {image}")
+        if pixels is not None and (pixels.dim() != 3 or tuple(pixels.shape[-2:]) != size):
+            raise InputError(
+                f"pixels must be those of one image, (n_channels, {size[0]}, {size[1]}), got {tuple(pixels.shape)}"
+            )
+        pairs = self.strongest_pairs(image, n_pairs)
+        marked = self.ranked(image, n_marked)
+        return picture(
+            self.maps[image], self.parts[image], self.significant(image, alpha), pixels, pairs, marked, title
         )
-        parts = self.parts[image]
-        sure = (self.adjusted[image] < 0.05)[parts.clamp(min=0)] & (parts >= 0)
-        if sure.any() and not sure.all():
-            axis.contour(sure.float().numpy(), levels=[0.5], colors="black", linewidths=0.8)
-        axis.set_xticks([])
-        axis.set_yticks([])
-        figure.colorbar(shown, ax=axis, label="effect on the score", shrink=0.85)
-        return figure
+
+    def for_captum(self, n_channels: int = 3) -> Tensor:
+        """Maps as an attribution of captum, of the shape of the network's inputs as its perturbation methods give it,
+        ``(n_images, n_channels, height, width)`` float32: for ``captum.metrics``, and one image, channels last, for
+        ``captum.attr.visualization``."""
+        return self.maps.float()[:, None].expand(-1, n_channels, -1, -1).contiguous()
+
+    def for_grad_cam(self) -> FloatArray:
+        """Maps as class activation maps of pytorch-grad-cam, ``(n_images, height, width)`` float32 in [0, 1]: what
+        raises the score over the largest such effect of the image, as its methods scale; what lowers it is 0. For
+        ``show_cam_on_image`` and its metrics."""
+        raising = self.maps.clamp(min=0).float()
+        largest = raising.flatten(1).amax(1)[:, None, None]
+        return (raising / torch.where(largest > 0, largest, 1)).numpy()
 
 
 def estimate(design: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

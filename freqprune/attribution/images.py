@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from freqprune.attribution.gates import batches, check_frames, frames_for, gates
 from freqprune.attribution.scores import Score, read, targets
 from freqprune.errors import InputError, at_least, one_of
 from freqprune.networks import check_answers, evaluating, first
-from freqprune.tagging import Progress
+from freqprune.tagging import HALF, Progress
 
 BASELINES = ("mean", "grey", "blur")
 
@@ -34,7 +34,7 @@ def attribute(
     steepness: float = 4.0,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    half: torch.dtype | None = None,
+    half: str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Attribution:
@@ -57,9 +57,9 @@ def attribute(
         steepness: 1 for sines, larger for gates that are more often open or closed, see `freqprune.attribution.gates`.
         mean: channel means that the network's inputs are normalised with; none if left out.
         std: channel standard deviations, likewise.
-        half: dtype to run the network in by autocast.
+        half: ``"float16"`` or ``"bfloat16"``: run the network in half precision by autocast.
         seed: of frequencies and phases.
-        progress: wraps the iteration over images, for a progress bar.
+        progress: wraps the iteration over recordings, image after image, for a progress bar.
 
     Raises:
         InputError: for more parts than odd bins, masks of another size, a class that is not there, a network that
@@ -68,10 +68,12 @@ def attribute(
     device = next(model.parameters()).device
     if images.dim() != 4 or not len(images):
         raise InputError(f"images must be (n_images, n_channels, height, width), got {tuple(images.shape)}")
-    parts = _parts(images, grid, segments)
-    n_parts = int(parts.max()) + 1
+    parts, names = _parts(images, grid, segments)
+    n_parts = len(names)
     check_frames(n_parts, forwards)
     at_least(1, steepness=steepness)
+    if half is not None:
+        one_of(HALF, half=half)
     if until is not None and not until > 0:
         raise InputError(f"until must be a standard error above 0, got {until}")
     shift, scale = _normalisation(mean, std, images.shape[1], device)
@@ -80,8 +82,10 @@ def attribute(
     generator = torch.Generator().manual_seed(seed)
     designs = [gates(n_parts, n_frames, generator, steepness) for _ in range(n_recordings)]
 
+    dtype = HALF[half] if half is not None else None
+
     def answer(frames: Tensor) -> Any:
-        with torch.autocast(device.type, dtype=half, enabled=half is not None):
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
             return model((frames.to(device) - shift) / scale)
 
     check_answers(model, (pixels[:1].to(device) - shift) / scale)
@@ -97,18 +101,22 @@ def attribute(
             )
             for outputs in (whole, [answer(image[None]) for image in faded])
         ]
-        for number in progress(range(len(pixels))) if progress is not None else range(len(pixels)):
-            values: list[Tensor] = []
-            for design in designs:
-                frames = _frames(pixels[number], faded[number], parts[number], design)
-                values += [_scores(answer(some), score, at[number]) for some in frames]
-                fitted = estimate(torch.cat(designs[: len(values) // len(frames)]), torch.cat(values)[:, None])
-                if until is not None and float(fitted[1].max()) <= until:
-                    break
-            taken = max(taken, sum(map(len, values)))
-            found.append(fitted)
+        values: list[Tensor] = []
+        recordings = [(number, recording) for number in range(len(pixels)) for recording in range(n_recordings)]
+        for number, recording in progress(recordings) if progress is not None else recordings:
+            if len(found) > number:
+                continue  # sure enough before its last recording
+            frames = _frames(pixels[number], faded[number], parts[number], designs[recording])
+            values.append(torch.cat([_scores(answer(some), score, at[number]) for some in frames]))
+            last = recording + 1 == n_recordings
+            if not last and until is None:
+                continue
+            fitted = estimate(torch.cat(designs[: recording + 1]), torch.cat(values)[:, None])
+            if last or (until is not None and float(fitted[1].max()) <= until):
+                found.append(fitted)
+                taken, values = max(taken, sum(map(len, values))), []
     effects, errors, p_values, together = (torch.cat(column) for column in zip(*found, strict=True))
-    return Attribution(effects, errors, p_values, together, wanted, ends[0], ends[1], parts, taken)
+    return Attribution(effects, errors, p_values, together, wanted, ends[0], ends[1], parts, names, taken)
 
 
 def _scores(output: Any, score: str | Score, target: Tensor | None) -> Tensor:
@@ -116,16 +124,16 @@ def _scores(output: Any, score: str | Score, target: Tensor | None) -> Tensor:
     return read(output, score, None if target is None else target.expand(n_frames)).double().cpu()
 
 
-def _frames(image: Tensor, faded: Tensor, parts: Tensor, design: Tensor) -> list[Tensor]:
+def _frames(image: Tensor, faded: Tensor, parts: Tensor, design: Tensor) -> Iterator[Tensor]:
     """Batches of frames of one image, ``(n_frames, n_channels, height, width)``: each part as far from its baseline as
     its gate says; what is in no part stays."""
     still = torch.ones(len(design), 1, dtype=torch.float64)
     opened = batches(torch.cat([design, still], 1).to(image.dtype), image)
-    return [faded + some[:, parts][:, None] * (image - faded) for some in opened]
+    return (faded + some[:, parts][:, None] * (image - faded) for some in opened)
 
 
-def _parts(images: Tensor, grid: int | tuple[int, int], segments: Tensor | None) -> Tensor:
-    """Number of each pixel's part, ``(n_images, height, width)``."""
+def _parts(images: Tensor, grid: int | tuple[int, int], segments: Tensor | None) -> tuple[Tensor, list[str]]:
+    """Number of each pixel's part, ``(n_images, height, width)``, and what the parts are called."""
     height, width = images.shape[-2:]
     if segments is not None:
         found = torch.as_tensor(segments)
@@ -136,13 +144,15 @@ def _parts(images: Tensor, grid: int | tuple[int, int], segments: Tensor | None)
             )
         if int(found.max()) < 0:
             raise InputError("segments hold no part: every pixel is -1")
-        return found.long().expand(len(images), height, width)
+        names = [f"segment {number}" for number in range(int(found.max()) + 1)]
+        return found.long().expand(len(images), height, width), names
     rows, columns = (grid, grid) if isinstance(grid, int) else grid
     at_least(1, grid=min(rows, columns))
     if rows > height or columns > width:
         raise InputError(f"grid = {rows} x {columns} tiles do not fit into images of {height} x {width} pixels")
     row, column = (torch.arange(size) * count // size for size, count in ((height, rows), (width, columns)))
-    return (row[:, None] * columns + column).expand(len(images), height, width)
+    names = [f"row {one + 1}, column {other + 1}" for one in range(rows) for other in range(columns)]
+    return (row[:, None] * columns + column).expand(len(images), height, width), names
 
 
 def _baseline(pixels: Tensor, baseline: str | Tensor) -> Tensor:

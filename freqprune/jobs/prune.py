@@ -16,7 +16,7 @@ from freqprune.jobs.config import check_pruning
 from freqprune.jobs.outputs import name_of, tell, write_response
 from freqprune.jobs.settings import Settings, read
 from freqprune.jobs.stages import Run
-from freqprune.networks import Stored, build_model, load_network, preprocessing, pretrained_path, rebuilt_from, trained
+from freqprune.networks import Stored
 from freqprune.pruning import Verdict, judge, needs, plan_cut
 from freqprune.reports import record
 from freqprune.tagging import TagResponse, pick_layers, rounds, tag
@@ -79,14 +79,7 @@ def prune(
 
 def _network_to_prune(settings: Settings) -> Stored:
     common = settings.common
-    config = assembly.model_settings(settings.model)
-    if trained(config):
-        net = build_model(config).eval()
-        found = preprocessing(config)
-        stored = {} if found is None else {"mean": list(found.mean), "std": list(found.std)}
-        return Stored(net, rebuilt_from(config, net), stored)
-    path = pretrained_path("resnet32") if common.pretrained else Path(common.ckpt or "")
-    return load_network(path, None if config["name"] is None else config)
+    return assembly.stored_network(assembly.model_settings(settings.model), common.ckpt, common.pretrained)
 
 
 def _tagged(settings: Settings, net: nn.Module, data: ImageData) -> tuple[TagResponse, Verdict | None]:
