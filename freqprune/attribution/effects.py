@@ -35,7 +35,8 @@ class Attribution:
         target: class whose score was read, ``(n_images,)``; None for a score of one's own.
         whole: score of the whole image, ``(n_images,)``.
         baseline: score with every part at its baseline, likewise.
-        parts: number of each pixel's part, -1 for none, ``(n_images, height, width)``.
+        parts: number of each pixel's part, -1 for none, ``(n_images, height, width)``; of colour channels
+            ``(n_images, n_channels, height, width)``, as their `maps`.
         part_names: what the parts are called, ``n_parts`` of them.
         forwards: frames that an image took at most.
     """
@@ -86,7 +87,7 @@ class Attribution:
         alpha: float = 0.05,
         title: str = "",
     ) -> Figure:
-        """A figure of one map.
+        """A figure of one map; of colour channels, bars.
 
         Args:
             image: number of the image.
@@ -99,7 +100,7 @@ class Attribution:
         Raises:
             InputError: for an image that is not there, or pixels of another size.
         """
-        from freqprune.attribution.pictures import picture
+        from freqprune.attribution.pictures import bars, picture
 
         n_images, size = len(self.effects), tuple(self.parts.shape[-2:])
         if not 0 <= image < n_images:
@@ -108,6 +109,9 @@ class Attribution:
             raise InputError(
                 f"pixels must be those of one image, (n_channels, {size[0]}, {size[1]}), got {tuple(pixels.shape)}"
             )
+        if self.parts.dim() == 4:
+            sure = self.significant(image, alpha)
+            return bars(self.effects[image], self.standard_error[image], self.part_names, sure, pixels, title)
         pairs = self.strongest_pairs(image, n_pairs)
         marked = self.ranked(image, n_marked)
         return picture(
@@ -118,13 +122,15 @@ class Attribution:
         """Maps as an attribution of captum, of the shape of the network's inputs as its perturbation methods give it,
         ``(n_images, n_channels, height, width)`` float32: for ``captum.metrics``, and one image, channels last, for
         ``captum.attr.visualization``."""
-        return self.maps.float()[:, None].expand(-1, n_channels, -1, -1).contiguous()
+        maps = self.maps.float()
+        return (maps if maps.dim() == 4 else maps[:, None].expand(-1, n_channels, -1, -1)).contiguous()
 
     def for_grad_cam(self) -> FloatArray:
         """Maps as class activation maps of pytorch-grad-cam, ``(n_images, height, width)`` float32 in [0, 1]: what
         raises the score over the largest such effect of the image, as its methods scale; what lowers it is 0. For
         ``show_cam_on_image`` and its metrics."""
-        raising = self.maps.clamp(min=0).float()
+        maps = self.maps.float()
+        raising = (maps.sum(1) if maps.dim() == 4 else maps).clamp(min=0)
         largest = raising.flatten(1).amax(1)[:, None, None]
         return (raising / torch.where(largest > 0, largest, 1)).numpy()
 

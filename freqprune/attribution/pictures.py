@@ -37,15 +37,10 @@ def picture(
         marked: parts that are numbered 1, 2, ... in the figure.
         title: line above the map.
     """
-    n_panels = 1 if pixels is None else 2
     height, width = values.shape
-    size = 3.2
-    figure = Figure(figsize=(size * n_panels * width / height + 1.0, size + 0.3), layout="constrained")
-    *beside, axis = figure.subplots(1, n_panels, squeeze=False)[0]
+    figure, axis = _panels(pixels, width / height)
     if pixels is not None:
-        shown = pixels.permute(1, 2, 0).clamp(0, 1).cpu().numpy()
-        beside[0].imshow(shown if shown.shape[2] == 3 else shown.mean(2), cmap="gray", vmin=0, vmax=1)
-        axis.imshow(shown.mean(2), cmap="gray", vmin=-0.4, vmax=1)
+        axis.imshow(pixels.clamp(0, 1).mean(0).cpu().numpy(), cmap="gray", vmin=-0.4, vmax=1)
     limit = float(values.abs().max()) or 1.0
     drawn: Any = axis.imshow(
         values.cpu().numpy(), cmap=COLOURS, vmin=-limit, vmax=limit, alpha=1 if pixels is None else 0.6
@@ -54,14 +49,53 @@ def picture(
     outlined = np.where((numbers >= 0) & sure.cpu().numpy()[numbers.clip(min=0)], numbers, -1)
     axis.add_collection(LineCollection(list(borders(outlined)), colors="black", linewidths=0.9))
     _join(axis, centres(numbers, len(sure)), pairs, marked)
-    for one in (*beside, axis):
-        one.set_xticks([])
-        one.set_yticks([])
+    axis.set_xticks([])
+    axis.set_yticks([])
     axis.set_title(title, fontsize=9, loc="left")
     bar = figure.colorbar(drawn, ax=axis, shrink=0.85)
     bar.set_label("effect on the score", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     return figure
+
+
+def bars(
+    effects: Tensor, errors: Tensor, names: Sequence[str], sure: Tensor, pixels: Tensor | None = None, title: str = ""
+) -> Figure:
+    """A figure of a few effects with their standard errors, significant ones in full colour.
+
+    Args:
+        effects: ``(n_parts,)``.
+        errors: standard errors, likewise.
+        names: of the parts.
+        sure: which of them are significant, ``(n_parts,)``.
+        pixels: of the image, in [0, 1], ``(n_channels, height, width)``, drawn beside them.
+        title: line above the bars.
+    """
+    figure, axis = _panels(pixels, 1.0)
+    colours = [RAISES if value > 0 else LOWERS for value in effects.tolist()]
+    drawn = axis.bar(range(len(names)), effects.tolist(), yerr=errors.tolist(), color=colours, capsize=3)
+    for bar, certain in zip(drawn, sure.tolist(), strict=True):
+        bar.set_alpha(1.0 if certain else 0.35)
+    axis.axhline(0, color="black", linewidth=0.6)
+    axis.set_xticks(range(len(names)), names, fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.set_ylabel("effect on the score", fontsize=9)
+    axis.set_title(title, fontsize=9, loc="left")
+    return figure
+
+
+def _panels(pixels: Tensor | None, shape: float) -> tuple[Figure, Axes]:
+    """A figure and the place in it for what is found, so many times as wide as high, beside the image if that is
+    given."""
+    n_panels, size = 1 if pixels is None else 2, 3.2
+    figure = Figure(figsize=(size * n_panels * shape + 1.0, size + 0.3), layout="constrained")
+    *beside, axis = figure.subplots(1, n_panels, squeeze=False)[0]
+    if pixels is not None:
+        shown = pixels.permute(1, 2, 0).clamp(0, 1).cpu().numpy()
+        beside[0].imshow(shown if shown.shape[2] == 3 else shown.mean(2), cmap="gray", vmin=0, vmax=1)
+        beside[0].set_xticks([])
+        beside[0].set_yticks([])
+    return figure, axis
 
 
 def _join(

@@ -63,8 +63,10 @@ class Tags:
     """How parts are tagged and what is read, see `freqprune.attribute`, which checks the rest."""
 
     target: int | None
+    parts: str
     grid: int | Sequence[int]
     segments: str | None
+    n_segments: int
     forwards: int
     until: float | None
     score: str

@@ -55,6 +55,7 @@ def write_explain_page(folder: Path, found: Attribution, page: ExplainPage) -> P
         "n_parts": found.effects.shape[1],
         "n_rows": page.n_rows,
         "n_pairs": page.n_pairs,
+        "mapped": found.parts.dim() == 3,
         "forwards": found.forwards,
         "images": [_of_an_image(folder, found, page, number) for number in range(len(page.names))],
         "run": run,
