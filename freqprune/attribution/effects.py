@@ -32,6 +32,8 @@ class Attribution:
         p_values: of the hypothesis that a part does nothing (t test), not adjusted, likewise.
         interactions: how much more two parts raise the score together than one by one, ``(n_images, n_parts,
             n_parts)``, zero on the diagonal.
+        first_order: share of the variance of the score over the frames that hangs on a part alone, ``(n_images,
+            n_parts)``, see `freqprune.attribution.sensitivity.first_order`; what they leave of 1 is in combinations.
         target: class whose score was read, ``(n_images,)``; None for a score of one's own.
         whole: score of the whole image, ``(n_images,)``.
         baseline: score with every part at its baseline, likewise.
@@ -45,6 +47,7 @@ class Attribution:
     standard_error: Tensor
     p_values: Tensor
     interactions: Tensor
+    first_order: Tensor
     target: Tensor | None
     whole: Tensor
     baseline: Tensor

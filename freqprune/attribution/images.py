@@ -14,6 +14,7 @@ from freqprune.attribution.effects import Attribution, estimate
 from freqprune.attribution.gates import batches, check_frames, frames_for, gates
 from freqprune.attribution.parts import find_parts
 from freqprune.attribution.scores import Score, read, targets
+from freqprune.attribution.sensitivity import first_order
 from freqprune.errors import InputError, at_least, one_of
 from freqprune.networks import check_answers, evaluating, first
 from freqprune.tagging import HALF, Progress
@@ -103,8 +104,8 @@ def attribute(
             if last or (until is not None and float(fitted[1].max()) <= until):
                 found.append(fitted)
                 taken, scores = max(taken, n_frames * (recording + 1)), []
-    effects, errors, p_values, together = (torch.cat(column) for column in zip(*found, strict=True))
-    return Attribution(effects, errors, p_values, together, wanted, ends[0], ends[1], numbers, names, taken)
+    effects, errors, p_values, together, shares = (torch.cat(column) for column in zip(*found, strict=True))
+    return Attribution(effects, errors, p_values, together, shares, wanted, ends[0], ends[1], numbers, names, taken)
 
 
 @dataclass(frozen=True)
@@ -160,17 +161,20 @@ def _present(numbers: Tensor, n_parts: int) -> Tensor:
 
 
 def _fitted(design: Tensor, scores: Tensor, there: Tensor) -> tuple[Tensor, ...]:
-    """`estimate` of the parts that an image has; the others do nothing to it."""
-    found = estimate(design[:, there], scores[:, None])
+    """Effects, standard errors, p-values, interactions and first-order shares, of the parts that an image has; the
+    others do nothing to it."""
+    effects, errors, p_values, together = estimate(design[:, there], scores[:, None])
+    shares = first_order(design[:, there], scores)[None]
     if there.all():
-        return found
-    n_parts = len(there)
-    effects, errors, p_values = (
-        torch.full((1, n_parts), empty, dtype=torch.float64).masked_scatter(there, one)
-        for one, empty in zip(found[:3], (0.0, 0.0, 1.0), strict=True)
+        return effects, errors, p_values, together, shares
+    whole, pairs = torch.zeros(1, len(there), dtype=torch.float64), there[:, None] & there
+    return (
+        whole.masked_scatter(there, effects),
+        whole.masked_scatter(there, errors),
+        (whole + 1).masked_scatter(there, p_values),
+        torch.zeros(1, *pairs.shape, dtype=torch.float64).masked_scatter(pairs, together),
+        whole.masked_scatter(there, shares),
     )
-    together = torch.zeros(1, n_parts, n_parts, dtype=torch.float64)
-    return effects, errors, p_values, together.masked_scatter(there[:, None] & there, found[3])
 
 
 def _dtype(half: str | None) -> torch.dtype | None:

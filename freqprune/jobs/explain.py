@@ -20,6 +20,8 @@ from freqprune.networks import CIFAR10, CIFAR10_CLASSES, Preprocessing, Stored, 
 from freqprune.reports import ExplainPage, record, save, show, write_explain_page
 from freqprune.tagging import rounds
 
+OF_PARTS = ("effects", "standard_error", "p_values", "adjusted", "interactions", "first_order")
+
 
 def explain(cfg: DictConfig) -> tuple[Attribution, dict[str, Any]]:
     """Say for each image which of its parts a trained network's answer hangs on.
@@ -146,10 +148,7 @@ def _write(
     out: Path, asked: Explaining, found: Attribution, pixels: Tensor, names: list[str], classes: list[str] | None
 ) -> None:
     telling = asked.telling
-    arrays: dict[str, Any] = {
-        name: getattr(found, name).numpy()
-        for name in ("effects", "standard_error", "p_values", "adjusted", "interactions", "maps", "parts", "whole")
-    }
+    arrays: dict[str, Any] = {name: getattr(found, name).numpy() for name in (*OF_PARTS, "maps", "parts", "whole")}
     arrays |= {"baseline": found.baseline.numpy(), "names": np.array(names), "forwards": found.forwards}
     if found.target is not None:
         arrays["target"] = found.target.numpy()

@@ -87,6 +87,7 @@ def _of_an_image(folder: Path, found: Attribution, page: ExplainPage, number: in
         "whole": f"{found.whole[number]:.3g}",
         "baseline": f"{found.baseline[number]:.3g}",
         "n_sure": int(sure.sum()),
+        "alone": f"{100 * float(found.first_order[number].sum().clamp(0, 1)):.0f} %",
         "rows": rows,
         "pairs": [
             [names[one], names[other], f"{value:+.3g}"]

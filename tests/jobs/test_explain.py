@@ -16,7 +16,7 @@ from torchvision import models
 
 from freqprune import attribute, register_model, resnet32
 from freqprune.errors import InputError
-from freqprune.jobs.explain import explain
+from freqprune.jobs.explain import OF_PARTS, explain
 from freqprune.jobs.photographs import read_images
 from freqprune.networks import registry
 from freqprune.networks.libraries import preprocessing
@@ -57,7 +57,8 @@ def test_explain_writes_what_it_says(images: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(found.effects, expected.effects)
     with np.load(tmp_path / "attribution.npz") as file:
         assert file["names"].tolist() == names
-        for name in ("effects", "standard_error", "p_values", "adjusted", "interactions", "maps", "parts", "target"):
+        assert {*OF_PARTS, "maps", "parts", "target", "whole", "baseline", "names", "forwards"} == {*file}
+        for name in (*OF_PARTS, "maps", "parts", "target", "whole", "baseline"):
             assert np.array_equal(file[name], getattr(found, name).numpy())
         assert file["forwards"] == 32
     page = (tmp_path / "explain.html").read_text()
