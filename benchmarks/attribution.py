@@ -6,12 +6,18 @@ of CIFAR-10, of the package's ResNet-32.
 Of each map the tiles are taken away from the image (deletion, lower is better) or put into its mean colour (insertion,
 higher is better), the most important first; the figure is the mean probability of the class that the network answered
 with. `difference` is insertion minus deletion. After Petsiuk, Das & Saenko 2018 (RISE, arXiv 1806.07421).
+
+    python benchmarks/attribution.py CIFAR10_FOLDER --over-bare --json over_bare.json
+
+`over_bare`: seconds of `freqprune.attribute` over those of as many forwards of the bare network, in batches of the same
+size, in turn; median and range over the repeats.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,12 +25,15 @@ import torch
 from result import publish
 from rich.progress import track
 from torch import Tensor, nn
+from torchvision import models
 
 from freqprune import attribute, resnet32
 from freqprune.attribution.effects import estimate
+from freqprune.attribution.gates import PIXELS, frames_for
 from freqprune.training import ImageFolderData
 
 GRID = 8
+FRAMES = frames_for(GRID * GRID)
 
 
 class Judge:
@@ -108,16 +117,55 @@ METHODS: dict[str, tuple[Callable[[Judge, int, int], Tensor], tuple[int, ...]]] 
 }
 
 
+def over_bare(net: nn.Module, image: Tensor, forwards: int, repeats: int) -> dict[str, Any]:
+    """How much longer an attribution takes than its forwards alone."""
+    size = max(1, PIXELS // image[0].numel())
+    batches = [len(some) for some in torch.empty(FRAMES, 0).split(size)] * (forwards // FRAMES)
+    inputs = torch.rand(min(size, FRAMES), *image.shape)
+
+    def bare() -> None:
+        with torch.inference_mode():
+            for count in batches:
+                net(inputs[:count])
+
+    def tagged() -> None:
+        attribute(net, image[None], grid=GRID, forwards=forwards)
+
+    shares = []
+    for number in range(repeats + 1):
+        seconds = []
+        for one in (bare, tagged):
+            start = time.perf_counter()
+            one()
+            seconds.append(time.perf_counter() - start)
+        # The first of each warms up.
+        shares += [seconds[1] / seconds[0]] if number else []
+    return {
+        "over_bare": round(statistics.median(shares), 3), "range": [round(min(shares), 3), round(max(shares), 3)],
+        "forwards": forwards, "repeats": repeats, "seconds_an_image": round(seconds[1], 3),
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", help="folder with train/<class>/* and test/<class>/*")
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
     parser.add_argument("--images", type=int, default=200, help="test images (200)")
     parser.add_argument("--split", default="test", choices=["val", "test"], help="choose on val, report on test")
+    parser.add_argument("--over-bare", action="store_true", help="measure the time only")
+    parser.add_argument("--repeats", type=int, default=10, help="of the time (10)")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     given = parser.parse_args()
     data = ImageFolderData(given.root, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
     net = resnet32(pretrained=True).eval()
+    if given.over_bare:
+        large = models.resnet18().eval()
+        times = {
+            "resnet32, 32 px": over_bare(net, torch.rand(3, 32, 32), 512, given.repeats),
+            "torchvision/resnet18, 224 px": over_bare(large, torch.rand(3, 224, 224), 256, given.repeats),
+        }
+        publish(times, given.json)
+        return
     images = data.split(given.split)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: given.images]
     rows: dict[str, list[tuple[float, float]]] = {}

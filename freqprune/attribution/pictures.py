@@ -84,6 +84,33 @@ def bars(
     return figure
 
 
+def filters_by_classes(effects: Tensor, names: Sequence[str], title: str = "") -> Figure:
+    """A figure of what filters do to classes, those together that raise the same class most.
+
+    Args:
+        effects: of every filter on every class, ``(n_filters, n_classes)``.
+        names: of the classes.
+        title: line above.
+    """
+    best = effects.argmax(1)
+    order = sorted(range(len(effects)), key=lambda row: (int(best[row]), -float(effects[row].amax())))
+    height = max(2.4, 0.16 * len(order) + 1.2)
+    figure = Figure(figsize=(max(3.6, 0.34 * len(names) + 2.0), height), layout="constrained")
+    axis = figure.subplots()
+    limit = float(effects.abs().max()) or 1.0
+    drawn = axis.imshow(
+        effects[order].cpu().numpy(), cmap=COLOURS, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
+    )
+    axis.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 3 else 0, fontsize=8)
+    axis.set_yticks(range(len(order)), [str(row) for row in order], fontsize=6)
+    axis.set_ylabel("filter", fontsize=9)
+    axis.set_title(title, fontsize=9, loc="left")
+    bar = figure.colorbar(drawn, ax=axis)
+    bar.set_label("mean effect on the logit", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    return figure
+
+
 def _panels(pixels: Tensor | None, shape: float) -> tuple[Figure, Axes]:
     """A figure and the place in it for what is found, so many times as wide as high, beside the image if that is
     given."""

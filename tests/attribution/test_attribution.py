@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.attribution.effects import estimate
-from freqprune.attribution.filters import filter_effects
 from freqprune.attribution.gates import gates
 from freqprune.attribution.images import attribute
 from freqprune.errors import InputError
@@ -122,25 +121,6 @@ def test_scores(score: Any) -> None:
     }.get(score, 2 * logits[:, 0])  # type: ignore[call-overload]
     torch.testing.assert_close(found.whole, expected, rtol=1e-3, atol=1e-4)
     assert found.effects.shape == found.standard_error.shape == found.p_values.shape == (3, 4)
-
-
-def test_filters_of_a_layer() -> None:
-    """Behind the layer everything is linear: the effect of a filter is what leaving it out takes away."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)).eval()
-    found = filter_effects(net, IMAGES, "0")
-    weight = net[4].weight
-    with torch.no_grad():
-        # A gate on what comes before a ReLU is one on what comes after it.
-        means = net[:4](IMAGES)
-        expected = (means[:, :, None] * weight.T[None]).double()
-    torch.testing.assert_close(found.effects, expected, rtol=1e-3, atol=1e-5)
-    assert found.interactions.shape == (3, 6, 6)
-    assert found.interactions.abs().max() < 1e-4
-    with pytest.raises(InputError, match="no convolution or linear layer '1'"):
-        filter_effects(net, IMAGES, "1")
-    with pytest.raises(InputError, match="6 parts need an odd bin each: forwards must be at least 24, got 20"):
-        filter_effects(net, IMAGES, "0", forwards=20)
 
 
 def test_gates_lie_on_odd_bins_of_their_own() -> None:
