@@ -4,8 +4,8 @@ every layer of the package's ResNet-32, on validation images of CIFAR-10.
     python benchmarks/filter_effects.py CIFAR10_FOLDER --json filter_effects.json
 
 A filter's score is its squared effect on the logits, summed over classes, mean over images. The figure is the rank
-correlation of the scores of a layer's filters with those from leaving out one by one on other images (`reference`):
-mean over the layers, standard deviation over the seeds, which choose the images.
+correlation of the scores of a layer's filters with those from leaving out one by one on other images (`reference`) and
+on the same ones (`same_images`): mean over the layers, standard deviation over the seeds, which choose the images.
 """
 
 from __future__ import annotations
@@ -48,15 +48,10 @@ def by_tags(net: nn.Module, images: Tensor, layer: str) -> Tensor:
     return filter_effects(net, images, layer).movement
 
 
-def by_steep_tags(net: nn.Module, images: Tensor, layer: str) -> Tensor:
-    return filter_effects(net, images, layer, steepness=4.0).movement
-
-
 # How many forwards an image takes for each filter, about.
 METHODS: dict[str, tuple[Callable[[nn.Module, Tensor, str], Tensor], int]] = {
     "one_by_one": (one_by_one, 1),
     "tags": (by_tags, 4),
-    "steep_tags": (by_steep_tags, 4),
 }
 
 
@@ -64,9 +59,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", help="folder with train/<class>/* and test/<class>/*")
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
-    parser.add_argument("--reference", type=int, default=32, help="images of the reference (32)")
+    parser.add_argument("--reference", type=int, default=16, help="images of the reference (16)")
     parser.add_argument("--images", nargs="*", type=int, default=[1, 4], help="images of the others (1 4)")
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     given = parser.parse_args()
     data = ImageFolderData(given.root, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
     data.setup()
@@ -74,27 +69,34 @@ def main() -> None:
     layers = [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d)]
     found: dict[str, Any] = {"reference": given.reference, "seeds": len(given.seeds)}
     means: dict[str, list[float]] = {}
+    at_same: dict[str, list[float]] = {}
     seconds: dict[str, list[float]] = {}
     for seed in given.seeds:
         order = torch.randperm(len(val), generator=torch.Generator().manual_seed(seed))
         inputs = data.normalize(val.pixels[order[: given.reference + max(given.images)]])
         by_layer: dict[str, list[float]] = {}
+        same: dict[str, list[float]] = {}
         for layer in track(layers, description=f"layers, seed {seed}"):
             reference = one_by_one(net, inputs[: given.reference], layer)
-            for name, (method, cost) in METHODS.items():
-                for count in given.images:
+            for count in given.images:
+                left_out = torch.empty(0)
+                for name, (method, cost) in METHODS.items():
                     start = time.perf_counter()
                     scores = method(net, inputs[given.reference : given.reference + count], layer)
                     key = f"{name}.{count}"
                     seconds.setdefault(key, []).append(time.perf_counter() - start)
                     by_layer.setdefault(key, []).append(float(spearmanr(scores, reference).statistic))
                     found[key] = {"forwards_a_filter": cost * count}
+                    left_out = scores if name == "one_by_one" else left_out
+                    same.setdefault(key, []).append(float(spearmanr(scores, left_out).statistic))
         for key, values in by_layer.items():
             means.setdefault(key, []).append(statistics.mean(values))
             found[key]["worst_layer"] = round(min(values), 3)
+            at_same.setdefault(key, []).append(statistics.mean(same[key]))
     for key, values in means.items():
         found[key] |= {
             "rank_correlation": round(statistics.mean(values), 3),
+            "same_images": round(statistics.mean(at_same[key]), 3),
             "sd": round(statistics.stdev(values), 3) if len(values) > 1 else None,
             "seconds": round(sum(seconds[key]) / len(given.seeds), 1),
         }

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from freqprune import Amount, Material, Recipe, Stimulus, cut
 from freqprune.attribution.filters import FilterEffects, filter_effects
 from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
@@ -62,6 +63,16 @@ def test_the_criterion_is_how_far_the_logits_move(net: nn.Module) -> None:
         (whole - masked_forward(net, {"head": [number]}, IMAGES)).square().sum(1).mean() for number in range(6)
     ])  # fmt: skip
     torch.testing.assert_close(found, expected.double(), rtol=1e-3, atol=1e-6)
+
+
+def test_a_cut_keeps_what_moves_the_logits() -> None:
+    dense = build_model({"name": "resnet8"}).eval()
+    labels = torch.zeros(len(IMAGES), dtype=torch.long)
+    material = Material(IMAGES, lambda pixels: pixels, [0.0] * 3, [1.0] * 3, labelled=(IMAGES, labels))
+    done = cut(dense, material, Recipe(Amount(ratio=0.5, scope="layer"), criterion="effect"), Stimulus())
+    layer = "layer3.0.conv1"
+    moved = filter_effects(dense, IMAGES, layer).movement
+    assert done.kept[layer].tolist() == sorted(moved.argsort(descending=True)[:32].tolist())
 
 
 def test_agrees_with_leaving_out_one_by_one() -> None:

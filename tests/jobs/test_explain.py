@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from freqprune.jobs.photographs import read_images
 from freqprune.networks import registry
 from freqprune.networks.libraries import preprocessing
 from freqprune.networks.registry import build_model
+from tests.conftest import ROOT
 from tests.jobs.test_jobs import config
 from tests.networks.test_libraries import NO_TIMM, cache, cached
 
@@ -239,3 +241,25 @@ def test_bad_input(there: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         explain(asked(there / "out", *overrides))
     assert not (there / "out" / "attribution.npz").exists()
+
+
+def test_every_command_and_every_piece_of_code_of_the_docs_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("digits").mkdir()
+    for number, digit in enumerate(load_digits().images[:2]):
+        Image.fromarray((digit * 15.9).astype(np.uint8)).resize((32, 32)).save(f"digits/{number}.png")
+    blocks = re.findall(r"```(sh|python)\n(.*?)```", (ROOT / "docs" / "explain.md").read_text(), re.DOTALL)
+    assert [kind for kind, _ in blocks] == ["sh", "python", "python"]
+    for kind, text in blocks:
+        if kind == "python":
+            exec(compile(text.replace("forwards=512", "forwards=256"), "docs/explain.md", "exec"), {})
+            continue
+        for line in text.strip().splitlines():
+            command, job, *overrides = shlex.split(line)
+            assert (command, job) == ("freqprune", "explain")
+            explain(asked(tmp_path / "out", *overrides, "grid=4", "n_segments=8", "forwards=64"))
+            assert (tmp_path / "out" / "explain.html").is_file()
+    assert Path("map.png").is_file()
+    assert Path("filters.png").is_file()
