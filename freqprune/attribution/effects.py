@@ -32,6 +32,8 @@ class Attribution:
         p_values: of the hypothesis that a part does nothing (t test), not adjusted, likewise.
         interactions: how much more two parts raise the score together than one by one, ``(n_images, n_parts,
             n_parts)``, zero on the diagonal.
+        interaction_p_values: of the hypothesis that two parts do not interact, each pair tested alone, likewise; too
+            small for pairs that do nothing where a few others do nearly everything (see docs/explain.md).
         first_order: share of the variance of the score over the frames that hangs on a part alone, ``(n_images,
             n_parts)``, see `freqprune.attribution.sensitivity.first_order`; what they leave of 1 is in combinations.
         target: class whose score was read, ``(n_images,)``; None for a score of one's own.
@@ -47,6 +49,7 @@ class Attribution:
     standard_error: Tensor
     p_values: Tensor
     interactions: Tensor
+    interaction_p_values: Tensor
     first_order: Tensor
     target: Tensor | None
     whole: Tensor
@@ -66,10 +69,13 @@ class Attribution:
         found = self.effects.gather(1, self.parts.flatten(1).clamp(min=0)).view(self.parts.shape)
         return torch.where(self.parts < 0, 0, found)
 
-    def strongest_pairs(self, image: int, n_pairs: int = 5) -> list[tuple[int, int, float]]:
-        """Pairs of parts that interact most, by size."""
+    def strongest_pairs(self, image: int, n_pairs: int = 5, alpha: float | None = None) -> list[tuple[int, int, float]]:
+        """Pairs of parts that interact most, by size; with `alpha` only those at this false discovery rate."""
         one, other = torch.ones(self.interactions.shape[1:]).triu(1).nonzero(as_tuple=True)
         values = self.interactions[image][one, other]
+        if alpha is not None:
+            sure = benjamini_hochberg(self.interaction_p_values[image][one, other]) < alpha
+            one, other, values = one[sure], other[sure], values[sure]
         order = values.abs().argsort(descending=True)[:n_pairs]
         return [(int(one[at]), int(other[at]), float(values[at])) for at in order]
 
@@ -95,9 +101,9 @@ class Attribution:
         Args:
             image: number of the image.
             pixels: of that image, in [0, 1], ``(n_channels, height, width)``: drawn beside the map and below it.
-            n_pairs: so many of the strongest interactions are drawn as lines between parts.
+            n_pairs: so many of the strongest interactions are drawn as lines between parts, if they are significant.
             n_marked: so many of the parts with the largest effects are numbered.
-            alpha: false discovery rate at which parts are outlined.
+            alpha: false discovery rate at which parts are outlined and pairs joined.
             title: line above the map.
 
         Raises:
@@ -115,7 +121,7 @@ class Attribution:
         if self.parts.dim() == 4:
             sure = self.significant(image, alpha)
             return bars(self.effects[image], self.standard_error[image], self.part_names, sure, pixels, title)
-        pairs = self.strongest_pairs(image, n_pairs)
+        pairs = self.strongest_pairs(image, n_pairs, alpha)
         marked = self.ranked(image, n_marked)
         return picture(
             self.maps[image], self.parts[image], self.significant(image, alpha), pixels, pairs, marked, title
@@ -138,7 +144,7 @@ class Attribution:
         return (raising / torch.where(largest > 0, largest, 1)).numpy()
 
 
-def estimate(design: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def estimate(design: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Effects by least squares, which for a score that is linear in the parts are exact.
 
     Args:
@@ -147,7 +153,7 @@ def estimate(design: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
 
     Returns:
         Effects, standard errors and p-values ``(n_scores, n_parts)``, and interactions ``(n_scores, n_parts,
-        n_parts)``: the projection of what the effects leave on the product of two centred gates.
+        n_parts)``, the projection of what the effects leave on the product of two centred gates, with their p-values.
 
     Raises:
         InputError: for scores that are not finite.
@@ -168,10 +174,14 @@ def estimate(design: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
     error = (inverse.diagonal()[:, None] * variance).sqrt()
     # Rounding alone is no effect.
     tiny = 1e-12 * about.abs().amax(0).clamp(min=torch.finfo(torch.float64).tiny)
-    t = effects / error.clamp(min=tiny)
-    p_values = torch.from_numpy(2 * stats.t.sf(t.abs().numpy(), freedom))
     size = (centred.square().T @ centred.square()).clamp(min=torch.finfo(torch.float64).tiny)
     together = torch.stack([(centred * column[:, None]).T @ centred / size for column in rest.T])
     together = (together + together.mT) / 2
     together = together - torch.diag_embed(together.diagonal(dim1=1, dim2=2))
-    return effects.T, error.T, p_values.T, together
+    pair_error = (variance[:, None, None] / size).sqrt()
+
+    def p_values(found: Tensor, errors: Tensor, tiny: Tensor) -> Tensor:
+        return torch.from_numpy(2 * stats.t.sf((found / errors.clamp(min=tiny)).abs().numpy(), freedom))
+
+    of_pairs = p_values(together, pair_error, tiny[:, None, None])
+    return effects.T, error.T, p_values(effects, error, tiny).T, together, of_pairs

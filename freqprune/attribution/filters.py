@@ -122,7 +122,7 @@ def filter_effects(
             answers = torch.cat([answer(some, image) for some in batches(design, image)])
             if answers.dim() != 2:
                 raise InputError(f"the network must return logits, (n_images, n_classes), got {tuple(answers.shape)}")
-            effects, errors, p_values, together = estimate(design, answers)
+            effects, errors, p_values, together, _ = estimate(design, answers)
             top = int(answer(torch.ones(1, n_filters), image).argmax())
             found.append((effects.T, errors.T, p_values.T, together[top]))
     return FilterEffects(layer, *(torch.stack(column) for column in zip(*found, strict=True)))

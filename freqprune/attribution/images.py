@@ -104,8 +104,10 @@ def attribute(
             if last or (until is not None and float(fitted[1].max()) <= until):
                 found.append(fitted)
                 taken, scores = max(taken, n_frames * (recording + 1)), []
-    effects, errors, p_values, together, shares = (torch.cat(column) for column in zip(*found, strict=True))
-    return Attribution(effects, errors, p_values, together, shares, wanted, ends[0], ends[1], numbers, names, taken)
+    effects, errors, p_values, *of_pairs, shares = (torch.cat(column) for column in zip(*found, strict=True))
+    return Attribution(
+        effects, errors, p_values, of_pairs[0], of_pairs[1], shares, wanted, ends[0], ends[1], numbers, names, taken
+    )
 
 
 @dataclass(frozen=True)
@@ -161,19 +163,18 @@ def _present(numbers: Tensor, n_parts: int) -> Tensor:
 
 
 def _fitted(design: Tensor, scores: Tensor, there: Tensor) -> tuple[Tensor, ...]:
-    """Effects, standard errors, p-values, interactions and first-order shares, of the parts that an image has; the
-    others do nothing to it."""
-    effects, errors, p_values, together = estimate(design[:, there], scores[:, None])
-    shares = first_order(design[:, there], scores)[None]
+    """Effects, standard errors, p-values, interactions with theirs, and first-order shares, of the parts that an image
+    has; the others do nothing to it."""
+    found = (*estimate(design[:, there], scores[:, None]), first_order(design[:, there], scores)[None])
     if there.all():
-        return effects, errors, p_values, together, shares
-    whole, pairs = torch.zeros(1, len(there), dtype=torch.float64), there[:, None] & there
-    return (
-        whole.masked_scatter(there, effects),
-        whole.masked_scatter(there, errors),
-        (whole + 1).masked_scatter(there, p_values),
-        torch.zeros(1, *pairs.shape, dtype=torch.float64).masked_scatter(pairs, together),
-        whole.masked_scatter(there, shares),
+        return found
+    pairs = there[:, None] & there
+    # What is not there: no effect, standard error or share, and p = 1.
+    empty = (0.0, 0.0, 1.0, 0.0, 1.0, 0.0)
+    return tuple(
+        torch.full((1, *where.shape), value, dtype=torch.float64).masked_scatter(where, one)
+        for one, value in zip(found, empty, strict=True)
+        for where in [pairs if one.dim() == 3 else there]
     )
 
 

@@ -56,8 +56,10 @@ def attribute_fine(
     """
     at_least(0, refine=refine)
     if not refine:
-        whole = {"parts": parts, "grid": grid, "segments": segments, "n_segments": n_segments, "until": until}
-        return attribute(model, images, target, forwards=forwards, **whole, **settings)
+        return attribute(
+            model, images, target, parts=parts, grid=grid, segments=segments, n_segments=n_segments, forwards=forwards,
+            until=until, **settings,
+        )  # fmt: skip
     if parts == "channels":
         raise InputError("refine splits parts of the image, which channels are not; use refine=0 or parts=grid")
     numbers, names = find_parts(model, images, parts, grid, segments, n_segments)

@@ -74,6 +74,7 @@ def prune() -> None:
 
 def explain() -> None:
     """``freqprune explain``."""
+    os.environ.setdefault("FREQPRUNE_COMMAND", "freqprune explain")
     _run(_explain, "explain")
 
 

@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from freqprune.attribution import Attribution, attribute
+from freqprune.attribution import Attribution, attribute_fine
 from freqprune.errors import InputError
 from freqprune.jobs import assembly
 from freqprune.jobs.explain_settings import PIXEL_BASELINES, Explaining, Photographs, check_explaining, find_images
@@ -20,7 +20,9 @@ from freqprune.networks import CIFAR10, CIFAR10_CLASSES, Preprocessing, Stored, 
 from freqprune.reports import ExplainPage, record, save, show, write_explain_page
 from freqprune.tagging import rounds
 
-OF_PARTS = ("effects", "standard_error", "p_values", "adjusted", "interactions", "first_order")
+OF_PARTS = (
+    "effects", "standard_error", "p_values", "adjusted", "interactions", "interaction_p_values", "first_order"
+)  # fmt: skip
 
 
 def explain(cfg: DictConfig) -> tuple[Attribution, dict[str, Any]]:
@@ -47,7 +49,7 @@ def explain(cfg: DictConfig) -> tuple[Attribution, dict[str, Any]]:
     paths = find_images(asked.photographs)
     pixels = read_images(paths, takes.image_size or None, takes.resize or None, takes.interpolation)
     classes = _classes(asked, net, pixels[:1], takes)
-    found = attribute(
+    found = attribute_fine(
         net,
         pixels,
         tags.target,
@@ -55,6 +57,7 @@ def explain(cfg: DictConfig) -> tuple[Attribution, dict[str, Any]]:
         grid=tags.grid if isinstance(tags.grid, int) else (tags.grid[0], tags.grid[1]),
         segments=None if tags.segments is None else read_segments(tags.segments),
         n_segments=tags.n_segments,
+        refine=tags.refine,
         forwards=tags.forwards,
         until=tags.until,
         score=tags.score,

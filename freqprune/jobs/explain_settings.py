@@ -60,13 +60,14 @@ class Photographs:
 
 @dataclass(frozen=True)
 class Tags:
-    """How parts are tagged and what is read, see `freqprune.attribute`, which checks the rest."""
+    """How parts are tagged and what is read, see `freqprune.attribute_fine`, which checks the rest."""
 
     target: int | None
     parts: str
     grid: int | Sequence[int]
     segments: str | None
     n_segments: int
+    refine: int
     forwards: int
     until: float | None
     score: str

@@ -25,7 +25,7 @@ class ExplainPage:
         score: what was read.
         alpha: false discovery rate.
         n_rows: parts with the largest effects, at the top of each table.
-        n_pairs: strongest interactions.
+        n_pairs: strongest interactions, of those that are significant.
     """
 
     names: Sequence[str]
@@ -91,7 +91,7 @@ def _of_an_image(folder: Path, found: Attribution, page: ExplainPage, number: in
         "rows": rows,
         "pairs": [
             [names[one], names[other], f"{value:+.3g}"]
-            for one, other, value in found.strongest_pairs(number, page.n_pairs)
+            for one, other, value in found.strongest_pairs(number, page.n_pairs, page.alpha)
         ],
     }
 

@@ -74,7 +74,7 @@ def test_explain_writes_what_it_says(images: Path, tmp_path: Path) -> None:
     for image in range(3):
         for part in found.ranked(image):
             assert f"<td>{found.effects[image, part]:+.3g}</td>" in page
-        for *_, value in found.strongest_pairs(image, 2):
+        for *_, value in found.strongest_pairs(image, 2, 0.05):
             assert f"<td>{value:+.3g}</td>" in page
     assert page.count("The other 1 parts") == 3
     assert json.loads((tmp_path / "run.json").read_text())["settings"]["grid"] == 2
@@ -259,7 +259,8 @@ def test_every_command_and_every_piece_of_code_of_the_docs_runs(
         for line in text.strip().splitlines():
             command, job, *overrides = shlex.split(line)
             assert (command, job) == ("freqprune", "explain")
-            explain(asked(tmp_path / "out", *overrides, "grid=4", "n_segments=8", "forwards=64"))
+            budget = "forwards=400" if "refine=2" in overrides else "forwards=64"
+            explain(asked(tmp_path / "out", "grid=4", *overrides, "n_segments=8", budget, "limit=1"))
             assert (tmp_path / "out" / "explain.html").is_file()
     assert Path("map.png").is_file()
     assert Path("filters.png").is_file()
