@@ -32,8 +32,8 @@ class Attribution:
         p_values: of the hypothesis that a part does nothing (t test), not adjusted, likewise.
         interactions: how much more two parts raise the score together than one by one, ``(n_images, n_parts,
             n_parts)``, zero on the diagonal.
-        interaction_p_values: of the hypothesis that two parts do not interact, each pair tested alone, likewise; too
-            small for pairs that do nothing where a few others do nearly everything (see docs/explain.md).
+        interaction_p_values: of the hypothesis that two parts do not interact, not adjusted, likewise; see
+            `freqprune.attribution.pairs.find_interactions`.
         first_order: share of the variance of the score over the frames that hangs on a part alone, ``(n_images,
             n_parts)``, see `freqprune.attribution.sensitivity.first_order`; what they leave of 1 is in combinations.
         target: class whose score was read, ``(n_images,)``; None for a score of one's own.
@@ -144,7 +144,7 @@ class Attribution:
         return (raising / torch.where(largest > 0, largest, 1)).numpy()
 
 
-def estimate(design: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def estimate(design: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Effects by least squares, which for a score that is linear in the parts are exact.
 
     Args:
@@ -152,8 +152,7 @@ def estimate(design: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
         scores: ``(n_frames, n_scores)``.
 
     Returns:
-        Effects, standard errors and p-values ``(n_scores, n_parts)``, and interactions ``(n_scores, n_parts,
-        n_parts)``, the projection of what the effects leave on the product of two centred gates, with their p-values.
+        Effects, standard errors and p-values ``(n_scores, n_parts)``.
 
     Raises:
         InputError: for scores that are not finite.
@@ -170,18 +169,9 @@ def estimate(design: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
     effects = inverse @ centred.T @ about
     rest = about - centred @ effects
     freedom = max(1, len(design) - design.shape[1] - 1)
-    variance = rest.square().sum(0) / freedom
-    error = (inverse.diagonal()[:, None] * variance).sqrt()
+    error = (inverse.diagonal()[:, None] * rest.square().sum(0) / freedom).sqrt()
     # Rounding alone is no effect.
     tiny = 1e-12 * about.abs().amax(0).clamp(min=torch.finfo(torch.float64).tiny)
-    size = (centred.square().T @ centred.square()).clamp(min=torch.finfo(torch.float64).tiny)
-    together = torch.stack([(centred * column[:, None]).T @ centred / size for column in rest.T])
-    together = (together + together.mT) / 2
-    together = together - torch.diag_embed(together.diagonal(dim1=1, dim2=2))
-    pair_error = (variance[:, None, None] / size).sqrt()
-
-    def p_values(found: Tensor, errors: Tensor, tiny: Tensor) -> Tensor:
-        return torch.from_numpy(2 * stats.t.sf((found / errors.clamp(min=tiny)).abs().numpy(), freedom))
-
-    of_pairs = p_values(together, pair_error, tiny[:, None, None])
-    return effects.T, error.T, p_values(effects, error, tiny).T, together, of_pairs
+    t = effects / error.clamp(min=tiny)
+    p_values = torch.from_numpy(2 * stats.t.sf(t.abs().numpy(), freedom))
+    return effects.T, error.T, p_values.T

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from freqprune.attribution.effects import estimate
 from freqprune.attribution.gates import batches, check_frames, frames_for, gates
+from freqprune.attribution.pairs import find_interactions
 from freqprune.errors import InputError, closest
 from freqprune.networks import check_answers, evaluating, first, hooked
 from freqprune.tagging import Progress, find_sites
@@ -122,7 +123,7 @@ def filter_effects(
             answers = torch.cat([answer(some, image) for some in batches(design, image)])
             if answers.dim() != 2:
                 raise InputError(f"the network must return logits, (n_images, n_classes), got {tuple(answers.shape)}")
-            effects, errors, p_values, together, _ = estimate(design, answers)
+            effects, errors, p_values = estimate(design, answers)
             top = int(answer(torch.ones(1, n_filters), image).argmax())
-            found.append((effects.T, errors.T, p_values.T, together[top]))
+            found.append((effects.T, errors.T, p_values.T, find_interactions(design, answers[:, top])[0]))
     return FilterEffects(layer, *(torch.stack(column) for column in zip(*found, strict=True)))

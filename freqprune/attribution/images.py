@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from freqprune.attribution.baselines import find_baseline
 from freqprune.attribution.effects import Attribution, estimate
 from freqprune.attribution.gates import batches, check_frames, frames_for, gates
+from freqprune.attribution.pairs import find_interactions
 from freqprune.attribution.parts import find_parts
 from freqprune.attribution.scores import Score, read, targets
 from freqprune.attribution.sensitivity import first_order
@@ -165,7 +166,9 @@ def _present(numbers: Tensor, n_parts: int) -> Tensor:
 def _fitted(design: Tensor, scores: Tensor, there: Tensor) -> tuple[Tensor, ...]:
     """Effects, standard errors, p-values, interactions with theirs, and first-order shares, of the parts that an image
     has; the others do nothing to it."""
-    found = (*estimate(design[:, there], scores[:, None]), first_order(design[:, there], scores)[None])
+    design = design[:, there]
+    of_pairs = (one[None] for one in find_interactions(design, scores))
+    found = (*estimate(design, scores[:, None]), *of_pairs, first_order(design, scores)[None])
     if there.all():
         return found
     pairs = there[:, None] & there

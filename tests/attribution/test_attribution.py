@@ -85,25 +85,6 @@ def test_a_part_that_does_nothing_is_significant_at_the_rate_alpha() -> None:
     assert float((used.adjusted[:, :8] < 0.05).double().mean()) > 0.8
 
 
-def test_pairs_that_do_nothing_are_significant_at_the_rate_alpha() -> None:
-    generator = torch.Generator().manual_seed(0)
-    found = []
-    for _ in range(20):
-        design = torch.cat([gates(16, 64, generator, 4.0) for _ in range(2)])
-        noise = torch.randn(len(design), 1, generator=generator, dtype=torch.float64)
-        *_, of_pairs = estimate(design, design @ torch.randn(16, 1, generator=generator, dtype=torch.float64) + noise)
-        found.append(of_pairs[0][torch.ones(16, 16).triu(1) > 0])
-    p_values = torch.cat(found)
-    for alpha in (0.05, 0.2):
-        assert float((p_values < alpha).double().mean()) == pytest.approx(alpha, abs=0.3 * alpha)
-    # Two tiles that do nothing but together are found, and nothing else.
-    net = OfTiles(lambda tiles: (tiles[:, 2] - 0.5) * (tiles[:, 9] - 0.5) + 0.1 * tiles.square().sum(1))
-    used = attribute(net, torch.ones(1, 3, 16, 16), 0, grid=4, forwards=512, baseline=torch.zeros(3, 16, 16))
-    assert used.strongest_pairs(0, 1, 0.05)[0][:2] == (2, 9)
-    none = attribute(OfTiles(lambda tiles: tiles.sum(1)), IMAGES, 0, grid=4, forwards=128)
-    assert none.strongest_pairs(0, 5, 0.05) == []
-
-
 def test_recordings_follow_from_the_error_asked_for() -> None:
     net = build_model({"name": "resnet8"}).eval()
     rough = attribute(net, IMAGES[:1], grid=4, forwards=1024, until=1e9)
