@@ -91,7 +91,6 @@ def main() -> None:
                     same.setdefault(key, []).append(float(spearmanr(scores, left_out).statistic))
         for key, values in by_layer.items():
             means.setdefault(key, []).append(statistics.mean(values))
-            found[key]["worst_layer"] = round(min(values), 3)
             at_same.setdefault(key, []).append(statistics.mean(same[key]))
     for key, values in means.items():
         found[key] |= {

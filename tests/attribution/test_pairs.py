@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from freqprune.attribution.effects import estimate
 from freqprune.attribution.gates import gates
 from freqprune.attribution.images import attribute
-from freqprune.attribution.pairs import find_interactions
+from freqprune.attribution.pairs import _p_values, _projected, find_interactions
 from freqprune.tagging.spectrum import benjamini_hochberg
 from tests.attribution.test_attribution import IMAGES, OfTiles
 
@@ -31,6 +32,9 @@ def test_two_pairs_are_found_and_nothing_else(seed: int) -> None:
     scores += 4 * centred[:, 0] * centred[:, 1] - 3 * centred[:, 2] * centred[:, 5]
     together, p_values = find_interactions(design, scores)
     assert pairs_found(p_values) == {(0, 1), (2, 5)}
+    rest = scores - scores.mean() - (centred - centred.mean(0)) @ estimate(design, scores[:, None])[0][0]
+    alone, error = _projected(centred - centred.mean(0), rest, 447)
+    assert len(pairs_found(_p_values(alone, error, 447, scores))) > 40
     assert float(together[1, 0]) == pytest.approx(4, rel=1e-6)
     assert float(together[2, 5]) == pytest.approx(-3, rel=1e-6)
     assert torch.equal(together, together.T)
