@@ -12,6 +12,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from freqprune.attribution.gates import halves
 from freqprune.errors import InputError
 from freqprune.tagging import benjamini_hochberg
 
@@ -144,12 +145,16 @@ class Attribution:
         return (raising / torch.where(largest > 0, largest, 1)).numpy()
 
 
-def estimate(design: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def estimate(design: Tensor, scores: Tensor, n_frames: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Effects by least squares, which for a score that is linear in the parts are exact.
+
+    In recordings of gates on odd bins, what an even number of parts do together lies in even bins, where no effect is.
+    Odd bins alone then say how sure the effects are: half of what they hold is not in phase with any gate.
 
     Args:
         design: how far open each part was, ``(n_frames, n_parts)``.
         scores: ``(n_frames, n_scores)``.
+        n_frames: of each of the recordings that follow one another; frames in no order if left out.
 
     Returns:
         Effects, standard errors and p-values ``(n_scores, n_parts)``.
@@ -162,16 +167,19 @@ def estimate(design: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             f"{int((~torch.isfinite(scores)).sum())} of {scores.numel()} scores are not finite: the network or the "
             "score function answers tagged images with NaN or infinite values"
         )
-    design, scores = design.double(), scores.double()
-    centred = design - design.mean(0)
-    about = scores - scores.mean(0)
+    centred, about = (values.double() - values.double().mean(0) for values in (design, scores))
+    freedom = len(design) - design.shape[1] - 1
+    if n_frames is not None:
+        centred, about = (halves(values, n_frames)[0] for values in (centred, about))
+        freedom = len(about) - design.shape[1]
     inverse = torch.linalg.inv(centred.T @ centred)
     effects = inverse @ centred.T @ about
     rest = about - centred @ effects
-    freedom = max(1, len(design) - design.shape[1] - 1)
-    error = (inverse.diagonal()[:, None] * rest.square().sum(0) / freedom).sqrt()
-    # Rounding alone is no effect.
-    tiny = 1e-12 * about.abs().amax(0).clamp(min=torch.finfo(torch.float64).tiny)
-    t = effects / error.clamp(min=tiny)
-    p_values = torch.from_numpy(2 * stats.t.sf(t.abs().numpy(), freedom))
-    return effects.T, error.T, p_values.T
+    error = (inverse.diagonal()[:, None] * rest.square().sum(0) / max(1, freedom)).sqrt()
+    return effects.T, error.T, p_values(effects, error, freedom, scores).T
+
+
+def p_values(found: Tensor, errors: Tensor, freedom: int, scores: Tensor) -> Tensor:
+    """Of two-sided t tests; what is rounding of the scores alone is nothing."""
+    tiny = 1e-12 * scores.double().abs().amax(0).clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.from_numpy(2 * stats.t.sf((found / errors.clamp(min=tiny)).abs().numpy(), max(1, freedom)))

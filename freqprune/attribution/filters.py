@@ -123,7 +123,7 @@ def filter_effects(
             answers = torch.cat([answer(some, image) for some in batches(design, image)])
             if answers.dim() != 2:
                 raise InputError(f"the network must return logits, (n_images, n_classes), got {tuple(answers.shape)}")
-            effects, errors, p_values = estimate(design, answers)
+            effects, errors, p_values = estimate(design, answers, n_frames)
             top = int(answer(torch.ones(1, n_filters), image).argmax())
-            found.append((effects.T, errors.T, p_values.T, find_interactions(design, answers[:, top])[0]))
+            found.append((effects.T, errors.T, p_values.T, find_interactions(design, answers[:, top], n_frames)[0]))
     return FilterEffects(layer, *(torch.stack(column) for column in zip(*found, strict=True)))

@@ -101,7 +101,7 @@ def attribute(
             if not last and until is None:
                 continue
             there = _present(numbers[number], len(names))
-            fitted = _fitted(torch.cat(designs[: recording + 1]), torch.cat(scores), there)
+            fitted = _fitted(torch.cat(designs[: recording + 1]), torch.cat(scores), n_frames, there)
             if last or (until is not None and float(fitted[1].max()) <= until):
                 found.append(fitted)
                 taken, scores = max(taken, n_frames * (recording + 1)), []
@@ -163,12 +163,12 @@ def _present(numbers: Tensor, n_parts: int) -> Tensor:
     return torch.bincount(numbers[numbers >= 0], minlength=n_parts) > 0
 
 
-def _fitted(design: Tensor, scores: Tensor, there: Tensor) -> tuple[Tensor, ...]:
+def _fitted(design: Tensor, scores: Tensor, n_frames: int, there: Tensor) -> tuple[Tensor, ...]:
     """Effects, standard errors, p-values, interactions with theirs, and first-order shares, of the parts that an image
     has; the others do nothing to it."""
     design = design[:, there]
-    of_pairs = (one[None] for one in find_interactions(design, scores))
-    found = (*estimate(design, scores[:, None]), *of_pairs, first_order(design, scores)[None])
+    of_pairs = (one[None] for one in find_interactions(design, scores, n_frames))
+    found = (*estimate(design, scores[:, None], n_frames), *of_pairs, first_order(design, scores)[None])
     if there.all():
         return found
     pairs = there[:, None] & there

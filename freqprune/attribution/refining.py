@@ -36,17 +36,17 @@ def attribute_fine(
     into four each and tagged anew with the rest, as often as asked for.
 
     Args:
-        model: as of `freqprune.attribute`, like all arguments but these:
-        images: likewise.
-        target: likewise.
+        model: as of `freqprune.attribute`.
+        images: as there.
+        target: as there.
         refine: how often parts are split; 0 for never.
-        parts: the first parts; not ``"channels"``.
-        grid: likewise.
-        segments: likewise.
-        n_segments: likewise.
+        parts: the first parts, as there, but not ``"channels"``.
+        grid: as there.
+        segments: as there.
+        n_segments: as there.
         forwards: frames that an image takes at most, all together: one recording each time before the last.
         until: of the last time.
-        settings: likewise.
+        settings: further arguments of `freqprune.attribute`.
 
     Returns:
         The attribution of the last parts, which have other sizes and places from image to image.
