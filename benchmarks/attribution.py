@@ -9,8 +9,9 @@ with. `difference` is insertion minus deletion. After Petsiuk, Das & Saenko 2018
 
     python benchmarks/attribution.py CIFAR10_FOLDER --over-bare --json over_bare.json
 
-`over_bare`: seconds of `freqprune.attribute` over those of as many forwards of the bare network, in batches of the same
-size, in turn: median and range over the repeats, and the fastest of each.
+`over_bare`: processor seconds of `freqprune.attribute` over those of as many forwards of the bare network, in batches
+of the same size, in turn: median and range over the repeats, and the fastest of each. Processor time, which other work
+on the machine disturbs less than the clock; on one thread of an idle one they are the same.
 """
 
 from __future__ import annotations
@@ -135,9 +136,9 @@ def over_bare(net: nn.Module, image: Tensor, forwards: int, repeats: int) -> dic
     for _ in track(range(repeats + 1), description="time"):
         seconds.append([])
         for one in (bare, tagged):
-            start = time.perf_counter()
+            start = time.process_time()
             one()
-            seconds[-1].append(time.perf_counter() - start)
+            seconds[-1].append(time.process_time() - start)
     # The first of each warms up.
     shares = [with_tags / alone for alone, with_tags in seconds[1:]]
     fastest = [min(column) for column in zip(*seconds[1:], strict=True)]
