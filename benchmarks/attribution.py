@@ -8,6 +8,10 @@ higher is better), the most important first; the figure is the mean probability 
 with. `difference` is insertion minus deletion. After Petsiuk, Das & Saenko 2018 (RISE, arXiv 1806.07421).
 
     python benchmarks/attribution.py CIFAR10_FOLDER --over-bare --json over_bare.json
+    python benchmarks/attribution.py CIFAR10_FOLDER --nothing --split val --images 30 --json nothing.json
+
+`nothing`: a quarter of an image's tiles is given the colour that it fades to, so that these tiles do nothing; the share
+of them that is significant all the same, at several levels.
 
 `over_bare`: processor seconds of `freqprune.attribute` over those of as many forwards of the bare network, in batches
 of the same size, in turn: median and range over the repeats, and the fastest of each. Processor time, which other work
@@ -149,6 +153,31 @@ def over_bare(net: nn.Module, image: Tensor, forwards: int, repeats: int) -> dic
     }  # fmt: skip
 
 
+def of_nothing(net: nn.Module, data: ImageFolderData, images: Tensor) -> dict[str, Any]:
+    """How often tiles that do nothing are significant, and how many of the others are, at a false discovery rate of
+    5 %."""
+    found: dict[str, Any] = {}
+    for forwards in (256, 512):
+        nothing, others = [], []
+        for number, image in enumerate(track(images, description=f"{forwards} forwards")):
+            idle = torch.randperm(GRID * GRID, generator=torch.Generator().manual_seed(number)) < GRID * GRID // 4
+            size = image.shape[-1] // GRID
+            where = idle.view(GRID, GRID).repeat_interleave(size, 0).repeat_interleave(size, 1)
+            colour = image.mean((1, 2), keepdim=True).expand_as(image).contiguous()
+            told = attribute(
+                net, torch.where(where, colour, image)[None], grid=GRID, forwards=forwards, baseline=colour,
+                mean=data.mean, std=data.std, seed=number,
+            )  # fmt: skip
+            nothing.append(told.p_values[0, idle])
+            others.append(float(told.significant(0)[~idle].double().mean()))
+        p_values = torch.cat(nothing)
+        found[f"nothing.{forwards}"] = {
+            **{str(alpha): round(float((p_values < alpha).double().mean()), 3) for alpha in (0.2, 0.05, 0.01)},
+            "tiles": len(p_values), "others_significant": round(statistics.mean(others), 3),
+        }  # fmt: skip
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", help="folder with train/<class>/* and test/<class>/*")
@@ -156,6 +185,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200, help="test images (200)")
     parser.add_argument("--split", default="test", choices=["val", "test"], help="choose on val, report on test")
     parser.add_argument("--over-bare", action="store_true", help="measure the time only")
+    parser.add_argument("--nothing", action="store_true", help="measure tiles that do nothing only")
     parser.add_argument("--repeats", type=int, default=10, help="of the time (10)")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     given = parser.parse_args()
@@ -171,6 +201,9 @@ def main() -> None:
         return
     images = data.split(given.split)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: given.images]
+    if given.nothing:
+        publish(of_nothing(net, data, images.pixels[order].float() / 255), given.json)
+        return
     rows: dict[str, list[tuple[float, float]]] = {}
     for number in track(order.tolist(), description="images"):
         judge = Judge(net, data, images.pixels[number].float() / 255)

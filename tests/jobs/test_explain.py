@@ -20,6 +20,7 @@ from freqprune.errors import InputError
 from freqprune.jobs.explain import OF_PARTS, explain
 from freqprune.jobs.photographs import read_images
 from freqprune.networks import registry
+from freqprune.networks.checkpoint import save_pruned
 from freqprune.networks.libraries import preprocessing
 from freqprune.networks.registry import build_model
 from tests.conftest import ROOT
@@ -148,6 +149,20 @@ def test_a_trained_network_of_torchvision(cache: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(found.whole, answer.amax(1))
     label = models.SqueezeNet1_1_Weights.DEFAULT.meta["categories"][int(answer.argmax())]
     assert f"Class {int(answer.argmax())}, {label}: " in (tmp_path / "out" / "explain.html").read_text()
+
+
+def test_a_checkpoint_says_what_its_inputs_are_normalised_with(images: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = build_model({"name": "resnet8"}).eval()
+    mean, std = [0.1, 0.2, 0.3], [0.5, 0.4, 0.3]
+    save_pruned(tmp_path / "pruned.ckpt", net, {}, {"mean": mean, "std": std})
+    found, objects = explain(asked(tmp_path / "out", f"images={images / 'a.png'}", f"ckpt={tmp_path / 'pruned.ckpt'}"))
+    inputs = (objects["pixels"] - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(found.whole, net(inputs).amax(1))
+    # No names of classes are known.
+    assert found.target is not None
+    assert f"<p>Class {int(found.target)}: logit" in (tmp_path / "out" / "explain.html").read_text()
 
 
 def test_a_photograph_is_turned_as_its_camera_says(tmp_path: Path) -> None:
