@@ -32,8 +32,8 @@ def explain(cfg: DictConfig) -> tuple[Attribution, dict[str, Any]]:
         cfg: composed from ``conf/explain.yaml``.
 
     Returns:
-        The attribution, which is also written to ``attribution.npz``, and the objects: ``pixels`` ``(n_images, 3,
-        height, width)`` in [0, 1], ``names`` of the images, ``net``.
+        The attribution, which is also written to ``attribution.npz``, and the objects: ``pixels`` ``(n_images,
+        n_channels, height, width)`` in [0, 1], ``names`` of the images, ``net``.
 
     Raises:
         InputError: for a bad setting, before any work is done or lost.
@@ -47,7 +47,7 @@ def explain(cfg: DictConfig) -> tuple[Attribution, dict[str, Any]]:
     net = stored.net.to(_device(whose.device)).eval()
     takes = _preprocessing(asked, stored)
     paths = find_images(asked.photographs)
-    pixels = read_images(paths, takes.image_size or None, takes.resize or None, takes.interpolation)
+    pixels = _read(paths, takes)
     classes = _classes(asked, net, pixels[:1], takes)
     found = attribute_fine(
         net,
@@ -121,10 +121,18 @@ def _normalisation(given: Photographs, name: str, stored: Stored) -> tuple[float
     return tuple(found)
 
 
+def _read(paths: list[Path], takes: Preprocessing, key: str = "images") -> Tensor:
+    """Images in as many channels as the network has means."""
+    if len(takes.mean) not in (1, 3):
+        raise InputError(f"mean must hold 3 values, or 1 for a network of grey images, got {list(takes.mean)}")
+    size, resize = takes.image_size or None, takes.resize or None
+    return read_images(paths, size, resize, takes.interpolation, len(takes.mean), key)
+
+
 def _baseline(given: str, pixels: Tensor, takes: Preprocessing) -> str | Tensor:
     if given in PIXEL_BASELINES:
         return given
-    found = read_images([Path(given)], takes.image_size or None, takes.resize or None, takes.interpolation, "baseline")
+    found = _read([Path(given)], takes, "baseline")
     if found.shape[1:] != pixels.shape[1:]:
         raise InputError(
             f"baseline = {given} has {found.shape[2]} x {found.shape[3]} pixels, the images have {pixels.shape[2]} x "

@@ -20,15 +20,21 @@ NONE = 255
 
 
 def read_images(
-    paths: Sequence[Path], image_size: int | None, resize: int | None, interpolation: str, key: str = "images"
+    paths: Sequence[Path],
+    image_size: int | None,
+    resize: int | None,
+    interpolation: str,
+    n_channels: int = 3,
+    key: str = "images",
 ) -> Tensor:
-    """Pixels in [0, 1], ``(n_images, 3, height, width)``.
+    """Pixels in [0, 1], ``(n_images, n_channels, height, width)``.
 
     Args:
         paths: the files.
         image_size: height and width; the images as they are if left out.
         resize: the shorter side is resized to this and the middle cut out; resized to `image_size` if left out.
         interpolation: ``"bilinear"`` or ``"bicubic"``.
+        n_channels: 3 for colours, 1 for grey.
         key: the setting that names the files, for messages.
 
     Raises:
@@ -38,14 +44,14 @@ def read_images(
     for path in track(paths, description="reading images", transient=True, disable=len(paths) < 100):
         try:
             with Image.open(path) as file:
-                image = ImageOps.exif_transpose(file).convert("RGB")
+                image = ImageOps.exif_transpose(file).convert("L" if n_channels == 1 else "RGB")
         except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise InputError(f"{key}: {path} is not a readable image ({error}); repair it or leave it out") from None
         if image_size is not None:
             size = [image_size, image_size] if resize is None else [resize]
             how = InterpolationMode(interpolation)
             image = functional.center_crop(functional.resize(image, size, how), [image_size, image_size])
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        pixels = torch.from_numpy(np.array(image)).view(image.height, image.width, n_channels).permute(2, 0, 1) / 255
         if found and pixels.shape != found[0].shape:
             here, there = ("{1} x {2}".format(*one.shape) for one in (pixels, found[0]))
             raise InputError(f"{key}: {path} has {here} pixels, {paths[0]} has {there}; set image_size=PIXELS")

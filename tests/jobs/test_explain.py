@@ -165,6 +165,23 @@ def test_a_checkpoint_says_what_its_inputs_are_normalised_with(images: Path, tmp
     assert f"<p>Class {int(found.target)}: logit" in (tmp_path / "out" / "explain.html").read_text()
 
 
+def test_a_network_of_grey_images(there: Path) -> None:
+    torch.manual_seed(0)
+    register_model("grey", lambda num_classes=2: nn.Sequential(nn.Conv2d(1, 2, 32), nn.Flatten()))
+    net = build_model({"name": "grey"})
+    torch.save(net.state_dict(), "grey.pt")
+    noise = torch.randint(0, 256, (32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    Image.fromarray(noise.numpy()).save("noise.png")
+    found, objects = explain(
+        asked(there / "out", "images=noise.png", "ckpt=grey.pt", "model.name=grey", "mean=[0.4]", "std=[0.2]")
+    )
+    # ITU-R 601, rounded to whole numbers.
+    luma = (noise.double() @ torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)) / 255
+    assert (objects["pixels"][0, 0] - luma).abs().max() < 1.01 / 255
+    with torch.no_grad():
+        torch.testing.assert_close(found.whole, net((objects["pixels"] - 0.4) / 0.2).amax(1))
+
+
 def test_a_photograph_is_turned_as_its_camera_says(tmp_path: Path) -> None:
     image = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6))
     exif = Image.Exif()
@@ -227,6 +244,7 @@ OPEN = ["images=a.png", "ckpt=draws.pt", "model.name=draws", "mean=[0,0,0]", "st
         (["images=a.png", "ckpt=gone.pt"], r"ckpt = gone.pt does not exist; in that folder: .*plain.pt"),
         (["images=a.png", "ckpt=plain.pt", "model=resnet8"], "mean is not set, and the checkpoint does not say"),
         ([*OURS, "mean=[0.5,0.5,0.5]"], "mean and std come together: set both or neither"),
+        ([*OPEN[:3], "mean=[0,0]", "std=[1,1]"], "mean must hold 3 values, or 1 for a network of grey images"),
         ([*OURS, "mean=[0.5,0.5,0.5]", "std=[1,1,1]"], "the network was trained with mean"),
         ([*OURS, "grid=8", "forwards=128"], "64 parts need an odd bin each: forwards must be at least 256, got 128"),
         ([*OURS, "grid=[2,2,2]"], "grid must be one number, or two along height and width"),
