@@ -6,6 +6,7 @@ from . import tagging as tagging
 from . import training as training
 from .attribution import Attribution as Attribution
 from .attribution import attribute as attribute
+from .attribution import attribute_fine as attribute_fine
 from .attribution import filter_effects as filter_effects
 from .errors import InputError as InputError
 from .networks import build_model as build_model

@@ -139,3 +139,8 @@ def test_a_setting_is_a_field_of_its_class_and_a_line_of_its_yaml() -> None:
         said_by_choice = {"criterion"} if section == "importance" else set()
         assert {name for cls in classes for name in _names(cls)} == set(there[section]) | said_by_choice, section
     assert set(_names(Common)) == {key for key in common if key not in (*SECTIONS, "callbacks")}
+
+    from freqprune.jobs.explain_settings import CLASSES
+
+    explaining = OmegaConf.load(ROOT / "conf" / "explain.yaml")
+    assert {name for cls in CLASSES for name in _names(cls)} == {*explaining} - {"defaults", "hydra"}

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from scipy import stats
 from torch import Tensor
 
+from freqprune.attribution.gates import halves
 from freqprune.errors import InputError
 from freqprune.tagging import benjamini_hochberg
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -24,10 +33,16 @@ class Attribution:
         p_values: of the hypothesis that a part does nothing (t test), not adjusted, likewise.
         interactions: how much more two parts raise the score together than one by one, ``(n_images, n_parts,
             n_parts)``, zero on the diagonal.
+        interaction_p_values: of the hypothesis that two parts do not interact, not adjusted, likewise; see
+            `freqprune.attribution.pairs.find_interactions`.
+        first_order: share of the variance of the score over the frames that hangs on a part alone, ``(n_images,
+            n_parts)``, see `freqprune.attribution.sensitivity.first_order`; what they leave of 1 is in combinations.
         target: class whose score was read, ``(n_images,)``; None for a score of one's own.
         whole: score of the whole image, ``(n_images,)``.
         baseline: score with every part at its baseline, likewise.
-        parts: number of each pixel's part, -1 for none, ``(n_images, height, width)``.
+        parts: number of each pixel's part, -1 for none, ``(n_images, height, width)``; of colour channels
+            ``(n_images, n_channels, height, width)``, as their `maps`.
+        part_names: what the parts are called, ``n_parts`` of them.
         forwards: frames that an image took at most.
     """
 
@@ -35,10 +50,13 @@ class Attribution:
     standard_error: Tensor
     p_values: Tensor
     interactions: Tensor
+    interaction_p_values: Tensor
+    first_order: Tensor
     target: Tensor | None
     whole: Tensor
     baseline: Tensor
     parts: Tensor
+    part_names: Sequence[str]
     forwards: int
 
     @property
@@ -48,52 +66,98 @@ class Attribution:
 
     @property
     def maps(self) -> Tensor:
-        """Effect of the part that each pixel belongs to, ``(n_images, height, width)``; zero outside all parts. What
-        captum and pytorch-grad-cam call an attribution."""
+        """Effect of the part that each pixel belongs to, ``(n_images, height, width)``; zero outside all parts."""
         found = self.effects.gather(1, self.parts.flatten(1).clamp(min=0)).view(self.parts.shape)
         return torch.where(self.parts < 0, 0, found)
 
-    def strongest_pairs(self, image: int, n_pairs: int = 5) -> list[tuple[int, int, float]]:
-        """Pairs of parts that interact most, by size."""
-        upper = self.interactions[image].triu(1)
-        order = upper.abs().flatten().argsort(descending=True)[:n_pairs].tolist()
-        n_parts = upper.shape[0]
-        return [(one // n_parts, one % n_parts, float(upper.flatten()[one])) for one in order]
+    def strongest_pairs(self, image: int, n_pairs: int = 5, alpha: float | None = None) -> list[tuple[int, int, float]]:
+        """Pairs of parts that interact most, by size; with `alpha` only those at this false discovery rate."""
+        one, other = torch.ones(self.interactions.shape[1:]).triu(1).nonzero(as_tuple=True)
+        values = self.interactions[image][one, other]
+        if alpha is not None:
+            sure = benjamini_hochberg(self.interaction_p_values[image][one, other]) < alpha
+            one, other, values = one[sure], other[sure], values[sure]
+        order = values.abs().argsort(descending=True)[:n_pairs]
+        return [(int(one[at]), int(other[at]), float(values[at])) for at in order]
 
-    def plot(self, image: int, pixels: Tensor | None = None) -> Any:
-        """A figure of one map, over the image if its pixels ``(n_channels, height, width)`` are given; what is
-        significant at a false discovery rate of 5 % is outlined."""
-        from matplotlib.figure import Figure
+    def ranked(self, image: int, n_parts: int | None = None) -> list[int]:
+        """Parts of an image, those with the largest effect, of either sign, first."""
+        return self.effects[image].abs().argsort(descending=True)[:n_parts].tolist()
 
-        figure = Figure(figsize=(3.6, 3.4), layout="constrained")
-        axis = figure.subplots()
-        values = self.maps[image]
-        if pixels is not None:
-            axis.imshow(pixels.permute(1, 2, 0).clamp(0, 1).mean(-1).cpu().numpy(), cmap="gray")
-        limit = float(values.abs().max()) or 1.0
-        shown = axis.imshow(
-            values.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, alpha=0.65 if pixels is not None else 1
+    def significant(self, image: int, alpha: float = 0.05) -> Tensor:
+        """Parts whose effect is significant at a false discovery rate, ``(n_parts,)``."""
+        return self.adjusted[image] < alpha
+
+    def plot(
+        self,
+        image: int = 0,
+        pixels: Tensor | None = None,
+        n_pairs: int = 0,
+        n_marked: int = 0,
+        alpha: float = 0.05,
+        title: str = "",
+    ) -> Figure:
+        """A figure of one map; of colour channels, bars.
+
+        Args:
+            image: number of the image.
+            pixels: of that image, in [0, 1], ``(n_channels, height, width)``: drawn beside the map and below it.
+            n_pairs: so many of the strongest interactions are drawn as lines between parts, if they are significant.
+            n_marked: so many of the parts with the largest effects are numbered.
+            alpha: false discovery rate at which parts are outlined and pairs joined.
+            title: line above the map.
+
+        Raises:
+            InputError: for an image that is not there, or pixels of another size.
+        """
+        from freqprune.attribution.pictures import bars, picture
+
+        n_images, size = len(self.effects), tuple(self.parts.shape[-2:])
+        if not 0 <= image < n_images:
+            raise InputError(f"image must lie in [0, {n_images - 1}], got {image}")
+        if pixels is not None and (pixels.dim() != 3 or tuple(pixels.shape[-2:]) != size):
+            raise InputError(
+                f"pixels must be those of one image, (n_channels, {size[0]}, {size[1]}), got {tuple(pixels.shape)}"
+            )
+        if self.parts.dim() == 4:
+            sure = self.significant(image, alpha)
+            return bars(self.effects[image], self.standard_error[image], self.part_names, sure, pixels, title)
+        pairs = self.strongest_pairs(image, n_pairs, alpha)
+        marked = self.ranked(image, n_marked)
+        return picture(
+            self.maps[image], self.parts[image], self.significant(image, alpha), pixels, pairs, marked, title
         )
-        parts = self.parts[image]
-        sure = (self.adjusted[image] < 0.05)[parts.clamp(min=0)] & (parts >= 0)
-        if sure.any() and not sure.all():
-            axis.contour(sure.float().numpy(), levels=[0.5], colors="black", linewidths=0.8)
-        axis.set_xticks([])
-        axis.set_yticks([])
-        figure.colorbar(shown, ax=axis, label="effect on the score", shrink=0.85)
-        return figure
+
+    def for_captum(self, n_channels: int = 3) -> Tensor:
+        """Maps as an attribution of captum, of the shape of the network's inputs as its perturbation methods give it,
+        ``(n_images, n_channels, height, width)`` float32: for ``captum.metrics``, and one image, channels last, for
+        ``captum.attr.visualization``."""
+        maps = self.maps.float()
+        return (maps if maps.dim() == 4 else maps[:, None].expand(-1, n_channels, -1, -1)).contiguous()
+
+    def for_grad_cam(self) -> FloatArray:
+        """Maps as class activation maps of pytorch-grad-cam, ``(n_images, height, width)`` float32 in [0, 1]: what
+        raises the score over the largest such effect of the image, as its methods scale; what lowers it is 0. For
+        ``show_cam_on_image`` and its metrics."""
+        maps = self.maps.float()
+        raising = (maps.sum(1) if maps.dim() == 4 else maps).clamp(min=0)
+        largest = raising.flatten(1).amax(1)[:, None, None]
+        return (raising / torch.where(largest > 0, largest, 1)).numpy()
 
 
-def estimate(design: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def estimate(design: Tensor, scores: Tensor, n_frames: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Effects by least squares, which for a score that is linear in the parts are exact.
+
+    In recordings of gates on odd bins, what an even number of parts do together lies in even bins, where no effect is.
+    Odd bins alone then say how sure the effects are: half of what they hold is not in phase with any gate.
 
     Args:
         design: how far open each part was, ``(n_frames, n_parts)``.
         scores: ``(n_frames, n_scores)``.
+        n_frames: of each of the recordings that follow one another; frames in no order if left out.
 
     Returns:
-        Effects, standard errors and p-values ``(n_scores, n_parts)``, and interactions ``(n_scores, n_parts,
-        n_parts)``: the projection of what the effects leave on the product of two centred gates.
+        Effects, standard errors and p-values ``(n_scores, n_parts)``.
 
     Raises:
         InputError: for scores that are not finite.
@@ -103,21 +167,19 @@ def estimate(design: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
             f"{int((~torch.isfinite(scores)).sum())} of {scores.numel()} scores are not finite: the network or the "
             "score function answers tagged images with NaN or infinite values"
         )
-    design, scores = design.double(), scores.double()
-    centred = design - design.mean(0)
-    about = scores - scores.mean(0)
+    centred, about = (values.double() - values.double().mean(0) for values in (design, scores))
+    freedom = len(design) - design.shape[1] - 1
+    if n_frames is not None:
+        centred, about = (halves(values, n_frames)[0] for values in (centred, about))
+        freedom = len(about) - design.shape[1]
     inverse = torch.linalg.inv(centred.T @ centred)
     effects = inverse @ centred.T @ about
     rest = about - centred @ effects
-    freedom = max(1, len(design) - design.shape[1] - 1)
-    variance = rest.square().sum(0) / freedom
-    error = (inverse.diagonal()[:, None] * variance).sqrt()
-    # Rounding alone is no effect.
-    tiny = 1e-12 * about.abs().amax(0).clamp(min=torch.finfo(torch.float64).tiny)
-    t = effects / error.clamp(min=tiny)
-    p_values = torch.from_numpy(2 * stats.t.sf(t.abs().numpy(), freedom))
-    size = (centred.square().T @ centred.square()).clamp(min=torch.finfo(torch.float64).tiny)
-    together = torch.stack([(centred * column[:, None]).T @ centred / size for column in rest.T])
-    together = (together + together.mT) / 2
-    together = together - torch.diag_embed(together.diagonal(dim1=1, dim2=2))
-    return effects.T, error.T, p_values.T, together
+    error = (inverse.diagonal()[:, None] * rest.square().sum(0) / max(1, freedom)).sqrt()
+    return effects.T, error.T, p_values(effects, error, freedom, scores).T
+
+
+def p_values(found: Tensor, errors: Tensor, freedom: int, scores: Tensor) -> Tensor:
+    """Of two-sided t tests; what is rounding of the scores alone is nothing."""
+    tiny = 1e-12 * scores.double().abs().amax(0).clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.from_numpy(2 * stats.t.sf((found / errors.clamp(min=tiny)).abs().numpy(), max(1, freedom)))

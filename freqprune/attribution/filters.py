@@ -1,19 +1,23 @@
-"""Which filters of a layer an answer hangs on: the same tags, one a filter, on the layer's output."""
+"""Which filters of a layer an answer hangs on: the same tags, one a filter, where the filters are read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from freqprune.attribution.effects import estimate
 from freqprune.attribution.gates import batches, check_frames, frames_for, gates
+from freqprune.attribution.pairs import find_interactions
 from freqprune.errors import InputError, closest
 from freqprune.networks import check_answers, evaluating, first, hooked
-from freqprune.tagging import Progress
+from freqprune.tagging import Progress, find_sites
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -34,22 +38,50 @@ class FilterEffects:
     p_values: Tensor
     interactions: Tensor
 
+    @property
+    def movement(self) -> Tensor:
+        """How far a filter moves the logits: its squared effects, summed over classes, mean over images,
+        ``(n_filters,)``."""
+        return self.effects.square().sum(-1).mean(0)
+
+    def plot(self, classes: Sequence[str] | None = None) -> Figure:
+        """A figure of the mean effect of every filter on every class.
+
+        Args:
+            classes: names of the classes; their numbers if left out.
+
+        Raises:
+            InputError: for another number of names than classes.
+        """
+        from freqprune.attribution.pictures import filters_by_classes
+
+        n_classes = self.effects.shape[2]
+        names = [str(number) for number in range(n_classes)] if classes is None else list(classes)
+        if len(names) != n_classes:
+            raise InputError(f"classes must name {n_classes} classes, got {len(names)}")
+        return filters_by_classes(self.effects.mean(0), names, self.layer)
+
 
 def filter_effects(
     model: nn.Module,
     images: Tensor,
     layer: str,
     forwards: int | None = None,
+    steepness: float = 1.0,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> FilterEffects:
     """Gate every filter of a layer at a frequency of its own and read the logits: the effect of each on every class.
+
+    Filters are gated where `freqprune.tag` reads them, after their own norm and activation; a closed one is what a cut
+    leaves of it.
 
     Args:
         model: a classifier; runs in eval mode, which is restored.
         images: network inputs (normalised), ``(n_images, n_channels, height, width)``.
         layer: name of a convolution or linear layer.
         forwards: frames that an image takes at most; one recording of ``4 * n_filters`` if left out.
+        steepness: of the gates, see `freqprune.attribution.gates`.
         seed: of frequencies and phases.
         progress: wraps the iteration over images, for a progress bar.
 
@@ -65,29 +97,33 @@ def filter_effects(
     forwards = frames_for(n_filters) if forwards is None else forwards
     check_frames(n_filters, forwards)
     check_answers(model, images[:1])
+    site = find_sites(model, images[:1], [layer])[0]
     generator = torch.Generator().manual_seed(seed)
     n_frames = frames_for(n_filters)
-    design = torch.cat([gates(n_filters, n_frames, generator) for _ in range(forwards // n_frames)])
+    design = torch.cat([gates(n_filters, n_frames, generator, steepness) for _ in range(forwards // n_frames)])
     opened: list[Tensor] = []
+    calls = [0]
 
     def gate(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        shape = (-1, n_filters, *[1] * (output.dim() - 2)) if isinstance(module, nn.Conv2d) else None
-        share = opened[0].to(output)
-        return output * (share.view(shape) if shape else share.view(-1, *[1] * (output.dim() - 2), n_filters))
+        calls[0] += 1
+        if calls[0] - 1 != site.call:
+            return output
+        shape = [1] * output.dim()
+        shape[0], shape[site.channel_dim] = -1, n_filters
+        return output * opened[0].to(output).view(shape)
+
+    def answer(share: Tensor, image: Tensor) -> Tensor:
+        opened[:], calls[:] = [share], [0]
+        return first(model(image.expand(len(share), *image.shape))).double().cpu()
 
     found = []
     hook: Callable[..., Tensor] = gate
-    with evaluating(model), torch.inference_mode(), hooked([(module, None, hook)]):
-        for number in progress(range(len(images))) if progress is not None else range(len(images)):
-            logits = []
-            for some in batches(design, images[number]):
-                opened[:] = [some]
-                logits.append(first(model(images[number : number + 1].expand(len(some), -1, -1, -1))).double().cpu())
-            answers = torch.cat(logits)
+    with evaluating(model), torch.inference_mode(), hooked([(modules[site.module], None, hook)]):
+        for image in progress(list(images)) if progress is not None else images:
+            answers = torch.cat([answer(some, image) for some in batches(design, image)])
             if answers.dim() != 2:
                 raise InputError(f"the network must return logits, (n_images, n_classes), got {tuple(answers.shape)}")
-            effects, errors, p_values, together = estimate(design, answers)
-            opened[:] = [torch.ones(1, n_filters)]
-            top = int(first(model(images[number : number + 1])).argmax())
-            found.append((effects.T, errors.T, p_values.T, together[top]))
+            effects, errors, p_values = estimate(design, answers, n_frames)
+            top = int(answer(torch.ones(1, n_filters), image).argmax())
+            found.append((effects.T, errors.T, p_values.T, find_interactions(design, answers[:, top], n_frames)[0]))
     return FilterEffects(layer, *(torch.stack(column) for column in zip(*found, strict=True)))

@@ -53,6 +53,22 @@ def gates(n_parts: int, n_frames: int, generator: torch.Generator, steepness: fl
     return (0.5 + steepness / 2 * torch.sin(2 * math.pi * bins * time + phases)).clamp(0, 1)
 
 
+def halves(values: Tensor, n_frames: int) -> tuple[Tensor, Tensor]:
+    """What recordings hold in their odd and in their even bins, on the first half of each: a wave of an odd bin changes
+    its sign half a recording later, one of an even bin comes again. Of gates, all but their mean is odd; of what two of
+    them do together, everything is even.
+
+    Args:
+        values: ``(n_recordings * n_frames, ...)``.
+        n_frames: of one recording.
+
+    Returns:
+        Two of ``(n_recordings * n_frames / 2, ...)``.
+    """
+    first, second = values.unflatten(0, (-1, 2, n_frames // 2)).unbind(1)
+    return ((first - second) / 2).flatten(0, 1), ((first + second) / 2).flatten(0, 1)
+
+
 def batches(design: Tensor, image: Tensor) -> list[Tensor]:
     """The frames of a recording, ``(n_frames, n_parts)``, in batches of as many as one forward takes of an image."""
     return list(design.split(max(1, PIXELS // image[0].numel())))

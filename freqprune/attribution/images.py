@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import gaussian_blur
 
+from freqprune.attribution.baselines import find_baseline
 from freqprune.attribution.effects import Attribution, estimate
 from freqprune.attribution.gates import batches, check_frames, frames_for, gates
+from freqprune.attribution.pairs import find_interactions
+from freqprune.attribution.parts import find_parts
 from freqprune.attribution.scores import Score, read, targets
+from freqprune.attribution.sensitivity import first_order
 from freqprune.errors import InputError, at_least, one_of
 from freqprune.networks import check_answers, evaluating, first
-from freqprune.tagging import Progress
-
-BASELINES = ("mean", "grey", "blur")
+from freqprune.tagging import HALF, Progress
 
 
 def attribute(
@@ -25,8 +26,10 @@ def attribute(
     images: Tensor,
     target: int | Tensor | None = None,
     *,
+    parts: str = "grid",
     grid: int | tuple[int, int] = 8,
     segments: Tensor | None = None,
+    n_segments: int = 64,
     forwards: int = 512,
     until: float | None = None,
     score: str | Score = "logit",
@@ -34,7 +37,7 @@ def attribute(
     steepness: float = 4.0,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    half: torch.dtype | None = None,
+    half: str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Attribution:
@@ -44,9 +47,12 @@ def attribute(
         model: network; runs in eval mode, which is restored.
         images: pixels in [0, 1], ``(n_images, n_channels, height, width)``, not normalised.
         target: class to read, for all images or one each; the network's own answer if left out.
+        parts: ``"grid"``, tiles; ``"patches"``, those of a network of tokens; ``"channels"``, the colours; ``"slic"``,
+            superpixels (needs scikit-image).
         grid: tiles along each side, or along height and width.
         segments: instead, an integer mask of parts, numbered from 0, pixels with -1 in none, ``(height, width)`` or one
             for each image.
+        n_segments: superpixels of an image, about.
         forwards: frames that an image takes at most: recordings of ``4 * n_parts`` frames each, with phases and
             frequencies drawn anew.
         until: stop as soon as no standard error of the image is above this, in units of the score.
@@ -57,117 +63,137 @@ def attribute(
         steepness: 1 for sines, larger for gates that are more often open or closed, see `freqprune.attribution.gates`.
         mean: channel means that the network's inputs are normalised with; none if left out.
         std: channel standard deviations, likewise.
-        half: dtype to run the network in by autocast.
+        half: ``"float16"`` or ``"bfloat16"``: run the network in half precision by autocast.
         seed: of frequencies and phases.
-        progress: wraps the iteration over images, for a progress bar.
+        progress: wraps the iteration over recordings, image after image, for a progress bar.
 
     Raises:
         InputError: for more parts than odd bins, masks of another size, a class that is not there, a network that
             answers differently from call to call, scores that are not finite, or any other argument out of range.
     """
-    device = next(model.parameters()).device
     if images.dim() != 4 or not len(images):
         raise InputError(f"images must be (n_images, n_channels, height, width), got {tuple(images.shape)}")
-    parts = _parts(images, grid, segments)
-    n_parts = int(parts.max()) + 1
-    check_frames(n_parts, forwards)
     at_least(1, steepness=steepness)
     if until is not None and not until > 0:
         raise InputError(f"until must be a standard error above 0, got {until}")
-    shift, scale = _normalisation(mean, std, images.shape[1], device)
-    n_frames, n_recordings = frames_for(n_parts), forwards // frames_for(n_parts)
-    pixels, faded = images.float(), _baseline(images.float(), baseline)
+    reader = _Reader(model, *_normalisation(model, images, mean, std), score, _dtype(half))
+    whole = reader.inputs(images)
+    check_answers(model, whole[:1])
+    faded = reader.inputs(find_baseline(images.float(), baseline))
+    numbers, names = find_parts(model, images, parts, grid, segments, n_segments)
+    check_frames(len(names), forwards)
+    n_frames = frames_for(len(names))
     generator = torch.Generator().manual_seed(seed)
-    designs = [gates(n_parts, n_frames, generator, steepness) for _ in range(n_recordings)]
-
-    def answer(frames: Tensor) -> Any:
-        with torch.autocast(device.type, dtype=half, enabled=half is not None):
-            return model((frames.to(device) - shift) / scale)
-
-    check_answers(model, (pixels[:1].to(device) - shift) / scale)
+    designs = [gates(len(names), n_frames, generator, steepness) for _ in range(forwards // n_frames)]
+    recordings = [(number, recording) for number in range(len(images)) for recording in range(len(designs))]
     found: list[tuple[Tensor, ...]] = []
+    scores: list[Tensor] = []
     taken = 0
     with evaluating(model), torch.inference_mode():
-        whole = [answer(image[None]) for image in pixels]
-        wanted = None if callable(score) else targets(torch.cat([first(one).float() for one in whole]), target)
-        at = [None] * len(pixels) if wanted is None else list(wanted[:, None])
-        ends = [
-            torch.stack(
-                [read(output, score, one).squeeze(0).float().cpu() for output, one in zip(outputs, at, strict=True)]
-            )
-            for outputs in (whole, [answer(image[None]) for image in faded])
-        ]
-        for number in progress(range(len(pixels))) if progress is not None else range(len(pixels)):
-            values: list[Tensor] = []
-            for design in designs:
-                frames = _frames(pixels[number], faded[number], parts[number], design)
-                values += [_scores(answer(some), score, at[number]) for some in frames]
-                fitted = estimate(torch.cat(designs[: len(values) // len(frames)]), torch.cat(values)[:, None])
-                if until is not None and float(fitted[1].max()) <= until:
-                    break
-            taken = max(taken, sum(map(len, values)))
-            found.append(fitted)
-    effects, errors, p_values, together = (torch.cat(column) for column in zip(*found, strict=True))
-    return Attribution(effects, errors, p_values, together, wanted, ends[0], ends[1], parts, taken)
+        wanted = reader.targets(whole, target)
+        ends = [reader.read_each(inputs, wanted) for inputs in (whole, faded)]
+        for number, recording in progress(recordings) if progress is not None else recordings:
+            if len(found) > number:
+                continue  # sure enough before its last recording
+            frames = _frames(whole[number], faded[number], numbers[number], designs[recording])
+            scores += [reader.read(some, None if wanted is None else wanted[number]) for some in frames]
+            last = recording + 1 == len(designs)
+            if not last and until is None:
+                continue
+            there = _present(numbers[number], len(names))
+            fitted = _fitted(torch.cat(designs[: recording + 1]), torch.cat(scores), n_frames, there)
+            if last or (until is not None and float(fitted[1].max()) <= until):
+                found.append(fitted)
+                taken, scores = max(taken, n_frames * (recording + 1)), []
+    effects, errors, p_values, *of_pairs, shares = (torch.cat(column) for column in zip(*found, strict=True))
+    return Attribution(
+        effects, errors, p_values, of_pairs[0], of_pairs[1], shares, wanted, ends[0], ends[1], numbers, names, taken
+    )
 
 
-def _scores(output: Any, score: str | Score, target: Tensor | None) -> Tensor:
-    n_frames = len(first(output))
-    return read(output, score, None if target is None else target.expand(n_frames)).double().cpu()
+@dataclass(frozen=True)
+class _Reader:
+    """A network, what its inputs are normalised with, and what is read of its answer."""
+
+    model: nn.Module
+    mean: Tensor
+    std: Tensor
+    score: str | Score
+    half: torch.dtype | None
+
+    def inputs(self, pixels: Tensor) -> Tensor:
+        """Pixels as the network takes them, on its device."""
+        return (pixels.to(self.mean) - self.mean) / self.std
+
+    def answer(self, inputs: Tensor) -> Any:
+        with torch.autocast(inputs.device.type, dtype=self.half, enabled=self.half is not None):
+            return self.model(inputs)
+
+    def targets(self, inputs: Tensor, given: int | Tensor | None) -> Tensor | None:
+        """Class to read of each image; None for a score of one's own."""
+        if callable(self.score):
+            return None
+        return targets(torch.cat([first(self.answer(one[None])).float() for one in inputs]), given)
+
+    def read(self, inputs: Tensor, target: Tensor | None) -> Tensor:
+        """Scores of frames of one image, float64 ``(n_frames,)``."""
+        output = self.answer(inputs)
+        wanted = None if target is None else target.expand(len(inputs))
+        return read(output, self.score, wanted).double().cpu()
+
+    def read_each(self, inputs: Tensor, wanted: Tensor | None) -> Tensor:
+        """Score of each image, ``(n_images,)``."""
+        each: Any = [None] * len(inputs) if wanted is None else wanted
+        return torch.cat([self.read(one[None], at) for one, at in zip(inputs, each, strict=True)]).float()
 
 
-def _frames(image: Tensor, faded: Tensor, parts: Tensor, design: Tensor) -> list[Tensor]:
+def _frames(whole: Tensor, faded: Tensor, numbers: Tensor, design: Tensor) -> Iterator[Tensor]:
     """Batches of frames of one image, ``(n_frames, n_channels, height, width)``: each part as far from its baseline as
-    its gate says; what is in no part stays."""
+    its gate says; what is in no part stays. Fading and normalising are both linear, so that the frames of normalised
+    images are the normalised frames."""
     still = torch.ones(len(design), 1, dtype=torch.float64)
-    opened = batches(torch.cat([design, still], 1).to(image.dtype), image)
-    return [faded + some[:, parts][:, None] * (image - faded) for some in opened]
+    apart, at = whole - faded, numbers.to(whole.device)
+    for some in batches(torch.cat([design, still], 1).to(whole), whole):
+        opened = some[:, at]
+        yield torch.addcmul(faded, opened if at.dim() == 3 else opened[:, None], apart)
 
 
-def _parts(images: Tensor, grid: int | tuple[int, int], segments: Tensor | None) -> Tensor:
-    """Number of each pixel's part, ``(n_images, height, width)``."""
-    height, width = images.shape[-2:]
-    if segments is not None:
-        found = torch.as_tensor(segments)
-        if found.is_floating_point() or found.shape not in ((height, width), (len(images), height, width)):
-            raise InputError(
-                f"segments must be integers of shape ({height}, {width}) or ({len(images)}, {height}, {width}), got "
-                f"{found.dtype} {tuple(found.shape)}"
-            )
-        if int(found.max()) < 0:
-            raise InputError("segments hold no part: every pixel is -1")
-        return found.long().expand(len(images), height, width)
-    rows, columns = (grid, grid) if isinstance(grid, int) else grid
-    at_least(1, grid=min(rows, columns))
-    if rows > height or columns > width:
-        raise InputError(f"grid = {rows} x {columns} tiles do not fit into images of {height} x {width} pixels")
-    row, column = (torch.arange(size) * count // size for size, count in ((height, rows), (width, columns)))
-    return (row[:, None] * columns + column).expand(len(images), height, width)
+def _present(numbers: Tensor, n_parts: int) -> Tensor:
+    """Which parts an image has, ``(n_parts,)``."""
+    return torch.bincount(numbers[numbers >= 0], minlength=n_parts) > 0
 
 
-def _baseline(pixels: Tensor, baseline: str | Tensor) -> Tensor:
-    """What parts fade to, of the shape of the images."""
-    if isinstance(baseline, Tensor):
-        if baseline.shape not in (pixels.shape, pixels.shape[1:]):
-            raise InputError(
-                f"baseline must have the shape of the images, {tuple(pixels.shape)}, or of one of them, got "
-                f"{tuple(baseline.shape)}"
-            )
-        return baseline.float().expand(pixels.shape)
-    one_of(BASELINES, baseline=baseline)
-    if baseline == "grey":
-        return torch.full_like(pixels, 0.5)
-    if baseline == "mean":
-        return pixels.mean((2, 3), keepdim=True).expand(pixels.shape)
-    sigma = min(pixels.shape[-2:]) / 16
-    return gaussian_blur(pixels, 2 * math.ceil(2 * sigma) + 1, sigma)
+def _fitted(design: Tensor, scores: Tensor, n_frames: int, there: Tensor) -> tuple[Tensor, ...]:
+    """Effects, standard errors, p-values, interactions with theirs, and first-order shares, of the parts that an image
+    has; the others do nothing to it."""
+    design = design[:, there]
+    of_pairs = (one[None] for one in find_interactions(design, scores, n_frames))
+    found = (*estimate(design, scores[:, None], n_frames), *of_pairs, first_order(design, scores)[None])
+    if there.all():
+        return found
+    pairs = there[:, None] & there
+    # What is not there: no effect, standard error or share, and p = 1.
+    empty = (0.0, 0.0, 1.0, 0.0, 1.0, 0.0)
+    return tuple(
+        torch.full((1, *where.shape), value, dtype=torch.float64).masked_scatter(where, one)
+        for one, value in zip(found, empty, strict=True)
+        for where in [pairs if one.dim() == 3 else there]
+    )
+
+
+def _dtype(half: str | None) -> torch.dtype | None:
+    if half is None:
+        return None
+    one_of(HALF, half=half)
+    return HALF[half]
 
 
 def _normalisation(
-    mean: Sequence[float] | None, std: Sequence[float] | None, n_channels: int, device: torch.device
+    model: nn.Module, images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[Tensor, Tensor]:
     if (mean is None) != (std is None):
         raise InputError("mean and std come together: give both or neither")
+    device, n_channels = next(model.parameters()).device, images.shape[1]
     found = []
     for name, values, plain in (("mean", mean, 0.0), ("std", std, 1.0)):
         values = [plain] * n_channels if values is None else list(values)

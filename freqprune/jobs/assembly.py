@@ -22,7 +22,17 @@ from torch import nn
 from freqprune.errors import InputError
 from freqprune.jobs.config import Common
 from freqprune.jobs.settings import Settings
-from freqprune.networks import build_model, check_answers, preprocessing, rebuilt_from, trained, write_atomically
+from freqprune.networks import (
+    Stored,
+    build_model,
+    check_answers,
+    load_network,
+    preprocessing,
+    pretrained_path,
+    rebuilt_from,
+    trained,
+    write_atomically,
+)
 from freqprune.reports import show
 from freqprune.training import Classifier, ImageData
 
@@ -82,6 +92,17 @@ def model_config(model: Mapping[str, Any]) -> dict[str, Any]:
         show(f"no ckpt given: training a dense {config['name']} first")
     build_model(config)
     return config
+
+
+def stored_network(config: Mapping[str, Any], ckpt: str | None, pretrained: bool) -> Stored:
+    """The trained network that a job begins with: of a library, of the package or from a file."""
+    if trained(config):
+        net = build_model(config).eval()
+        found = preprocessing(config)
+        normalization = {} if found is None else {"mean": list(found.mean), "std": list(found.std)}
+        return Stored(net, rebuilt_from(config, net), normalization)
+    path = pretrained_path("resnet32") if pretrained else Path(ckpt or "")
+    return load_network(path, None if config["name"] is None else config)
 
 
 def data_settings(settings: Settings) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The command line: ``freqprune train | prune | sweep``, `train.py` and `prune.py`; errors that a person can act on."""
+"""The command line: ``freqprune train | prune | explain | sweep``, `train.py`, `prune.py`; errors one can act on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,14 +24,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from freqprune.errors import InputError
 from freqprune.jobs.config import Common, check_pruning, check_training, names_trained, no_such_key, read_common, typed
+from freqprune.jobs.explain_settings import check_explaining
 
 log = logging.getLogger(__name__)
 
 USAGE = """\
-usage: freqprune {train,prune,sweep} ...
+usage: freqprune {train,prune,explain,sweep} ...
 
   freqprune train [key=value ...]   train a classifier, tagged at the end of every epoch
   freqprune prune [key=value ...]   tag a trained network, remove filters, make up for them, fine-tune
+  freqprune explain images=FILES    which parts of images the answers of a trained network hang on
   freqprune sweep FOLDER ...        gather the jobs of sweeps (-m) into one table, figure and report
 
 freqprune prune --help lists the settings, --cfg job all values; -m runs a sweep; --config-dir FOLDER adds your own
@@ -40,12 +43,12 @@ configs. Start with: freqprune train experiment=quickstart"""
 def main() -> None:
     """The console command ``freqprune``."""
     words = sys.argv[1:]
-    if words[:1] in (["train"], ["prune"]):
+    if words[:1] in (["train"], ["prune"], ["explain"]):
         job = words.pop(0)
         os.environ.setdefault("FREQPRUNE_COMMAND", f"freqprune {job}")
         # Hydra reads sys.argv, and Lightning starts the further processes of a distributed run by it.
         sys.argv = [str(Path(__file__).with_name(f"as_{job}.py")), *words]
-        train() if job == "train" else prune()
+        {"train": train, "prune": prune, "explain": explain}[job]()
     elif words[:1] == ["sweep"]:
         # Figures and tables take seconds to import.
         from freqprune.reports import sweeps
@@ -69,6 +72,12 @@ def prune() -> None:
     _run(_prune, "prune")
 
 
+def explain() -> None:
+    """``freqprune explain``."""
+    os.environ.setdefault("FREQPRUNE_COMMAND", "freqprune explain")
+    _run(_explain, "explain")
+
+
 def conf_dir() -> Path:
     """Where the configs are: in the installed package, or beside it in a checkout."""
     package = Path(__file__).parents[1]
@@ -85,13 +94,25 @@ def _prune(cfg: DictConfig) -> None:
     _job(cfg, lambda common: common.ckpt is None and not common.pretrained and names_trained(cfg) is None)
 
 
+@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="explain")
+def _explain(cfg: DictConfig) -> None:
+    from freqprune.reports import record
+
+    with _refusing():
+        asked = check_explaining(cfg)
+        with record.failures_kept(Path(asked.whose.output_dir)):
+            from freqprune.jobs.explain import explain
+
+            explain(cfg)
+
+
 def _job(cfg: DictConfig, trains: Callable[[Common], bool]) -> None:
     """Train, prune or both, as the configuration says."""
     # Light on purpose: what can be refused at once is refused before torch and Lightning are imported, which takes
     # seconds.
     from freqprune.reports import record
 
-    try:
+    with _refusing():
         common = read_common(cfg)
         training, pruning = trains(common), cfg.get("pruning") or {}
         prunes = typed(bool, pruning.get("enabled", False), "pruning.enabled")
@@ -108,6 +129,13 @@ def _job(cfg: DictConfig, trains: Callable[[Common], bool]) -> None:
             _, objects = train(cfg)
             if prunes:
                 prune(cfg, dense=objects["classifier"].net, data=objects["data"])
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Bad input inside a job ends it with its message."""
+    try:
+        yield
     except (InputError, OSError, HydraException) as error:
         # Past Hydra, which would print a line of its own above; in a sweep that line says which job it was.
         if HydraConfig.get().mode == RunMode.MULTIRUN or _message(error) is None:
@@ -129,7 +157,7 @@ def _run(task: Callable[[], Any], name: str) -> None:
         finally:
             gather_sweep()
     except (HydraException, OmegaConfBaseException) as error:
-        fail(_explain(error, name))
+        fail(_reasons(error, name))
     except (InputError, OSError) as error:
         message = _message(error)
         if message is None:
@@ -202,7 +230,7 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
-def _explain(error: Exception, name: str) -> str:
+def _reasons(error: Exception, name: str) -> str:
     cause = error.__cause__
     reasons = [str(error).strip()]
     while cause is not None:

@@ -8,12 +8,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from freqprune.errors import InputError, at_least, check_file, closest, one_of
+
+T = TypeVar("T")
 
 
 def plain(section: Any) -> Any:
@@ -42,11 +44,16 @@ class Common:
 
 def read_common(cfg: DictConfig) -> Common:
     """The settings of no section, typed and in range."""
-    hints = get_type_hints(Common)
+    return of_the_top(Common, cfg)
+
+
+def of_the_top(cls: type[T], cfg: DictConfig) -> T:
+    """An object of a settings class whose fields are keys of no section."""
+    hints = get_type_hints(cls)
     for name in hints:
         if name not in cfg:
             raise InputError(f"{name} is not set; give {name}=VALUE")
-    return Common(**{name: typed(hint, plain_value(cfg, name), name) for name, hint in hints.items()})
+    return cls(**{name: typed(hint, plain_value(cfg, name), name) for name, hint in hints.items()})
 
 
 def plain_value(cfg: DictConfig, name: str) -> Any:
@@ -156,27 +163,34 @@ def check_pruning(cfg: DictConfig, at_hand: bool = False) -> None:
             not there.
     """
     common = read_common(cfg)
-    if common.pretrained and common.ckpt is not None:
-        raise InputError(
-            f"pretrained=true names the package's own network and ckpt = {common.ckpt} another; leave one of them out"
-        )
-    library = names_trained(cfg)
-    if library is not None and (common.pretrained or common.ckpt is not None):
-        raise InputError(
-            f"{library} names a trained network and {'pretrained=true' if common.pretrained else 'ckpt'} another; "
-            "leave one of them out"
-        )
-    if not at_hand and not common.pretrained and common.ckpt is None and library is None:
-        raise InputError(
-            "ckpt is not set: give the network to prune, ckpt=FILE, pretrained=true for the package's ResNet-32, or "
-            "model.name=torchvision/<name> model.weights=DEFAULT"
-        )
+    check_one_network(cfg, common.ckpt, common.pretrained, "to prune", at_hand)
     if not at_hand and common.ckpt_path is not None:
         raise InputError(
             "ckpt_path resumes training and has no part in pruning a checkpoint; "
             "leave it out, or leave ckpt out to train first"
         )
     _check(cfg, common)
+
+
+def check_one_network(
+    cfg: DictConfig, ckpt: str | None, pretrained: bool, what_for: str, at_hand: bool = False
+) -> None:
+    """Raise InputError unless one setting, and only one, says where the trained network comes from."""
+    if pretrained and ckpt is not None:
+        raise InputError(
+            f"pretrained=true names the package's own network and ckpt = {ckpt} another; leave one of them out"
+        )
+    library = names_trained(cfg)
+    if library is not None and (pretrained or ckpt is not None):
+        raise InputError(
+            f"{library} names a trained network and {'pretrained=true' if pretrained else 'ckpt'} another; "
+            "leave one of them out"
+        )
+    if not at_hand and not pretrained and ckpt is None and library is None:
+        raise InputError(
+            f"ckpt is not set: give the network {what_for}, ckpt=FILE, pretrained=true for the package's ResNet-32, or "
+            "model.name=torchvision/<name> model.weights=DEFAULT"
+        )
 
 
 def _check(cfg: DictConfig, common: Common) -> None:

@@ -17,7 +17,7 @@ from freqprune.jobs.launch import in_all_processes
 from freqprune.jobs.outputs import name_of, tell, write_response
 from freqprune.jobs.settings import Settings, read
 from freqprune.jobs.stages import Run
-from freqprune.networks import Stored, build_model, load_network, preprocessing, pretrained_path, rebuilt_from, trained
+from freqprune.networks import Stored
 from freqprune.processes import rank_and_size
 from freqprune.pruning import Verdict, judge, needs, plan_cut
 from freqprune.reports import record
@@ -93,14 +93,7 @@ def _pruned(
 
 def _network_to_prune(settings: Settings) -> Stored:
     common = settings.common
-    config = assembly.model_settings(settings.model)
-    if trained(config):
-        net = build_model(config).eval()
-        found = preprocessing(config)
-        stored = {} if found is None else {"mean": list(found.mean), "std": list(found.std)}
-        return Stored(net, rebuilt_from(config, net), stored)
-    path = pretrained_path("resnet32") if common.pretrained else Path(common.ckpt or "")
-    return load_network(path, None if config["name"] is None else config)
+    return assembly.stored_network(assembly.model_settings(settings.model), common.ckpt, common.pretrained)
 
 
 def _tagged(settings: Settings, net: nn.Module, data: ImageData) -> tuple[TagResponse, Verdict | None]:

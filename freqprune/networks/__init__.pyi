@@ -25,9 +25,12 @@ from .hooks import evaluating as evaluating
 from .hooks import hooked as hooked
 from .hooks import replaced as replaced
 from .libraries import Preprocessing as Preprocessing
+from .libraries import class_names as class_names
 from .libraries import preprocessing as preprocessing
 from .libraries import rebuilt_from as rebuilt_from
 from .libraries import trained as trained
+from .pretrained import CIFAR10 as CIFAR10
+from .pretrained import CIFAR10_CLASSES as CIFAR10_CLASSES
 from .pretrained import pretrained_path as pretrained_path
 from .pretrained import resnet32 as resnet32
 from .profiling import Latency as Latency

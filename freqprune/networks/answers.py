@@ -37,7 +37,7 @@ def check_answers(model: nn.Module, batch: Tensor) -> None:
         except Exception as error:
             raise InputError(
                 f"{name} does not run on images of {size} ({type(error).__name__}: {error}); where it was made for "
-                "larger ones, set data.image_size"
+                "larger ones, set data.image_size (of freqprune explain: image_size)"
             ) from error
     if not all(answer.isfinite().all() for answer in answers):
         raise InputError(f"{name} answers images with NaN or infinite values")

@@ -105,6 +105,23 @@ def preprocessing(config: Mapping[str, Any]) -> Preprocessing | None:
     return None
 
 
+def class_names(config: Mapping[str, Any]) -> list[str] | None:
+    """What the classes of a config's trained network are called; None where its library does not say.
+
+    Args:
+        config: as for `preprocessing`.
+    """
+    name, names = str(config.get("name") or ""), None
+    if name.startswith(TORCHVISION) and config.get("weights") is not None:
+        names = list(_weights(name.removeprefix(TORCHVISION), config["weights"]).meta["categories"])
+    if name.startswith(TIMM) and config.get("pretrained"):
+        timm = _timm()
+        cfg = timm.get_pretrained_cfg(name.removeprefix(TIMM)).to_dict()
+        subset = timm.data.infer_imagenet_subset(cfg)
+        names = None if subset is None else timm.data.ImageNetInfo(subset).label_descriptions()
+    return names if config.get("num_classes") in (None, len(names or ())) else None
+
+
 def _torchvision() -> Any:
     from torchvision import models
 

@@ -9,7 +9,12 @@ from torch import nn
 
 from freqprune.errors import InputError
 from freqprune.networks.checkpoint import load_network
+from freqprune.networks.libraries import Preprocessing
 from freqprune.networks.registry import build_model
+
+# What `resnet32(pretrained=True)` takes and tells apart.
+CIFAR10 = Preprocessing(32, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "bilinear")
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 def pretrained_path(name: str) -> Path:

@@ -4,6 +4,8 @@ from . import run_figures as run_figures
 from . import sweeps as sweeps
 from . import tables as tables
 from .drawing import save as save
+from .explain_page import ExplainPage as ExplainPage
+from .explain_page import write_explain_page as write_explain_page
 from .page import write_page as write_page
 from .sweep_jobs import asked as asked
 from .sweep_jobs import check_goes_on as check_goes_on

@@ -90,6 +90,11 @@ def write_page(folder: Path, sweep: SweepPage | None = None) -> Path:
                 {**one, "caption": one["caption"] + note}
                 for one in _figures(first / "figures", {name: CAPTIONS[name] for name in OF_THE_FIRST})
             ]
+    return write_text(folder / "report.html", rendered("report.html.j2", {**content, "figures": shown}))
+
+
+def rendered(template: str, content: Mapping[str, Any]) -> str:
+    """A template of the package with its places filled."""
     environment = Environment(
         loader=PackageLoader("freqprune.reports"),
         autoescape=True,
@@ -97,9 +102,12 @@ def write_page(folder: Path, sweep: SweepPage | None = None) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return write_text(
-        folder / "report.html", environment.get_template("report.html.j2").render({**content, "figures": shown})
-    )
+    return environment.get_template(template).render(content)
+
+
+def embedded(path: Path) -> str:
+    """A file as text that a page can hold."""
+    return base64.b64encode(path.read_bytes()).decode()
 
 
 def _of_a_sweep(sweep: SweepPage) -> dict[str, Any]:
@@ -144,7 +152,7 @@ def _of_a_sweep(sweep: SweepPage) -> dict[str, Any]:
         "machine": {"system": "unknown system", "cores": "unknown"}
         | _one_of_each([run.get("machine", {}) for run in runs]),
         "seeds": _listed(seeds),
-        "settings": _as_text(runs[0].get("settings", {})) if runs else "",
+        "settings": as_text(runs[0].get("settings", {})) if runs else "",
         "settings_of": f"All settings of job {recorded[0].name}" if runs else "",
     }
 
@@ -183,7 +191,7 @@ def _of_a_run(folder: Path) -> dict[str, Any]:
         "versions": run["versions"],
         "machine": run["machine"],
         "seeds": str(settings["seed"]),
-        "settings": _as_text(settings),
+        "settings": as_text(settings),
         "settings_of": "All settings",
     }
 
@@ -206,7 +214,7 @@ def _what_was_done(settings: Mapping[str, Any], metrics: Mapping[str, Any]) -> l
     return done
 
 
-def _as_text(settings: Mapping[str, Any]) -> str:
+def as_text(settings: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
 
 
@@ -229,5 +237,5 @@ def _figures(folder: Path, captions: Mapping[str, str]) -> list[dict[str, str]]:
     found = []
     for start, caption in captions.items():
         for path in sorted(folder.glob(f"{start}*.png" if start.endswith("_") else f"{start}.png")):
-            found.append({"name": path.stem, "caption": caption, "data": base64.b64encode(path.read_bytes()).decode()})
+            found.append({"name": path.stem, "caption": caption, "data": embedded(path)})
     return found

@@ -4,6 +4,7 @@ from .components import find_components as find_components
 from .measurement import Progress as Progress
 from .measurement import rounds as rounds
 from .measurement import tag as tag
+from .readout import HALF as HALF
 from .readout import Readout as Readout
 from .recording import Recorder as Recorder
 from .recording import map_mean as map_mean

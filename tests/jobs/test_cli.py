@@ -15,6 +15,8 @@ from freqprune.networks.registry import build_model
 from tests.conftest import ROOT
 from tests.jobs.test_jobs import SMALL
 
+EXPLAIN = "freqprune/jobs/as_explain.py"
+
 
 def call(script: str, *arguments: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -69,6 +71,10 @@ def test_errors_are_messages(arguments: list[str], message: str, tmp_path: Path)
         ("prune.py", ["pretrained=off", "ckpt=5"], "ckpt = 5 does not exist"),
         ("prune.py", ["pretrained=maybe"], "pretrained must be true or false, got 'maybe'"),
         ("prune.py", ["output_dir=null"], "output_dir must be a word, got None"),
+        (EXPLAIN, ["images=there.pt"], "ckpt is not set: give the network to explain"),
+        (EXPLAIN, ["images=there.pt", "ckpt=none.pt"], "ckpt = none.pt does not exist; in that folder: there.pt"),
+        (EXPLAIN, ["images=nowhere", "pretrained=true"], "images = nowhere does not exist"),
+        (EXPLAIN, ["images=there.pt", "pretrained=true", "forward=3"], "did you mean forwards?"),
     ],
 )
 def test_what_is_not_there_is_said_before_torch_is_imported(

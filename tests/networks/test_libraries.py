@@ -11,7 +11,7 @@ from torchvision import models
 
 from freqprune.errors import InputError
 from freqprune.networks.checkpoint import load_pruned, save_pruned
-from freqprune.networks.libraries import preprocessing
+from freqprune.networks.libraries import class_names, preprocessing
 from freqprune.networks.registry import build_model
 
 NO_TIMM = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
@@ -97,6 +97,22 @@ def test_preprocessing_of_torchvision() -> None:
     assert found.mean == (0.485, 0.456, 0.406)
     assert preprocessing({"name": "torchvision/resnet50"}) is None
     assert preprocessing({"name": "resnet32"}) is None
+
+
+def test_names_of_classes() -> None:
+    config = {"name": "torchvision/resnet50", "weights": "IMAGENET1K_V2"}
+    names = class_names(config)
+    assert names is not None
+    assert (len(names), names[0], names[999]) == (1000, "tench", "toilet tissue")
+    assert class_names({**config, "num_classes": 5}) is None
+    assert class_names({"name": "torchvision/resnet50"}) is None
+
+
+@NO_TIMM
+def test_names_of_classes_of_timm() -> None:
+    names = class_names({"name": "timm/resnet10t", "pretrained": True})
+    assert names is not None
+    assert (len(names), names[0]) == (1000, "tench, Tinca tinca")
 
 
 @NO_TIMM

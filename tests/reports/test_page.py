@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,20 @@ PROBE = """<script>addEventListener("load", () => document.body.dataset.seen = J
   images: [...document.images].map(i => i.complete && i.naturalWidth > 0),
   wide: document.documentElement.scrollWidth - innerWidth, title: document.title,
   command: document.querySelector("pre.command")?.textContent }))</script>"""
+
+
+def in_a_browser(page: Path, width: int) -> tuple[dict[str, Any], str]:
+    """What a reader sees of a page in a window of that width, and what the browser says."""
+    assert BROWSER is not None
+    probed = page.with_name("probed.html")
+    probed.write_text(page.read_text().replace("</body>", PROBE + "</body>"))
+    command = [
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={page.parent / 'profile'}",
+        f"--window-size={width},900", "--enable-logging=stderr", "--v=0", "--dump-dom", probed.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    found: dict[str, Any] = json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', done.stdout)[1]))  # type: ignore[index]
+    return found, done.stderr
 
 
 @pytest.fixture
@@ -128,33 +143,11 @@ def test_page_of_a_sweep(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("width", [1280, 500])
 @pytest.mark.parametrize("kind", ["run", "sweep"])
 def test_page_in_a_browser(run: Path, kind: str, width: int) -> None:
-    page = write_page(run, sweep_of(run) if kind == "sweep" else None)
-    probed = run / "probed.html"
-    probed.write_text(page.read_text().replace("</body>", PROBE + "</body>"))
-    assert BROWSER is not None
-    done = subprocess.run(
-        [
-            BROWSER,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            f"--user-data-dir={run / 'profile'}",
-            f"--window-size={width},900",
-            "--enable-logging=stderr",
-            "--v=0",
-            "--dump-dom",
-            probed.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    seen = json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', done.stdout)[1]))  # type: ignore[index]
+    seen, said = in_a_browser(write_page(run, sweep_of(run) if kind == "sweep" else None), width)
     assert seen["images"] == [True, True]
     assert seen["wide"] <= 0
     assert seen["title"].endswith("· freqprune")
     assert seen["command"] == (
         "python prune.py data.root='<b>&'" if kind == "run" else "python prune.py -m importance=snr,group_l2"
     )
-    assert "CONSOLE" not in done.stderr
+    assert "CONSOLE" not in said

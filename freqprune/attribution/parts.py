@@ -1,0 +1,107 @@
+"""Images → the parts that are tagged: tiles of a grid, a network's patches, colour channels, superpixels, any mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from freqprune.errors import InputError, at_least, one_of
+from freqprune.networks import evaluating, hooked
+
+LAYOUTS = ("grid", "patches", "channels", "slic")
+
+
+def find_parts(
+    model: nn.Module,
+    images: Tensor,
+    parts: str = "grid",
+    grid: int | tuple[int, int] = 8,
+    segments: Tensor | None = None,
+    n_segments: int = 64,
+) -> tuple[Tensor, list[str]]:
+    """Number of each pixel's part, and what the parts are called; arguments as of `freqprune.attribute`.
+
+    Returns:
+        Numbers, -1 for none, ``(n_images, height, width)``, of channels ``(n_images, n_channels, height, width)``.
+
+    Raises:
+        InputError: for more tiles than pixels, masks of another size, or a network that has no patches.
+    """
+    one_of(LAYOUTS, parts=parts)
+    if segments is not None:
+        if parts != "grid":
+            raise InputError(
+                f"segments is a mask of parts of its own and parts = {parts} others; leave one of them out"
+            )
+        return _of_a_mask(images, torch.as_tensor(segments))
+    if parts == "channels":
+        numbers = torch.arange(images.shape[1])[:, None, None].expand(images.shape)
+        return numbers, [f"channel {number + 1}" for number in range(images.shape[1])]
+    if parts == "slic":
+        return _superpixels(images, n_segments)
+    return _tiles(images, patches_of(model, images[:1]) if parts == "patches" else grid)
+
+
+def _tiles(images: Tensor, grid: int | tuple[int, int]) -> tuple[Tensor, list[str]]:
+    height, width = images.shape[-2:]
+    rows, columns = (grid, grid) if isinstance(grid, int) else grid
+    at_least(1, grid=min(rows, columns))
+    if rows > height or columns > width:
+        raise InputError(f"grid = {rows} x {columns} tiles do not fit into images of {height} x {width} pixels")
+    row, column = (torch.arange(size) * count // size for size, count in ((height, rows), (width, columns)))
+    names = [f"row {one + 1}, column {other + 1}" for one in range(rows) for other in range(columns)]
+    return (row[:, None] * columns + column).expand(len(images), height, width), names
+
+
+def _of_a_mask(images: Tensor, segments: Tensor) -> tuple[Tensor, list[str]]:
+    height, width = images.shape[-2:]
+    if segments.is_floating_point() or segments.shape not in ((height, width), (len(images), height, width)):
+        raise InputError(
+            f"segments must be integers of shape ({height}, {width}) or ({len(images)}, {height}, {width}), got "
+            f"{segments.dtype} {tuple(segments.shape)}"
+        )
+    if int(segments.max()) < 0:
+        raise InputError("segments hold no part: every pixel is -1")
+    names = [f"segment {number}" for number in range(int(segments.max()) + 1)]
+    return segments.long().clamp(min=-1).expand(len(images), height, width), names
+
+
+def _superpixels(images: Tensor, n_segments: int) -> tuple[Tensor, list[str]]:
+    """Superpixels of each image (SLIC, Achanta et al. 2012), by scikit-image."""
+    at_least(1, n_segments=n_segments)
+    try:
+        from skimage.segmentation import slic
+    except ImportError:
+        raise InputError("parts = slic needs scikit-image: pip install 'freqprune[segments]'") from None
+    found = [
+        slic(image.permute(1, 2, 0).cpu().numpy(), n_segments, start_label=0, channel_axis=-1)
+        for image in images.float()
+    ]
+    return _of_a_mask(images, torch.stack([torch.from_numpy(one) for one in found]))
+
+
+def patches_of(model: nn.Module, image: Tensor) -> tuple[int, int]:
+    """Rows and columns of the patches into which a network of tokens cuts its images: those of the convolution that
+    reads them in steps of its own size.
+
+    Raises:
+        InputError: for a network that has none.
+    """
+    found: list[tuple[int, int]] = []
+
+    def look(module: nn.Module, args: Any, output: Tensor) -> None:
+        assert isinstance(module, nn.Conv2d)
+        if args[0].shape == image.shape and module.kernel_size == module.stride and module.stride != (1, 1):
+            found.append((output.shape[-2], output.shape[-1]))
+
+    convolutions = [(module, None, look) for module in model.modules() if isinstance(module, nn.Conv2d)]
+    with evaluating(model), torch.inference_mode(), hooked(convolutions):
+        model(image.to(next(model.parameters()).device))
+    if not found:
+        raise InputError(
+            f"parts = patches needs a network of tokens: no convolution of {type(model).__name__} cuts its images into "
+            "patches; use parts=grid"
+        )
+    return found[0]

@@ -1,0 +1,107 @@
+"""Fine maps at few forwards: coarse parts first, then those that matter split into four."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from freqprune.attribution.effects import Attribution
+from freqprune.attribution.gates import frames_for
+from freqprune.attribution.images import attribute
+from freqprune.attribution.parts import find_parts
+from freqprune.errors import InputError, at_least
+
+# Parts that are split each time.
+SHARE = 4
+
+
+def attribute_fine(
+    model: nn.Module,
+    images: Tensor,
+    target: int | Tensor | None = None,
+    *,
+    refine: int = 1,
+    parts: str = "grid",
+    grid: int | tuple[int, int] = 4,
+    segments: Tensor | None = None,
+    n_segments: int = 64,
+    forwards: int = 512,
+    until: float | None = None,
+    **settings: Any,
+) -> Attribution:
+    """`freqprune.attribute` from coarse to fine: the quarter of an image's parts that have the largest effects is split
+    into four each and tagged anew with the rest, as often as asked for.
+
+    Args:
+        model: as of `freqprune.attribute`.
+        images: as there.
+        target: as there.
+        refine: how often parts are split; 0 for never.
+        parts: the first parts, as there, but not ``"channels"``.
+        grid: as there.
+        segments: as there.
+        n_segments: as there.
+        forwards: frames that an image takes at most, all together: one recording each time before the last.
+        until: of the last time.
+        settings: further arguments of `freqprune.attribute`.
+
+    Returns:
+        The attribution of the last parts, which have other sizes and places from image to image.
+
+    Raises:
+        InputError: as `freqprune.attribute`; for fewer forwards than the last parts need.
+    """
+    at_least(0, refine=refine)
+    if not refine:
+        return attribute(
+            model, images, target, parts=parts, grid=grid, segments=segments, n_segments=n_segments, forwards=forwards,
+            until=until, **settings,
+        )  # fmt: skip
+    if parts == "channels":
+        raise InputError("refine splits parts of the image, which channels are not; use refine=0 or parts=grid")
+    numbers, names = find_parts(model, images, parts, grid, segments, n_segments)
+    taken = 0
+    for step in range(refine + 1):
+        n_frames = frames_for(len(names))
+        if taken + n_frames > forwards:
+            raise InputError(
+                f"refine = {refine}: {len(names)} parts need {n_frames} frames, after {taken} for coarser ones; "
+                f"forwards must be at least {taken + n_frames}, got {forwards}"
+            )
+        if step == refine:
+            break
+        found = attribute(model, images, target, segments=numbers, forwards=n_frames, **settings)
+        target = target if found.target is None else found.target
+        numbers = torch.stack([split(one, found.ranked(image)) for image, one in enumerate(numbers)])
+        names = [f"part {number}" for number in range(int(numbers.max()) + 1)]
+        taken += n_frames
+    found = attribute(model, images, target, segments=numbers, forwards=forwards - taken, until=until, **settings)
+    return replace(found, part_names=names, forwards=taken + found.forwards)
+
+
+def split(parts: Tensor, ranked: list[int]) -> Tensor:
+    """The first quarter of the parts split into four each, through the middle of their rows and columns; parts of one
+    pixel stay.
+
+    Args:
+        parts: number of each pixel's part, -1 for none, ``(height, width)``.
+        ranked: numbers of all parts, the first to split first.
+
+    Returns:
+        New numbers, ``(height, width)``.
+    """
+    found, n_parts = parts.clone(), len(ranked)
+    for part in ranked[: max(1, n_parts // SHARE)]:
+        rows, columns = (parts == part).nonzero(as_tuple=True)
+        if not len(rows):
+            continue
+        lower, right = rows > rows.float().mean(), columns > columns.float().mean()
+        quarter = 2 * lower.long() + right.long()
+        present = quarter.unique()
+        for piece in present[1:]:
+            found[rows[quarter == piece], columns[quarter == piece]] = n_parts
+            n_parts += 1
+    return found

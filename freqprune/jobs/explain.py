@@ -1,0 +1,171 @@
+"""The job behind ``freqprune explain``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from freqprune.attribution import Attribution, attribute_fine
+from freqprune.errors import InputError
+from freqprune.jobs import assembly
+from freqprune.jobs.explain_settings import PIXEL_BASELINES, Explaining, Photographs, check_explaining, find_images
+from freqprune.jobs.photographs import read_classes, read_images, read_segments
+from freqprune.networks import CIFAR10, CIFAR10_CLASSES, Preprocessing, Stored, class_names, first, preprocessing
+from freqprune.reports import ExplainPage, record, save, show, write_explain_page
+from freqprune.tagging import rounds
+
+OF_PARTS = (
+    "effects", "standard_error", "p_values", "adjusted", "interactions", "interaction_p_values", "first_order"
+)  # fmt: skip
+
+
+def explain(cfg: DictConfig) -> tuple[Attribution, dict[str, Any]]:
+    """Say for each image which of its parts a trained network's answer hangs on.
+
+    Args:
+        cfg: composed from ``conf/explain.yaml``.
+
+    Returns:
+        The attribution, which is also written to ``attribution.npz``, and the objects: ``pixels`` ``(n_images,
+        n_channels, height, width)`` in [0, 1], ``names`` of the images, ``net``.
+
+    Raises:
+        InputError: for a bad setting, before any work is done or lost.
+    """
+    asked = check_explaining(cfg)
+    whose, tags = asked.whose, asked.tags
+    assembly.quiet()
+    out = assembly.prepare_output(Path(whose.output_dir))
+    record.write(out, cfg)
+    stored = assembly.stored_network(asked.model, whose.ckpt, whose.pretrained)
+    net = stored.net.to(_device(whose.device)).eval()
+    takes = _preprocessing(asked, stored)
+    paths = find_images(asked.photographs)
+    pixels = _read(paths, takes)
+    classes = _classes(asked, net, pixels[:1], takes)
+    found = attribute_fine(
+        net,
+        pixels,
+        tags.target,
+        parts=tags.parts,
+        grid=tags.grid if isinstance(tags.grid, int) else (tags.grid[0], tags.grid[1]),
+        segments=None if tags.segments is None else read_segments(tags.segments),
+        n_segments=tags.n_segments,
+        refine=tags.refine,
+        forwards=tags.forwards,
+        until=tags.until,
+        score=tags.score,
+        baseline=_baseline(tags.baseline, pixels, takes),
+        steepness=tags.steepness,
+        mean=takes.mean,
+        std=takes.std,
+        half=tags.half,
+        seed=whose.seed,
+        progress=rounds,
+    )
+    names = _names(paths)
+    _write(out, asked, found, pixels, names, classes)
+    sure = sum(int(found.significant(number, asked.telling.alpha).sum()) for number in range(len(names)))
+    images = f"{len(names)} image{'' if len(names) == 1 else 's'}"
+    show(
+        f"{images}, {found.forwards} forwards each: {sure} of {found.effects.numel()} parts significant at a false "
+        f"discovery rate of {asked.telling.alpha:g}; {out / 'explain.html'}"
+    )
+    return found, {"pixels": pixels, "names": names, "net": net}
+
+
+def _device(name: str) -> torch.device:
+    """Where the network runs."""
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device = {name} cannot be used ({reason}); use auto, cpu or cuda") from None
+
+
+def _preprocessing(asked: Explaining, stored: Stored) -> Preprocessing:
+    """What the network was trained with, as far as that is known and nothing else is asked for; a size of 0 leaves the
+    images as they are."""
+    given = asked.photographs
+    known = CIFAR10 if asked.whose.pretrained else preprocessing(asked.model)
+    mean, std = (_normalisation(given, name, stored) for name in ("mean", "std"))
+    size, resize = given.image_size, given.resize
+    if size is None and known is not None:
+        size, resize = known.image_size, known.resize
+    how = given.interpolation or (known.interpolation if known is not None else "bilinear")
+    return Preprocessing(size or 0, resize or 0, mean, std, how if how in ("bilinear", "bicubic") else "bicubic")
+
+
+def _normalisation(given: Photographs, name: str, stored: Stored) -> tuple[float, ...]:
+    asked: Sequence[float] | None = getattr(given, name)
+    known = stored.normalization.get(name)
+    found = known if asked is None else asked
+    if found is None:
+        raise InputError(
+            f"{name} is not set, and the checkpoint does not say what its inputs are normalised with: give "
+            "mean=[...] and std=[...], [0,0,0] and [1,1,1] for pixels as they are"
+        )
+    if asked is not None and known is not None and max(abs(a - b) for a, b in zip(asked, known, strict=False)) > 1e-3:
+        raise InputError(
+            f"the network was trained with {name} {known}, but {name} = {list(asked)}; leave mean and std out"
+        )
+    return tuple(found)
+
+
+def _read(paths: list[Path], takes: Preprocessing, key: str = "images") -> Tensor:
+    """Images in as many channels as the network has means."""
+    if len(takes.mean) not in (1, 3):
+        raise InputError(f"mean must hold 3 values, or 1 for a network of grey images, got {list(takes.mean)}")
+    size, resize = takes.image_size or None, takes.resize or None
+    return read_images(paths, size, resize, takes.interpolation, len(takes.mean), key)
+
+
+def _baseline(given: str, pixels: Tensor, takes: Preprocessing) -> str | Tensor:
+    if given in PIXEL_BASELINES:
+        return given
+    found = _read([Path(given)], takes, "baseline")
+    if found.shape[1:] != pixels.shape[1:]:
+        raise InputError(
+            f"baseline = {given} has {found.shape[2]} x {found.shape[3]} pixels, the images have {pixels.shape[2]} x "
+            f"{pixels.shape[3]}; set image_size=PIXELS"
+        )
+    return found[0]
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """Names of the images, in order and each once."""
+    return [f"{number:0{len(str(len(paths)))}d}_{path.stem}" for number, path in enumerate(paths, 1)]
+
+
+def _classes(asked: Explaining, net: nn.Module, image: Tensor, takes: Preprocessing) -> list[str] | None:
+    """Names of the network's classes, where they are known."""
+    if asked.telling.classes is not None:
+        with torch.inference_mode():
+            n_classes = first(net(image.to(next(net.parameters()).device))).shape[1]
+        return read_classes(asked.telling.classes, n_classes)
+    return list(CIFAR10_CLASSES) if asked.whose.pretrained else class_names(asked.model)
+
+
+def _write(
+    out: Path, asked: Explaining, found: Attribution, pixels: Tensor, names: list[str], classes: list[str] | None
+) -> None:
+    telling = asked.telling
+    arrays: dict[str, Any] = {name: getattr(found, name).numpy() for name in (*OF_PARTS, "maps", "parts", "whole")}
+    arrays |= {"baseline": found.baseline.numpy(), "names": np.array(names), "forwards": found.forwards}
+    if found.target is not None:
+        arrays["target"] = found.target.numpy()
+    np.savez_compressed(out / "attribution.npz", **arrays)
+    for number, name in rounds(list(enumerate(names))):
+        figure = found.plot(number, pixels[number], telling.pairs, telling.rows, telling.alpha)
+        save(figure, out / "maps" / f"{name}.png", dpi=120)
+    page = ExplainPage(names, classes, asked.tags.score, telling.alpha, telling.rows, telling.pairs)
+    write_explain_page(out, found, page)

@@ -1,0 +1,114 @@
+"""What filters do to classes, against networks that are linear behind them and against leaving filters out."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from freqprune import Amount, Material, Recipe, Stimulus, cut
+from freqprune.attribution.filters import FilterEffects, filter_effects
+from freqprune.errors import InputError
+from freqprune.networks.registry import build_model
+from freqprune.pruning.criteria import scores
+from freqprune.pruning.importance import Evidence
+from freqprune.pruning.proof import masked_forward
+from tests.attribution.test_attribution import IMAGES
+
+
+class Twice(nn.Module):
+    """One activation module used twice; linear behind the second convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3)
+        self.norm, self.relu, self.head = nn.BatchNorm2d(6), nn.ReLU(), nn.Linear(6, 4)
+        nn.init.uniform_(self.norm.bias, 0.5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(self.relu(self.norm(self.second(self.relu(self.first(x))))).mean((2, 3)))
+        return found
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    return Twice().eval()
+
+
+def test_the_effect_is_what_leaving_a_filter_out_takes_away(net: nn.Module) -> None:
+    found = filter_effects(net, IMAGES, "second")
+    with torch.no_grad():
+        whole = net(IMAGES)
+    for number in range(6):
+        lost = whole - masked_forward(net, {"head": [number]}, IMAGES)
+        torch.testing.assert_close(found.effects[:, number], lost.double(), rtol=1e-3, atol=1e-5)
+    assert found.interactions.shape == (3, 6, 6)
+    assert found.interactions.abs().max() < 1e-4
+
+
+def test_filters_of_the_first_of_two_layers(net: nn.Module) -> None:
+    """Its activation module is used twice and only its first call is gated: a filter that nothing reads does
+    nothing."""
+    with torch.no_grad():
+        net.second.weight[:, 2] = 0
+    found = filter_effects(net, IMAGES, "first", forwards=64)
+    assert found.effects[:, 2].abs().max() < 1e-6
+    assert (found.effects[:, [0, 1, 3]].abs().amax(2) > 1e-4).all()
+
+
+def test_the_criterion_is_how_far_the_logits_move(net: nn.Module) -> None:
+    labelled = [(IMAGES[:2], torch.zeros(2, dtype=torch.long)), (IMAGES[2:], torch.zeros(1, dtype=torch.long))]
+    found = scores("effect", Evidence(net, labelled=labelled), ["second"])["second"]
+    with torch.no_grad():
+        whole = net(IMAGES)
+    expected = torch.stack([
+        (whole - masked_forward(net, {"head": [number]}, IMAGES)).square().sum(1).mean() for number in range(6)
+    ])  # fmt: skip
+    torch.testing.assert_close(found, expected.double(), rtol=1e-3, atol=1e-6)
+
+
+def test_a_cut_keeps_what_moves_the_logits() -> None:
+    dense = build_model({"name": "resnet8"}).eval()
+    labels = torch.zeros(len(IMAGES), dtype=torch.long)
+    material = Material(IMAGES, lambda pixels: pixels, [0.0] * 3, [1.0] * 3, labelled=(IMAGES, labels))
+    done = cut(dense, material, Recipe(Amount(ratio=0.5, scope="layer"), criterion="effect"), Stimulus())
+    layer = "layer3.0.conv1"
+    moved = filter_effects(dense, IMAGES, layer).movement
+    assert done.kept[layer].tolist() == sorted(moved.argsort(descending=True)[:32].tolist())
+
+
+def test_agrees_with_leaving_out_one_by_one() -> None:
+    torch.manual_seed(0)
+    dense = build_model({"name": "resnet8"}).eval()
+    found = filter_effects(dense, IMAGES, "layer2.0.conv1").movement
+    with torch.no_grad():
+        whole = dense(IMAGES)
+        left_out = torch.stack([
+            (whole - masked_forward(dense, {"layer2.0.conv2": [number]}, IMAGES)).square().sum(1).mean()
+            for number in range(32)
+        ])  # fmt: skip
+    ranks = torch.stack([values.double().argsort().argsort().double() for values in (found, left_out)])
+    assert float(torch.corrcoef(ranks)[0, 1]) > 0.9
+
+
+def test_a_figure_of_filters_by_classes() -> None:
+    effects = torch.tensor([[[0.0, 2.0], [3.0, 0.0], [0.0, 5.0]]])
+    found = FilterEffects("conv", effects, effects, effects, torch.zeros(1, 3, 3))
+    figure = found.plot(["cat", "dog"])
+    axis, bar = figure.axes
+    # Those of a class together, the largest first.
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["1", "2", "0"]
+    assert axis.get_images()[0].get_array().tolist() == [[3, 0], [0, 5], [0, 2]]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["cat", "dog"]
+    assert axis.get_title("left") == "conv"
+    assert bar.get_ylabel() == "mean effect on the logit"
+    assert found.movement.tolist() == [4, 9, 25]
+    with pytest.raises(InputError, match="classes must name 2 classes, got 1"):
+        found.plot(["cat"])
+
+
+def test_filters_refuse(net: nn.Module) -> None:
+    with pytest.raises(InputError, match="no convolution or linear layer 'third'"):
+        filter_effects(net, IMAGES, "third")
+    with pytest.raises(InputError, match="6 parts need an odd bin each: forwards must be at least 24, got 20"):
+        filter_effects(net, IMAGES, "second", forwards=20)
+    with pytest.raises(InputError, match="the network must return logits"):
+        filter_effects(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), IMAGES, "0")
