@@ -65,7 +65,8 @@ def plain_value(cfg: DictConfig, name: str) -> Any:
 def typed(hint: Any, value: Any, key: str) -> Any:
     """A value as the type that its field has; InputError with the key and what is allowed if that cannot be."""
     # A file may have a number for its name.
-    if str in (hint, *get_args(hint)) and isinstance(value, int | float) and not isinstance(value, bool):
+    a_word = hint is str or (str in get_args(hint) and get_origin(hint) is not Mapping)
+    if a_word and isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     try:
         return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)

@@ -17,8 +17,9 @@ from torch.utils.data import get_worker_info
 from freqprune.training.ledger import Ledger
 from freqprune.training.listing import Reader
 
-# Pages of a mapped file count as memory of the process until they are handed back: after so many bytes read.
-_HAND_BACK = 64 * 2**20
+# Pages of a mapped file count as memory of the process until they are handed back: after so many bytes. Around what is
+# read the system maps what it has at hand, of small images much more than they are.
+_HAND_BACK, _AROUND = 64 * 2**20, 64 * 2**10
 
 
 class StoredPixels(ABC):
@@ -124,7 +125,7 @@ class MappedPixels(StoredPixels):
 
     def _read(self, rows: Tensor) -> Tensor:
         pixels = self._all.index_select(0, rows).permute(0, 3, 1, 2)
-        self._handed_out += pixels.numel()
+        self._handed_out += max(pixels.numel(), _AROUND * len(rows))
         if self._handed_out > _HAND_BACK:
             self._map.madvise(mmap.MADV_DONTNEED)
             self._handed_out = 0
