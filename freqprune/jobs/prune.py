@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 
+from freqprune.errors import InputError
 from freqprune.jobs import assembly
 from freqprune.jobs.config import check_pruning
-from freqprune.jobs.outputs import name_of, tell, write_response
+from freqprune.jobs.outputs import explore_cut, name_of, tell, write_response
 from freqprune.jobs.settings import Settings, read
 from freqprune.jobs.stages import Run
 from freqprune.networks import Stored, build_model, load_network, preprocessing, pretrained_path, rebuilt_from, trained
-from freqprune.pruning import Verdict, judge, needs, plan_cut
+from freqprune.pruning import Plan, Verdict, judge, needs, plan_cut
 from freqprune.reports import record
 from freqprune.tagging import TagResponse, pick_layers, rounds, tag
 from freqprune.training import ImageData
@@ -66,15 +67,26 @@ def prune(
     response, verdict = _tagged(settings, net, data)
     write_response(out, response, verdict, data.pixels("val", 1)[0], _by_class(settings, net, data))
     if settings.recipe is None:
+        title = f"{name_of(net)}, tagged and not pruned"
+        explore_cut(settings, title, response, verdict, _plan(net, run.example))
         run.latencies({"dense": net})
         run.finish()
-        tell(settings, run.metrics, f"{name_of(net)}, tagged and not pruned", verdict, device.type)
+        tell(settings, run.metrics, title, verdict, device.type)
         return run.metrics, {"response": response, "verdict": verdict, "kept": {}, "net": net}
-    small, kept = run.shrink(net, stored.kept, settings.recipe, response)
+    small, kept = run.shrink(net, stored.kept, settings.recipe, response, verdict)
     small = run.recover(net, small)
     run.finish()
     run.tell(net, verdict)
     return run.metrics, {"response": response, "verdict": verdict, "kept": kept, "net": small}
+
+
+def _plan(net: nn.Module, example: Tensor) -> Plan | None:
+    """What a cut may remove; None for a network that can only be looked at."""
+    try:
+        return Plan(net, example)
+    except InputError as error:
+        log.warning("explore.html tries no cuts: %s", error)
+        return None
 
 
 def _network_to_prune(settings: Settings) -> Stored:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.jobs import assembly
-from freqprune.jobs.outputs import name_of, tell
+from freqprune.jobs.outputs import explore_cut, name_of, tell
 from freqprune.jobs.settings import Settings
 from freqprune.networks import (
     cost,
@@ -89,7 +89,12 @@ class Run:
         write_page(self.out)
 
     def shrink(
-        self, net: nn.Module, earlier: dict[str, list[int]], recipe: Recipe, response: TagResponse
+        self,
+        net: nn.Module,
+        earlier: dict[str, list[int]],
+        recipe: Recipe,
+        response: TagResponse,
+        verdict: Verdict | None = None,
     ) -> tuple[nn.Module, Kept]:
         """Cut in as many steps as asked for, each after tagging anew; returns the smaller network and its filters
         counted in `net`."""
@@ -98,6 +103,7 @@ class Run:
         widths = {name: plan.unit(name).n_filters for name in chosen}
         whole = plan.macs({})
         small, ours, notes = net, {name: torch.arange(width) for name, width in widths.items()}, []
+        scores: dict[str, Tensor] = {}
         for step in range(n_steps):
             counts = {name: len(indices) for name, indices in ours.items()}
             left = (
@@ -109,6 +115,7 @@ class Run:
             now = replace(recipe, amount=amount)
             done = cut(small, self._material(), now, self.settings.stimulus, response if step == 0 else None, rounds)
             small = done.net.to(memory_format=torch.channels_last)
+            scores = scores or done.scores
             # Layers of blocks that went are in the network no more.
             there = dict(small.named_modules())
             ours = {
@@ -138,6 +145,7 @@ class Run:
         self.metrics["remarks"] = notes
         self.kept = of_the_dense(ours, earlier)
         self.write(small)
+        explore_cut(self.settings, self._title(net), response, verdict, plan, scores, ours)
         return small, ours
 
     def recover(self, net: nn.Module, small: nn.Module, ckpt_path: Path | None = None) -> nn.Module:
@@ -186,10 +194,12 @@ class Run:
         }
 
     def tell(self, net: nn.Module, verdict: Verdict | None) -> None:
+        tell(self.settings, self.metrics, self._title(net), verdict, self.device.type)
+
+    def _title(self, net: nn.Module) -> str:
         share = tables.percentages(self.metrics)["cut"]
         kept_by, seed = self.settings.scoring.criterion, self.settings.common.seed
-        title = f"{name_of(net)}, filters kept by {kept_by}, {share:.1f} % of the MACs cut, seed {seed}"
-        tell(self.settings, self.metrics, title, verdict, self.device.type)
+        return f"{name_of(net)}, filters kept by {kept_by}, {share:.1f} % of the MACs cut, seed {seed}"
 
     def _material(self) -> Material:
         course, train = self.settings.course, self.data.split("train")

@@ -12,10 +12,10 @@ from pytorch_lightning.utilities import rank_zero_only
 from freqprune.errors import InputError
 from freqprune.jobs import assembly
 from freqprune.jobs.config import check_training
-from freqprune.jobs.outputs import figures_of_training
+from freqprune.jobs.outputs import explore_training, figures_of_training, training_criterion
 from freqprune.jobs.settings import Settings, read
 from freqprune.networks import check_answers, check_resumable
-from freqprune.pruning import needs, plan_cut
+from freqprune.pruning import plan_cut
 from freqprune.reports import record, show, write_page
 from freqprune.tagging import pick_layers
 from freqprune.training import Classifier, FrequencyTagging
@@ -80,6 +80,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     if trainer.is_global_zero:
         record.write_json(out / record.TRAINING, metrics)
         figures_of_training(tagging, out)
+        explore_training(settings, tagging, f"{config['name']}, {metrics['epochs']} epochs, seed {common.seed}")
         write_page(out)
         total = sum(int(flags.sum()) for flags in tagging.latest.get("important", {}).values())
         show(
@@ -92,8 +93,6 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _tagging(settings: Settings) -> FrequencyTagging:
-    # Scores that need more than tags are for pruning; over training the SNR stands for them.
-    criterion = settings.scoring.criterion
     return FrequencyTagging(
         settings.stimulus,
         network="net",
@@ -101,7 +100,7 @@ def _tagging(settings: Settings) -> FrequencyTagging:
         seed=settings.common.seed,
         n_images=settings.showing.epoch_images,
         every_n_epochs=settings.showing.every_n_epochs,
-        criterion=criterion if needs(criterion) <= {"tags", "noise"} else "snr",
+        criterion=training_criterion(settings),
         **vars(settings.judgement),
         **vars(settings.readout),
     )

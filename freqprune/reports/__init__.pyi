@@ -4,6 +4,11 @@ from . import run_figures as run_figures
 from . import sweeps as sweeps
 from . import tables as tables
 from .drawing import save as save
+from .explorer import write_explorer as write_explorer
+from .filters import Filters as Filters
+from .filters import filters_of as filters_of
+from .filters import filters_over_epochs as filters_over_epochs
+from .filters import with_cut as with_cut
 from .page import write_page as write_page
 from .sweep_jobs import asked as asked
 from .sweep_jobs import check_goes_on as check_goes_on
@@ -11,3 +16,5 @@ from .sweeps import gather as gather
 from .tables import write_importance as write_importance
 from .terminal import show as show
 from .terminal import stage_table as stage_table
+from .trial import Trial as Trial
+from .trial import trial_of as trial_of
