@@ -277,7 +277,7 @@ VISITOR = """<script>addEventListener("load", async () => {
   table.querySelectorAll("th button")[1].click();
   seen.rising = cells();
   const search = table.querySelector("input");
-  search.value = "conv1 filter 2"; search.dispatchEvent(new Event("input"));
+  search.value = "layer1.0.conv1 filter 2"; search.dispatchEvent(new Event("input"));
   seen.found = [...table.querySelectorAll("button.pick")].map((one) => one.textContent);
   change("layers", "layer2", "input");
   seen.layers = map.shown.map((layer) => layer.name);
@@ -339,8 +339,7 @@ def test_page_in_a_browser(
     assert seen["least"] == [1] * len(trial.units)
     assert seen["sorted"] == pytest.approx(np.sort(snr[np.isfinite(snr)])[::-1][:25], rel=6e-3)
     assert seen["rising"] == pytest.approx(np.sort(snr[np.isfinite(snr)])[:25], rel=6e-3)
-    assert "conv1 filter 2" in seen["found"]
-    assert all("conv1 filter 2" in name for name in seen["found"])
+    assert seen["found"] == ["layer1.0.conv1 filter 2"]
     assert seen["layers"] == [layer for layer in filters.widths if "layer2" in layer]
     assert seen["time"] == "epoch 1"
     assert seen["values"] == pytest.approx(2 * snr[:3], rel=1e-6)

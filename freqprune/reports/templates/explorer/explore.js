@@ -72,7 +72,7 @@ function showFilters() {
 const layerTable = once(() => new SortedTable(element("layer-table"), [
   { label: "layer", of: (layer) => layer.number, told: (layer) => layer.name },
   { label: "filters", of: (layer) => layer.n, told: (layer) => `${layer.n}` },
-  { label: "MACs, M", of: macsOf, told: (layer) => told("snr", macsOf(layer)) },
+  ...(data.trial ? [{ label: "MACs, M", of: macsOf, told: (layer) => told("snr", macsOf(layer)) }] : []),
   ...["snr", "integration"].filter((name) => columnNames().includes(name)).map((name) => ({
     label: `median ${about(name).label}`, of: (layer) => median(name, layer), told: (layer) => told(name, median(name, layer)) })),
   ...(data.trial ? [{ label: "kept by the cut", of: (layer) => keptIn(layer) / layer.n, told: (layer) => (Number.isNaN(keptIn(layer)) ? "not asked" : `${keptIn(layer)} of ${layer.n}`) }] : []),
@@ -84,7 +84,7 @@ const filterTable = once(() => new SortedTable(element("filter-table"), [
 ], { rows: Array.from({ length: total }, (_, i) => i), name: nameOf, onPick: (filter) => { map.show(filter); pin(filter); } }));
 
 function macsOf(layer) {
-  const place = data.trial ? data.trial.layers.indexOf(layer.name) : -1;
+  const place = data.trial.layers.indexOf(layer.name);
   return place < 0 ? NaN : data.trial.macs[place] / 1e6;
 }
 
