@@ -235,7 +235,8 @@ def test_the_script_keeps_what_select_keeps(plan: Plan, streams: bool) -> None:
 VISITOR = """<script>addEventListener("load", async () => {
   const seen = {}, pause = (ms) => new Promise((done) => setTimeout(done, ms));
   while (!document.body.dataset.ready) await pause(10);
-  seen.ready = Number(document.body.dataset.ready);
+  const pixels = element("network").querySelector("canvas").getContext("2d").getImageData(0, 0, 300, 60).data;
+  seen.painted = new Set(pixels).size > 10;
   const box = element("network"), canvas = box.querySelector("canvas");
   const point = (filter, kind) => {
     const [x, y] = map.place(filter), at = canvas.getBoundingClientRect();
@@ -282,6 +283,7 @@ VISITOR = """<script>addEventListener("load", async () => {
   change("layers", "layer2", "input");
   seen.layers = map.shown.map((layer) => layer.name);
   if (element("time")) {
+    change("colour", "snr", "change");
     change("time", 0, "input");
     seen.time = element("time-now").textContent;
     seen.values = [...map.values.subarray(0, 3)];
@@ -293,18 +295,25 @@ VISITOR = """<script>addEventListener("load", async () => {
 })</script>"""
 
 
-def visited(page: Path, width: int, *more: str) -> dict[str, Any]:
-    """What a visitor saw, and that the console stayed silent."""
+def visited(page: Path, width: int) -> dict[str, Any]:
+    """What a visitor saw."""
     visit = page.with_name("visited.html")
     visit.write_text(page.read_text().replace("</body>", VISITOR + "</body>"))
+    # Time runs on while nothing happens, so that all the visitor does is done.
+    text = opened(visit, width, "--virtual-time-budget=8000")
+    found: dict[str, Any] = json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', text)[1]))  # type: ignore[index]
+    return found
+
+
+def opened(page: Path, width: int, *more: str) -> str:
+    """The page as it stands in the browser, whose console has to stay silent."""
     assert BROWSER is not None
     profile = f"--user-data-dir={page.parent / 'profile'}"
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", profile, f"--window-size={width},900", *more]
-    command += ["--enable-logging=stderr", "--v=0", "--virtual-time-budget=8000", "--dump-dom", visit.as_uri()]
+    command += ["--enable-logging=stderr", "--v=0", "--dump-dom", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert "CONSOLE" not in done.stderr, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', done.stdout)[1]))  # type: ignore[index]
-    return found
+    return done.stdout
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on the path")
@@ -322,6 +331,7 @@ def test_page_in_a_browser(
     )
     seen = visited(write_explorer(tmp_path, "resnet8", [earlier, filters], STIMULUS, trial), width)
     snr = filters.columns["snr"]
+    assert seen["painted"]
     assert seen["hovered"] == ["conv1 filter 3"]
     assert seen["said"].startswith("conv1 filter 3: SNR ")
     assert f"{1 + int((snr[:16] > snr[3]).sum())} of 16 in its layer" in seen["said"]
@@ -339,7 +349,7 @@ def test_page_in_a_browser(
     assert seen["least"] == [1] * len(trial.units)
     assert seen["sorted"] == pytest.approx(np.sort(snr[np.isfinite(snr)])[::-1][:25], rel=6e-3)
     assert seen["rising"] == pytest.approx(np.sort(snr[np.isfinite(snr)])[:25], rel=6e-3)
-    assert seen["found"] == ["layer1.0.conv1 filter 2"]
+    assert sorted(seen["found"]) == ["layer1.0.conv1 filter 12", "layer1.0.conv1 filter 2"]
     assert seen["layers"] == [layer for layer in filters.widths if "layer2" in layer]
     assert seen["time"] == "epoch 1"
     assert seen["values"] == pytest.approx(2 * snr[:3], rel=1e-6)
@@ -354,6 +364,7 @@ def test_twenty_two_thousand_filters_are_there_in_two_seconds(tmp_path: Path) ->
     spectra = rng.lognormal(size=(22_000, 67))
     filters = Filters("dense", widths, {"snr": spectra[:, 12]}, np.arange(67) / 2, spectra)
     page = write_explorer(tmp_path, "wide", [filters], STIMULUS)
-    seen = visited(page, 1280, "--blink-settings=preferredColorScheme=0")
-    assert seen["ready"] < 2000
-    assert seen["hovered"] == ["layer0 filter 3"]
+    text = opened(page, 1280, "--blink-settings=preferredColorScheme=0")
+    painted = re.search(r'data-painted="(\d+)"', text)
+    assert painted
+    assert int(painted[1]) < 2000

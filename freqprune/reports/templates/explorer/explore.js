@@ -173,7 +173,8 @@ function start() {
   let width = innerWidth;
   addEventListener("resize", () => { if (width !== innerWidth) { width = innerWidth; showFilters(); } });
   // The map is there at once; the tables of thousands of filters follow.
-  requestAnimationFrame(() => setTimeout(() => { layerTable(); filterTable(); document.body.dataset.ready = Math.round(performance.now()); }));
+  document.body.dataset.painted = Math.round(performance.now());
+  requestAnimationFrame(() => setTimeout(() => { layerTable(); filterTable(); document.body.dataset.ready = "yes"; }));
 }
 
 start();
