@@ -16,7 +16,7 @@ else
   INSTALL := $(BIN)/python -m pip install --quiet
 endif
 
-.PHONY: install install-dev quickstart test lint docs coverage clean
+.PHONY: install install-dev quickstart test lint docs tutorials coverage clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -45,6 +45,10 @@ lint: install-dev
 
 docs: install-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Run the tutorials and write their pictures into them.
+tutorials: install-dev
+	OMP_NUM_THREADS=1 $(BIN)/python docs/_site/tutorials.py
 
 # Which networks of torchvision and timm can be cut; about 25 minutes on one core.
 coverage: install-dev
