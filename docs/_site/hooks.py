@@ -45,6 +45,18 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return "".join(piece if i % 2 else _FORMULA.sub(_mathml, piece) for i, piece in enumerate(pieces))
 
 
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Links in notebooks, which are no Markdown when they come."""
+    there = page.file.src_uri
+    if not there.endswith(".ipynb"):
+        return html
+
+    def led(link: re.Match[str]) -> str:
+        return f'href="{Path(_on_the_site(link[1], f"docs/{there}", there)).with_suffix(".html").as_posix()}{link[2]}"'
+
+    return re.sub(r'href="(?!https?:)([^"#:]+\.(?:md|ipynb))(#[^"]*|)"', led, html)
+
+
 def _on_the_site(link: str, source: str, there: str) -> str:
     target = os.path.normpath(os.path.join(os.path.dirname(source), link))
     page = PAGES.get(target, target.removeprefix("docs/"))
