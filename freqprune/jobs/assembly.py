@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -22,7 +23,8 @@ from freqprune.errors import InputError
 from freqprune.jobs.config import Common
 from freqprune.jobs.settings import Settings
 from freqprune.networks import build_model, check_answers, preprocessing, rebuilt_from, trained, write_atomically
-from freqprune.reports import show
+from freqprune.reports import is_quiet, show
+from freqprune.tagging import Progress, rounds
 from freqprune.training import Classifier, ImageData
 
 
@@ -43,6 +45,11 @@ def quiet() -> None:
     # Resuming into a new run folder: the best checkpoint is then looked for among the epochs to come.
     warnings.filterwarnings("ignore", ".*The dirpath has changed from.*")
     warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists and is not empty.*")
+
+
+def bars() -> Progress | None:
+    """Bars for work that takes its time, unless the terminal is to be quiet."""
+    return None if is_quiet() else rounds
 
 
 def prepare_output(out: Path) -> Path:
@@ -159,6 +166,9 @@ def make_trainer(
 ) -> pl.Trainer:
     arguments = settings.trainer if max_epochs is None else {**settings.trainer, "max_epochs": max_epochs}
     configured = {name: dict(spec) for name, spec in settings.callbacks.items() if spec}
+    if is_quiet():
+        configured.pop("progress", None)
+        arguments = {**arguments, "enable_progress_bar": False}
     for spec in configured.values():
         if "dirpath" in spec:
             spec["dirpath"] = str(folder / "checkpoints")
@@ -180,18 +190,23 @@ def fit(
     try:
         trainer.fit(classifier, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     except SIGTERMException:
-        show(if_interrupted)
+        _say(if_interrupted)
         raise SystemExit(128 + signal.SIGTERM) from None
     except (KeyboardInterrupt, SystemExit):
-        show(if_interrupted)
+        _say(if_interrupted)
         raise
+
+
+def _say(reason: str) -> None:
+    """Tell why a job ends early, also where the terminal is to be quiet."""
+    print(reason, file=sys.stderr) if is_quiet() else show(reason)
 
 
 def evaluator(settings: Settings) -> pl.Trainer:
     arguments = {
         key: value for key, value in settings.trainer.items() if key in ("_target_", "accelerator", "precision")
     }
-    bar = settings.callbacks.get("progress")
+    bar = None if is_quiet() else settings.callbacks.get("progress")
     trainer = instantiate(
         arguments,
         devices=1,

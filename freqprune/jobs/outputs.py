@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
+from freqprune.jobs.advice import advise
 from freqprune.jobs.settings import Settings
 from freqprune.pruning import Kept, Plan, Verdict, needs
 from freqprune.reports import (
@@ -19,6 +20,7 @@ from freqprune.reports import (
     run_figures,
     save,
     show,
+    show_folder,
     stage_table,
     tables,
     trial_of,
@@ -146,4 +148,5 @@ def tell(settings: Settings, metrics: Mapping[str, Any], title: str, verdict: Ve
         )
     for remark in metrics.get("remarks", []):
         show(f"note: {remark}")
-    show(f"everything in {settings.out}")
+    show_folder(settings.out)
+    advise("look" if settings.recipe is None else "prune", settings.out)

@@ -20,7 +20,7 @@ from freqprune.jobs.stages import Run
 from freqprune.networks import Stored, build_model, load_network, preprocessing, pretrained_path, rebuilt_from, trained
 from freqprune.pruning import Plan, Verdict, judge, needs, plan_cut
 from freqprune.reports import record
-from freqprune.tagging import TagResponse, pick_layers, rounds, tag
+from freqprune.tagging import TagResponse, pick_layers, tag
 from freqprune.training import ImageData
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def _tagged(settings: Settings, net: nn.Module, data: ImageData) -> tuple[TagRes
         mean=data.mean,
         std=data.std,
         seed=settings.common.seed,
-        progress=rounds,
+        progress=assembly.bars(),
         **asdict(settings.readout),
     )
     if settings.readout.noise_std == 0:

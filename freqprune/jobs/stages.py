@@ -27,7 +27,7 @@ from freqprune.networks import (
 )
 from freqprune.pruning import Kept, Material, Recipe, Verdict, cut, plan_cut, recalibrate_batch_norm, step_amount
 from freqprune.reports import record, run_figures, save, show, tables, write_page
-from freqprune.tagging import TagResponse, find_folds, rounds
+from freqprune.tagging import TagResponse, find_folds
 from freqprune.training import Classifier, ImageData
 
 
@@ -113,7 +113,8 @@ class Run:
             )
             amount = step_amount(recipe.amount, step, n_steps, left)
             now = replace(recipe, amount=amount)
-            done = cut(small, self._material(), now, self.settings.stimulus, response if step == 0 else None, rounds)
+            known = response if step == 0 else None
+            done = cut(small, self._material(), now, self.settings.stimulus, known, assembly.bars())
             small = done.net.to(memory_format=torch.channels_last)
             scores = scores or done.scores
             # Layers of blocks that went are in the network no more.

@@ -11,12 +11,13 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from freqprune.errors import InputError
 from freqprune.jobs import assembly
+from freqprune.jobs.advice import advise
 from freqprune.jobs.config import check_training
 from freqprune.jobs.outputs import explore_training, figures_of_training, training_criterion
 from freqprune.jobs.settings import Settings, read
 from freqprune.networks import check_answers, check_resumable
 from freqprune.pruning import plan_cut
-from freqprune.reports import record, show, write_page
+from freqprune.reports import record, show, show_folder, write_page
 from freqprune.tagging import pick_layers
 from freqprune.training import Classifier, FrequencyTagging
 
@@ -87,8 +88,10 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
             f"trained {config['name']} for {metrics['epochs']} epochs in {seconds:.0f} s: "
             f"validation {100 * metrics['val_accuracy']:.2f} %, test {100 * metrics['test_accuracy']:.2f} %"
             + (f"; {total} important filters" if tagging.latest else "")
-            + f"; everything in {out}"
         )
+        if settings.recipe is None:
+            show_folder(out)
+            advise("train", out)
     return metrics, {"data": data, "classifier": classifier, "trainer": trainer, "tagging": tagging}
 
 

@@ -14,7 +14,9 @@ from .sweep_jobs import asked as asked
 from .sweep_jobs import check_goes_on as check_goes_on
 from .sweeps import gather as gather
 from .tables import write_importance as write_importance
+from .terminal import is_quiet as is_quiet
 from .terminal import show as show
+from .terminal import show_folder as show_folder
 from .terminal import stage_table as stage_table
 from .trial import Trial as Trial
 from .trial import trial_of as trial_of

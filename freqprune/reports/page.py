@@ -98,7 +98,10 @@ def write_page(folder: Path, sweep: SweepPage | None = None) -> Path:
         lstrip_blocks=True,
     )
     return write_text(
-        folder / "report.html", environment.get_template("report.html.j2").render({**content, "figures": shown})
+        folder / "report.html",
+        environment.get_template("report.html.j2").render(
+            {**content, "figures": shown, "explorer": (folder / "explore.html").is_file()}
+        ),
     )
 
 

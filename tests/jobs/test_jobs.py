@@ -112,8 +112,14 @@ def test_train_writes_what_it_says(trained: tuple[Path, dict[str, Any]]) -> None
 
 def test_resume_continues_to_the_last_epoch(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     last = trained[0] / "checkpoints" / "last.ckpt"
-    metrics, _ = train(config("train", tmp_path, f"ckpt_path={last}", "trainer.max_epochs=2"))
+    metrics, _ = train(config("train", tmp_path, f"ckpt_path={last}", "trainer.max_epochs=2", "logger=jsonl"))
     assert metrics["epochs"] == 2
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    (found,) = (line["val/accuracy"] for line in lines if "val/accuracy" in line)
+    assert found == pytest.approx(metrics["val_accuracy"])
+    assert {line["epoch"] for line in lines} >= {1}
+    # The report draws from the table.
+    assert (tmp_path / "figures" / "training_curves.png").is_file()
 
 
 @pytest.fixture(scope="module")
