@@ -54,8 +54,8 @@ def commands(job: str, out: Path, prune: str, overrides: Sequence[str]) -> list[
         ]
     else:
         again = [override for key, override in given.items() if key not in (*AMOUNT, "resume")]
-    if not given.keys() & {"ckpt", "pretrained", "model.weights", "model.pretrained"}:
-        # Trained here.
+    brought = given.keys() & {"ckpt", "pretrained", "model.weights", "model.pretrained"}
+    if job == "train" or not brought:  # the network was trained here
         again = [one for one in again if not one.startswith(("model=", "model.", "optimizer", "trainer.", "ckpt_path"))]
         again.append(f"ckpt={out / 'checkpoints' / 'last.ckpt'}")
 

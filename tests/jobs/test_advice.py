@@ -33,6 +33,7 @@ def out(tmp_path: Path) -> Path:
     ("job", "given"),
     [
         ("train", TRAINED),
+        ("train", ["data=digits", "model=auto", "model.name=torchvision/resnet18", "model.weights=DEFAULT"]),
         ("train", ["experiment=quickstart", "pruning=none", "optimizer.lr=0.05"]),
         ("look", ["data=digits", "pruning=none", "ckpt={out}/checkpoints/last.ckpt"]),
         ("prune", ["data=digits", "pruning.latency_cut=0.2", "ckpt={out}/checkpoints/last.ckpt", "finetune.epochs=1"]),
