@@ -114,14 +114,15 @@ def filters_over_epochs(path: Path, stimulus: Stimulus, criterion: str, most: in
         most: epochs read, spread evenly with the first and the last among them; a file of hundreds would make a page
             that no browser likes.
     """
+    by_epoch: dict[int, list[dict[str, str]]] = {}
     with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    epochs = list(dict.fromkeys(int(row["epoch"]) for row in rows))
-    chosen = {epochs[i] for i in np.linspace(0, len(epochs) - 1, min(most, len(epochs))).round().astype(int)}
+        for row in csv.DictReader(file):
+            by_epoch.setdefault(int(row["epoch"]), []).append(row)
+    epochs = list(by_epoch)
+    chosen = np.linspace(0, len(epochs) - 1, min(most, len(epochs))).round().astype(int)
     return [
-        _of_an_epoch([row for row in rows if int(row["epoch"]) == epoch], f"epoch {epoch + 1}", stimulus, criterion)
-        for epoch in epochs
-        if epoch in chosen
+        _of_an_epoch(by_epoch[epoch], f"epoch {epoch + 1}", stimulus, criterion)
+        for epoch in (epochs[place] for place in chosen)
     ]
 
 

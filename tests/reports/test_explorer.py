@@ -193,6 +193,19 @@ def test_the_page_holds_all_it_needs(explored: tuple[Filters, Trial], tmp_path: 
     assert text.count("<script") == len(SCRIPTS) + 1
 
 
+def test_a_resnet32_with_its_training_takes_less_than_five_megabytes(tmp_path: Path) -> None:
+    net, rng = build_model({"name": "resnet32"}), np.random.default_rng(0)
+    widths = {name: len(m.weight) for name, m in net.named_modules() if isinstance(m, nn.Conv2d)}
+    n_filters = sum(widths.values())
+    names = ("snr", "amplitude", "preference", "integration", "important", "score_snr", "kept")
+    columns = {name: rng.random(n_filters) for name in names}
+    epochs = [
+        Filters(f"epoch {i}", widths, columns, np.arange(20.0), rng.lognormal(size=(n_filters, 20))) for i in range(24)
+    ]
+    last = Filters("dense network", widths, columns, np.arange(67) / 2, rng.lognormal(size=(n_filters, 67)))
+    assert write_explorer(tmp_path, "resnet32", [*epochs, last], STIMULUS).stat().st_size < 5e6
+
+
 AMOUNTS = [
     Amount(macs_cut=0.3),
     Amount(macs_cut=0.6, scope="per_mac"),
