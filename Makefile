@@ -1,5 +1,6 @@
 # make quickstart: install into .venv, train, tag, prune and fine-tune on embedded data.
 # make test:       install into .venv, run the tests.
+# make docs:       install into .venv, write the docs site to site/.
 # Uses uv where it is present, pip otherwise.
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ else
   INSTALL := $(BIN)/python -m pip install --quiet
 endif
 
-.PHONY: install install-dev quickstart test lint coverage clean
+.PHONY: install install-dev quickstart test lint docs tutorials coverage clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -42,9 +43,16 @@ lint: install-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: install-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Run the tutorials and write their pictures into them.
+tutorials: install-dev
+	OMP_NUM_THREADS=1 $(BIN)/python docs/_site/tutorials.py
+
 # Which networks of torchvision and timm can be cut; about 25 minutes on one core.
 coverage: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py --json coverage.json --markdown coverage.md
 
 clean:
-	rm -rf $(VENV) outputs multirun .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) outputs multirun site .pytest_cache .mypy_cache .ruff_cache

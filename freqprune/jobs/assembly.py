@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -33,7 +34,9 @@ from freqprune.networks import (
     trained,
     write_atomically,
 )
-from freqprune.reports import show
+from freqprune.processes import rank_and_size
+from freqprune.reports import is_quiet, show
+from freqprune.tagging import Progress, rounds
 from freqprune.training import Classifier, ImageData
 
 log = logging.getLogger(__name__)
@@ -59,6 +62,12 @@ def quiet() -> None:
     # Resuming into a new run folder: the best checkpoint is then looked for among the epochs to come.
     warnings.filterwarnings("ignore", ".*The dirpath has changed from.*")
     warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists and is not empty.*")
+
+
+def bars() -> Progress | None:
+    """Bars for work that takes its time, unless the terminal is to be quiet; of several processes the first has
+    them."""
+    return None if is_quiet() or rank_and_size()[0] else rounds
 
 
 def prepare_output(out: Path) -> Path:
@@ -195,6 +204,9 @@ def make_trainer(
         arguments = {**arguments, "limit_val_batches": 0}
         # What follows a validation metric would wait for it for ever.
         configured = {name: spec for name, spec in configured.items() if "val/" not in str(spec.get("monitor"))}
+    if is_quiet():
+        configured.pop("progress", None)
+        arguments = {**arguments, "enable_progress_bar": False}
     for spec in configured.values():
         if "dirpath" in spec:
             spec["dirpath"] = str(folder / "checkpoints")
@@ -216,18 +228,23 @@ def fit(
     try:
         trainer.fit(classifier, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     except SIGTERMException:
-        show(if_interrupted)
+        _say(if_interrupted)
         raise SystemExit(128 + signal.SIGTERM) from None
     except (KeyboardInterrupt, SystemExit):
-        show(if_interrupted)
+        _say(if_interrupted)
         raise
+
+
+def _say(reason: str) -> None:
+    """Tell why a job ends early, also where the terminal is to be quiet."""
+    print(reason, file=sys.stderr) if is_quiet() else show(reason)
 
 
 def evaluator(settings: Settings) -> pl.Trainer:
     arguments = {
         key: value for key, value in settings.trainer.items() if key in ("_target_", "accelerator", "precision")
     }
-    bar = settings.callbacks.get("progress")
+    bar = None if is_quiet() else settings.callbacks.get("progress")
     trainer = instantiate(
         arguments,
         devices=1,

@@ -37,11 +37,12 @@ usage: freqprune {train,prune,explain,sweep} ...
   freqprune sweep FOLDER ...        gather the jobs of sweeps (-m) into one table, figure and report
 
 freqprune prune --help lists the settings, --cfg job all values; -m runs a sweep; --config-dir FOLDER adds your own
-configs. Start with: freqprune train experiment=quickstart"""
+configs; --quiet prints the folder of the job and nothing else. Start with: freqprune train experiment=quickstart"""
 
 
 def main() -> None:
     """The console command ``freqprune``."""
+    heed_quiet()
     words = sys.argv[1:]
     if words[:1] in (["train"], ["prune"], ["explain"]):
         job = words.pop(0)
@@ -145,6 +146,7 @@ def _refusing() -> Iterator[None]:
 
 def _run(task: Callable[[], Any], name: str) -> None:
     """Call a Hydra main function; bad input ends with one clear message and exit status 2 instead of a traceback."""
+    heed_quiet()
     # One name for the run folder, also for the further processes of a distributed run.
     os.environ.setdefault("FREQPRUNE_RUN_ID", time.strftime("%Y-%m-%d_%H-%M-%S"))
     os.environ.setdefault("FREQPRUNE_COMMAND", f"python {name}.py")
@@ -163,6 +165,14 @@ def _run(task: Callable[[], Any], name: str) -> None:
         if message is None:
             raise
         fail(message)
+
+
+def heed_quiet() -> None:
+    """Take ``--quiet`` out of the command line, where Hydra would not know it; in the environment it also reaches the
+    further processes of a distributed run and the jobs of a sweep."""
+    if "--quiet" in sys.argv[1:]:
+        sys.argv = [word for word in sys.argv if word != "--quiet"]
+        os.environ["FREQPRUNE_QUIET"] = "1"
 
 
 def _message(error: Exception) -> str | None:

@@ -17,8 +17,7 @@ from freqprune.jobs import assembly
 from freqprune.jobs.explain_settings import PIXEL_BASELINES, Explaining, Photographs, check_explaining, find_images
 from freqprune.jobs.photographs import read_classes, read_images, read_segments
 from freqprune.networks import CIFAR10, CIFAR10_CLASSES, Preprocessing, Stored, class_names, first, preprocessing
-from freqprune.reports import ExplainPage, record, save, show, write_explain_page
-from freqprune.tagging import rounds
+from freqprune.reports import ExplainPage, record, save, show, show_folder, write_explain_page
 
 OF_PARTS = (
     "effects", "standard_error", "p_values", "adjusted", "interactions", "interaction_p_values", "first_order"
@@ -67,7 +66,7 @@ def explain(cfg: DictConfig) -> tuple[Attribution, dict[str, Any]]:
         std=takes.std,
         half=tags.half,
         seed=whose.seed,
-        progress=rounds,
+        progress=assembly.bars(),
     )
     names = _names(paths)
     _write(out, asked, found, pixels, names, classes)
@@ -75,8 +74,9 @@ def explain(cfg: DictConfig) -> tuple[Attribution, dict[str, Any]]:
     images = f"{len(names)} image{'' if len(names) == 1 else 's'}"
     show(
         f"{images}, {found.forwards} forwards each: {sure} of {found.effects.numel()} parts significant at a false "
-        f"discovery rate of {asked.telling.alpha:g}; {out / 'explain.html'}"
+        f"discovery rate of {asked.telling.alpha:g}; open explain.html"
     )
+    show_folder(out)
     return found, {"pixels": pixels, "names": names, "net": net}
 
 
@@ -164,7 +164,8 @@ def _write(
     if found.target is not None:
         arrays["target"] = found.target.numpy()
     np.savez_compressed(out / "attribution.npz", **arrays)
-    for number, name in rounds(list(enumerate(names))):
+    bar = assembly.bars() or iter
+    for number, name in bar(list(enumerate(names))):
         figure = found.plot(number, pixels[number], telling.pairs, telling.rows, telling.alpha)
         save(figure, out / "maps" / f"{name}.png", dpi=120)
     page = ExplainPage(names, classes, asked.tags.score, telling.alpha, telling.rows, telling.pairs)

@@ -9,9 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from freqprune.errors import InputError
+from freqprune.jobs.advice import advise
 from freqprune.jobs.settings import Settings
-from freqprune.pruning import Verdict
-from freqprune.reports import response_figures, run_figures, save, show, stage_table, tables
+from freqprune.pruning import Kept, Plan, Verdict, needs
+from freqprune.reports import (
+    filters_of,
+    filters_over_epochs,
+    response_figures,
+    run_figures,
+    save,
+    show,
+    show_folder,
+    stage_table,
+    tables,
+    trial_of,
+    with_cut,
+    write_explorer,
+)
 from freqprune.tagging import TagResponse
 from freqprune.training import FrequencyTagging
 
@@ -35,6 +50,54 @@ def write_response(
         save(response_figures.snr_spectra(response, names[number - 1]), folder / f"spectra_layer{number}.png")
     title = f"Important filters, {response.n_images} images, pixel noise sd {response.noise_std:g}"
     save(response_figures.important_per_layer(verdict.important, title), folder / "important_filters.png")
+
+
+def explore_training(settings: Settings, tagging: FrequencyTagging, title: str) -> None:
+    """Write ``explore.html`` of the tagged epochs, if there are any."""
+    path = settings.out / "importance.csv"
+    if tagging.latest and path.is_file():
+        epochs = filters_over_epochs(path, tagging.stimulus, tagging.criterion)
+        images = f"{tagging.latest['n_images']} images, pixel noise sd {tagging.latest['noise_std']:g}."
+        note = f"{images} Spectra over training hold the components only; after prune.py they hold every frequency."
+        write_explorer(settings.out, title, epochs, tagging.stimulus, notes=[note])
+
+
+def explore_cut(
+    settings: Settings,
+    title: str,
+    response: TagResponse,
+    verdict: Verdict | None,
+    plan: Plan | None,
+    scores: Mapping[str, Tensor] | None = None,
+    kept: Kept | None = None,
+) -> None:
+    """Write ``explore.html`` of the dense network: with the cut, if there was one, after the epochs of its training, if
+    it was trained here."""
+    filters = filters_of(response, verdict, "dense network")
+    notes = [f"{response.n_images} images, pixel noise sd {response.noise_std:g}."]
+    trial = None
+    recipe, criterion = settings.recipe, settings.scoring.criterion
+    if plan is not None:
+        try:
+            amount = None if recipe is None else recipe.amount
+            trial = trial_of(plan, response, None if scores is None else criterion, scores, amount)
+        except InputError as error:
+            notes.append(f"No cut can be tried here: {error}.")
+        if scores is not None and kept is not None:
+            filters = with_cut(filters, plan, criterion, scores, kept)
+    if settings.course.steps > 1 and kept is not None:
+        notes.append(f"Scores are those before the first of {settings.course.steps} steps; kept is what all left.")
+    path, earlier = settings.out / "importance.csv", []
+    if path.is_file():
+        earlier = filters_over_epochs(path, response.stimulus, training_criterion(settings))
+    same = [one for one in earlier if dict(one.widths) == dict(filters.widths)]
+    write_explorer(settings.out, title, [*same, filters], response.stimulus, trial, notes)
+
+
+def training_criterion(settings: Settings) -> str:
+    """What ranks filters over training: scores that need more than tags are for pruning, the SNR stands for them."""
+    criterion = settings.scoring.criterion
+    return criterion if needs(criterion) <= {"tags", "noise"} else "snr"
 
 
 def figures_of_training(tagging: FrequencyTagging, out: Path) -> None:
@@ -85,4 +148,5 @@ def tell(settings: Settings, metrics: Mapping[str, Any], title: str, verdict: Ve
         )
     for remark in metrics.get("remarks", []):
         show(f"note: {remark}")
-    show(f"everything in {settings.out}")
+    show_folder(settings.out)
+    advise("look" if settings.recipe is None else "prune", settings.out)

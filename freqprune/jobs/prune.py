@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 
+from freqprune.errors import InputError
 from freqprune.jobs import assembly
 from freqprune.jobs.config import check_pruning
 from freqprune.jobs.launch import in_all_processes
-from freqprune.jobs.outputs import name_of, tell, write_response
+from freqprune.jobs.outputs import explore_cut, name_of, tell, write_response
 from freqprune.jobs.settings import Settings, read
 from freqprune.jobs.stages import Run
 from freqprune.networks import Stored
-from freqprune.processes import rank_and_size
-from freqprune.pruning import Verdict, judge, needs, plan_cut
+from freqprune.pruning import Plan, Verdict, judge, needs, plan_cut
 from freqprune.reports import record
-from freqprune.tagging import TagResponse, pick_layers, rounds, tag
+from freqprune.tagging import TagResponse, pick_layers, tag
 from freqprune.training import ImageData
 
 log = logging.getLogger(__name__)
@@ -79,16 +79,28 @@ def _pruned(
     if first:
         write_response(settings.out, response, verdict, data.pixels("val", 1)[0], classes)
     if settings.recipe is None:
+        title = f"{name_of(net)}, tagged and not pruned"
+        if first:
+            explore_cut(settings, title, response, verdict, _plan(net, run.example))
         run.latencies({"dense": net})
         run.finish()
         if first:
-            tell(settings, run.metrics, f"{name_of(net)}, tagged and not pruned", verdict, device.type)
+            tell(settings, run.metrics, title, verdict, device.type)
         return run.metrics, {"response": response, "verdict": verdict, "kept": {}, "net": net}
-    small, kept = run.shrink(net, stored.kept, settings.recipe, response)
+    small, kept = run.shrink(net, stored.kept, settings.recipe, response, verdict)
     small = run.recover(net, small)
     run.finish()
     run.tell(net, verdict)
     return run.metrics, {"response": response, "verdict": verdict, "kept": kept, "net": small}
+
+
+def _plan(net: nn.Module, example: Tensor) -> Plan | None:
+    """What a cut may remove; None for a network that can only be looked at."""
+    try:
+        return Plan(net, example)
+    except InputError as error:
+        log.warning("explore.html tries no cuts: %s", error)
+        return None
 
 
 def _network_to_prune(settings: Settings) -> Stored:
@@ -105,7 +117,7 @@ def _tagged(settings: Settings, net: nn.Module, data: ImageData) -> tuple[TagRes
         mean=data.mean,
         std=data.std,
         seed=settings.common.seed,
-        progress=rounds if rank_and_size()[0] == 0 else None,
+        progress=assembly.bars(),
         **asdict(settings.readout),
     )
     if settings.readout.noise_std == 0:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.jobs import assembly
-from freqprune.jobs.outputs import name_of, tell
+from freqprune.jobs.outputs import explore_cut, name_of, tell
 from freqprune.jobs.settings import Settings
 from freqprune.networks import (
     OnnxModule,
@@ -29,7 +29,7 @@ from freqprune.networks import (
 from freqprune.processes import from_first
 from freqprune.pruning import Kept, Material, Recipe, Verdict, cut, plan_cut, recalibrate_batch_norm, step_amount
 from freqprune.reports import record, run_figures, save, show, tables, write_page
-from freqprune.tagging import TagResponse, find_folds, rounds
+from freqprune.tagging import TagResponse, find_folds
 from freqprune.training import Classifier, ImageData
 
 # Training images that show the quantiser the ranges of the activations.
@@ -97,7 +97,12 @@ class Run:
         write_page(self.out)
 
     def shrink(
-        self, net: nn.Module, earlier: dict[str, list[int]], recipe: Recipe, response: TagResponse
+        self,
+        net: nn.Module,
+        earlier: dict[str, list[int]],
+        recipe: Recipe,
+        response: TagResponse,
+        verdict: Verdict | None = None,
     ) -> tuple[nn.Module, Kept]:
         """Cut in as many steps as asked for, each after tagging anew; returns the smaller network and its filters
         counted in `net`."""
@@ -106,6 +111,7 @@ class Run:
         widths = {name: plan.unit(name).n_filters for name in chosen}
         whole = plan.macs({})
         small, ours, notes = net, {name: torch.arange(width) for name, width in widths.items()}, []
+        scores: dict[str, Tensor] = {}
         for step in range(n_steps):
             counts = {name: len(indices) for name, indices in ours.items()}
             left = (
@@ -115,9 +121,10 @@ class Run:
             )
             amount = step_amount(recipe.amount, step, n_steps, left)
             now = replace(recipe, amount=amount)
-            bar = rounds if self.first else None
-            done = cut(small, self._material(), now, self.settings.stimulus, response if step == 0 else None, bar)
+            known = response if step == 0 else None
+            done = cut(small, self._material(), now, self.settings.stimulus, known, assembly.bars())
             small = done.net.to(memory_format=torch.channels_last)
+            scores = scores or done.scores
             # Layers of blocks that went are in the network no more.
             there = dict(small.named_modules())
             ours = {
@@ -147,6 +154,8 @@ class Run:
         self.metrics["remarks"] = notes
         self.kept = of_the_dense(ours, earlier)
         self.write(small)
+        if self.first:
+            explore_cut(self.settings, self._title(net), response, verdict, plan, scores, ours)
         return small, ours
 
     def recover(self, net: nn.Module, small: nn.Module, ckpt_path: Path | None = None) -> nn.Module:
@@ -212,12 +221,13 @@ class Run:
         }
 
     def tell(self, net: nn.Module, verdict: Verdict | None) -> None:
-        if not self.first:
-            return
+        if self.first:
+            tell(self.settings, self.metrics, self._title(net), verdict, self.device.type)
+
+    def _title(self, net: nn.Module) -> str:
         share = tables.percentages(self.metrics)["cut"]
         kept_by, seed = self.settings.scoring.criterion, self.settings.common.seed
-        title = f"{name_of(net)}, filters kept by {kept_by}, {share:.1f} % of the MACs cut, seed {seed}"
-        tell(self.settings, self.metrics, title, verdict, self.device.type)
+        return f"{name_of(net)}, filters kept by {kept_by}, {share:.1f} % of the MACs cut, seed {seed}"
 
     def _material(self) -> Material:
         course, train = self.settings.course, self.data.split("train")

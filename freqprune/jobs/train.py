@@ -10,12 +10,13 @@ from omegaconf import DictConfig
 from pytorch_lightning.utilities import rank_zero_only
 
 from freqprune.jobs import assembly
+from freqprune.jobs.advice import advise
 from freqprune.jobs.config import check_training
-from freqprune.jobs.outputs import figures_of_training
+from freqprune.jobs.outputs import explore_training, figures_of_training, training_criterion
 from freqprune.jobs.settings import Settings, read
 from freqprune.networks import check_answers, check_resumable
-from freqprune.pruning import needs, plan_cut
-from freqprune.reports import record, show, write_page
+from freqprune.pruning import plan_cut
+from freqprune.reports import record, show, show_folder, write_page
 from freqprune.tagging import pick_layers
 from freqprune.training import Classifier, FrequencyTagging
 
@@ -76,6 +77,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     if trainer.is_global_zero:
         record.write_json(out / record.TRAINING, metrics)
         figures_of_training(tagging, out)
+        explore_training(settings, tagging, f"{config['name']}, {metrics['epochs']} epochs, seed {common.seed}")
         write_page(out)
         total = sum(int(flags.sum()) for flags in tagging.latest.get("important", {}).values())
         show(
@@ -83,14 +85,14 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
             + "".join(f"validation {100 * accuracy:.2f} %, " for accuracy in validated.values())
             + f"test {100 * metrics['test_accuracy']:.2f} %"
             + (f"; {total} important filters" if tagging.latest else "")
-            + f"; everything in {out}"
         )
+        if settings.recipe is None:
+            show_folder(out)
+            advise("train", out)
     return metrics, {"data": data, "classifier": classifier, "trainer": trainer, "tagging": tagging}
 
 
 def _tagging(settings: Settings, validates: bool) -> FrequencyTagging:
-    # Scores that need more than tags are for pruning; over training the SNR stands for them.
-    criterion = settings.scoring.criterion
     return FrequencyTagging(
         settings.stimulus,
         network="net",
@@ -98,7 +100,7 @@ def _tagging(settings: Settings, validates: bool) -> FrequencyTagging:
         seed=settings.common.seed,
         n_images=settings.showing.epoch_images,
         every_n_epochs=settings.showing.every_n_epochs if validates else 0,
-        criterion=criterion if needs(criterion) <= {"tags", "noise"} else "snr",
+        criterion=training_criterion(settings),
         **vars(settings.judgement),
         **vars(settings.readout),
     )

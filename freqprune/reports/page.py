@@ -90,7 +90,8 @@ def write_page(folder: Path, sweep: SweepPage | None = None) -> Path:
                 {**one, "caption": one["caption"] + note}
                 for one in _figures(first / "figures", {name: CAPTIONS[name] for name in OF_THE_FIRST})
             ]
-    return write_text(folder / "report.html", rendered("report.html.j2", {**content, "figures": shown}))
+    content = {**content, "figures": shown, "explorer": (folder / "explore.html").is_file()}
+    return write_text(folder / "report.html", rendered("report.html.j2", content))
 
 
 def rendered(template: str, content: Mapping[str, Any]) -> str:

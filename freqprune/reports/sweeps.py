@@ -21,7 +21,7 @@ from freqprune.reports.record import METRICS, RUN, read_json, write_text
 from freqprune.reports.run_figures import accuracy_over_cut, kept_over_depth, medians_over_depth
 from freqprune.reports.sweep_jobs import REPEATED, Job, commands_of, counted_once, read_sweep, told_apart
 from freqprune.reports.tables import STAGES, layer_medians
-from freqprune.reports.terminal import show
+from freqprune.reports.terminal import is_quiet, show, show_folder
 
 DEFAULT = "default"
 
@@ -275,6 +275,8 @@ def gather(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
         out, SweepPage([path.resolve().name for path in paths], len(jobs), header, rows, missing, commands, runs)
     )
     show(text.rstrip("\n"), f"written to {out}: sweep.csv, sweep.md, report.html")
+    if is_quiet():
+        show_folder(out)
     return out
 
 

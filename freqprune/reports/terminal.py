@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -22,8 +24,20 @@ def stage_table(metrics: Mapping[str, Any], title: str = "") -> Table:
     return table
 
 
+def is_quiet() -> bool:
+    """Whether ``--quiet`` was said, here or by the process that started this one: no tables and no bars."""
+    return os.environ.get("FREQPRUNE_QUIET", "") not in ("", "0")
+
+
+def show_folder(out: Path) -> None:
+    """Print where everything is; the folder alone, for scripts, with ``--quiet``."""
+    print(out) if is_quiet() else show(f"everything in {out}")
+
+
 def show(*items: Any) -> None:
-    """Print to the terminal; wide enough for the tables when piped."""
+    """Print to the terminal, unless that is to be quiet; wide enough for the tables when piped."""
+    if is_quiet():
+        return
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)

@@ -159,6 +159,19 @@ def test_sweep_gathers_its_jobs_and_goes_on_when_killed(tmp_path: Path) -> None:
     assert "holds a finished job with other settings" in other.stderr
 
 
+def test_quiet_tells_the_folders_and_nothing_else(tmp_path: Path) -> None:
+    torch.save(build_model({"name": "resnet8"}).state_dict(), tmp_path / "w.pt")
+    out = tmp_path / "out"
+    arguments = ["--quiet", "-m", *SMALL, f"ckpt={tmp_path / 'w.pt'}", "pruning=none", f"hydra.sweep.dir={out}"]
+    done = call("prune.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if "HYDRA]" not in line]  # Hydra numbers the jobs of a sweep
+    assert said == [f"{out}/0", str(out)]
+    refused = call("prune.py", "--quiet", "ckpt=none.pt", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: ckpt = none.pt does not exist")
+
+
 def test_submitit_runs_jobs_on_this_machine(tmp_path: Path) -> None:
     torch.save(build_model({"name": "resnet8"}).state_dict(), tmp_path / "w.pt")
     sweep = [

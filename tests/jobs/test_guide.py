@@ -60,5 +60,8 @@ def test_every_command_and_every_piece_of_code_runs(tmp_path: Path) -> None:
     for command in commands:
         done = subprocess.run(command, cwd=tmp_path, env=HERE, capture_output=True, text=True, check=False, timeout=300)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    assert (tmp_path / "runs" / "pruned" / "report.html").is_file()
+        if any(word.endswith(("train.py", "prune.py")) for word in command):
+            assert ("next, for example:" in done.stdout) == ("-m" not in command)
+    assert 'href="explore.html"' in (tmp_path / "runs" / "pruned" / "report.html").read_text()
+    assert (tmp_path / "runs" / "pruned" / "explore.html").is_file()
     assert "| importance | seeds |" in (tmp_path / "sweep" / "sweep.md").read_text()

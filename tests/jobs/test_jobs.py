@@ -1,14 +1,17 @@
 """The two jobs from a composed configuration, small: what they write, what they refuse, and that every experiment still
 composes and runs."""
 
+import base64
 import csv
 import json
+import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -74,6 +77,16 @@ def check_page(out: Path) -> None:
     settings = json.loads((out / "run.json").read_text())["settings"]
     assert settings["tagging"]["tag_freqs"] == [6.0, 7.5]
     assert str(out) not in json.dumps(settings["callbacks"])
+    explored = json.loads(re.search(r'id="data">(.*?)</script>', (out / "explore.html").read_text())[1])  # type: ignore[index]
+    # The filters of the network as it was trained, and what the record says of the cut.
+    n_filters = sum(layer["n"] for layer in explored["layers"])
+    assert {len(base64.b64decode(one["columns"]["snr"])) for one in explored["times"]} == {4 * n_filters}
+    metrics = json.loads((out / "metrics.json").read_text()) if (out / "metrics.json").is_file() else {}
+    if metrics:
+        assert sum(explored["trial"]["macs"]) == metrics["dense"]["macs"]
+    if "kept" in metrics:
+        kept = np.frombuffer(base64.b64decode(explored["times"][-1]["columns"]["kept"]), "<f4")
+        assert np.nansum(kept) == sum(metrics["kept"].values())
 
 
 def test_train_writes_what_it_says(trained: tuple[Path, dict[str, Any]]) -> None:
@@ -101,8 +114,14 @@ def test_train_writes_what_it_says(trained: tuple[Path, dict[str, Any]]) -> None
 
 def test_resume_continues_to_the_last_epoch(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     last = trained[0] / "checkpoints" / "last.ckpt"
-    metrics, _ = train(config("train", tmp_path, f"ckpt_path={last}", "trainer.max_epochs=2"))
+    metrics, _ = train(config("train", tmp_path, f"ckpt_path={last}", "trainer.max_epochs=2", "logger=jsonl"))
     assert metrics["epochs"] == 2
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    (found,) = (line["val/accuracy"] for line in lines if "val/accuracy" in line)
+    assert found == pytest.approx(metrics["val_accuracy"])
+    assert {line["epoch"] for line in lines} >= {1}
+    # The report draws from the table.
+    assert (tmp_path / "figures" / "training_curves.png").is_file()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,70 @@
+"""What a person would type next, at the end of a job."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+from freqprune.reports import show
+
+# What training and pruning have to agree on; the checkpoint says which network it is.
+SHARED = ("experiment", "data", "tagging", "imports", "trainer")
+AMOUNT = ("pruning", "pruning.ratio", "pruning.threshold", "pruning.macs_cut", "pruning.latency_cut",
+          "pruning.latency_ms")  # fmt: skip
+SHARES = "pruning.macs_cut=0.3,0.5,0.7"
+
+
+def advise(job: str, out: Path) -> None:
+    """Print three commands that would follow a job: ``"train"``, ``"look"`` (tagged and not pruned) or ``"prune"``.
+
+    Nothing in a sweep, whose table follows, and nothing for a job that was called from Python.
+    """
+    if not HydraConfig.initialized() or HydraConfig.get().mode == RunMode.MULTIRUN:
+        return
+    program = os.environ.get("FREQPRUNE_COMMAND", "python prune.py")
+    prune = f"{program.split()[0]} {'prune.py' if program.endswith('.py') else 'prune'}"
+    show("next, for example:")
+    for command in commands(job, out, prune, HydraConfig.get().overrides.task):
+        show(f"  {command}")
+
+
+def commands(job: str, out: Path, prune: str, overrides: Sequence[str]) -> list[str]:
+    """Three commands that would follow a job.
+
+    Args:
+        job: ``"train"``, ``"look"`` or ``"prune"``.
+        out: its folder.
+        prune: how the program that prunes is called.
+        overrides: ``key=value`` as the job got them.
+    """
+    page = "report.html" if job == "prune" else "explore.html"
+    look = f"python -m webbrowser {(out / page).resolve().as_uri()}"
+    given = {override.lstrip("+~").split("=")[0]: override for override in overrides}
+    if job == "train":
+        again = [
+            override
+            for key, override in given.items()
+            if key in SHARED or (key.startswith(("data.", "tagging.")) and key != "tagging.epoch_images")
+        ]
+    else:
+        again = [override for key, override in given.items() if key not in (*AMOUNT, "resume")]
+    brought = given.keys() & {"ckpt", "pretrained", "model.weights", "model.pretrained"}
+    if job == "train" or not brought:  # the network was trained here
+        again = [one for one in again if not one.startswith(("model=", "model.", "optimizer", "trainer.", "ckpt_path"))]
+        again.append(f"ckpt={out / 'checkpoints' / 'last.ckpt'}")
+
+    def call(*more: str, sweep: bool = False) -> str:
+        return f"{prune} {'-m ' if sweep else ''}{shlex.join([*again, *more])}"
+
+    if job == "train":
+        return [look, call("pruning=none"), call("pruning.macs_cut=0.5")]
+    if job == "look":
+        return [look, call("pruning.macs_cut=0.5"), call(SHARES, sweep=True)]
+    code = f"from freqprune import load_pruned; print(load_pruned({json.dumps(str(out / 'pruned.ckpt'))}))"
+    return [look, f"python -c {shlex.quote(code)}", call(SHARES, sweep=True)]

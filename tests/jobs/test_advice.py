@@ -1,0 +1,76 @@
+"""What is advised at the end of a job: commands that compose and are not refused; the JSON lines of a log."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from freqprune.jobs.advice import commands
+from freqprune.jobs.config import check_pruning
+from freqprune.jobs.jsonl import JSONLinesLogger
+from freqprune.jobs.settings import read
+from freqprune.networks import save_pruned
+from freqprune.networks.registry import build_model
+from tests.conftest import ROOT
+
+TRAINED = ["data=digits", "data.limit_train=96", "model=resnet8", "trainer.max_epochs=1", "tagging.n_frames=480"]
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A folder with what a job leaves, whose name a shell would take apart."""
+    out = tmp_path / "my runs"
+    (out / "checkpoints").mkdir(parents=True)
+    torch.save(build_model({"name": "resnet8"}).state_dict(), out / "checkpoints" / "last.ckpt")
+    save_pruned(out / "pruned.ckpt", build_model({"name": "resnet8"}), {}, {})
+    return out
+
+
+@pytest.mark.parametrize(
+    ("job", "given"),
+    [
+        ("train", TRAINED),
+        ("train", ["data=digits", "model=auto", "model.name=torchvision/resnet18", "model.weights=DEFAULT"]),
+        ("train", ["experiment=quickstart", "pruning=none", "optimizer.lr=0.05"]),
+        ("look", ["data=digits", "pruning=none", "ckpt={out}/checkpoints/last.ckpt"]),
+        ("prune", ["data=digits", "pruning.latency_cut=0.2", "ckpt={out}/checkpoints/last.ckpt", "finetune.epochs=1"]),
+        ("prune", [*TRAINED, "pruning.threshold=2", "importance=snr"]),
+        ("prune", ["pretrained=true", "data=digits", "pruning.macs_cut=0.2"]),
+    ],
+)
+def test_what_is_advised_can_be_typed(job: str, given: list[str], out: Path) -> None:
+    found = commands(job, out, "python prune.py", [word.format(out=str(out).replace(" ", "\\ ")) for word in given])
+    assert len(found) == 3
+    assert found[0].startswith("python -m webbrowser file:///")
+    assert "my%20runs" in found[0]
+    assert any("pruning.macs_cut=0.5" in one or "pruning.macs_cut=0.3,0.5,0.7" in one for one in found)
+    typed = [shlex.split(one) for one in found if one.startswith("python prune.py")]
+    assert typed
+    for words in typed:
+        overrides = [word.replace("0.3,0.5,0.7", "0.3") for word in words[2:] if word != "-m"]
+        with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
+            cfg = compose("prune", [*overrides, f"output_dir={out}"])
+        check_pruning(cfg)
+        settings = read(cfg)
+        assert "digits" in settings.data["_target_"].lower()
+        if settings.recipe is not None:
+            assert settings.recipe.amount.macs_cut in (0.3, 0.5)
+        if not settings.common.pretrained:
+            assert Path(settings.common.ckpt or "").is_file()
+    if job == "prune":
+        words = shlex.split(found[1])
+        assert words[:2] == ["python", "-c"]
+        exec(compile(words[2], "advice", "exec"), {})
+
+
+def test_every_entry_is_a_line(tmp_path: Path) -> None:
+    logger = JSONLinesLogger(save_dir=tmp_path, name="", version="")
+    logger.log_metrics({"epoch": 1.0, "train/loss": torch.tensor(0.5)}, step=7)
+    logger.log_metrics({"val/loss": float("nan")}, step=8)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 7, "epoch": 1, "train/loss": 0.5}, {"step": 8, "val/loss": None}]
+    logger.save()
+    assert "train/loss" in (tmp_path / "metrics.csv").read_text()

@@ -1,0 +1,383 @@
+"""The explorer: what goes into the page against NumPy and real cuts, what its script keeps against `select`, and the
+page in a browser."""
+
+import base64
+import csv
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from freqprune import Amount, InputError, Plan, Stimulus, build_model, select, tag
+from freqprune.networks import count_macs
+from freqprune.pruning import Evidence, Verdict, judge, scores
+from freqprune.reports import filters_of, filters_over_epochs, trial_of, with_cut, write_explorer, write_importance
+from freqprune.reports.explorer import SCRIPTS
+from freqprune.reports.filters import Filters
+from freqprune.reports.trial import Trial
+from freqprune.tagging import TagResponse
+from tests.conftest import ROOT
+from tests.reports.test_page import BROWSER
+
+CUT = ROOT / "freqprune" / "reports" / "templates" / "explorer" / "cut.js"
+STIMULUS = Stimulus(tag_freqs=(6.0, 7.5))
+NODE = shutil.which("node")
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return build_model({"name": "resnet8"}).eval()
+
+
+@pytest.fixture(scope="module")
+def pixels() -> torch.Tensor:
+    coarse = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    return nn.functional.interpolate(coarse, size=(16, 16), mode="bilinear")
+
+
+@pytest.fixture(scope="module")
+def response(net: nn.Module, pixels: torch.Tensor) -> TagResponse:
+    return tag(net, pixels, STIMULUS)
+
+
+@pytest.fixture(scope="module")
+def plan(net: nn.Module, pixels: torch.Tensor) -> Plan:
+    return Plan(net, pixels[:1])
+
+
+@pytest.fixture(scope="module")
+def explored(response: TagResponse, plan: Plan) -> tuple[Filters, Trial]:
+    """As `prune.py` writes it for a cut by SNR."""
+    found = scores("snr", Evidence(plan.model, response), plan.layers)
+    amount = Amount(macs_cut=0.4, scope="per_mac")
+    kept = select(found, amount, plan.macs)
+    filters = with_cut(filters_of(response, judge(response), "dense"), plan, "snr", found, kept)
+    return filters, trial_of(plan, response, "snr", found, amount)
+
+
+def unpacked(text: str, kind: str) -> np.ndarray[Any, Any]:
+    return np.frombuffer(base64.b64decode(text), kind)
+
+
+def test_columns_and_spectra_by_numpy(response: TagResponse) -> None:
+    found = filters_of(response, Verdict({k: torch.ones(len(v.amplitude)) > 0 for k, v in response.layers.items()}))
+    clean = np.concatenate([one.amplitude.double().numpy() for one in response.layers.values()])
+    noisy = np.concatenate([one.noisy_amplitude.double().numpy() for one in response.layers.values()])
+    # 240 frames at 120 a second: bins of 0.5 Hz, tags in bins 12 and 15.
+    first, second = clean[:, 12], clean[:, 15]
+    mixed = [abs(12 * n + 15 * m) for n in range(-4, 5) for m in range(1, 5) if n and abs(n) + m <= 4]
+    around = [noisy[:, [b - 2, b - 1, b + 1, b + 2]].mean(1) for b in (12, 15)]
+    with np.errstate(invalid="ignore"):  # a dead filter: 0 / 0 in every column
+        preference, integration = (first - second) / (first + second), clean[:, mixed].sum(1) / (first + second)
+        snr = (noisy[:, 12] / around[0] + noisy[:, 15] / around[1]) / 2
+        spectrum = noisy[:, 12] / around[0]
+    np.testing.assert_allclose(found.columns["amplitude"], first + second)
+    np.testing.assert_allclose(found.columns["preference"], preference, atol=1e-7)
+    np.testing.assert_allclose(found.columns["integration"], integration, rtol=1e-5)
+    np.testing.assert_allclose(found.columns["snr"], snr, rtol=1e-5)
+    assert found.columns["important"].tolist() == [1.0] * len(clean)
+    # Up to 4 x 7.5 Hz, bin 60, and a tenth beyond.
+    assert found.freqs[[0, 12, -1]].tolist() == [0, 6, 33]
+    np.testing.assert_allclose(found.spectra[:, 12], spectrum, rtol=1e-5)
+
+
+def test_numbers_survive_the_packing(explored: tuple[Filters, Trial]) -> None:
+    filters, trial = explored
+    packed = filters.packed()
+    for name, values in filters.columns.items():
+        np.testing.assert_allclose(unpacked(packed["columns"][name], "<f4"), values, rtol=1e-6)
+    upper = unpacked(packed["spectra"], "<u2").astype("<u4") << 16
+    np.testing.assert_allclose(upper.view("<f4").reshape(filters.spectra.shape), filters.spectra, rtol=2**-8)
+    for name, found in trial.scores.items():
+        for unit, text in zip(trial.units, trial.packed()["scores"][name], strict=True):
+            assert unpacked(text, "<f8").tolist() == found[unit.name].tolist()
+
+
+def test_without_noise_amplitudes_stand_for_snr(net: nn.Module, pixels: torch.Tensor) -> None:
+    response = tag(net, pixels[:1], STIMULUS, noise_std=0)
+    found = filters_of(response)
+    assert "snr" not in found.columns
+    np.testing.assert_array_equal(found.spectra[:16], response.layers["conv1"].amplitude[:, : len(found.freqs)])
+    assert "snr" not in trial_of(Plan(net, pixels[:1]), response).scores
+
+
+def test_four_parts_name_the_strongest(net: nn.Module, pixels: torch.Tensor) -> None:
+    four = Stimulus(tag_freqs=(8.5, 15.5, 19.0, 20.5), parts="quadrants", max_order=2)
+    response = tag(net, pixels[:1], four, noise_std=0, layers=["conv1"])
+    amplitude = response.amplitude("conv1").numpy()
+    assert filters_of(response).columns["part"].tolist() == amplitude.argmax(1).tolist()
+
+
+def test_epochs_are_those_of_the_file(response: TagResponse, tmp_path: Path) -> None:
+    path, verdict = tmp_path / "importance.csv", judge(response)
+    found = scores("snr", Evidence(nn.Module(), response), list(response.layers))
+    for epoch in range(5):
+        write_importance(path, epoch, response, found, verdict)
+    epochs = filters_over_epochs(path, STIMULUS, "snr", most=3)
+    assert [one.label for one in epochs] == ["epoch 1", "epoch 3", "epoch 5"]
+    whole = filters_of(response, verdict)
+    assert dict(epochs[0].widths) == dict(whole.widths)
+    for name, values in whole.columns.items():
+        np.testing.assert_allclose(epochs[1].columns[name], values, rtol=1e-4, atol=1e-5, err_msg=name)
+    with path.open(newline="") as file:
+        row = list(csv.DictReader(file))[20]
+    place = [c.name for c in STIMULUS.components].index("f1+f2")
+    assert epochs[0].spectra[20, place] == float(row["snr_f1+f2"])
+    assert epochs[0].freqs[place] == 13.5
+
+
+def test_kept_filters_are_marked_in_every_layer_of_a_unit(response: TagResponse, plan: Plan) -> None:
+    stream = next(iter(plan.streams))
+    n_filters = plan.unit(stream).n_filters
+    kept = {stream: torch.tensor([0, 2])}
+    found = with_cut(filters_of(response), plan, "l2", {stream: torch.arange(n_filters).double()}, kept)
+    start = 0
+    for layer, width in found.widths.items():
+        flags, score = (found.columns[name][start : start + width] for name in ("kept", "score_l2"))
+        if layer in plan.streams[stream]:
+            assert np.flatnonzero(flags).tolist() == [0, 2]
+            assert score.tolist() == list(range(width))
+        else:
+            assert np.isnan(flags).all()
+        start += width
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_macs_of_the_table_are_those_of_the_smaller_network(plan: Plan, streams: bool) -> None:
+    rng = np.random.default_rng(0)
+    names = plan.choose(streams=streams)
+    found = {name: torch.rand(plan.unit(name).n_filters) for name in names}
+    trial = trial_of(plan, None, "random", found)
+    assert trial.macs_left({}) == pytest.approx(count_macs(plan.model, plan.example), rel=1e-12)
+    for _ in range(3):
+        widths = {name: int(rng.integers(1, len(found[name]) + 1)) for name in names}
+        smaller = plan.apply({name: torch.arange(width) for name, width in widths.items()})
+        assert trial.macs_left(widths) == pytest.approx(count_macs(smaller, plan.example), rel=1e-9)
+
+
+def test_what_cannot_be_tried_or_shown_is_said(
+    plan: Plan, response: TagResponse, explored: tuple[Filters, Trial], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="no score of its filters is known"):
+        trial_of(plan, None)
+    with pytest.raises(InputError, match="no layer of the network may lose filters"):
+        trial_of(plan, response, "snr", {})
+    with pytest.raises(InputError, match="there are no filters to explore"):
+        write_explorer(tmp_path, "nothing", [], STIMULUS)
+    other = filters_of(tag(plan.model, plan.example, STIMULUS, layers=["conv1"]))
+    with pytest.raises(InputError, match="the layers at all times have to be the same"):
+        write_explorer(tmp_path, "two", [other, explored[0]], STIMULUS)
+
+
+def test_the_page_holds_all_it_needs(explored: tuple[Filters, Trial], tmp_path: Path) -> None:
+    filters, trial = explored
+    odd = Filters("now", {"</script><b>": 2}, {"snr": np.ones(2)}, np.arange(3.0), np.ones((2, 3)))
+    text = write_explorer(tmp_path, "<i>&", [odd], STIMULUS).read_text()
+    assert "</script><b>" not in text
+    assert "<title>Filters of &lt;i&gt;&amp; · freqprune</title>" in text
+    text = write_explorer(tmp_path, "resnet8", [filters], STIMULUS, trial).read_text()
+    assert f"{sum(filters.widths.values())} filters of {len(filters.widths)} layers" in text
+    assert "left at 6 Hz and right at 7.5 Hz" in text
+    assert "default-src 'none'" in text
+    assert set(re.findall(r"""\b(?:src|href)=["']([^"']*)""", text)) == {"data:,", "report.html"}
+    assert not re.findall(r"fetch\(|XMLHttpRequest|import\(|url\(", text)
+    assert text.count("<script") == len(SCRIPTS) + 1
+
+
+def test_a_resnet32_with_its_training_takes_less_than_five_megabytes(tmp_path: Path) -> None:
+    net, rng = build_model({"name": "resnet32"}), np.random.default_rng(0)
+    widths = {name: len(m.weight) for name, m in net.named_modules() if isinstance(m, nn.Conv2d)}
+    n_filters = sum(widths.values())
+    names = ("snr", "amplitude", "preference", "integration", "important", "score_snr", "kept")
+    columns = {name: rng.random(n_filters) for name in names}
+    epochs = [
+        Filters(f"epoch {i}", widths, columns, np.arange(20.0), rng.lognormal(size=(n_filters, 20))) for i in range(24)
+    ]
+    last = Filters("dense network", widths, columns, np.arange(67) / 2, rng.lognormal(size=(n_filters, 67)))
+    assert write_explorer(tmp_path, "resnet32", [*epochs, last], STIMULUS).stat().st_size < 5e6
+
+
+AMOUNTS = [
+    Amount(macs_cut=0.3),
+    Amount(macs_cut=0.6, scope="per_mac"),
+    Amount(macs_cut=0.5, scope="layer"),
+    Amount(macs_cut=0.4, normalize=True, min_filters=3),
+    Amount(macs_cut=0.5, scope="per_mac", multiple_of=4),
+    Amount(threshold=0.5),
+    Amount(threshold=0.9, multiple_of=8, min_filters=2),
+]
+
+
+@pytest.mark.skipif(NODE is None, reason="no node on the path")
+@pytest.mark.parametrize("streams", [False, True])
+def test_the_script_keeps_what_select_keeps(plan: Plan, streams: bool) -> None:
+    generator = torch.Generator().manual_seed(2)
+    found = {
+        name: torch.rand(plan.unit(name).n_filters, generator=generator, dtype=torch.float64)
+        for name in plan.choose(streams=streams)
+    }
+    asked = [trial_of(plan, None, "random", found, amount).packed() for amount in AMOUNTS]
+    code = f"""{CUT.read_text()}
+    const doubles = (text) => new Float64Array(new Uint8Array(Buffer.from(text, "base64")).buffer);
+    const asked = JSON.parse(require("fs").readFileSync(0));
+    console.log(JSON.stringify(asked.map((trial) => {{
+      const scores = trial.scores.random.map(doubles), {{ amount }} = trial;
+      const found = amount.macs_cut === null ? aboveThreshold(trial, scores, amount, amount.threshold)
+        : toMacs(trial, scores, amount, amount.macs_cut);
+      return {{ kept: found.kept.map((flags) => [...flags]), macs: found.macs }};
+    }})));"""
+    assert NODE is not None
+    done = subprocess.run([NODE, "-e", code], input=json.dumps(asked), capture_output=True, text=True, check=True)
+    for amount, answer in zip(AMOUNTS, json.loads(done.stdout), strict=True):
+        kept = select(found, amount, plan.macs)
+        for name, flags in zip(found, answer["kept"], strict=True):
+            assert np.flatnonzero(flags).tolist() == kept[name].tolist(), (amount, name)
+        assert answer["macs"] == pytest.approx(plan.macs({name: len(one) for name, one in kept.items()}), rel=1e-9)
+
+
+# Does what a person would, and leaves what they would see in an attribute.
+VISITOR = """<script>addEventListener("load", async () => {
+  const seen = {}, pause = (ms) => new Promise((done) => setTimeout(done, ms));
+  while (!document.body.dataset.ready) await pause(10);
+  const pixels = element("network").querySelector("canvas").getContext("2d").getImageData(0, 0, 300, 60).data;
+  seen.painted = new Set(pixels).size > 10;
+  const box = element("network"), canvas = box.querySelector("canvas");
+  const point = (filter, kind) => {
+    const [x, y] = map.place(filter), at = canvas.getBoundingClientRect();
+    const where = { clientX: at.left + x, clientY: at.top + y - box.scrollTop, bubbles: true };
+    canvas.dispatchEvent(kind === "click" ? new MouseEvent(kind, where) : new PointerEvent(kind, where));
+  };
+  const titles = () => [...document.querySelectorAll("#filters h3")].map((title) => title.textContent);
+  const change = (id, value, kind) => {
+    element(id).value = value;
+    element(id).dispatchEvent(new Event(kind, { bubbles: true }));
+  };
+  point(3, "pointermove");
+  seen.hovered = titles();
+  seen.said = element("live").textContent;
+  seen.plots = document.querySelectorAll("#filters .plot canvas").length;
+  seen.peak = document.querySelector("#filters details tbody tr").textContent;
+  point(3, "click"); point(7, "pointermove"); point(7, "click"); point(9, "pointermove");
+  seen.pinned = titles();
+  document.querySelector("#filters button").click();
+  seen.after = titles();
+  const press = (key) => box.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
+  press("Home"); press("ArrowDown"); press("ArrowRight");
+  seen.arrows = element("live").textContent;
+  press("Enter");
+  seen.entered = element("live").textContent;
+  if (data.trial) {
+    seen.start = JSON.parse(element("outcome").dataset.kept);
+    change("share", 70, "input");
+    seen.cut = element("outcome").textContent;
+    seen.macs = Number(element("outcome").dataset.macs);
+    change("by", "threshold", "change");
+    change("threshold", 1e9, "input");
+    seen.least = JSON.parse(element("outcome").dataset.kept);
+  }
+  const table = element("filter-table"), second = () => [...table.querySelectorAll("tbody td:nth-child(2)")];
+  const cells = () => second().map((cell) => Number(cell.textContent));
+  table.querySelectorAll("th button")[1].click();
+  seen.sorted = cells();
+  table.querySelectorAll("th button")[1].click();
+  seen.rising = cells();
+  const search = table.querySelector("input");
+  search.value = "layer1.0.conv1 filter 2"; search.dispatchEvent(new Event("input"));
+  seen.found = [...table.querySelectorAll("button.pick")].map((one) => one.textContent);
+  change("layers", "layer2", "input");
+  seen.layers = map.shown.map((layer) => layer.name);
+  if (element("time")) {
+    change("colour", "snr", "change");
+    change("time", 0, "input");
+    seen.time = element("time-now").textContent;
+    seen.values = [...map.values.subarray(0, 3)];
+  }
+  seen.wide = document.documentElement.scrollWidth - innerWidth;
+  const controls = [...document.querySelectorAll("input, select, button")];
+  seen.nameless = controls.filter((one) => !one.labels?.length && !one.textContent).length;
+  document.body.dataset.seen = JSON.stringify(seen);
+})</script>"""
+
+
+def visited(page: Path, width: int) -> dict[str, Any]:
+    """What a visitor saw."""
+    visit = page.with_name("visited.html")
+    visit.write_text(page.read_text().replace("</body>", VISITOR + "</body>"))
+    # Time runs on while nothing happens, so that all the visitor does is done.
+    text = opened(visit, width, "--virtual-time-budget=8000")
+    found: dict[str, Any] = json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', text)[1]))  # type: ignore[index]
+    return found
+
+
+def opened(page: Path, width: int, *more: str) -> str:
+    """The page as it stands in the browser, whose console has to stay silent."""
+    assert BROWSER is not None
+    profile = f"--user-data-dir={page.parent / 'profile'}"
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", profile, f"--window-size={width},900", *more]
+    command += ["--enable-logging=stderr", "--v=0", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert "CONSOLE" not in done.stderr, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on the path")
+@pytest.mark.parametrize("width", [1280, 500])
+def test_page_in_a_browser(
+    explored: tuple[Filters, Trial], plan: Plan, response: TagResponse, tmp_path: Path, width: int
+) -> None:
+    filters, trial = explored
+    earlier = Filters(
+        "epoch 1",
+        filters.widths,
+        {"snr": 2 * filters.columns["snr"]},
+        np.array([c.freq for c in STIMULUS.components]),
+        np.ones((len(filters.spectra), len(STIMULUS.components))),
+    )
+    seen = visited(write_explorer(tmp_path, "resnet8", [earlier, filters], STIMULUS, trial), width)
+    snr = filters.columns["snr"]
+    assert seen["painted"]
+    assert seen["hovered"] == ["conv1 filter 3"]
+    assert seen["said"].startswith("conv1 filter 3: SNR ")
+    assert f"{1 + int((snr[:16] > snr[3]).sum())} of 16 in its layer" in seen["said"]
+    assert seen["plots"] == 1
+    assert re.match(r"f[12](6|7\.5)harmonic of (left|right)", seen["peak"])
+    assert seen["pinned"] == ["A: conv1 filter 3", "B: conv1 filter 7"]
+    assert seen["after"] == ["A: conv1 filter 7", "conv1 filter 9"]
+    assert seen["arrows"].startswith("layer1.0.conv1 filter 1: SNR")
+    assert seen["entered"].startswith("layer1.0.conv1 filter 1 pinned as B")
+    found = trial.scores["snr"]
+    assert seen["start"] == [len(one) for one in select(found, trial.amount, plan.macs).values()]
+    kept = select(found, Amount(macs_cut=0.7, scope="per_mac"), plan.macs)
+    assert seen["macs"] == pytest.approx(plan.macs({name: len(one) for name, one in kept.items()}), rel=1e-9)
+    assert f"{sum(map(len, kept.values()))} of {sum(map(len, found.values()))} filters kept" in seen["cut"]
+    assert seen["least"] == [1] * len(trial.units)
+    assert seen["sorted"] == pytest.approx(np.sort(snr[np.isfinite(snr)])[::-1][:25], rel=6e-3)
+    assert seen["rising"] == pytest.approx(np.sort(snr[np.isfinite(snr)])[:25], rel=6e-3)
+    assert sorted(seen["found"]) == ["layer1.0.conv1 filter 12", "layer1.0.conv1 filter 2"]
+    assert seen["layers"] == [layer for layer in filters.widths if "layer2" in layer]
+    assert seen["time"] == "epoch 1"
+    assert seen["values"] == pytest.approx(2 * snr[:3], rel=1e-6)
+    assert seen["wide"] <= 0
+    assert seen["nameless"] == 0
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on the path")
+def test_twenty_two_thousand_filters_are_there_in_two_seconds(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    widths = {f"layer{i}": 440 for i in range(50)}
+    spectra = rng.lognormal(size=(22_000, 67))
+    filters = Filters("dense", widths, {"snr": spectra[:, 12]}, np.arange(67) / 2, spectra)
+    page = write_explorer(tmp_path, "wide", [filters], STIMULUS)
+    text = opened(page, 1280, "--blink-settings=preferredColorScheme=0")
+    painted = re.search(r'data-painted="(\d+)"', text)
+    assert painted
+    assert int(painted[1]) < 2000
