@@ -39,7 +39,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     there = page.file.src_uri
     source = next((path for path, name in PAGES.items() if name == there), f"docs/{there}")
     text = _LINK.sub(lambda link: f"]({_on_the_site(link[1], source, there)}{link[2] or ''})", markdown)
-    if not there.startswith("how/"):
+    if not there.startswith(("how/", "explain.")):
         return text
     pieces = _CODE.split(text)
     return "".join(piece if i % 2 else _FORMULA.sub(_mathml, piece) for i, piece in enumerate(pieces))

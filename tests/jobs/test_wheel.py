@@ -129,7 +129,11 @@ def test_configs_of_a_user_extend_ours(command: Path, tmp_path: Path) -> None:
         (["--help"], 0, "usage: freqprune {train,prune,explain,sweep}"),
         ([], 2, "error: which command?"),
         (["purne"], 2, "error: there is no command 'purne'"),
-        (["train", "--help"], 0, "experiment: cifar10_resnet32, cifar10_resnet32_cpu, quickstart"),
+        (
+            ["train", "--help"],
+            0,
+            "experiment: cifar100_resnet56, cifar10_resnet32, cifar10_resnet32_cpu, imagenet_resnet50, quickstart",
+        ),
         (["prune", "optimizer.lrr=1"], 2, "optimizer.lrr is not a setting; did you mean optimizer.lr?"),
         (["explain", "--help"], 0, "baseline: mean"),
         (["explain", "images=none"], 2, "error: ckpt is not set: give the network to explain"),

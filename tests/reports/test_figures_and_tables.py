@@ -165,4 +165,4 @@ def test_figures_of_runs_and_sweeps_draw_what_they_are_given() -> None:
     assert [[bar.get_height() for bar in group] for group in bars] == [[6, 8], [3, 4]]
     curves = run_figures.training_curves({"train/loss": [(0, 2.0), (1, 1.0)], "val/accuracy": [(0, 0.25)]})
     assert curves.axes[0].lines[0].get_xydata().tolist() == [[1, 2.0], [2, 1.0]]
-    assert curves.axes[1].lines[1].get_xydata().tolist() == [[1, 25.0]]
+    assert curves.axes[1].lines[0].get_xydata().tolist() == [[1, 25.0]]

@@ -215,7 +215,8 @@ def test_a_process_that_is_killed_ends_the_others(tmp_path: Path) -> None:
         os.kill(second, signal.SIGKILL)
         said, _ = first.communicate(timeout=60)
     assert first.returncode != 0
-    assert f"Child process with PID {second} terminated" in said
+    # Whichever is first: Lightning sees that the process is gone, or the next sum waits for it in vain.
+    assert f"Child process with PID {second} terminated" in said or "closed by peer" in said
 
 
 def until(true: Callable[[], bool], seconds: float) -> None:
