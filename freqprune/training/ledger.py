@@ -80,13 +80,13 @@ def read_all(
     Raises:
         InputError: names images that cannot be read, up to ten, after everything before them was kept.
     """
-    bad: list[str] = []
+    bad: dict[int, str] = {}
 
     def read(number: int) -> bool:
         try:
             keep(number, reader(number))
         except InputError as error:
-            bad.append(str(error))
+            bad[number] = str(error)
             return False
         return True
 
@@ -101,8 +101,7 @@ def read_all(
             if len(bad) >= 10:
                 break
     if bad:
-        more = "".join(f"\n{text}" for text in sorted(bad[1:10]))
-        raise InputError(bad[0] + more)
+        raise InputError("\n".join(bad[number] for number in sorted(bad)[:10]))
 
 
 def open_ledger(reader: Reader, stem: Path, with_pixels: bool) -> Ledger:
