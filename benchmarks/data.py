@@ -6,7 +6,8 @@ Measures in one run, on photographs of 500 x 375 pixels that are drawn here (JPE
   bare DataLoader with as many workers that decodes, resizes and cuts the same files;
 - disk_over_memory: images/s of training batches out of the mapped file (data.cache=disk) over those out of memory;
 - memory_growth: peak memory of a process and its workers that takes the images in and reads an epoch of them, at four
-  times the images over once: the larger of cache=disk and cache=none.
+  times the images over once: the larger of cache=disk and cache=none;
+- two_over_one: time of a cut of ResNet-32 by two processes over that by one, see benchmarks/sharing.py.
 
 Epochs are taken in turn; figures are medians. The first epoch of each is warm-up.
 """
@@ -31,6 +32,7 @@ import numpy as np
 import torch
 from PIL import Image
 from result import publish
+from sharing import two_over_one
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
@@ -151,6 +153,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=cores())
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--calibration-images", type=int, default=400, help="of the cut (400)")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     parser.add_argument("--cache", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -172,6 +175,7 @@ def main() -> None:
         "over_decode": round(rates["pipeline"] / rates["bare"], 3),
         "disk_over_memory": round(rates["disk"] / rates["memory"], 3),
         "memory_growth": round(max(four / once for once, four in peaks.values()), 3),
+        "two_over_one": round(two_over_one(options.calibration_images), 3),
         "images_per_second": rates,
         "peak_mb": {cache: [round(value) for value in values] for cache, values in peaks.items()},
         "images": options.images,
