@@ -117,6 +117,7 @@ def test_sweep_gathers_its_jobs_and_goes_on_when_killed(tmp_path: Path) -> None:
         "pruning.macs_cut=0.2,0.99",
         "seed=0,1",
         "finetune.epochs=0",
+        "importance=l2",
         f"hydra.sweep.dir={tmp_path / 'sweep'}",
     ]
     done = call("prune.py", "-m", *SMALL, *sweep, cwd=tmp_path)
