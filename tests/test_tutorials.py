@@ -30,6 +30,13 @@ assert accuracy(net, val) > 90
 assert points["sequential"][-1]["pruned"][0] > points["none"][-1]["pruned"][0] + 10
 assert accuracy(tuned, test) > 90
 """,
+    "explaining": """
+assert sum(named) > 1.5 * sum(chance)
+assert found.significant(0).any()
+assert empty.sum() > 100
+assert alone < 0.1
+assert together <= alone
+""",
     "a_criterion": """
 amplitudes = response.amplitude("layer2.0.conv1", ["f1", "f2"])
 assert (ours["layer2.0.conv1"] == amplitudes.min(1).values).all()

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
+from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from freqprune.errors import InputError
 from freqprune.networks import of_the_dense
+from freqprune.processes import shared_work
 from freqprune.pruning import Material, Plan, Recipe, cut
 from freqprune.tagging import Stimulus
 from freqprune.training.tagging_callback import _pixels, _TagsInTraining
@@ -27,7 +30,7 @@ class TagPruning(_TagsInTraining):
 
     The network is replaced by a smaller one; the optimizer goes on with its parameters, and the kept filters keep their
     momentum (every state tensor of a parameter's shape). A checkpoint written after a cut resumes with the same
-    callback.
+    callback. Several processes (``strategy="ddp"``) share a cut and go on with the same network.
 
     Args:
         recipe: how to cut each time; its amount counts in the network of that time.
@@ -40,8 +43,8 @@ class TagPruning(_TagsInTraining):
         std: channel standard deviations, likewise.
 
     Raises:
-        InputError: for epochs that are not 0, 1, 2, ..., a network that cannot be found, a run over several processes,
-            or what `cut` refuses.
+        InputError: for epochs that are not 0, 1, 2, ..., a network that cannot be found, a strategy that splits the
+            network among processes, or what `cut` refuses.
     """
 
     def __init__(
@@ -83,11 +86,15 @@ class TagPruning(_TagsInTraining):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if trainer.world_size > 1:
+        if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
             raise InputError(
-                f"TagPruning replaces the network, which {trainer.world_size} processes would each do on their own; "
-                "train on one device, or prune "
-                "with prune.py between two runs"
+                f"TagPruning replaces the network, of which {type(trainer.strategy).__name__} keeps a part in each of "
+                f"{trainer.world_size} processes; use strategy=ddp, or prune with prune.py between two runs"
+            )
+        if getattr(trainer.strategy, "_start_method", "popen") != "popen":
+            raise InputError(
+                "TagPruning replaces the network, and strategy=ddp_spawn hands weights back to a process with the "
+                "old network; use strategy=ddp"
             )
         self._attribute(pl_module)
         loading = pl_module.on_load_checkpoint
@@ -128,14 +135,20 @@ class TagPruning(_TagsInTraining):
                 raw, labels = self._validation_images(trainer)
             finally:
                 trainer.state.stage = stage
-            images = _pixels(raw, mean, std)
+            images = _of_all(_pixels(raw, mean, std), trainer)
+            labels = None if labels is None else _of_all(labels, trainer)
             labelled = None if labels is None else (images, labels)
             material = Material(images, _normalizer(mean, std), mean, std, calibration=images, labelled=labelled)
-            done = cut(net, material, self.recipe, self.stimulus)
+            with shared_work():
+                done = cut(net, material, self.recipe, self.stimulus)
         small = done.net.to(memory_format=torch.channels_last)
         for optimizer in trainer.optimizers:
             carry_over(optimizer, net, small, done.kept, _normalizer(mean, std)(images[:1]))
         setattr(pl_module, self._attribute(pl_module), small)
+        if isinstance(trainer.strategy, DDPStrategy):
+            # Its view of the gradients is of the parameters that are gone.
+            trainer.strategy.model = pl_module
+            trainer.strategy.configure_ddp()
         self.kept.append({name: indices.tolist() for name, indices in done.kept.items()})
         config = getattr(small, "config", None)
         if isinstance(config, Mapping) and isinstance(pl_module.hparams.get("model"), Mapping):
@@ -174,6 +187,16 @@ class TagPruning(_TagsInTraining):
             return example
         first = next(m for m in self._net(pl_module).modules() if isinstance(m, nn.modules.conv._ConvNd))
         return torch.zeros(1, first.in_channels, 32, 32, device=first.weight.device)
+
+
+def _of_all(values: Tensor, trainer: pl.Trainer) -> Tensor:
+    """What the processes of a run got of a loader, in the order in which its sampler dealt it out to them."""
+    if trainer.world_size == 1:
+        return values
+    shares: list[Any] = [None] * trainer.world_size
+    dist.all_gather_object(shares, values.cpu())
+    longest = max(map(len, shares))
+    return torch.stack([share[i] for i in range(longest) for share in shares if i < len(share)]).to(values.device)
 
 
 def _normalizer(mean: Sequence[float] | None, std: Sequence[float] | None) -> Any:

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,10 +17,11 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from pytorch_lightning.strategies import FSDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from freqprune import FrequencyTagging
+from freqprune import Amount, FrequencyTagging, Recipe, TagPruning
 from freqprune.errors import InputError
 from freqprune.networks.checkpoint import load_pruned
 from freqprune.networks.registry import build_model
@@ -120,6 +122,75 @@ def test_callback_under_ddp_equals_one_process(tmp_path: Path) -> None:
     for one, other in zip(*found, strict=True):
         assert (one["layer"], one["filter"], one["important"]) == (other["layer"], other["filter"], other["important"])
         assert float(one["snr_f1"]) == pytest.approx(float(other["snr_f1"]), rel=1e-5, nan_ok=True)
+
+
+class Report(pl.Callback):
+    """What a process ends with, in a file of its own."""
+
+    def __init__(self, pruning: TagPruning, folder: Path) -> None:
+        self.pruning, self.folder = pruning, folder
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        weights = [p.detach().clone() for p in pl_module.parameters()]
+        torch.save({"kept": self.pruning.kept, "weights": weights}, self.folder / f"{trainer.global_rank}.pt")
+
+
+class Trained(Shown):
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return self(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+
+
+def pruned_in_training(rank: int, folder: str, devices: int, port: int) -> None:
+    """A process of a fit, as a launcher starts it."""
+    if devices > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    x = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    pruning = TagPruning(Recipe(Amount(ratio=0.3), "amplitude"), [0], network="net", n_images=5)
+    run = pl.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices == 2 else "auto",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=[pruning, Report(pruning, Path(folder))],
+    )
+    run.fit(Trained(), DataLoader(TensorDataset(x), batch_size=2), DataLoader(TensorDataset(x), batch_size=2))
+
+
+def test_processes_prune_while_they_train(tmp_path: Path) -> None:
+    """Both end with the same network, and cut what one process cuts of the same network."""
+    for devices in (1, 2):
+        (tmp_path / str(devices)).mkdir()
+    pruned_in_training(0, str(tmp_path / "1"), 1, 0)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(pruned_in_training, (str(tmp_path / "2"), 2, port), nprocs=2)
+    alone = torch.load(tmp_path / "1" / "0.pt")
+    one, other = (torch.load(tmp_path / "2" / f"{rank}.pt") for rank in (0, 1))
+    assert alone["kept"] == one["kept"] == other["kept"]
+    assert sum(p.numel() for p in one["weights"]) < 0.9 * sum(p.numel() for p in network().parameters())
+    for a, b, c in zip(one["weights"], other["weights"], alone["weights"], strict=True):
+        assert torch.equal(a, b)
+        assert a.shape == c.shape
+
+
+def test_a_strategy_that_splits_the_network_is_refused() -> None:
+    pruning = TagPruning(Recipe(Amount(ratio=0.3), "l2"), [0], network="net")
+    fake = SimpleNamespace(world_size=2, strategy=FSDPStrategy())
+    with pytest.raises(InputError, match=r"FSDPStrategy keeps a part in each of 2 processes; use strategy=ddp"):
+        pruning.setup(fake, Shown(), "fit")  # type: ignore[arg-type]
+    spawning = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp_spawn", logger=False, enable_checkpointing=False)
+    with pytest.raises(InputError, match=r"strategy=ddp_spawn hands weights back to a process with the old"):
+        pruning.setup(spawning, Shown(), "fit")
 
 
 def test_sharing_without_a_group_is_an_error() -> None:
