@@ -33,7 +33,7 @@ assert accuracy(tuned, test) > 90
     "explaining": """
 assert sum(named) > 1.5 * sum(chance)
 assert found.significant(0).any()
-assert empty.sum() > 100
+assert empty.sum() > 50
 assert alone < 0.1
 assert together <= alone
 """,
