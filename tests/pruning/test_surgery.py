@@ -100,7 +100,7 @@ def test_masked_equivalence_with_the_residual_stream(name: str, shortcut: str, a
 
 
 @pytest.mark.parametrize("streams", [False, True], ids=["inner", "streams"])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "vgg16_bn", "mobilenet_v2", "densenet121"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "vgg11_bn", "mobilenet_v2", "densenet121"])
 def test_torchvision_networks(name: str, streams: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = shaken(build_model({"name": f"torchvision/{name}", "num_classes": 10}))
