@@ -48,7 +48,7 @@ MOVED = {
     "report": ["reports.tables", "reports.terminal"],
     "response": ["tagging.response"],
     "runs": ["reports.record"],
-    "selection": ["pruning.selection"],
+    "selection": ["pruning.amount", "pruning.selection"],
     "sites": ["tagging.sites"],
     "spectrum": ["tagging.spectrum"],
     "stimulus": ["tagging.stimulus"],

@@ -43,21 +43,20 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
 
 
-def own_share(items: Iterable[T], what: str = "batches") -> list[tuple[int, T]]:
-    """What of some items this process takes, each with its number among all.
+def own_share(batches: Iterable[T]) -> list[tuple[int, T]]:
+    """What of some batches of calibration images this process takes, each with its number among all.
 
     Args:
-        items: the same in every process.
-        what: they are, for the error.
+        batches: the same in every process.
 
     Raises:
-        InputError: for fewer items than processes.
+        InputError: for fewer batches than processes.
     """
     rank, size = rank_and_size()
-    numbered = list(enumerate(items))
+    numbered = list(enumerate(batches))
     if 0 < len(numbered) < size:
         raise InputError(
-            f"{size} processes cannot share {len(numbered)} {what} of calibration images: use fewer "
+            f"{size} processes cannot share {len(numbered)} batches of calibration images: use fewer "
             "(trainer.devices), or more images (pruning.calibration_images)"
         )
     return numbered[rank::size]

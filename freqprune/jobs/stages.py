@@ -32,9 +32,6 @@ from freqprune.reports import record, run_figures, save, show, tables, write_pag
 from freqprune.tagging import TagResponse, find_folds
 from freqprune.training import Classifier, ImageData
 
-# Training images that show the quantiser the ranges of the activations.
-INT8_IMAGES = 256
-
 
 class Run:
     """A pruning run: its settings, data, and the metrics gathered so far; in each of its processes, of which the first
@@ -176,8 +173,8 @@ class Run:
         exports = self.settings.exports
         deployed = {"folded": self._folded(small)} if exports.fold else {}
         last = deployed.get("folded", small)
-        images = self.data.pixels("train", min(INT8_IMAGES, len(self.data.split("train")))) if exports.int8 else None
-        batches = [] if images is None else [self.data.normalize(batch) for batch in images.split(32)]
+        images = self._calibration().split(32) if exports.int8 else ()
+        batches = [self.data.normalize(batch) for batch in images]
         exported = from_first(
             export, last, self.example, self.out, exports.onnx, exports.torch_export, calibration=batches
         )
@@ -238,10 +235,14 @@ class Run:
             normalize=self.data.normalize,
             mean=self.data.mean,
             std=self.data.std,
-            calibration=self.data.pixels("train", min(course.calibration_images, len(train))),
+            calibration=self._calibration(),
             bn_images=self.data.pixels("train", min(course.bn_images, len(train))) if before else None,
             labelled=(self.data.pixels("train", n_labelled), train.labels[:n_labelled]),
         )
+
+    def _calibration(self) -> Tensor:
+        """Pixels of the training images that cuts and the quantiser are calibrated on."""
+        return self.data.pixels("train", min(self.settings.course.calibration_images, len(self.data.split("train"))))
 
     def _recalibrate(self, net: nn.Module) -> bool:
         course, recipe = self.settings.course, self.settings.recipe

@@ -136,7 +136,7 @@ def _quantised(net: nn.Module, folder: Path, batches: Sequence[Tensor]) -> float
     types = {"weight_type": QuantType.QInt8, "activation_type": QuantType.QUInt8}
     root, level = logging.getLogger(), logging.getLogger().level
     try:
-        # It logs advice to optimise the file first, which has been done.
+        # It logs advice to whoever calls it.
         root.setLevel(logging.ERROR)
         quantize_static(folder / "model.onnx", folder / "model.int8.onnx", Reader(), per_channel=True, **types)
     finally:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from freqprune.errors import InputError
+
 # What modules call the number of their heads, and the width of all of them together.
 _NUMBERS, _WIDTHS = ("num_heads", "n_heads"), ("attn_dim", "all_head_dim")
 # Parameters of torch.nn.MultiheadAttention and what they are here.
@@ -37,8 +39,8 @@ class Heads:
 
     def rows(self, heads: Sequence[int]) -> list[int]:
         """Outputs of `qkv` that make some heads."""
-        return [(part * self.n_heads + head) * self.size + i
-                for part in range(3) for head in heads for i in range(self.size)]  # fmt: skip
+        width = self.n_heads * self.size
+        return [part * width + column for part in range(3) for column in self.columns(heads)]
 
     def columns(self, heads: Sequence[int]) -> list[int]:
         """Inputs of `proj` that some heads write."""
@@ -140,9 +142,16 @@ class HeadAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
-        """As `torch.nn.MultiheadAttention` without padding: ``(n_images, n_tokens, width)`` if `batch_first`."""
-        if key_padding_mask is not None:
-            raise NotImplementedError("HeadAttention takes no key_padding_mask; keep torch.nn.MultiheadAttention")
+        """As `torch.nn.MultiheadAttention`: ``(n_images, n_tokens, width)`` if `batch_first`.
+
+        Raises:
+            InputError: if the weights of the attention are asked for.
+        """
+        if need_weights:
+            raise InputError(
+                "need_weights = True asks for the weights of the attention, which HeadAttention does not make; pass "
+                "False, or leave torch.nn.MultiheadAttention as it is (without open_heads)"
+            )
         if query is key and key is value:
             parts = self.qkv(query).chunk(3, -1)
         else:
@@ -151,9 +160,12 @@ class HeadAttention(nn.Module):
             parts = tuple(F.linear(x, weight, bias) for x, weight, bias in rows)
         q, k, v = (self._by_head(x) for x in parts)
         dropout = self.dropout if self.training else 0.0
-        mask = ~attn_mask if attn_mask is not None and attn_mask.dtype == torch.bool else attn_mask
+        mask = None if attn_mask is None else _added(attn_mask, q)
         if mask is not None and mask.dim() == 3:
             mask = mask.unflatten(0, (-1, self.num_heads))
+        if key_padding_mask is not None:
+            padding = _added(key_padding_mask, q)[:, None, None]
+            mask = padding if mask is None else mask + padding
         x = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal and mask is None)
         x = (x.movedim(1, 2) if self.batch_first else x.permute(2, 0, 1, 3)).flatten(-2)
         return self.proj(x), None
@@ -161,6 +173,11 @@ class HeadAttention(nn.Module):
     def _by_head(self, x: Tensor) -> Tensor:
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
         return x.movedim(2, 1) if self.batch_first else x.permute(1, 2, 0, 3)
+
+
+def _added(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask of PyTorch's attention, True where it must not look, as what is added before its softmax."""
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask
 
 
 def open_heads(model: nn.Module) -> nn.Module:

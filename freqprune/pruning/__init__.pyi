@@ -1,4 +1,7 @@
 from .adapter import TagImportance as TagImportance
+from .amount import AMOUNTS as AMOUNTS
+from .amount import Amount as Amount
+from .amount import step_amount as step_amount
 from .compensation import compensate as compensate
 from .compensation import readers_of as readers_of
 from .compensation import recalibrate_batch_norm as recalibrate_batch_norm
@@ -9,7 +12,6 @@ from .criteria import scores as scores
 from .cutting import Cut as Cut
 from .cutting import cut as cut
 from .cutting import plan_cut as plan_cut
-from .cutting import step_amount as step_amount
 from .graph import ChannelGraph as ChannelGraph
 from .importance import Evidence as Evidence
 from .moments import input_moments as input_moments
@@ -19,8 +21,6 @@ from .pruners import CUSTOM_PRUNERS as CUSTOM_PRUNERS
 from .recipe import Material as Material
 from .recipe import Recipe as Recipe
 from .reconstruction import reconstruct as reconstruct
-from .selection import AMOUNTS as AMOUNTS
-from .selection import Amount as Amount
 from .selection import Kept as Kept
 from .selection import select as select
 from .surgery import Plan as Plan

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from freqprune.errors import InputError
 from freqprune.networks import equal_batches
 from freqprune.processes import from_first
+from freqprune.pruning.amount import Amount
 from freqprune.pruning.compensation import compensate, recalibrate_batch_norm
 from freqprune.pruning.criteria import needs, scores
 from freqprune.pruning.depth import block_scores
@@ -17,7 +18,7 @@ from freqprune.pruning.evidence import calibration, gather, n_measured
 from freqprune.pruning.importance import Evidence
 from freqprune.pruning.recipe import Material, Recipe
 from freqprune.pruning.reconstruction import reconstruct
-from freqprune.pruning.selection import Amount, Kept, remarks, select
+from freqprune.pruning.selection import Kept, remarks, select
 from freqprune.pruning.surgery import Plan
 from freqprune.pruning.tempo import to_time
 from freqprune.tagging import Progress, Stimulus, TagResponse, pick_layers
@@ -198,23 +199,3 @@ def _overshoot(plan: Plan, kept: Kept, amount: Amount) -> list[str]:
         f"{100 * got:.1f} % of the MACs cut instead of {100 * amount.macs_cut:.1f} %: whole blocks of filters allow no "
         "closer cut"
     ]
-
-
-def step_amount(amount: Amount, step: int, n_steps: int, left: float) -> Amount:
-    """Amount of one of several steps that together remove `amount`, in equal shares of the dense network.
-
-    Args:
-        amount: of all steps together. A threshold is the same in every step.
-        step: 0, 1, ..., ``n_steps - 1``.
-        n_steps: number of steps.
-        left: share of the dense network's filters (for a ratio) or MACs (for a MACs cut) that is left before this step.
-
-    >>> from freqprune.pruning.selection import Amount
-    >>> round(step_amount(Amount(ratio=0.5), 1, 2, 0.75).ratio, 3)
-    0.333
-    """
-    goal = amount.ratio if amount.ratio is not None else amount.macs_cut
-    if goal is None:
-        return amount
-    now = 1 - (1 - goal * (step + 1) / n_steps) / left
-    return replace(amount, ratio=now) if amount.ratio is not None else replace(amount, macs_cut=now)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from freqprune.processes import added_up, rank_and_size
+from freqprune.processes import added_up
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -38,8 +38,7 @@ class Sums:
         n_values, n_outputs = (len(zero) // self.groups for zero in self.origin)
         shapes = {"xx": (n_values, n_values), "xt": (n_values, n_outputs), "x": (n_values,), "t": (n_outputs,)}
         for name, shape in shapes.items():
-            total = getattr(self, name)
-            setattr(self, name, added_up(total.expand(self.groups, *shape)) if rank_and_size()[1] > 1 else total)
+            setattr(self, name, added_up(getattr(self, name).expand(self.groups, *shape)))
         self.tt = added_up(self.tt)
         self.n_samples = int(added_up(torch.tensor(self.n_samples)))
 

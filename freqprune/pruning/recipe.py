@@ -10,9 +10,9 @@ from torch import Tensor
 
 from freqprune.errors import InputError, at_least, one_of
 from freqprune.networks import Latency
+from freqprune.pruning.amount import Amount
 from freqprune.pruning.compensation import AT_ONCE, METHODS
 from freqprune.pruning.criteria import needs
-from freqprune.pruning.selection import Amount
 from freqprune.pruning.walk import Reconstruction
 
 # Criteria whose scores are squared changes of the logits.

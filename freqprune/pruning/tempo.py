@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.networks import Speed, Times, Trace, cache_file, compare, runner
+from freqprune.pruning.amount import AUTO, Amount
 from freqprune.pruning.recipe import Material, Recipe
-from freqprune.pruning.selection import AUTO, Amount, Kept, select
+from freqprune.pruning.selection import Kept, select
 from freqprune.pruning.surgery import Plan
 from freqprune.tagging import Progress
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
+from freqprune.errors import InputError
 from freqprune.networks.checkpoint import load_network
 from freqprune.networks.heads import HeadAttention, Heads, find_heads, keep_heads, open_heads
 from freqprune.networks.profiling import count_macs
@@ -43,9 +44,18 @@ def test_it_computes_what_pytorchs_does(batch_first: bool, bias: bool, mask: str
         torch.testing.assert_close(found, old(X, key, value, attn_mask=masks[mask], need_weights=False)[0])
 
 
-def test_a_mask_of_padding_is_refused() -> None:
-    with pytest.raises(NotImplementedError, match=r"keep torch\.nn\.MultiheadAttention"):
-        both(batch_first=True)[1](X, X, X, key_padding_mask=torch.zeros(3, 7, dtype=torch.bool))
+@pytest.mark.parametrize("mask", [None, torch.ones(7, 7, dtype=torch.bool).triu(1)])
+def test_padding_is_not_looked_at(mask: Tensor | None) -> None:
+    old, new = both(batch_first=True)
+    padding = torch.arange(7) >= torch.tensor([[7], [5], [3]])
+    expected = old(X, Y, Y, key_padding_mask=padding, attn_mask=mask, need_weights=False)[0]
+    torch.testing.assert_close(new(X, Y, Y, key_padding_mask=padding, attn_mask=mask)[0], expected)
+    assert not torch.allclose(new(X, Y, Y, attn_mask=mask)[0], expected)
+
+
+def test_weights_of_the_attention_are_refused() -> None:
+    with pytest.raises(InputError, match=r"need_weights = True .* leave torch\.nn\.MultiheadAttention as it is"):
+        both(batch_first=True)[1](X, X, X, need_weights=True)
 
 
 def test_what_it_cannot_stand_for_stays() -> None:

@@ -14,11 +14,12 @@ from freqprune.networks.checkpoint import load_pruned, save_pruned
 from freqprune.networks.profiling import macs_by_layer
 from freqprune.networks.registry import build_model
 from freqprune.networks.trace import Trace
+from freqprune.pruning.amount import Amount
 from freqprune.pruning.blocks import find_blocks
 from freqprune.pruning.cutting import Material, Recipe, cut
 from freqprune.pruning.depth import block_scores
 from freqprune.pruning.reconstruction import error_without, reconstruct
-from freqprune.pruning.selection import Amount, select
+from freqprune.pruning.selection import select
 from freqprune.pruning.surgery import Plan
 from freqprune.pruning.walk import Reconstruction
 from freqprune.tagging.stimulus import Stimulus

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from freqprune.errors import InputError
 from freqprune.networks.profiling import cost, peak_memory
 from freqprune.networks.registry import build_model
-from freqprune.pruning.cutting import Material, Recipe, cut, step_amount
-from freqprune.pruning.selection import Amount
+from freqprune.pruning.amount import Amount, step_amount
+from freqprune.pruning.cutting import Material, Recipe, cut
 from freqprune.pruning.surgery import Plan
 from freqprune.tagging.stimulus import Stimulus
 from freqprune.training.classifier import Classifier

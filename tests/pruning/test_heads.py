@@ -11,11 +11,11 @@ from freqprune.networks.checkpoint import load_pruned, save_pruned
 from freqprune.networks.heads import open_heads
 from freqprune.networks.profiling import macs_by_layer
 from freqprune.networks.registry import register_model
+from freqprune.pruning.amount import Amount
 from freqprune.pruning.criteria import criterion_names, scores
 from freqprune.pruning.cutting import Material, Recipe, cut
 from freqprune.pruning.importance import Evidence
 from freqprune.pruning.proof import masked_forward
-from freqprune.pruning.selection import Amount
 from freqprune.pruning.surgery import Plan
 from freqprune.pruning.walk import Reconstruction
 from freqprune.tagging.measurement import tag

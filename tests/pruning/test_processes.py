@@ -13,10 +13,10 @@ from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
 from freqprune.networks.trace import equal_batches
 from freqprune.processes import added_up, from_first, own_share, rank_and_size, shared_work
+from freqprune.pruning.amount import Amount
 from freqprune.pruning.cutting import Material, Recipe, cut
 from freqprune.pruning.depth import block_scores
 from freqprune.pruning.moments import input_moments, output_gradients
-from freqprune.pruning.selection import Amount
 from freqprune.pruning.walk import Reconstruction
 from freqprune.tagging.stimulus import Stimulus
 

@@ -12,11 +12,12 @@ from freqprune.errors import InputError
 from freqprune.networks.checkpoint import load_pruned, save_pruned
 from freqprune.networks.profiling import macs_by_layer
 from freqprune.networks.registry import build_model
+from freqprune.pruning.amount import Amount
 from freqprune.pruning.criteria import criterion_names, scores
 from freqprune.pruning.cutting import Material, Recipe, cut
 from freqprune.pruning.followed import follow
 from freqprune.pruning.importance import Evidence
-from freqprune.pruning.selection import Amount, select
+from freqprune.pruning.selection import select
 from freqprune.pruning.surgery import Plan
 from freqprune.pruning.walk import Reconstruction
 from freqprune.tagging.measurement import tag

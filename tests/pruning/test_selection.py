@@ -3,7 +3,8 @@ import torch
 from torch import Tensor
 
 from freqprune.errors import InputError
-from freqprune.pruning.selection import Amount, remarks, select
+from freqprune.pruning.amount import Amount
+from freqprune.pruning.selection import remarks, select
 
 SCORES = {"a": torch.tensor([5.0, 1.0, 3.0, 2.0]), "b": torch.tensor([0.5, 10.0, 0.1, 0.2, 4.0, 6.0])}
 

@@ -18,12 +18,13 @@ from freqprune.networks.checkpoint import load_pruned, save_pruned
 from freqprune.networks.profiling import count_macs, count_parameters, latency_ms, macs_by_layer
 from freqprune.networks.registry import build_model
 from freqprune.networks.resnet import IndexShortcut
+from freqprune.pruning.amount import Amount
 from freqprune.pruning.compensation import recalibrate_batch_norm
 from freqprune.pruning.criteria import scores
 from freqprune.pruning.importance import Evidence
 from freqprune.pruning.proof import masked_forward
 from freqprune.pruning.pruners import _IndexShortcutPruner
-from freqprune.pruning.selection import Amount, select
+from freqprune.pruning.selection import select
 from freqprune.pruning.surgery import Plan
 
 X = torch.rand(2, 3, 32, 32)

@@ -16,8 +16,9 @@ from freqprune.networks.runtimes import Speed
 from freqprune.networks.timing import Operation, Times
 from freqprune.networks.trace import Trace
 from freqprune.pruning import tempo
+from freqprune.pruning.amount import Amount
 from freqprune.pruning.cutting import Material, Recipe, cut
-from freqprune.pruning.selection import Amount, select
+from freqprune.pruning.selection import select
 from freqprune.pruning.surgery import Plan
 from freqprune.tagging.stimulus import Stimulus
 

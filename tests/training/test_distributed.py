@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
@@ -96,21 +97,22 @@ class Shown(pl.LightningModule):
         self.net.eval()
 
 
+def trainer(devices: int, **more: Any) -> pl.Trainer:
+    """One that says and keeps nothing, with processes of its own if several are asked for."""
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet |= {"enable_model_summary": False, "num_sanity_val_steps": 0}
+    strategy = "ddp_spawn" if devices > 1 else "auto"
+    return pl.Trainer(**{"accelerator": "cpu", "devices": devices, "strategy": strategy, **quiet, **more})
+
+
 def test_callback_under_ddp_equals_one_process(tmp_path: Path) -> None:
     found = []
     for devices in (1, 2):
         loader = DataLoader(TensorDataset(images()), batch_size=2)
         torch.set_num_threads(1)
-        run = pl.Trainer(
+        run = trainer(
+            devices,
             max_epochs=1,
-            accelerator="cpu",
-            devices=devices,
-            strategy="ddp_spawn" if devices == 2 else "auto",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
             use_distributed_sampler=True,
             limit_train_batches=1,
             callbacks=[FrequencyTagging(n_images=4, network="net", folder=tmp_path / str(devices))],
@@ -150,18 +152,8 @@ def pruned_in_training(rank: int, folder: str, devices: int, port: int) -> None:
     torch.set_num_threads(1)
     x = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     pruning = TagPruning(Recipe(Amount(ratio=0.3), "amplitude"), [0], network="net", n_images=5)
-    run = pl.Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        devices=devices,
-        strategy="ddp" if devices == 2 else "auto",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        callbacks=[pruning, Report(pruning, Path(folder))],
-    )
+    watching = [pruning, Report(pruning, Path(folder))]
+    run = trainer(devices, strategy="ddp" if devices > 1 else "auto", max_epochs=2, callbacks=watching)
     run.fit(Trained(), DataLoader(TensorDataset(x), batch_size=2), DataLoader(TensorDataset(x), batch_size=2))
 
 
@@ -188,9 +180,8 @@ def test_a_strategy_that_splits_the_network_is_refused() -> None:
     fake = SimpleNamespace(world_size=2, strategy=FSDPStrategy())
     with pytest.raises(InputError, match=r"FSDPStrategy keeps a part in each of 2 processes; use strategy=ddp"):
         pruning.setup(fake, Shown(), "fit")  # type: ignore[arg-type]
-    spawning = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp_spawn", logger=False, enable_checkpointing=False)
     with pytest.raises(InputError, match=r"strategy=ddp_spawn hands weights back to a process with the old"):
-        pruning.setup(spawning, Shown(), "fit")
+        pruning.setup(trainer(2), Shown(), "fit")
 
 
 def test_sharing_without_a_group_is_an_error() -> None:
@@ -220,17 +211,7 @@ def test_training_on_two_processes_has_the_loss_curve_of_one(tmp_path: Path) -> 
         pl.seed_everything(0, verbose=False)
         torch.set_num_threads(1)
         logger = pl.loggers.CSVLogger(tmp_path / str(devices), name="", version="")
-        run = pl.Trainer(
-            max_epochs=3,
-            accelerator="cpu",
-            devices=devices,
-            strategy="ddp_spawn" if devices == 2 else "auto",
-            logger=logger,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        )
+        run = trainer(devices, max_epochs=3, logger=logger)
         data = DigitsData(batch_size=32 // devices, crop_padding=0, flip=False, limit_train=256)
         run.fit(Classifier(without_batch_statistics(), lr=0.01, num_classes=10), datamodule=data)
         with (tmp_path / str(devices) / "metrics.csv").open() as file:
