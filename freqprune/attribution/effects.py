@@ -29,6 +29,9 @@ class Attribution:
     Attributes:
         effects: how much the score rises when a part goes from its baseline to what it is, all others half open on the
             average, ``(n_images, n_parts)``, in units of the score; of a grid row by row.
+        smoothed: the effects as they most likely are if parts that lie close together do alike, likewise, see
+            `freqprune.attribution.smoothing.smoothed`: less noise, for maps; what is said of the parts one by one,
+            standard errors and p-values, is of `effects`.
         standard_error: of the effects, likewise.
         p_values: of the hypothesis that a part does nothing (t test), not adjusted, likewise.
         interactions: how much more two parts raise the score together than one by one, ``(n_images, n_parts,
@@ -47,6 +50,7 @@ class Attribution:
     """
 
     effects: Tensor
+    smoothed: Tensor
     standard_error: Tensor
     p_values: Tensor
     interactions: Tensor
@@ -66,8 +70,9 @@ class Attribution:
 
     @property
     def maps(self) -> Tensor:
-        """Effect of the part that each pixel belongs to, ``(n_images, height, width)``; zero outside all parts."""
-        found = self.effects.gather(1, self.parts.flatten(1).clamp(min=0)).view(self.parts.shape)
+        """Smoothed effect of the part that each pixel belongs to, ``(n_images, height, width)``; zero outside all
+        parts."""
+        found = self.smoothed.gather(1, self.parts.flatten(1).clamp(min=0)).view(self.parts.shape)
         return torch.where(self.parts < 0, 0, found)
 
     def strongest_pairs(self, image: int, n_pairs: int = 5, alpha: float | None = None) -> list[tuple[int, int, float]]:

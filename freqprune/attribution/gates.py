@@ -36,21 +36,46 @@ def check_frames(n_parts: int, n_frames: int) -> None:
         )
 
 
-def gates(n_parts: int, n_frames: int, generator: torch.Generator, steepness: float = 1.0) -> Tensor:
-    """How far open each part is in each frame of a recording, ``(n_frames, n_parts)`` in [0, 1].
-
-    Args:
-        n_parts: number of parts.
-        n_frames: frames of the recording, at least `frames_for`.
-        generator: of the assignment of bins to parts and of the phases.
-        steepness: 1 for a sine; more clips it, ``clip(1/2 + steepness * sin / 2, 0, 1)``, towards a square wave.
-    """
+def waves(n_parts: int, n_frames: int, generator: torch.Generator) -> Tensor:
+    """A sine of an odd bin and a phase of its own for each part, drawn from the generator, ``(n_frames, n_parts)``;
+    `n_frames` at least `frames_for`."""
     check_frames(n_parts, n_frames)
     n_bins = (n_frames // 2 + 1) // 2
     bins = 2 * torch.randperm(n_bins, generator=generator)[:n_parts] + 1
     phases = 2 * math.pi * torch.rand(n_parts, generator=generator, dtype=torch.float64)
     time = torch.arange(n_frames, dtype=torch.float64)[:, None] / n_frames
-    return (0.5 + steepness / 2 * torch.sin(2 * math.pi * bins * time + phases)).clamp(0, 1)
+    return torch.sin(2 * math.pi * bins * time + phases)
+
+
+def shared(tags: Tensor, where: Tensor, overlap: float) -> Tensor:
+    """Waves of which each part gives some to its neighbours: a sum with weights ``exp(-d^2 / 2 overlap^2)`` at distance
+    ``d``, of the power that it had. All of it stays in odd bins.
+
+    Args:
+        tags: see `waves`.
+        where: see `freqprune.attribution.parts.places`, ``(n_parts, 2)``; NaN for a part that is not there.
+        overlap: in parts; 0 leaves the waves as they are.
+    """
+    if not overlap:
+        return tags
+    weights = torch.exp(-torch.cdist(where, where).square() / (2 * overlap**2)).nan_to_num(0.0)
+    weights.fill_diagonal_(1.0)
+    return tags @ (weights / weights.square().sum(1, keepdim=True).sqrt()).T
+
+
+def opened(tags: Tensor, steepness: float = 1.0) -> Tensor:
+    """How far open each part is in each frame of a recording, ``(n_frames, n_parts)`` in [0, 1].
+
+    Args:
+        tags: see `waves`.
+        steepness: 1 leaves sines; more clips them, ``clip(1/2 + steepness * sin / 2, 0, 1)``, towards square waves.
+    """
+    return (0.5 + steepness / 2 * tags).clamp(0, 1)
+
+
+def gates(n_parts: int, n_frames: int, generator: torch.Generator, steepness: float = 1.0) -> Tensor:
+    """Gates of one recording, each part by its own wave alone, see `waves` and `opened`."""
+    return opened(waves(n_parts, n_frames, generator), steepness)
 
 
 def halves(values: Tensor, n_frames: int) -> tuple[Tensor, Tensor]:

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from freqprune.attribution.baselines import find_baseline
 from freqprune.attribution.effects import Attribution, estimate
-from freqprune.attribution.gates import batches, check_frames, frames_for, gates
+from freqprune.attribution.gates import batches, check_frames, frames_for, opened, shared, waves
 from freqprune.attribution.pairs import find_interactions
-from freqprune.attribution.parts import find_parts
+from freqprune.attribution.parts import find_parts, places
 from freqprune.attribution.scores import Score, read, targets
 from freqprune.attribution.sensitivity import first_order
+from freqprune.attribution.smoothing import smoothed
 from freqprune.errors import InputError, at_least, one_of
-from freqprune.networks import check_answers, evaluating, first
+from freqprune.networks import check_answers, device_of, evaluating, first
 from freqprune.tagging import HALF, Progress
 
 
@@ -35,6 +36,7 @@ def attribute(
     score: str | Score = "logit",
     baseline: str | Tensor = "mean",
     steepness: float = 4.0,
+    overlap: float = 0.0,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     half: str | None = None,
@@ -61,6 +63,9 @@ def attribute(
         baseline: what a part fades to: its image's channel ``"mean"``, ``"grey"``, a ``"blur"`` of the image, or pixels
             of the shape of the images.
         steepness: 1 for sines, larger for gates that are more often open or closed, see `freqprune.attribution.gates`.
+        overlap: in parts, how far a part gives of its wave to others, so that neighbours open and close together more
+            often, see `freqprune.attribution.gates.shared`; 0 for gates that do not hang together. `first_order` then
+            counts to a part what its neighbours do along with it.
         mean: channel means that the network's inputs are normalised with; none if left out.
         std: channel standard deviations, likewise.
         half: ``"float16"`` or ``"bfloat16"``: run the network in half precision by autocast.
@@ -74,6 +79,7 @@ def attribute(
     if images.dim() != 4 or not len(images):
         raise InputError(f"images must be (n_images, n_channels, height, width), got {tuple(images.shape)}")
     at_least(1, steepness=steepness)
+    at_least(0, overlap=overlap)
     if until is not None and not until > 0:
         raise InputError(f"until must be a standard error above 0, got {until}")
     reader = _Reader(model, *_normalisation(model, images, mean, std), score, _dtype(half))
@@ -84,8 +90,9 @@ def attribute(
     check_frames(len(names), forwards)
     n_frames = frames_for(len(names))
     generator = torch.Generator().manual_seed(seed)
-    designs = [gates(len(names), n_frames, generator, steepness) for _ in range(forwards // n_frames)]
-    recordings = [(number, recording) for number in range(len(images)) for recording in range(len(designs))]
+    tags = [waves(len(names), n_frames, generator) for _ in range(forwards // n_frames)]
+    recordings = [(number, recording) for number in range(len(images)) for recording in range(len(tags))]
+    designs: list[Tensor] = []
     found: list[tuple[Tensor, ...]] = []
     scores: list[Tensor] = []
     taken = 0
@@ -95,20 +102,20 @@ def attribute(
         for number, recording in progress(recordings) if progress is not None else recordings:
             if len(found) > number:
                 continue  # sure enough before its last recording
-            frames = _frames(whole[number], faded[number], numbers[number], designs[recording])
+            where = places(numbers[number], len(names))
+            designs.append(opened(shared(tags[recording], where, overlap), steepness))
+            frames = _frames(whole[number], faded[number], numbers[number], designs[-1])
             scores += [reader.read(some, None if wanted is None else wanted[number]) for some in frames]
-            last = recording + 1 == len(designs)
+            last = recording + 1 == len(tags)
             if not last and until is None:
                 continue
             there = _present(numbers[number], len(names))
-            fitted = _fitted(torch.cat(designs[: recording + 1]), torch.cat(scores), n_frames, there)
-            if last or (until is not None and float(fitted[1].max()) <= until):
+            fitted = _fitted(torch.cat(designs), torch.cat(scores), n_frames, there, where[there])
+            if last or (until is not None and float(fitted[2].max()) <= until):
                 found.append(fitted)
-                taken, scores = max(taken, n_frames * (recording + 1)), []
-    effects, errors, p_values, *of_pairs, shares = (torch.cat(column) for column in zip(*found, strict=True))
-    return Attribution(
-        effects, errors, p_values, of_pairs[0], of_pairs[1], shares, wanted, ends[0], ends[1], numbers, names, taken
-    )
+                taken, scores, designs = max(taken, n_frames * (recording + 1)), [], []
+    fits = (torch.cat(column) for column in zip(*found, strict=True))
+    return Attribution(*fits, wanted, ends[0], ends[1], numbers, names, taken)
 
 
 @dataclass(frozen=True)
@@ -163,17 +170,19 @@ def _present(numbers: Tensor, n_parts: int) -> Tensor:
     return torch.bincount(numbers[numbers >= 0], minlength=n_parts) > 0
 
 
-def _fitted(design: Tensor, scores: Tensor, n_frames: int, there: Tensor) -> tuple[Tensor, ...]:
-    """Effects, standard errors, p-values, interactions with theirs, and first-order shares, of the parts that an image
-    has; the others do nothing to it."""
+def _fitted(design: Tensor, scores: Tensor, n_frames: int, there: Tensor, where: Tensor) -> tuple[Tensor, ...]:
+    """Effects, smoothed ones, standard errors, p-values, interactions with theirs, and first-order shares, of the parts
+    that an image has; the others do nothing to it."""
     design = design[:, there]
-    of_pairs = (one[None] for one in find_interactions(design, scores, n_frames))
-    found = (*estimate(design, scores[:, None], n_frames), *of_pairs, first_order(design, scores)[None])
+    effects, *sureness = estimate(design, scores[:, None], n_frames)
+    smooth = smoothed(design, scores, where)
+    of_pairs = find_interactions(design, scores, n_frames)
+    found = (effects, smooth[None], *sureness, *(one[None] for one in of_pairs), first_order(design, scores)[None])
     if there.all():
         return found
     pairs = there[:, None] & there
     # What is not there: no effect, standard error or share, and p = 1.
-    empty = (0.0, 0.0, 1.0, 0.0, 1.0, 0.0)
+    empty = (0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0)
     return tuple(
         torch.full((1, *where.shape), value, dtype=torch.float64).masked_scatter(where, one)
         for one, value in zip(found, empty, strict=True)
@@ -193,7 +202,7 @@ def _normalisation(
 ) -> tuple[Tensor, Tensor]:
     if (mean is None) != (std is None):
         raise InputError("mean and std come together: give both or neither")
-    device, n_channels = next(model.parameters()).device, images.shape[1]
+    device, n_channels = device_of(model), images.shape[1]
     found = []
     for name, values, plain in (("mean", mean, 0.0), ("std", std, 1.0)):
         values = [plain] * n_channels if values is None else list(values)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError, at_least, one_of
-from freqprune.networks import evaluating, hooked
+from freqprune.networks import device_of, evaluating, hooked
 
 LAYOUTS = ("grid", "patches", "channels", "slic")
 
@@ -82,6 +82,24 @@ def _superpixels(images: Tensor, n_segments: int) -> tuple[Tensor, list[str]]:
     return _of_a_mask(images, torch.stack([torch.from_numpy(one) for one in found]))
 
 
+def places(numbers: Tensor, n_parts: int) -> Tensor:
+    """Where parts lie: the middle of each, in units of the distance between parts, ``(n_parts, 2)``; NaN for a part
+    that an image does not have. Of colour channels, which lie nowhere, every distance is infinite.
+
+    Args:
+        numbers: of each pixel's part, -1 for none, ``(height, width)``, of channels ``(n_channels, height, width)``.
+        n_parts: number of parts.
+    """
+    if numbers.dim() == 3:
+        return torch.stack([torch.arange(n_parts) * 1e6, torch.zeros(n_parts)], 1).double()
+    inside = numbers >= 0
+    pixels = inside.nonzero().double()
+    count = torch.bincount(numbers[inside], minlength=n_parts).double()
+    sums = torch.zeros(n_parts, 2, dtype=torch.float64).index_add_(0, numbers[inside], pixels)
+    distance = (inside.sum() / (count > 0).sum()).sqrt()
+    return sums / count[:, None] / distance
+
+
 def patches_of(model: nn.Module, image: Tensor) -> tuple[int, int]:
     """Rows and columns of the patches into which a network of tokens cuts its images: those of the convolution that
     reads them in steps of its own size.
@@ -98,7 +116,7 @@ def patches_of(model: nn.Module, image: Tensor) -> tuple[int, int]:
 
     convolutions = [(module, None, look) for module in model.modules() if isinstance(module, nn.Conv2d)]
     with evaluating(model), torch.inference_mode(), hooked(convolutions):
-        model(image.to(next(model.parameters()).device))
+        model(image.to(device_of(model)))
     if not found:
         raise InputError(
             f"parts = patches needs a network of tokens: no convolution of {type(model).__name__} cuts its images into "

@@ -1,4 +1,5 @@
 from .answers import check_answers as check_answers
+from .answers import device_of as device_of
 from .answers import first as first
 from .blocks import ACTIVATION as ACTIVATION
 from .blocks import Shortcut as Shortcut

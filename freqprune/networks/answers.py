@@ -1,4 +1,4 @@
-"""What a network answers: its first tensor; and whether it answers at all, and the same twice."""
+"""Where a network answers, and what: its first tensor; whether it answers at all, and the same twice."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ def first(output: Any) -> Tensor:
     while not isinstance(output, Tensor):
         output = next(iter(output.values() if isinstance(output, Mapping) else output))
     return output
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a network's parameters lie; the CPU for one that has none, such as `OnnxModule`."""
+    return next((values.device for values in model.parameters()), torch.device("cpu"))
 
 
 def check_answers(model: nn.Module, batch: Tensor) -> None:

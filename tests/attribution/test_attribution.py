@@ -45,7 +45,8 @@ def test_a_linear_model_gives_its_coefficients(steepness: float) -> None:
     assert found.forwards == 128
     # Tiles row by row.
     assert found.maps.shape == (3, 16, 16)
-    assert found.maps[1, 5, 14] == found.effects[1, 7]
+    assert found.maps[1, 5, 14] == found.smoothed[1, 7]
+    torch.testing.assert_close(found.smoothed, found.effects, rtol=1e-3, atol=1e-5)
     # The other class sees the opposite, and the network's own answer is one of the two.
     other = attribute(net, IMAGES, torch.tensor([1, 1, 1]), grid=4, forwards=64, baseline="grey")
     torch.testing.assert_close(other.effects, -found.effects, rtol=1e-3, atol=1e-5)

@@ -25,7 +25,7 @@ def found() -> Attribution:
 def test_a_figure_of_a_map(found: Attribution) -> None:
     alone = found.plot(0)
     assert alone.axes[0].get_images()[0].get_array().shape == (16, 16)
-    assert float(alone.axes[0].get_images()[0].get_array()[1, 13]) == pytest.approx(float(found.effects[0, 3]))
+    assert float(alone.axes[0].get_images()[0].get_array()[1, 13]) == pytest.approx(float(found.smoothed[0, 3]))
     figure = found.plot(1, IMAGES[1], n_pairs=1, n_marked=2, title="a tile")
     beside, over, bar = figure.axes
     assert np.allclose(beside.get_images()[0].get_array(), IMAGES[1].permute(1, 2, 0))
