@@ -19,7 +19,11 @@ from freqprune.attribution.sensitivity import first_order
 from freqprune.attribution.smoothing import smoothed
 from freqprune.errors import InputError, at_least, one_of
 from freqprune.networks import check_answers, device_of, evaluating, first
+from freqprune.processes import added_up, rank_and_size
 from freqprune.tagging import HALF, Progress
+
+# Of what is fitted to an image, see `_fitted`, over how many parts at once each holds for.
+OF_AN_IMAGE = (1, 1, 1, 1, 2, 2, 1)
 
 
 def attribute(
@@ -45,8 +49,11 @@ def attribute(
 ) -> Attribution:
     """Tag the parts of images, each at a frequency of its own, and read at a score what the answer hangs on.
 
+    Inside `freqprune.processes.shared_work` the processes share the images, and all of them get the whole of it.
+
     Args:
-        model: network; runs in eval mode, which is restored.
+        model: network, or what computes it without parameters, such as `freqprune.networks.OnnxModule`; runs in eval
+            mode, which is restored.
         images: pixels in [0, 1], ``(n_images, n_channels, height, width)``, not normalised.
         target: class to read, for all images or one each; the network's own answer if left out.
         parts: ``"grid"``, tiles; ``"patches"``, those of a network of tokens; ``"channels"``, the colours; ``"slic"``,
@@ -91,16 +98,18 @@ def attribute(
     n_frames = frames_for(len(names))
     generator = torch.Generator().manual_seed(seed)
     tags = [waves(len(names), n_frames, generator) for _ in range(forwards // n_frames)]
-    recordings = [(number, recording) for number in range(len(images)) for recording in range(len(tags))]
+    rank, n_processes = rank_and_size()
+    own = range(rank, len(images), n_processes)
+    recordings = [(number, recording) for number in own for recording in range(len(tags))]
+    found: dict[int, tuple[Tensor, ...]] = {}
     designs: list[Tensor] = []
-    found: list[tuple[Tensor, ...]] = []
     scores: list[Tensor] = []
-    taken = 0
+    taken = torch.zeros(len(images), dtype=torch.long)
     with evaluating(model), torch.inference_mode():
         wanted = reader.targets(whole, target)
         ends = [reader.read_each(inputs, wanted) for inputs in (whole, faded)]
         for number, recording in progress(recordings) if progress is not None else recordings:
-            if len(found) > number:
+            if number in found:
                 continue  # sure enough before its last recording
             where = places(numbers[number], len(names))
             designs.append(opened(shared(tags[recording], where, overlap), steepness))
@@ -112,10 +121,13 @@ def attribute(
             there = _present(numbers[number], len(names))
             fitted = _fitted(torch.cat(designs), torch.cat(scores), n_frames, there, where[there])
             if last or (until is not None and float(fitted[2].max()) <= until):
-                found.append(fitted)
-                taken, scores, designs = max(taken, n_frames * (recording + 1)), [], []
-    fits = (torch.cat(column) for column in zip(*found, strict=True))
-    return Attribution(*fits, wanted, ends[0], ends[1], numbers, names, taken)
+                found[number] = fitted
+                taken[number], scores, designs = n_frames * (recording + 1), [], []
+    effects, smooth, errors, p_values, pairs, of_pairs, shares = _of_all(found, len(images), len(names))
+    return Attribution(
+        effects, smooth, errors, p_values, pairs, of_pairs, shares, wanted, ends[0], ends[1], numbers, names,
+        int(added_up(taken).max()),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -188,6 +200,16 @@ def _fitted(design: Tensor, scores: Tensor, n_frames: int, there: Tensor, where:
         for one, value in zip(found, empty, strict=True)
         for where in [pairs if one.dim() == 3 else there]
     )
+
+
+def _of_all(found: dict[int, tuple[Tensor, ...]], n_images: int, n_parts: int) -> list[Tensor]:
+    """What was fitted to the images of all processes, in the order of the images."""
+    shapes = [(n_images, *[n_parts] * n_dims) for n_dims in OF_AN_IMAGE]
+    every = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+    for number, fitted in found.items():
+        for values, one in zip(every, fitted, strict=True):
+            values[number] = one[0]
+    return [added_up(values) for values in every]
 
 
 def _dtype(half: str | None) -> torch.dtype | None:

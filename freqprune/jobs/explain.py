@@ -14,13 +14,23 @@ from torch import Tensor, nn
 from freqprune.attribution import Attribution, attribute_fine
 from freqprune.errors import InputError
 from freqprune.jobs import assembly
-from freqprune.jobs.explain_settings import PIXEL_BASELINES, Explaining, Photographs, check_explaining, find_images
+from freqprune.jobs.explain_settings import (
+    PIXEL_BASELINES,
+    Explaining,
+    Photographs,
+    Whose,
+    check_explaining,
+    find_images,
+)
+from freqprune.jobs.launch import in_all_processes
 from freqprune.jobs.photographs import read_classes, read_images, read_segments
 from freqprune.networks import CIFAR10, CIFAR10_CLASSES, Preprocessing, Stored, class_names, first, preprocessing
+from freqprune.processes import rank_and_size
 from freqprune.reports import ExplainPage, record, save, show, show_folder, write_explain_page
 
 OF_PARTS = (
-    "effects", "standard_error", "p_values", "adjusted", "interactions", "interaction_p_values", "first_order"
+    "effects", "smoothed", "standard_error", "p_values", "adjusted", "interactions", "interaction_p_values",
+    "first_order",
 )  # fmt: skip
 
 
@@ -38,12 +48,23 @@ def explain(cfg: DictConfig) -> tuple[Attribution, dict[str, Any]]:
         InputError: for a bad setting, before any work is done or lost.
     """
     asked = check_explaining(cfg)
-    whose, tags = asked.whose, asked.tags
+    whose = asked.whose
     assembly.quiet()
     out = assembly.prepare_output(Path(whose.output_dir))
-    record.write(out, cfg)
+    with in_all_processes(_trainer(whose)) as is_first:
+        if is_first:
+            record.write(out, cfg)
+        return _explained(asked, out, is_first)
+
+
+def _explained(asked: Explaining, out: Path, is_first: bool) -> tuple[Attribution, dict[str, Any]]:
+    """The job in each of its processes; the first one writes and speaks."""
+    whose, tags = asked.whose, asked.tags
     stored = assembly.stored_network(asked.model, whose.ckpt, whose.pretrained)
-    net = stored.net.to(_device(whose.device)).eval()
+    rank, n_processes = rank_and_size()
+    device = _device(whose.device)
+    own = torch.device(device.type, rank) if n_processes > 1 and device.type != "cpu" else device
+    net = stored.net.to(own).eval()
     takes = _preprocessing(asked, stored)
     paths = find_images(asked.photographs)
     pixels = _read(paths, takes)
@@ -62,6 +83,7 @@ def explain(cfg: DictConfig) -> tuple[Attribution, dict[str, Any]]:
         score=tags.score,
         baseline=_baseline(tags.baseline, pixels, takes),
         steepness=tags.steepness,
+        overlap=tags.overlap,
         mean=takes.mean,
         std=takes.std,
         half=tags.half,
@@ -69,6 +91,9 @@ def explain(cfg: DictConfig) -> tuple[Attribution, dict[str, Any]]:
         progress=assembly.bars(),
     )
     names = _names(paths)
+    objects = {"pixels": pixels, "names": names, "net": net}
+    if not is_first:
+        return found, objects
     _write(out, asked, found, pixels, names, classes)
     sure = sum(int(found.significant(number, asked.telling.alpha).sum()) for number in range(len(names)))
     images = f"{len(names)} image{'' if len(names) == 1 else 's'}"
@@ -77,7 +102,17 @@ def explain(cfg: DictConfig) -> tuple[Attribution, dict[str, Any]]:
         f"discovery rate of {asked.telling.alpha:g}; open explain.html"
     )
     show_folder(out)
-    return found, {"pixels": pixels, "names": names, "net": net}
+    return found, objects
+
+
+def _trainer(whose: Whose) -> dict[str, Any]:
+    """Settings of a Lightning trainer that would run in as many processes."""
+    if whose.processes == 1:
+        where = {"accelerator": "cpu", "devices": 1}
+    else:
+        kind = _device(whose.device).type
+        where = {"accelerator": kind, "devices": whose.processes, "strategy": "ddp"}
+    return {"_target_": "pytorch_lightning.Trainer", **where}
 
 
 def _device(name: str) -> torch.device:

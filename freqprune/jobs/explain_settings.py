@@ -25,10 +25,12 @@ class Whose:
     imports: Sequence[str]
     seed: int
     device: str
+    processes: int
     output_dir: str
 
     def __post_init__(self) -> None:
         at_least(0, seed=self.seed)
+        at_least(1, processes=self.processes)
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Tags:
     score: str
     baseline: str
     steepness: float
+    overlap: float
     half: str | None
 
     def __post_init__(self) -> None:

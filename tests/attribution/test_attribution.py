@@ -1,5 +1,6 @@
 """Attribution by tags against answers that are known."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.attribution.effects import estimate
-from freqprune.attribution.gates import gates, halves
+from freqprune.attribution.gates import gates, halves, opened, shared, waves
 from freqprune.attribution.images import attribute
 from freqprune.errors import InputError
+from freqprune.networks.exports import export
 from freqprune.networks.registry import build_model
+from freqprune.networks.runtimes import OnnxModule
 
 IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -202,3 +205,32 @@ def test_networks_that_cannot_be_read() -> None:
     assert net.training
     with pytest.raises(InputError, match="are not finite"):
         estimate(torch.rand(8, 2), torch.full((8, 1), torch.nan))
+
+
+def test_neighbours_that_share_their_waves_open_together() -> None:
+    weights = torch.randn(16, generator=torch.Generator().manual_seed(1))
+    net = OfTiles(lambda tiles: tiles @ weights)
+    found = attribute(net, IMAGES, 0, grid=4, forwards=128, baseline="grey", overlap=0.7)
+    torch.testing.assert_close(found.effects, (weights * (tiles_of(IMAGES) - 0.5)).double(), rtol=1e-3, atol=1e-5)
+    where = torch.stack([torch.arange(16) // 4, torch.arange(16) % 4], 1).double()
+    tags = waves(16, 64, torch.Generator().manual_seed(0))
+    together = shared(tags, where, 0.7)
+    # Power is kept, all of it in odd bins, and neighbours go along with each other.
+    torch.testing.assert_close(together.square().mean(0), torch.full((16,), 0.5).double(), rtol=1e-5, atol=1e-6)
+    assert halves(opened(together, 4.0) - 0.5, 64)[1].abs().max() < 1e-9
+    alike = torch.corrcoef(together.T)
+    assert alike[5, 6] > 0.5 > 0.1 > alike[0, 15].abs()
+    assert shared(tags, where, 0.0) is tags
+    where[3] = torch.nan
+    torch.testing.assert_close(shared(tags, where, 0.7)[:, 3], tags[:, 3])
+    with pytest.raises(InputError, match="overlap must be at least 0, got -1"):
+        attribute(net, IMAGES, 0, grid=4, forwards=64, overlap=-1)
+
+
+def test_a_network_in_onnx_runtime_is_explained_like_itself(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    net = build_model({"name": "resnet8"}).eval()
+    export(net, IMAGES[:1], tmp_path, onnx=True)
+    found, same = (attribute(one, IMAGES, grid=2, forwards=32) for one in (net, OnnxModule(tmp_path / "model.onnx")))
+    torch.testing.assert_close(same.effects, found.effects, rtol=1e-3, atol=1e-4)

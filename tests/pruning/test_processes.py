@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from freqprune.attribution.images import attribute
 from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
 from freqprune.networks.trace import equal_batches
@@ -62,7 +63,9 @@ def parts() -> dict[str, Any]:
 
 
 def everything() -> dict[str, Any]:
-    return {name: done(*how) for name, how in CUTS.items()} | {"parts": parts()}
+    told = attribute(network(), pixels()[:3], grid=2, forwards=32, until=1e-3)
+    shared = {"effects": told.effects, "pairs": told.interactions, "forwards": told.forwards}
+    return {name: done(*how) for name, how in CUTS.items()} | {"parts": parts(), "attribution": shared}
 
 
 def one_process(rank: int, folder: str) -> None:
@@ -88,6 +91,7 @@ def test_two_processes_come_to_what_one_does(tmp_path: Path) -> None:
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         torch.testing.assert_close(found["parts"], alone["parts"], rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(found["attribution"], alone["attribution"], rtol=1e-6, atol=1e-9)
         for name in CUTS:
             one, other = found[name], alone[name]
             assert one["dropped"] == other["dropped"]
