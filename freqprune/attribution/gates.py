@@ -41,7 +41,7 @@ def waves(n_parts: int, n_frames: int, generator: torch.Generator) -> Tensor:
     `n_frames` at least `frames_for`."""
     check_frames(n_parts, n_frames)
     n_bins = (n_frames // 2 + 1) // 2
-    bins = 2 * torch.randperm(n_bins, generator=generator)[:n_parts] + 1
+    bins = 2 * torch.randperm(n_bins, generator=generator)[:n_parts].double() + 1
     phases = 2 * math.pi * torch.rand(n_parts, generator=generator, dtype=torch.float64)
     time = torch.arange(n_frames, dtype=torch.float64)[:, None] / n_frames
     return torch.sin(2 * math.pi * bins * time + phases)
