@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from freqprune.attribution import Attribution, attribute_fine
 from freqprune.errors import InputError
 from freqprune.jobs import assembly
+from freqprune.jobs.announce import announce_explaining
 from freqprune.jobs.explain_settings import PIXEL_BASELINES, Explaining, Photographs, check_explaining, find_images
 from freqprune.jobs.photographs import read_classes, read_images, read_segments
 from freqprune.networks import CIFAR10, CIFAR10_CLASSES, Preprocessing, Stored, class_names, first, preprocessing
@@ -48,6 +49,7 @@ def explain(cfg: DictConfig) -> tuple[Attribution, dict[str, Any]]:
     paths = find_images(asked.photographs)
     pixels = _read(paths, takes)
     classes = _classes(asked, net, pixels[:1], takes)
+    announce_explaining(out, net, pixels, tags)
     found = attribute_fine(
         net,
         pixels,
