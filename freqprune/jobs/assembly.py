@@ -22,6 +22,7 @@ from torch import nn
 
 from freqprune.errors import InputError
 from freqprune.jobs.config import Common
+from freqprune.jobs.loggers import make_logger
 from freqprune.jobs.settings import Settings
 from freqprune.networks import (
     Stored,
@@ -210,10 +211,13 @@ def make_trainer(
     for spec in configured.values():
         if "dirpath" in spec:
             spec["dirpath"] = str(folder / "checkpoints")
-    logger = instantiate({**settings.logger, "save_dir": str(folder)}) if settings.logger.get("_target_") else False
     everything = [*callbacks, *(instantiate(spec) for spec in configured.values())]
     trainer = instantiate(
-        arguments, callbacks=everything, logger=logger, default_root_dir=str(folder), plugins=[AtomicCheckpoints()]
+        arguments,
+        callbacks=everything,
+        logger=make_logger(settings, folder) or False,
+        default_root_dir=str(folder),
+        plugins=[AtomicCheckpoints()],
     )
     assert isinstance(trainer, pl.Trainer)
     return trainer

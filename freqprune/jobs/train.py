@@ -13,6 +13,7 @@ from freqprune.jobs import assembly
 from freqprune.jobs.advice import advise
 from freqprune.jobs.announce import announce_training
 from freqprune.jobs.config import check_training
+from freqprune.jobs.loggers import log_results
 from freqprune.jobs.outputs import explore_training, figures_of_training, training_criterion
 from freqprune.jobs.settings import Settings, read
 from freqprune.networks import check_answers, check_resumable
@@ -82,6 +83,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         figures_of_training(tagging, out)
         explore_training(settings, tagging, f"{config['name']}, {metrics['epochs']} epochs, seed {common.seed}")
         write_page(out)
+        log_results(trainer.logger, out, last=settings.recipe is None)
         total = sum(int(flags.sum()) for flags in tagging.latest.get("important", {}).values())
         show(
             f"trained {config['name']} for {metrics['epochs']} epochs in {seconds:.0f} s: "
