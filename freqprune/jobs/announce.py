@@ -26,6 +26,9 @@ from freqprune.training import ImageData
 
 log = logging.getLogger(__name__)
 
+# Images that are repeated to batches of any size.
+SHOWN = 8
+
 
 def announce_training(
     settings: Settings,
@@ -141,7 +144,7 @@ def _pace(
     settings: Settings, net: nn.Module, data: ImageData, device: torch.device, trains: bool, **context: Any
 ) -> Pace:
     """How fast the network is on this machine with these data."""
-    example = data.normalize(data.pixels("val", min(data.batch_size, len(data.split("val"))))).to(device)
+    example = data.normalize(data.pixels("val", min(SHOWN, len(data.split("val"))))).to(device)
     reading, read = pace.of_reading(data)
     step = None
     if trains:

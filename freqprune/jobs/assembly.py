@@ -62,6 +62,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
     # Resuming into a new run folder: the best checkpoint is then looked for among the epochs to come.
     warnings.filterwarnings("ignore", ".*The dirpath has changed from.*")
+    # The parts of a job are one run of W&B.
+    warnings.filterwarnings("ignore", ".*There is a wandb run already in progress.*")
     warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists and is not empty.*")
 
 

@@ -58,8 +58,10 @@ def test_tensorboard_gets_figures_and_tables(job: Path, tmp_path: Path) -> None:
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     logger = make_logger(settings(tmp_path, "logger=tensorboard"), tmp_path)
     assert logger is not None
-    log_results(logger, job)
+    # As after a fit.
+    logger.log_metrics({"loss": 1.0}, 0)
     logger.finalize("success")
+    log_results(logger, job)
     events = reader.EventAccumulator(str(tmp_path), size_guidance={"tensors": 0, "images": 0})
     events.Reload()
     assert events.Tags()["images"] == ["figures/spectra_layer1", "figures/stimulus"]
