@@ -48,12 +48,12 @@ assert len(jobs) == 10
 assert (jobs["cut"] - jobs["asked"]).abs().max() < 5
 assert cells["count"].loc["random"].tolist() == [3, 3]
 assert cells["std"].loc[["l2", "redundancy"]].isna().all().all()
-assert mean.loc["redundancy"].iloc[-1] > mean.loc["random"].iloc[-1]
+assert (mean.drop("random").iloc[:, -1] > mean.loc["random"].iloc[-1] + 10).all()
+assert abs(mean.loc["l2"].iloc[0] - mean.loc["random"].iloc[0]) < 10
 # The package's own table says the same.
 own = table.set_index(["importance", "pruning.macs_cut"])["pruned_mean"]
 for (name, asked), line in lines.iterrows():
     assert abs(own[name, asked / 100] - line["mean"]) < 0.01
-assert set(kept.columns) == {"l2", "random", "redundancy"}
 """,
 }
 
