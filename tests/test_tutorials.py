@@ -43,6 +43,18 @@ assert (ours["layer2.0.conv1"] == amplitudes.min(1).values).all()
 assert points["redundancy"][-1]["pruned"][0] > points["random"][-1]["pruned"][0]
 assert points["weaker_half"][-1]["pruned"][0] > points["random"][-1]["pruned"][0]
 """,
+    "a_sweep": """
+assert len(jobs) == 10
+assert (jobs["cut"] - jobs["asked"]).abs().max() < 5
+assert cells["count"].loc["random"].tolist() == [3, 3]
+assert cells["std"].loc[["l2", "redundancy"]].isna().all().all()
+assert (mean.drop("random").iloc[:, -1] > mean.loc["random"].iloc[-1] + 10).all()
+assert abs(mean.loc["l2"].iloc[0] - mean.loc["random"].iloc[0]) < 10
+# The package's own table says the same.
+own = table.set_index(["importance", "pruning.macs_cut"])["pruned_mean"]
+for (name, asked), line in lines.iterrows():
+    assert abs(own[name, asked / 100] - line["mean"]) < 0.01
+""",
 }
 
 

@@ -22,6 +22,7 @@ from torch import nn
 
 from freqprune.errors import InputError
 from freqprune.jobs.config import Common
+from freqprune.jobs.loggers import make_logger
 from freqprune.jobs.settings import Settings
 from freqprune.networks import (
     Stored,
@@ -61,6 +62,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
     # Resuming into a new run folder: the best checkpoint is then looked for among the epochs to come.
     warnings.filterwarnings("ignore", ".*The dirpath has changed from.*")
+    # The parts of a job are one run of W&B.
+    warnings.filterwarnings("ignore", ".*There is a wandb run already in progress.*")
     warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists and is not empty.*")
 
 
@@ -210,10 +213,13 @@ def make_trainer(
     for spec in configured.values():
         if "dirpath" in spec:
             spec["dirpath"] = str(folder / "checkpoints")
-    logger = instantiate({**settings.logger, "save_dir": str(folder)}) if settings.logger.get("_target_") else False
     everything = [*callbacks, *(instantiate(spec) for spec in configured.values())]
     trainer = instantiate(
-        arguments, callbacks=everything, logger=logger, default_root_dir=str(folder), plugins=[AtomicCheckpoints()]
+        arguments,
+        callbacks=everything,
+        logger=make_logger(settings, folder) or False,
+        default_root_dir=str(folder),
+        plugins=[AtomicCheckpoints()],
     )
     assert isinstance(trainer, pl.Trainer)
     return trainer

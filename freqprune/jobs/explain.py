@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from freqprune.attribution import Attribution, attribute_fine
 from freqprune.errors import InputError
 from freqprune.jobs import assembly
+from freqprune.jobs.announce import announce_explaining
 from freqprune.jobs.explain_settings import (
     PIXEL_BASELINES,
     Explaining,
@@ -69,6 +70,8 @@ def _explained(asked: Explaining, out: Path, is_first: bool) -> tuple[Attributio
     paths = find_images(asked.photographs)
     pixels = _read(paths, takes)
     classes = _classes(asked, net, pixels[:1], takes)
+    if is_first:
+        announce_explaining(out, net, pixels, tags)
     found = attribute_fine(
         net,
         pixels,

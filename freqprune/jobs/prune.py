@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.jobs import assembly
+from freqprune.jobs.announce import announce_pruning
 from freqprune.jobs.config import check_pruning
 from freqprune.jobs.launch import in_all_processes
 from freqprune.jobs.outputs import explore_cut, name_of, tell, write_response
 from freqprune.jobs.settings import Settings, read
 from freqprune.jobs.stages import Run
 from freqprune.networks import Stored
+from freqprune.processes import rank_and_size
 from freqprune.pruning import Plan, Verdict, judge, needs, plan_cut
 from freqprune.reports import record
 from freqprune.tagging import TagResponse, pick_layers, tag
@@ -68,10 +70,12 @@ def _pruned(
     device = assembly.device_of(settings)
     net = net.to(device).to(memory_format=torch.channels_last).eval()
     run = Run(settings, data, device, first)
-    if settings.recipe is not None:
-        plan_cut(net, run.example, settings.recipe)
+    planned = None if settings.recipe is None else plan_cut(net, run.example, settings.recipe)
     if settings.common.resume is not None:
         return run.go_on(net, Path(settings.common.resume))
+    # After a training it was said before that.
+    if first and dense is None:
+        announce_pruning(settings, net, data, run.example, planned, alone=rank_and_size()[1] == 1)
     run.metrics["network"] = name_of(net)
     run.measure("dense", net)
     response, verdict = _tagged(settings, net, data)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.jobs import assembly
+from freqprune.jobs.loggers import log_results, make_logger
 from freqprune.jobs.outputs import explore_cut, name_of, tell
 from freqprune.jobs.settings import Settings
 from freqprune.networks import (
@@ -40,6 +41,7 @@ class Run:
     def __init__(self, settings: Settings, data: ImageData, device: torch.device, first: bool = True) -> None:
         self.settings, self.out, self.data, self.device = settings, settings.out, data, device
         self.first = first
+        self.logger = make_logger(settings, self.out) if first else None
         self.example = data.normalize(data.pixels("val", 1)).to(device)
         self.metrics: dict[str, Any] = {}
         self.kept: dict[str, list[int]] = {}
@@ -92,6 +94,7 @@ class Run:
                 if over in point:
                     save(run_figures.accuracy_over_cut(line, over), self.out / "figures" / f"{name}.png")
         write_page(self.out)
+        log_results(self.logger, self.out)
 
     def shrink(
         self,

@@ -11,7 +11,9 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from freqprune.jobs import assembly
 from freqprune.jobs.advice import advise
+from freqprune.jobs.announce import announce_training
 from freqprune.jobs.config import check_training
+from freqprune.jobs.loggers import log_results
 from freqprune.jobs.outputs import explore_training, figures_of_training, training_criterion
 from freqprune.jobs.settings import Settings, read
 from freqprune.networks import check_answers, check_resumable
@@ -45,8 +47,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     config = assembly.model_config(settings.model)
     data = assembly.load_data(assembly.data_settings(settings))
     config = assembly.with_classes(config, data)
-    if common.ckpt_path is not None:
-        check_resumable(common.ckpt_path, config)
+    done = 0 if common.ckpt_path is None else check_resumable(common.ckpt_path, config)
     settings.stimulus.masks(*data.split("val").pixels.shape[-2:])
     classifier = Classifier(
         config,
@@ -55,11 +56,14 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         **asdict(settings.optimizer),
     )
     check_answers(classifier.net, data.normalize(data.pixels("val", 1)))
+    cut = None
     if settings.recipe is not None:
-        plan_cut(classifier.net, data.normalize(data.pixels("val", 1)), settings.recipe)
+        cut = plan_cut(classifier.net, data.normalize(data.pixels("val", 1)), settings.recipe)
     pick_layers(classifier.net, settings.readout.layers)
     tagging = _tagging(settings, data.validates)
     trainer = assembly.make_trainer(settings, out, [tagging])
+    if trainer.is_global_zero:
+        announce_training(settings, classifier.net, data, trainer, cut, done)
     if common.compile:
         classifier.net.compile()
     start = time.perf_counter()
@@ -79,6 +83,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         figures_of_training(tagging, out)
         explore_training(settings, tagging, f"{config['name']}, {metrics['epochs']} epochs, seed {common.seed}")
         write_page(out)
+        log_results(trainer.logger, out, last=settings.recipe is None)
         total = sum(int(flags.sum()) for flags in tagging.latest.get("important", {}).values())
         show(
             f"trained {config['name']} for {metrics['epochs']} epochs in {seconds:.0f} s: "

@@ -160,8 +160,9 @@ def load_network(path: str | Path, model: Mapping[str, Any] | None = None) -> St
     return Stored(net.eval(), config, **extra)
 
 
-def check_resumable(path: str | Path, model: Mapping[str, Any]) -> None:
-    """Raise InputError unless `path` is a training checkpoint of the network that `model` describes."""
+def check_resumable(path: str | Path, model: Mapping[str, Any]) -> int:
+    """Epochs that a training checkpoint has behind it; InputError unless `path` is one of the network that `model`
+    describes."""
     content = read(path)
     if "state_dict" not in content or "optimizer_states" not in content:
         raise InputError(
@@ -174,6 +175,7 @@ def check_resumable(path: str | Path, model: Mapping[str, Any]) -> None:
                 f"ckpt_path = {path} trains a network with {key} = {stored.get(key)}, but model.{key} = "
                 f"{model.get(key)}; resume with the same model"
             )
+    return int(content.get("epoch", -1)) + 1
 
 
 def of_the_dense(kept: Mapping[str, Tensor], earlier: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:

@@ -12,6 +12,7 @@ from .criteria import scores as scores
 from .cutting import Cut as Cut
 from .cutting import cut as cut
 from .cutting import plan_cut as plan_cut
+from .evidence import n_measured as n_measured
 from .graph import ChannelGraph as ChannelGraph
 from .importance import Evidence as Evidence
 from .moments import input_moments as input_moments

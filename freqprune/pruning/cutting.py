@@ -186,7 +186,7 @@ def _made_up_for(
 
 def _some(plan: Plan, material: Material, recipe: Recipe, stimulus: Stimulus) -> list[Tensor]:
     """Inputs to measure the worth of blocks on, where the criterion measures nothing."""
-    return list(calibration(plan.model, material, recipe, stimulus, n_measured(material, recipe)))
+    return list(calibration(plan.model, material, recipe, stimulus, n_measured(recipe, material.images.shape)))
 
 
 def _overshoot(plan: Plan, kept: Kept, amount: Amount) -> list[str]:

@@ -72,7 +72,7 @@ def gather(
         gradients = output_gradients(net, readers, calibration(net, material, recipe, stimulus), seed=recipe.seed)
     frames: list[Tensor] = []
     if "frames" in wanted:
-        frames = list(calibration(net, material, recipe, stimulus, n_measured(material, recipe)))
+        frames = list(calibration(net, material, recipe, stimulus, n_measured(recipe, material.images.shape)))
     labelled = []
     if material.labelled is not None and "labels" in wanted:
         pixels, labels = material.labelled
@@ -82,11 +82,11 @@ def gather(
     )
 
 
-def n_measured(material: Material, recipe: Recipe) -> int:
-    """Images on which a change of the logits is measured."""
+def n_measured(recipe: Recipe, shape: torch.Size) -> int:
+    """Images on which a change of the logits is measured, of ``(n_images, n_channels, height, width)``."""
     if recipe.measured_images is not None:
         return recipe.measured_images
-    return max(LEAST_MEASURED, MEASURED_PIXELS // material.images[0, 0].numel())
+    return max(LEAST_MEASURED, MEASURED_PIXELS // shape[-2:].numel())
 
 
 def calibration(

@@ -11,10 +11,12 @@ from .filters import Filters as Filters
 from .filters import filters_of as filters_of
 from .filters import filters_over_epochs as filters_over_epochs
 from .filters import with_cut as with_cut
+from .page import drawn as drawn
 from .page import write_page as write_page
 from .sweep_jobs import asked as asked
 from .sweep_jobs import check_goes_on as check_goes_on
 from .sweeps import gather as gather
+from .sweeps import markdown as markdown
 from .tables import write_importance as write_importance
 from .terminal import is_quiet as is_quiet
 from .terminal import show as show

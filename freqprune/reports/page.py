@@ -81,14 +81,14 @@ def write_page(folder: Path, sweep: SweepPage | None = None) -> Path:
         The file.
     """
     if sweep is None:
-        content, shown = _of_a_run(folder), _figures(folder / "figures", CAPTIONS)
+        content, shown = _of_a_run(folder), _figures(folder, CAPTIONS)
     else:
-        content, shown = _of_a_sweep(sweep), _figures(folder / "figures", OF_A_SWEEP)
+        content, shown = _of_a_sweep(sweep), _figures(folder, OF_A_SWEEP)
         for label, first in list(sweep.finished.items())[:1]:
             note = f" (Job {first.name}: {label}.)" if label else ""
             shown += [
                 {**one, "caption": one["caption"] + note}
-                for one in _figures(first / "figures", {name: CAPTIONS[name] for name in OF_THE_FIRST})
+                for one in _figures(first, {name: CAPTIONS[name] for name in OF_THE_FIRST})
             ]
     content = {**content, "figures": shown, "explorer": (folder / "explore.html").is_file()}
     return write_text(folder / "report.html", rendered("report.html.j2", content))
@@ -234,9 +234,22 @@ def _count(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
+def drawn(folder: Path, captions: Mapping[str, str] = CAPTIONS) -> dict[Path, str]:
+    """The figures of a job by file, in the order of its page, with their captions.
+
+    Args:
+        folder: of the job.
+        captions: by the name of the file, or its beginning up to a ``_``.
+    """
+    return {
+        path: caption
+        for start, caption in captions.items()
+        for path in sorted((folder / "figures").glob(f"{start}*.png" if start.endswith("_") else f"{start}.png"))
+    }
+
+
 def _figures(folder: Path, captions: Mapping[str, str]) -> list[dict[str, str]]:
-    found = []
-    for start, caption in captions.items():
-        for path in sorted(folder.glob(f"{start}*.png" if start.endswith("_") else f"{start}.png")):
-            found.append({"name": path.stem, "caption": caption, "data": embedded(path)})
-    return found
+    return [
+        {"name": path.stem, "caption": caption, "data": embedded(path)}
+        for path, caption in drawn(folder, captions).items()
+    ]

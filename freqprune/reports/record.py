@@ -19,6 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from freqprune.errors import InputError
 
 RUN, METRICS, TRAINING, FAILED = "run.json", "metrics.json", "training.json", "failed.txt"
+# Seconds that a job expected to take, by stage.
+FORECAST = "forecast.json"
 PACKAGES = ("freqprune", "torch", "torchvision", "pytorch-lightning", "torch-pruning", "hydra-core", "numpy", "scipy")
 
 

@@ -94,6 +94,8 @@ def test_train_writes_what_it_says(trained: tuple[Path, dict[str, Any]]) -> None
     assert json.loads((out / "training.json").read_text()) == metrics
     assert set(metrics) == {"val_accuracy", "test_accuracy", "epochs", "seconds"}
     assert metrics["epochs"] == 1
+    expected = json.loads((out / "forecast.json").read_text())
+    assert {"training", "tags", "total"} <= expected.keys()
     assert {"best.ckpt", "last.ckpt"} <= {path.name for path in (out / "checkpoints").iterdir()}
     with (out / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
