@@ -28,6 +28,8 @@ from freqprune.training.sources import (
 )
 from freqprune.training.transforms import Transforms
 
+_IN_CACHE = 2**19  # numbers
+
 
 def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
@@ -169,15 +171,21 @@ class ImageData(pl.LightningDataModule, ABC):
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """uint8 or [0, 1] pixels to the network's input."""
-        bytes_ = pixels.dtype == torch.uint8
-        copied = pixels.to(torch.float32 if bytes_ else pixels.dtype, memory_format=torch.channels_last, copy=True)
-        n, n_channels, height, width = pixels.shape
-        # Whole rows at a time: three channels alone would be a loop of three.
-        rows = copied.permute(0, 2, 3, 1).reshape(n, height, width * n_channels)
-        if bytes_:
-            rows.div_(255)
+        bytes_, (n, n_channels, height, width) = pixels.dtype == torch.uint8, pixels.shape
+        found = torch.empty(
+            (n, height, width, n_channels), dtype=torch.float32 if bytes_ else pixels.dtype, device=pixels.device
+        )
         mean, std = (torch.tensor(v, device=pixels.device).repeat(width) for v in (self.mean, self.std))
-        return rows.sub_(mean).div_(std).view(n, height, width, n_channels).permute(0, 3, 1, 2)
+        # A CPU does all of it to a few images while they are in its cache.
+        some = max(1, _IN_CACHE // (n_channels * height * width)) if pixels.device.type == "cpu" else max(1, n)
+        for start in range(0, n, some):
+            part = found[start : start + some].copy_(pixels[start : start + some].permute(0, 2, 3, 1))
+            # Whole rows at a time: three channels alone would be a loop of three.
+            rows = part.view(-1, height, width * n_channels)
+            if bytes_:
+                rows.div_(255)
+            rows.sub_(mean).div_(std)
+        return found.permute(0, 3, 1, 2)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if isinstance(batch, InputError):

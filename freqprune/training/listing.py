@@ -196,7 +196,7 @@ class Reader:
     def _read(self, number: int) -> NDArray[np.uint8]:
         try:
             with self.listing.open(number) as image:
-                return self.fitting(image.convert("RGB"))
+                return self.fitting(image if image.mode == "RGB" else image.convert("RGB"))
         except _UNREADABLE as error:
             raise InputError(
                 f"{self.listing.name(number)} is not a readable image ({error}); repair or remove it"
