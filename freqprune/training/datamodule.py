@@ -101,7 +101,7 @@ class ImageData(pl.LightningDataModule, ABC):
         self.test: Images | None = None
         self._whole: Images | None = None
         self.classes: tuple[str, ...] = ()
-        self._generator: tuple[tuple[int, int, int], torch.Generator] | None = None
+        self._generator: tuple[tuple[int, int], torch.Generator] | None = None
 
     @property
     def validates(self) -> bool:
@@ -196,17 +196,17 @@ class ImageData(pl.LightningDataModule, ABC):
         pixels, labels = batch
         if self.trainer is None or not self.trainer.training:
             return self.normalize(pixels), labels
-        generator = self._epoch_generator(self.trainer)
-        pixels = self.normalize(random_crop_flip(pixels, self.crop_padding, self.flip, generator))
-        return self.transforms.mix(pixels, labels, generator) if self.transforms.mixing else (pixels, labels)
+        generator, share = self._epoch_generator(self.trainer), (self.trainer.global_rank, self.trainer.world_size)
+        pixels = self.normalize(random_crop_flip(pixels, self.crop_padding, self.flip, generator, share))
+        return self.transforms.mix(pixels, labels, generator, share) if self.transforms.mixing else (pixels, labels)
 
     def _epoch_generator(self, trainer: pl.Trainer) -> torch.Generator:
-        """Randomness of the running epoch: it depends on the seed, the epoch and the process only, so that a resumed
-        run goes on as the unbroken one."""
-        key = (torch.initial_seed(), trainer.current_epoch, trainer.global_rank)
+        """Randomness of the running epoch: it depends on the seed and the epoch only, so that a resumed run goes on as
+        the unbroken one, and several processes as one."""
+        key = (torch.initial_seed(), trainer.current_epoch)
         if self._generator is None or self._generator[0] != key:
-            seed, epoch, rank = key
-            self._generator = key, torch.Generator().manual_seed((seed * 1_000_003 + epoch * 1_009 + rank) % 2**63)
+            seed, epoch = key
+            self._generator = key, torch.Generator().manual_seed((seed * 1_000_003 + epoch * 1_009) % 2**63)
         return self._generator[1]
 
     def _loader(self, split: str, shuffle: bool) -> DataLoader[Any]:
