@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.3, help="share of the filters to remove (0.3)")
     parser.add_argument("--launcher", help="of Hydra, which then runs a job a network; its settings go with the names")
     parser.add_argument("--folder", default="multirun/coverage", help="for the rows of these jobs (multirun/coverage)")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     hush()
     settings = [word for word in given.names if "=" in word]
     names = [word for word in given.names if "=" not in word] or [*torchvision_names(), *timm_names(given.families)]
