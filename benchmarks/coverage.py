@@ -2,13 +2,21 @@
 
 python benchmarks/coverage.py --json coverage.json                     # all of torchvision, 40 families of timm
 python benchmarks/coverage.py torchvision/resnet18 timm/convnext_atto  # these
+
+A job of Hydra a network, side by side or over a cluster (any launcher of Hydra: joblib, submitit_slurm, ray):
+
+python benchmarks/coverage.py --launcher joblib hydra.launcher.n_jobs=4 --json coverage.json
+
+Rows are kept in --folder as they are done; the same command goes on with what is missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import logging
+import sys
 import tempfile
 import time
 import warnings
@@ -16,7 +24,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import hydra
 import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
 from result import publish
 from rich.progress import track
 from torch import nn
@@ -137,6 +148,40 @@ def as_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+ConfigStore.instance().store("coverage", {"name": "???", "share": 0.3, "folder": "???"})
+
+
+def file_of(folder: str, name: str) -> Path:
+    """Where the row of a network is kept."""
+    return Path(folder) / f"{name.replace('/', '-')}.json"
+
+
+@hydra.main(version_base="1.3", config_path=None, config_name="coverage")
+def job(cfg: DictConfig) -> None:
+    """The row of one network, in a file."""
+    hush()
+    file_of(cfg.folder, cfg.name).write_text(json.dumps(cut(cfg.name, cfg.share)))
+
+
+def spread(names: list[str], share: float, launcher: str, folder: str, settings: list[str]) -> list[dict[str, Any]]:
+    """Rows by a sweep of Hydra, which stops at no network that crashes; those that are there are kept."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    left = [name for name in names if not file_of(folder, name).is_file()]
+    if left:
+        where = [f"folder={Path(folder).absolute()}", f"hydra.sweep.dir={folder}/jobs", f"hydra/launcher={launcher}"]
+        sys.argv[1:] = ["-m", f"name={','.join(left)}", f"share={share}", *where, *settings]
+        job()
+    missing = [name for name in names if not file_of(folder, name).is_file()]
+    if missing:
+        sys.exit(f"no row of {', '.join(missing)}: see {folder}/jobs; the same command tries them again")
+    return [json.loads(file_of(folder, name).read_text()) for name in names]
+
+
+def hush() -> None:
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="networks; all of torchvision and 40 of timm if left out")
@@ -144,15 +189,20 @@ def main() -> None:
     parser.add_argument("--markdown", metavar="FILE", help="write the table here")
     parser.add_argument("--families", type=int, default=40, help="families of timm (40)")
     parser.add_argument("--share", type=float, default=0.3, help="share of the filters to remove (0.3)")
-    given = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    names = given.names or [*torchvision_names(), *timm_names(given.families)]
+    parser.add_argument("--launcher", help="of Hydra, which then runs a job a network; its settings go with the names")
+    parser.add_argument("--folder", default="multirun/coverage", help="for the rows of these jobs (multirun/coverage)")
+    given = parser.parse_intermixed_args()
+    hush()
+    settings = [word for word in given.names if "=" in word]
+    names = [word for word in given.names if "=" not in word] or [*torchvision_names(), *timm_names(given.families)]
     rows = []
-    for name in track(names, description="networks"):
-        rows.append(cut(name, given.share))
-        print(rows[-1], flush=True)
-        gc.collect()
+    if given.launcher:
+        rows = spread(names, given.share, given.launcher, given.folder, settings)
+    else:
+        for name in track(names, description="networks"):
+            rows.append(cut(name, given.share))
+            print(rows[-1], flush=True)
+            gc.collect()
     found: dict[str, Any] = {}
     for library in ("torchvision", "timm"):
         mine = [row for row in rows if row["name"].startswith(library)]

@@ -3,7 +3,8 @@
 Measures in one run, on photographs of 500 x 375 pixels that are drawn here (JPEG, quality 90), brought to 224 x 224:
 
 - over_decode: images/s of decoded training batches (data.cache=none: resized, cut, shifted, flipped, normalised) over a
-  bare DataLoader with as many workers that decodes, resizes and cuts the same files;
+  bare DataLoader with as many workers that decodes, resizes and cuts the same files; and the same of processor time
+  (over_decode_by_processor_time), since beside other work a third process is given a third share of the machine;
 - disk_over_memory: images/s of training batches out of the mapped file (data.cache=disk) over those out of memory;
 - memory_growth: peak memory of a process and its workers that takes the images in and reads an epoch of them, at four
   times the images over once: the larger of cache=disk and cache=none;
@@ -120,14 +121,33 @@ def bare(folder: Path, options: argparse.Namespace) -> Callable[[], float]:
     return epoch
 
 
-def in_turn(epochs: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+def processor_seconds() -> float:
+    """Processor time so far of this process and its workers; NaN where there is no /proc."""
+    total, own = 0, os.getpid()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if own in (int(path.parent.name), int(fields[1])):
+            total += int(fields[11]) + int(fields[12])
+    return total / os.sysconf("SC_CLK_TCK") if total else float("nan")
+
+
+def in_turn(
+    epochs: dict[str, Callable[[], float]], repeats: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Images/s of every epoch, and its processor time in seconds."""
     rates: dict[str, list[float]] = {name: [] for name in epochs}
+    times: dict[str, list[float]] = {name: [] for name in epochs}
     for repeat in range(repeats + 1):
         for name, epoch in epochs.items():
+            start = processor_seconds()
             rate = epoch()
             if repeat:
                 rates[name].append(rate)
-    return rates
+                times[name].append(processor_seconds() - start)
+    return rates, times
 
 
 def peak(folder: Path, cache: str, options: argparse.Namespace) -> float:
@@ -166,13 +186,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         once = draw(Path(place) / "once", options.images)
         four = draw(Path(place) / "four", 4 * options.images)
-        decoding = in_turn({"pipeline": ours(module(once, "none", options)), "bare": bare(once, options)},
-                           options.repeats)  # fmt: skip
-        held = in_turn({cache: ours(module(once, cache, options)) for cache in ("memory", "disk")}, options.repeats)
+        decoding, times = in_turn(
+            {"pipeline": ours(module(once, "none", options)), "bare": bare(once, options)}, options.repeats
+        )
+        held, _ = in_turn({cache: ours(module(once, cache, options)) for cache in ("memory", "disk")}, options.repeats)
         peaks = {cache: [peak(folder, cache, options) for folder in (once, four)] for cache in ("disk", "none")}
     rates = {name: round(statistics.median(values), 1) for name, values in {**decoding, **held}.items()}
+    spent = {name: statistics.median(values) for name, values in times.items()}
     figures = {
         "over_decode": round(rates["pipeline"] / rates["bare"], 3),
+        "over_decode_by_processor_time": round(spent["bare"] / spent["pipeline"], 3),
         "disk_over_memory": round(rates["disk"] / rates["memory"], 3),
         "memory_growth": round(max(four / once for once, four in peaks.values()), 3),
         "two_over_one": round(two_over_one(options.calibration_images), 3),

@@ -57,8 +57,10 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*The number of training batches .* is smaller than the logging interval.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
-    # Every process measures its network on all test images.
-    warnings.filterwarnings("ignore", ".*It is recommended to use `self.log.'test/.*sync_dist=True.*")
+    # Every process measures its network on all test images; what is read off the tags is the same in all.
+    warnings.filterwarnings(
+        "ignore", ".*It is recommended to use `self.log.'(test|important|tagging)/.*sync_dist=True.*"
+    )
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
     # Resuming into a new run folder: the best checkpoint is then looked for among the epochs to come.
     warnings.filterwarnings("ignore", ".*The dirpath has changed from.*")

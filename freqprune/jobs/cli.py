@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from freqprune.errors import InputError
 from freqprune.jobs.config import Common, check_pruning, check_training, names_trained, no_such_key, read_common, typed
 from freqprune.jobs.explain_settings import check_explaining
+from freqprune.jobs.launched import run_id
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def _run(task: Callable[[], Any], name: str) -> None:
     """Call a Hydra main function; bad input ends with one clear message and exit status 2 instead of a traceback."""
     heed_quiet()
     # One name for the run folder, also for the further processes of a distributed run.
-    os.environ.setdefault("FREQPRUNE_RUN_ID", time.strftime("%Y-%m-%d_%H-%M-%S"))
+    os.environ.setdefault("FREQPRUNE_RUN_ID", run_id())
     os.environ.setdefault("FREQPRUNE_COMMAND", f"python {name}.py")
     # Hydra would print its own shortened traceback; with this set, exceptions come through to here.
     os.environ["HYDRA_FULL_ERROR"] = "1"

@@ -9,6 +9,8 @@ from typing import Any
 from hydra.utils import instantiate
 from lightning_fabric import Fabric
 
+from freqprune.errors import InputError
+from freqprune.jobs.launched import launched
 from freqprune.processes import rank_and_size, shared_work
 
 _WHERE = ("accelerator", "devices", "num_nodes")
@@ -24,14 +26,39 @@ def in_all_processes(trainer: Mapping[str, Any]) -> Iterator[bool]:
 
     Args:
         trainer: settings of the trainer, with its ``_target_``.
+
+    Raises:
+        InputError: if torchrun or srun have started another number of processes.
     """
-    where = {key: trainer[key] for key in _WHERE if key in trainer}
-    strategy = {"strategy": trainer["strategy"]} if "strategy" in trainer else {}
-    like = {"_target_": trainer["_target_"], **where, **strategy}
-    quietly = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    if instantiate(like, **quietly, enable_model_summary=False).world_size == 1:
+    if world_size(trainer) == 1:
         yield True
         return
-    Fabric(**where, strategy="ddp").launch()
+    Fabric(**{key: trainer[key] for key in _WHERE if key in trainer}, strategy="ddp").launch()
     with shared_work():
         yield rank_and_size()[0] == 0
+
+
+def world_size(trainer: Mapping[str, Any]) -> int:
+    """How many processes a Lightning trainer with these settings runs in.
+
+    Raises:
+        InputError: if torchrun or srun have started another number of them; for batch norms over several of them on a
+            CPU.
+    """
+    where = {key: trainer[key] for key in (*_WHERE, "strategy") if key in trainer}
+    quietly = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    made = instantiate({"_target_": trainer["_target_"], **where}, **quietly, enable_model_summary=False)
+    asked, there = made.num_devices * made.num_nodes, launched()
+    if there is not None and there.processes != asked:
+        raise InputError(
+            f"{there.by} has started {there.processes} processes, trainer.devices x trainer.num_nodes are {asked}: say "
+            f"trainer=ddp trainer.devices={there.processes // there.machines} trainer.num_nodes={there.machines}, or "
+            "start one process without it"
+        )
+    size: int = made.world_size
+    if size > 1 and trainer.get("sync_batchnorm") and made.strategy.root_device.type == "cpu":
+        raise InputError(
+            "trainer.sync_batchnorm=true needs an accelerator: torch has no batch norm over several processes on CPUs; "
+            "leave it out, or use one process (trainer=cpu) with the whole batch"
+        )
+    return size

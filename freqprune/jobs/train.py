@@ -13,6 +13,7 @@ from freqprune.jobs import assembly
 from freqprune.jobs.advice import advise
 from freqprune.jobs.announce import announce_training
 from freqprune.jobs.config import check_training
+from freqprune.jobs.launch import world_size
 from freqprune.jobs.loggers import log_results
 from freqprune.jobs.outputs import explore_training, figures_of_training, training_criterion
 from freqprune.jobs.settings import Settings, read
@@ -41,6 +42,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     settings = read(cfg)
     common = settings.common
     assembly.quiet()
+    world_size(settings.trainer)
     out = assembly.prepare_output(settings.out)
     rank_zero_only(record.write)(out, cfg)
     assembly.seed(common)

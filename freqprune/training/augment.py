@@ -9,7 +9,9 @@ from torch.nn import functional as F
 _LARGE = 64  # pixels of a row
 
 
-def random_crop_flip(images: Tensor, padding: int, flip: bool, generator: torch.Generator | None = None) -> Tensor:
+def random_crop_flip(
+    images: Tensor, padding: int, flip: bool, generator: torch.Generator | None = None, share: tuple[int, int] = (0, 1)
+) -> Tensor:
     """Shift every image by its own random offset and flip every second one, as in He et al. 2016.
 
     Args:
@@ -17,13 +19,18 @@ def random_crop_flip(images: Tensor, padding: int, flip: bool, generator: torch.
         padding: zero pixels around the image before a crop of the old size; 0 for no crop.
         flip: flip each image left-right with probability 1/2.
         generator: source of randomness, on the CPU; torch's global one if left out.
+        share: number of this process and how many there are, for a batch that was dealt out to them in turn: with
+            generators in the same state each image is drawn what one process draws it.
 
     Returns:
         Images of the same shape and dtype.
     """
-    n = len(images)
-    flipped = torch.randint(0, 2, (n, 1), generator=generator).bool() if flip else torch.zeros(n, 1, dtype=torch.bool)
-    offsets = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator) if padding else None
+    (rank, size), n = share, len(images)
+    flipped, offsets = torch.zeros(n, 1, dtype=torch.bool), None
+    if flip:
+        flipped = torch.randint(0, 2, (n * size, 1), generator=generator)[rank::size].bool()
+    if padding:
+        offsets = torch.randint(0, 2 * padding + 1, (2, n * size, 1), generator=generator)[:, rank::size]
     # Of large images whole rows are copied; of small ones, and on an accelerator, one gather is faster than a loop.
     if images.device.type == "cpu" and images.shape[-1] > _LARGE:
         shifts = offsets - padding if offsets is not None else torch.zeros(2, n, 1, dtype=torch.int64)

@@ -28,6 +28,8 @@ from freqprune.training.sources import (
 )
 from freqprune.training.transforms import Transforms
 
+_IN_CACHE = 2**19  # numbers
+
 
 def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
@@ -99,7 +101,7 @@ class ImageData(pl.LightningDataModule, ABC):
         self.test: Images | None = None
         self._whole: Images | None = None
         self.classes: tuple[str, ...] = ()
-        self._generator: tuple[tuple[int, int, int], torch.Generator] | None = None
+        self._generator: tuple[tuple[int, int], torch.Generator] | None = None
 
     @property
     def validates(self) -> bool:
@@ -169,15 +171,21 @@ class ImageData(pl.LightningDataModule, ABC):
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """uint8 or [0, 1] pixels to the network's input."""
-        bytes_ = pixels.dtype == torch.uint8
-        copied = pixels.to(torch.float32 if bytes_ else pixels.dtype, memory_format=torch.channels_last, copy=True)
-        n, n_channels, height, width = pixels.shape
-        # Whole rows at a time: three channels alone would be a loop of three.
-        rows = copied.permute(0, 2, 3, 1).reshape(n, height, width * n_channels)
-        if bytes_:
-            rows.div_(255)
+        bytes_, (n, n_channels, height, width) = pixels.dtype == torch.uint8, pixels.shape
+        found = torch.empty(
+            (n, height, width, n_channels), dtype=torch.float32 if bytes_ else pixels.dtype, device=pixels.device
+        )
         mean, std = (torch.tensor(v, device=pixels.device).repeat(width) for v in (self.mean, self.std))
-        return rows.sub_(mean).div_(std).view(n, height, width, n_channels).permute(0, 3, 1, 2)
+        # A CPU does all of it to a few images while they are in its cache.
+        some = max(1, _IN_CACHE // (n_channels * height * width)) if pixels.device.type == "cpu" else max(1, n)
+        for start in range(0, n, some):
+            part = found[start : start + some].copy_(pixels[start : start + some].permute(0, 2, 3, 1))
+            # Whole rows at a time: three channels alone would be a loop of three.
+            rows = part.view(-1, height, width * n_channels)
+            if bytes_:
+                rows.div_(255)
+            rows.sub_(mean).div_(std)
+        return found.permute(0, 3, 1, 2)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if isinstance(batch, InputError):
@@ -188,17 +196,17 @@ class ImageData(pl.LightningDataModule, ABC):
         pixels, labels = batch
         if self.trainer is None or not self.trainer.training:
             return self.normalize(pixels), labels
-        generator = self._epoch_generator(self.trainer)
-        pixels = self.normalize(random_crop_flip(pixels, self.crop_padding, self.flip, generator))
-        return self.transforms.mix(pixels, labels, generator) if self.transforms.mixing else (pixels, labels)
+        generator, share = self._epoch_generator(self.trainer), (self.trainer.global_rank, self.trainer.world_size)
+        pixels = self.normalize(random_crop_flip(pixels, self.crop_padding, self.flip, generator, share))
+        return self.transforms.mix(pixels, labels, generator, share) if self.transforms.mixing else (pixels, labels)
 
     def _epoch_generator(self, trainer: pl.Trainer) -> torch.Generator:
-        """Randomness of the running epoch: it depends on the seed, the epoch and the process only, so that a resumed
-        run goes on as the unbroken one."""
-        key = (torch.initial_seed(), trainer.current_epoch, trainer.global_rank)
+        """Randomness of the running epoch: it depends on the seed and the epoch only, so that a resumed run goes on as
+        the unbroken one, and several processes as one."""
+        key = (torch.initial_seed(), trainer.current_epoch)
         if self._generator is None or self._generator[0] != key:
-            seed, epoch, rank = key
-            self._generator = key, torch.Generator().manual_seed((seed * 1_000_003 + epoch * 1_009 + rank) % 2**63)
+            seed, epoch = key
+            self._generator = key, torch.Generator().manual_seed((seed * 1_000_003 + epoch * 1_009) % 2**63)
         return self._generator[1]
 
     def _loader(self, split: str, shuffle: bool) -> DataLoader[Any]:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from freqprune.errors import InputError, closest
 from freqprune.training.listed import ListedData
-from freqprune.training.listing import Listing, tell_missing
+from freqprune.training.listing import Listing, check_classes
 
 _TEST_SPLITS = ("test", "validation", "valid", "val")
 
@@ -29,11 +29,14 @@ class HuggingFaceData(ListedData):
         test_split: part to test on; ``test`` or ``validation`` if left out.
         image_column: the one column of images if left out.
         label_column: the one column of class labels if left out, else one called ``label`` or ``labels``.
+        n_classes: classes, where not all of them need be in both parts; if left out, a class of one part has to be in
+            the other too.
         arguments: further ones of ``load_dataset``, such as ``data_dir`` or ``data_files``.
         settings: of `ListedData`.
 
     Raises:
-        InputError: if ``datasets`` is not installed, the data set is not to be had, or a part or column is not there.
+        InputError: if ``datasets`` is not installed, the data set is not to be had, a part or column is not there, or a
+            class is missing in one part.
     """
 
     def __init__(
@@ -44,12 +47,14 @@ class HuggingFaceData(ListedData):
         test_split: str | None = None,
         image_column: str | None = None,
         label_column: str | None = None,
+        n_classes: int | None = None,
         arguments: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
         self.path, self.config_name, self.splits = path, name, (train_split, test_split)
         self.columns, self.arguments = (image_column, label_column), dict(arguments or {})
+        self.n_classes = n_classes
         self._files = Path("data")
 
     def beside(self) -> Path:
@@ -71,12 +76,22 @@ class HuggingFaceData(ListedData):
         train, test = (
             HubListing(parts[name], image, label, f"{self.path} ({name})") for name in (train_name, test_name)
         )
-        classes = train.classes
-        if classes != test.classes:
+        return train, test, self._classes(train, test)
+
+    def _classes(self, train: HubListing, test: HubListing) -> tuple[str, ...]:
+        n_classes, classes = self.n_classes, train.classes
+        if n_classes is not None and not (train.named or test.named):
+            classes = tuple(map(str, range(n_classes)))
+        elif classes != test.classes:
             odd = ", ".join(sorted(set(classes) ^ set(test.classes))[:5])
             raise InputError(f"train and test of {self.path} must hold the same classes; only one of them has {odd}")
-        tell_missing(train, test, classes)
-        return train, test, classes
+        most = max(len(classes), len(train.classes), len(test.classes))
+        if n_classes is None:
+            way_out = "name another part with data.test_split, or set data.n_classes if that is meant"
+            check_classes(train, test, classes, way_out)
+        elif n_classes != most:
+            raise InputError(f"data.n_classes = {n_classes}, but {self.path} has {most} classes; leave it out")
+        return classes
 
     def _loaded(self) -> Any:
         try:
@@ -98,6 +113,7 @@ class HubListing(Listing):
 
     Attributes:
         classes: names of the classes.
+        named: whether the data name them; otherwise they are numbers.
     """
 
     def __init__(self, dataset: Any, image: str, label: str, place: str) -> None:
@@ -105,6 +121,7 @@ class HubListing(Listing):
         self._identity = f"{dataset._fingerprint} {image} {label}"
         found, feature = dataset[label][:], dataset.features[label]
         names = getattr(feature, "names", None)
+        self.named = names is not None or isinstance(found[0], str)
         if names is None:
             names = sorted(set(found)) if isinstance(found[0], str) else range(max(found) + 1)
             found = [names.index(value) for value in found]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import struct
 from abc import ABC, abstractmethod
@@ -19,8 +18,6 @@ from PIL import Image
 from torch import Tensor
 
 from freqprune.errors import InputError, one_of
-
-log = logging.getLogger(__name__)
 
 _INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 # What Pillow raises for files that it cannot make out.
@@ -148,12 +145,25 @@ class FolderListing(Listing):
         return hashlib.sha256(b"\n".join([str(len(self)).encode(), self._names.tobytes()])).hexdigest()
 
 
-def tell_missing(train: Listing, test: Listing, classes: Sequence[str]) -> None:
-    """Warn of classes that only one of two parts shows; of a published set that is no error."""
+def check_classes(train: Listing, test: Listing, classes: Sequence[str], way_out: str) -> None:
+    """Refuse classes that only one of two parts shows: an accuracy over other classes than were trained is none.
+
+    Args:
+        train: the part to train on.
+        test: the part to test on.
+        classes: names of the classes.
+        way_out: what to do about it.
+
+    Raises:
+        InputError: names the classes.
+    """
     odd = sorted(set(train.labels.tolist()) ^ set(test.labels.tolist()))
     if odd:
-        names = ", ".join(classes[number] for number in odd[:5])
-        log.warning("%d classes are in one of %s and %s only: %s", len(odd), train.place, test.place, names)
+        names = ", ".join(classes[number] for number in odd[:5]) + (f" and {len(odd) - 5} more" if odd[5:] else "")
+        raise InputError(
+            f"train images ({train.place}) and test images ({test.place}) must be of the same classes; only one part "
+            f"has {names}: {way_out}"
+        )
 
 
 class Reader:
@@ -196,7 +206,7 @@ class Reader:
     def _read(self, number: int) -> NDArray[np.uint8]:
         try:
             with self.listing.open(number) as image:
-                return self.fitting(image.convert("RGB"))
+                return self.fitting(image if image.mode == "RGB" else image.convert("RGB"))
         except _UNREADABLE as error:
             raise InputError(
                 f"{self.listing.name(number)} is not a readable image ({error}); repair or remove it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from abc import ABC, abstractmethod
@@ -94,18 +95,28 @@ class DecodedPixels(StoredPixels):
         self._reader = reader
 
     def _read(self, rows: Tensor) -> Tensor:
-        pixels = np.empty((len(rows), *self._reader.shape), np.uint8)
+        shape = (len(rows), *self._reader.shape)
+        working = get_worker_info() is not None
+        # What a worker hands over lies in shared memory: decoded there, it need not be copied there.
+        found = _shared(shape) if working else torch.empty(shape, dtype=torch.uint8)
+        pixels = found.numpy()
 
         def read(place: int) -> None:
             pixels[place] = self._reader(int(rows[place]))
 
-        if get_worker_info() is not None or len(rows) < 8:
+        if working or len(rows) < 8:
             for place in range(len(rows)):
                 read(place)
         else:
             with ThreadPoolExecutor() as pool:
                 list(pool.map(read, range(len(rows))))
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        return found.permute(0, 3, 1, 2)
+
+
+def _shared(shape: tuple[int, ...]) -> Tensor:
+    """Bytes in shared memory, as torch's own ``default_collate`` takes them in a worker."""
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 class MappedPixels(StoredPixels):

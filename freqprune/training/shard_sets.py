@@ -18,7 +18,7 @@ from rich.progress import track
 
 from freqprune.errors import InputError
 from freqprune.training.listed import ListedData
-from freqprune.training.listing import Listing, tell_missing
+from freqprune.training.listing import Listing, check_classes
 
 
 class WebDatasetData(ListedData):
@@ -30,11 +30,13 @@ class WebDatasetData(ListedData):
         test_shards: tar files to test on.
         image_key: ending of the images; jpg, jpeg, png or webp if left out.
         label_key: ending of the labels, files that hold the number of a class.
-        n_classes: classes; one more than the largest label if left out.
+        n_classes: classes, which need not all be in both parts; if left out, one more than the largest label, and all
+            that one part shows have to be in the other.
         settings: of `ListedData`.
 
     Raises:
-        InputError: for a pattern that no file matches, shards that cannot be read, samples without image or label.
+        InputError: for a pattern that no file matches, shards that cannot be read, samples without image or label, a
+            class that is missing in one part.
     """
 
     def __init__(
@@ -60,7 +62,8 @@ class WebDatasetData(ListedData):
         if self.n_classes is not None and largest >= self.n_classes:
             raise InputError(f"data.n_classes = {self.n_classes}, but there are labels up to {largest}; leave it out")
         classes = tuple(map(str, range(self.n_classes or largest + 1)))
-        tell_missing(train, test, classes)
+        if self.n_classes is None:
+            check_classes(train, test, classes, "add shards that hold them, or set data.n_classes if that is meant")
         return train, test, classes
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from freqprune.errors import InputError, one_of
 from freqprune.training.listed import ListedData
-from freqprune.training.listing import Listing, tell_missing
+from freqprune.training.listing import Listing, check_classes
 
 _FLAG = {"train": True}, {"train": False}
 _TEST = {"split": "train"}, {"split": "test"}
@@ -61,7 +61,7 @@ class TorchvisionData(ListedData):
         known = train.classes or test.classes
         n_classes = int(max(train.labels.max(), test.labels.max())) + 1
         classes = known if len(known) >= n_classes else tuple(map(str, range(n_classes)))
-        tell_missing(train, test, classes)
+        check_classes(train, test, classes, "images are missing from data.root; download it anew")
         return train, test, classes
 
     def _part(self, arguments: Mapping[str, Any]) -> DatasetListing:

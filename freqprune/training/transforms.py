@@ -69,11 +69,15 @@ class Transforms:
             torch.set_rng_state(state)
         return image
 
-    def mix(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Mix a batch; labels become shares of the classes ``(n_images, n_classes)``."""
+    def mix(
+        self, images: Tensor, labels: Tensor, generator: torch.Generator, share: tuple[int, int] = (0, 1)
+    ) -> tuple[Tensor, Tensor]:
+        """Mix a batch; labels become shares of the classes ``(n_images, n_classes)``. Of several processes, `share` of
+        which is this one, each mixes its images in another way."""
+        rank, size = share
         state = torch.get_rng_state()
         try:
-            torch.default_generator.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+            torch.default_generator.manual_seed(int(torch.randint(2**31, (size,), generator=generator)[rank]))
             chosen = self.mixing[int(torch.randint(len(self.mixing), ()))]
             images, labels = chosen(images, labels)
         finally:

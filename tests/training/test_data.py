@@ -127,6 +127,11 @@ def test_batches_are_normalised_and_only_training_ones_augmented(tmp_path: Path)
     ).view(3, 1, 1)
     torch.testing.assert_close(found, expected)
     assert same is labels
+    # More images than a CPU takes at once.
+    many = torch.randint(0, 256, (8, 3, 224, 224), dtype=torch.uint8)
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (data.mean, data.std))
+    assert torch.equal(data.normalize(many), (many.float() / 255 - mean) / std)
+    assert data.normalize(many[:0]).shape == (0, 3, 224, 224)
 
 
 def test_loaders_cover_each_split_once(tmp_path: Path) -> None:

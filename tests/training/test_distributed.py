@@ -30,7 +30,6 @@ from freqprune.tagging.measurement import tag
 from freqprune.training.classifier import Classifier
 from freqprune.training.datamodule import DigitsData
 from tests.conftest import ROOT
-from tests.jobs.test_cli import call
 from tests.jobs.test_jobs import SMALL
 
 
@@ -205,22 +204,25 @@ def without_batch_statistics() -> nn.Module:
     )
 
 
-def test_training_on_two_processes_has_the_loss_curve_of_one(tmp_path: Path) -> None:
-    curves = []
+def test_training_on_two_processes_is_that_of_one_with_the_same_global_batch(tmp_path: Path) -> None:
+    curves, weights = [], []
     for devices in (1, 2):
         pl.seed_everything(0, verbose=False)
         torch.set_num_threads(1)
         logger = pl.loggers.CSVLogger(tmp_path / str(devices), name="", version="")
         run = trainer(devices, max_epochs=3, logger=logger)
-        data = DigitsData(batch_size=32 // devices, crop_padding=0, flip=False, limit_train=256)
-        run.fit(Classifier(without_batch_statistics(), lr=0.01, num_classes=10), datamodule=data)
+        data = DigitsData(batch_size=32 // devices, crop_padding=3, flip=True, limit_train=256)
+        module = Classifier(without_batch_statistics(), lr=0.01, num_classes=10)
+        run.fit(module, datamodule=data)
         with (tmp_path / str(devices) / "metrics.csv").open() as file:
             rows = list(csv.DictReader(file))
         curves.append([float(row["train/loss"]) for row in rows if row["train/loss"]])
+        weights.append(module.net.state_dict())
     assert len(curves[0]) == 3
     assert curves[0][2] < curves[0][0]
     # Sums in another order: rounding, which later steps magnify.
-    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_share_that_is_less_than_a_batch_is_trained_on() -> None:
@@ -236,9 +238,15 @@ TWO = [*(argument for argument in SMALL if argument != "trainer=cpu"),
        "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]  # fmt: skip
 
 
-def test_two_processes_train_and_prune_into_one_run_folder(tmp_path: Path) -> None:
+def by_torchrun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """`train.py` in two processes that torchrun starts."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "train.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, timeout=300)
+
+
+def test_two_processes_of_torchrun_train_and_prune_into_one_run_folder(tmp_path: Path) -> None:
     more = ["pruning=filters", "pruning.calibration_images=96", "tagging.n_images=3"]
-    done = call("train.py", *TWO, *more, cwd=tmp_path)
+    done = by_torchrun(*TWO, *more, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "outputs" / "train").iterdir()
     assert json.loads((run / "training.json").read_text())["epochs"] == 1

@@ -61,7 +61,12 @@ def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
         by_hub(folder).setup()
 
 
-def test_a_class_that_is_missing_in_test_is_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_class_that_is_missing_in_test(folder: Path) -> None:
     shutil.rmtree(folder / "test" / "class1")
-    by_hub(folder).setup()
-    assert "1 classes are in one of imagefolder (train) and imagefolder (test) only: class1" in caplog.text
+    with pytest.raises(InputError, match=r"imagefolder \(test\)\) must be .* only one part has class1: name"):
+        by_hub(folder).setup()
+    meant = by_hub(folder, n_classes=2)
+    assert meant.split("test").labels.tolist() == [0] * 8
+    assert meant.classes == ("class0", "class1")
+    with pytest.raises(InputError, match=r"data.n_classes = 3, but imagefolder has 2 classes; leave it out"):
+        by_hub(folder, n_classes=3).setup()

@@ -91,11 +91,18 @@ def test_shards_that_are_refused(shards: tuple[Path, Any]) -> None:
         data(folder / "none").setup()
     with pytest.raises(InputError, match=r"data.n_classes = 2, but there are labels up to 2"):
         data(folder, n_classes=2).setup()
+    with tarfile.open(folder / "train-0.tar", "a") as file:
+        for name in ("new_0", "new_1"):
+            add(file, f"{name}.png", png(np.zeros((8, 9, 3), np.uint8)))
+            add(file, f"{name}.cls", b"4")
+    with pytest.raises(InputError, match=r"test-0.tar\) must be of .* classes; only one part has 4: add shards"):
+        data(folder).setup()
+    assert data(folder, n_classes=6).split("test").labels.max() == 2
     with tarfile.open(folder / "test-0.tar", "a") as file:
         add(file, "bad.png", b"no image")
         add(file, "bad.cls", b"0")
     with pytest.raises(InputError, match=r"bad in \S+test-0.tar is not a readable image"):
-        data(folder).setup()
+        data(folder, n_classes=5).setup()
     (folder / "test-0.tar").write_bytes(b"no tar" * 200)
     with pytest.raises(InputError, match=r"test-0.tar is no readable tar file"):
         data(folder).setup()

@@ -64,3 +64,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
         TorchvisionData("cifar100", tmp_path)
     with pytest.raises(InputError, match=r"SVHN is not in data.root = .* and could not be downloaded"):
         TorchvisionData("SVHN", tmp_path, download=False).setup()
+    raw = write_fashion_mnist(tmp_path)
+    labels = raw["t10k"][1].clip(max=7).tobytes()
+    (tmp_path / "FashionMNIST" / "raw" / "t10k-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, 30) + labels)
+    with pytest.raises(InputError, match=r"only one part has Bag, Ankle boot: images are missing from data.root"):
+        TorchvisionData("FashionMNIST", tmp_path, download=False).setup()

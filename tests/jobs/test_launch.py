@@ -1,0 +1,69 @@
+"""Processes that something else than the job has started."""
+
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from freqprune.errors import InputError
+from freqprune.jobs.launch import world_size
+from freqprune.jobs.launched import launched, run_id
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+SRUN = {"SLURM_JOB_ID": "17", "SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}
+ONE: dict[str, Any] = {"_target_": "pytorch_lightning.Trainer", "accelerator": "cpu", "devices": 1}
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def tell(**variables: str) -> None:
+        for name in list(os.environ):
+            if name.startswith(("SLURM", "TORCHELASTIC")) or name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+                monkeypatch.delenv(name)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return tell
+
+
+def test_a_run_folder_has_one_name_in_all_processes(told: Any, tmp_path: Path) -> None:
+    told()
+    assert launched() is None
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", run_id())
+    told(**SRUN)
+    assert run_id() == "17.3"
+    # Of its own folder of processes torchrun tells each the file for its errors.
+    (tmp_path / "attempt_0" / "1").mkdir(parents=True)
+    os.utime(tmp_path / "attempt_0", (1e9, 1e9))
+    told(**TORCHRUN, TORCHELASTIC_ERROR_FILE=str(tmp_path / "attempt_0" / "1" / "error.json"))
+    assert run_id() == time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(1e9))
+    told(**{**TORCHRUN, "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "cut"})
+    assert run_id() == "cut"
+
+
+def test_other_processes_than_were_asked_for_are_refused(told: Any) -> None:
+    told(**TORCHRUN)
+    with pytest.raises(
+        InputError, match=r"torchrun has started 2 processes, .* are 1: say .*devices=2 trainer.num_nod"
+    ):
+        world_size(ONE)
+    told(**SRUN)
+    with pytest.raises(
+        InputError, match=r"srun has started 8 .* say trainer=ddp trainer.devices=4 trainer.num_nodes=2"
+    ):
+        world_size(ONE)
+    # A shell, in which Lightning starts the processes.
+    told(**SRUN, SLURM_JOB_NAME="interactive")
+    assert world_size(ONE) == 1
+
+
+def test_batch_norms_over_processes_of_a_cpu_are_refused(told: Any) -> None:
+    told()
+    two = {**ONE, "devices": 2, "strategy": "ddp"}
+    assert world_size(two) == 2
+    assert world_size({**ONE, "sync_batchnorm": True}) == 1
+    with pytest.raises(InputError, match=r"trainer.sync_batchnorm=true needs an accelerator"):
+        world_size({**two, "sync_batchnorm": True})
