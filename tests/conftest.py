@@ -27,6 +27,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _short_forecasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs time a network no longer than a test can wait."""
+    monkeypatch.setattr("freqprune.jobs.pace.BUDGET_S", 0.02)
+
+
 @pytest.fixture
 def images() -> torch.Tensor:
     """Four smooth random images, pixels in [0.2, 0.9]."""

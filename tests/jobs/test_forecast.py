@@ -175,7 +175,7 @@ def test_a_forecast_never_ends_a_job(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tags = Tags(None, "grid", 2, None, 4, 1, 64, None, "logit", "mean", 1.0, None)
+    tags = Tags(None, "grid", 2, None, 4, 1, 64, None, "logit", "mean", 1.0, 0.0, None)
     net, pixels = build_model({"name": "resnet8"}), torch.rand(2, 3, 32, 32)
     announce_explaining(tmp_path, net, pixels, tags)
     said = capsys.readouterr().out.splitlines()
