@@ -49,7 +49,7 @@ assert (jobs["cut"] - jobs["asked"]).abs().max() < 5
 assert cells["count"].loc["random"].tolist() == [3, 3]
 assert cells["std"].loc[["l2", "redundancy"]].isna().all().all()
 assert (mean.drop("random").iloc[:, -1] > mean.loc["random"].iloc[-1] + 10).all()
-assert abs(mean.loc["l2"].iloc[0] - mean.loc["random"].iloc[0]) < 10
+assert abs(mean.loc["l2"].iloc[0] - mean.loc["random"].iloc[0]) < 15
 # The package's own table says the same.
 own = table.set_index(["importance", "pruning.macs_cut"])["pruned_mean"]
 for (name, asked), line in lines.iterrows():
