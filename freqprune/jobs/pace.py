@@ -18,7 +18,7 @@ from freqprune.networks import evaluating
 from freqprune.training import ImageData, Optimization
 
 # Seconds that each measurement takes, but for one call that takes longer.
-BUDGET_S = 0.25
+BUDGET_S = 0.1
 # What a machine that does other things as well, or has just begun, may make of the median.
 SLOWER = 1.5
 # Images that are read one after the other: of eight on they are decoded in threads, as a worker does not.
