@@ -34,9 +34,11 @@ $(VENV)/.installed-dev: pyproject.toml
 quickstart: install
 	$(BIN)/python train.py experiment=quickstart
 
+# All tests, or of the marks that are asked for: make test MARKS="not slow".
+MARKS ?=
 # One thread a process: torch's spinning threads and parallel tests do not go together.
 test: install-dev
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadscope --no-loadscope-reorder
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadscope --no-loadscope-reorder -m "$(MARKS)"
 
 lint: install-dev
 	$(BIN)/ruff check .
