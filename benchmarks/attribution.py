@@ -250,9 +250,8 @@ def least_squares(judge: Judge, forwards: int, seed: int) -> Tensor:
 
 def sobol(judge: Judge, forwards: int, seed: int) -> Tensor:
     """Total-order indices of the probability (Fel et al. 2021, arXiv 2111.04138): Jansen's estimator on scrambled Sobol
-    points, each tile in turn taken from the second of two designs; of the sign of occlusion, which the index lacks, it
-    knows nothing."""
-    n_points = 2 ** int(max(1, forwards // (N_TILES + 2))).bit_length() // 2
+    points, each tile in turn taken from the second of two designs. An index has no sign."""
+    n_points = forwards // (N_TILES + 2)
     points = torch.quasirandom.SobolEngine(2 * N_TILES, scramble=True, seed=2 * judge.number + seed).draw(n_points)
     first, second = points[:, :N_TILES], points[:, N_TILES:]
     swapped = first.repeat(N_TILES, 1, 1)

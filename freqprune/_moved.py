@@ -49,7 +49,7 @@ MOVED = {
     "response": ["tagging.response"],
     "runs": ["reports.record"],
     "selection": ["pruning.amount", "pruning.selection"],
-    "sites": ["tagging.sites"],
+    "sites": ["tagging.layers", "tagging.sites"],
     "spectrum": ["tagging.spectrum"],
     "stimulus": ["tagging.stimulus"],
     "surgery": ["pruning.surgery"],

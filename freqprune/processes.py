@@ -6,7 +6,7 @@ done there alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+K = TypeVar("K")
 P = ParamSpec("P")
 
 _SHARING: ContextVar[bool] = ContextVar("sharing", default=False)
@@ -74,6 +75,18 @@ def added_up(total: Tensor) -> Tensor:
     summed = summed.to(torch.accelerator.current_accelerator()) if on_device else summed
     dist.all_reduce(summed)
     return summed.to(total.device)
+
+
+def merged(own: Mapping[K, T]) -> dict[K, T]:
+    """What every process found, by keys of which no two have the same; the same in all of them."""
+    size = rank_and_size()[1]
+    if size == 1:
+        return dict(own)
+    import torch.distributed as dist
+
+    found: list[Any] = [None] * size
+    dist.all_gather_object(found, dict(own))
+    return {key: value for part in found for key, value in part.items()}
 
 
 def from_first(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -47,7 +47,7 @@ def waves(n_parts: int, n_frames: int, generator: torch.Generator) -> Tensor:
     return torch.sin(2 * math.pi * bins * time + phases)
 
 
-def shared(tags: Tensor, where: Tensor, overlap: float) -> Tensor:
+def overlapped(tags: Tensor, where: Tensor, overlap: float) -> Tensor:
     """Waves of which each part gives some to its neighbours: a sum with weights ``exp(-d^2 / 2 overlap^2)`` at distance
     ``d``, of the power that it had. All of it stays in odd bins.
 

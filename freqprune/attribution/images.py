@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from freqprune.attribution.baselines import find_baseline
 from freqprune.attribution.effects import Attribution, estimate
-from freqprune.attribution.gates import batches, check_frames, frames_for, opened, shared, waves
+from freqprune.attribution.gates import batches, check_frames, frames_for, opened, overlapped, waves
 from freqprune.attribution.pairs import find_interactions
 from freqprune.attribution.parts import find_parts, places
 from freqprune.attribution.scores import Score, read, targets
@@ -19,11 +19,8 @@ from freqprune.attribution.sensitivity import first_order
 from freqprune.attribution.smoothing import smoothed
 from freqprune.errors import InputError, at_least, one_of
 from freqprune.networks import check_answers, device_of, evaluating, first
-from freqprune.processes import added_up, rank_and_size
+from freqprune.processes import merged, rank_and_size
 from freqprune.tagging import HALF, Progress
-
-# Of what is fitted to an image, see `_fitted`, over how many parts at once each holds for.
-OF_AN_IMAGE = (1, 1, 1, 1, 2, 2, 1)
 
 
 def attribute(
@@ -71,8 +68,8 @@ def attribute(
             of the shape of the images.
         steepness: 1 for sines, larger for gates that are more often open or closed, see `freqprune.attribution.gates`.
         overlap: in parts, how far a part gives of its wave to others, so that neighbours open and close together more
-            often, see `freqprune.attribution.gates.shared`; 0 for gates that do not hang together. `first_order` then
-            counts to a part what its neighbours do along with it.
+            often, see `freqprune.attribution.gates.overlapped`; 0 for none. With it `first_order` counts to a part what
+            its neighbours do along with it.
         mean: channel means that the network's inputs are normalised with; none if left out.
         std: channel standard deviations, likewise.
         half: ``"float16"`` or ``"bfloat16"``: run the network in half precision by autocast.
@@ -101,33 +98,32 @@ def attribute(
     rank, n_processes = rank_and_size()
     own = range(rank, len(images), n_processes)
     recordings = [(number, recording) for number in own for recording in range(len(tags))]
-    found: dict[int, tuple[Tensor, ...]] = {}
+    where = {number: places(numbers[number], len(names)) for number in own}
+    found: dict[int, _Fit] = {}
     designs: list[Tensor] = []
     scores: list[Tensor] = []
-    taken = torch.zeros(len(images), dtype=torch.long)
     with evaluating(model), torch.inference_mode():
         wanted = reader.targets(whole, target)
         ends = [reader.read_each(inputs, wanted) for inputs in (whole, faded)]
         for number, recording in progress(recordings) if progress is not None else recordings:
             if number in found:
                 continue  # sure enough before its last recording
-            where = places(numbers[number], len(names))
-            designs.append(opened(shared(tags[recording], where, overlap), steepness))
+            designs.append(opened(overlapped(tags[recording], where[number], overlap), steepness))
             frames = _frames(whole[number], faded[number], numbers[number], designs[-1])
             scores += [reader.read(some, None if wanted is None else wanted[number]) for some in frames]
             last = recording + 1 == len(tags)
             if not last and until is None:
                 continue
-            there = _present(numbers[number], len(names))
-            fitted = _fitted(torch.cat(designs), torch.cat(scores), n_frames, there, where[there])
-            if last or (until is not None and float(fitted[2].max()) <= until):
-                found[number] = fitted
-                taken[number], scores, designs = n_frames * (recording + 1), [], []
-    effects, smooth, errors, p_values, pairs, of_pairs, shares = _of_all(found, len(images), len(names))
+            fitted = _fitted(torch.cat(designs), torch.cat(scores), n_frames, where[number])
+            if last or (until is not None and float(fitted.standard_error.max()) <= until):
+                found[number], designs, scores = fitted, [], []
+    everyone = merged(found)
+    fits = [everyone[number] for number in range(len(images))]
+    each = {name: torch.stack([getattr(fit, name) for fit in fits]) for name in OF_PARTS}
+    taken = max(fit.forwards for fit in fits)
     return Attribution(
-        effects, smooth, errors, p_values, pairs, of_pairs, shares, wanted, ends[0], ends[1], numbers, names,
-        int(added_up(taken).max()),
-    )  # fmt: skip
+        **each, target=wanted, whole=ends[0], baseline=ends[1], parts=numbers, part_names=names, forwards=taken
+    )
 
 
 @dataclass(frozen=True)
@@ -177,39 +173,45 @@ def _frames(whole: Tensor, faded: Tensor, numbers: Tensor, design: Tensor) -> It
         yield torch.addcmul(faded, opened if at.dim() == 3 else opened[:, None], apart)
 
 
-def _present(numbers: Tensor, n_parts: int) -> Tensor:
-    """Which parts an image has, ``(n_parts,)``."""
-    return torch.bincount(numbers[numbers >= 0], minlength=n_parts) > 0
+@dataclass(frozen=True)
+class _Fit:
+    """What the recordings of one image say of its parts, under the names of `Attribution`, without ``n_images``."""
+
+    effects: Tensor
+    smoothed: Tensor
+    standard_error: Tensor
+    p_values: Tensor
+    interactions: Tensor
+    interaction_p_values: Tensor
+    first_order: Tensor
+    forwards: int
 
 
-def _fitted(design: Tensor, scores: Tensor, n_frames: int, there: Tensor, where: Tensor) -> tuple[Tensor, ...]:
-    """Effects, smoothed ones, standard errors, p-values, interactions with theirs, and first-order shares, of the parts
-    that an image has; the others do nothing to it."""
-    design = design[:, there]
-    effects, *sureness = estimate(design, scores[:, None], n_frames)
-    smooth = smoothed(design, scores, where)
-    of_pairs = find_interactions(design, scores, n_frames)
-    found = (effects, smooth[None], *sureness, *(one[None] for one in of_pairs), first_order(design, scores)[None])
-    if there.all():
-        return found
+OF_PARTS = tuple(field.name for field in fields(_Fit) if field.name != "forwards")
+
+
+def _fitted(design: Tensor, scores: Tensor, n_frames: int, where: Tensor) -> _Fit:
+    """Of the parts that an image has, those with a place; the others do nothing to it."""
+    there = where.isfinite().all(1)
+    n_taken, design = len(design), design[:, there]
     pairs = there[:, None] & there
-    # What is not there: no effect, standard error or share, and p = 1.
-    empty = (0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0)
-    return tuple(
-        torch.full((1, *where.shape), value, dtype=torch.float64).masked_scatter(where, one)
-        for one, value in zip(found, empty, strict=True)
-        for where in [pairs if one.dim() == 3 else there]
+
+    def of_all(found: Tensor, absent: float = 0.0) -> Tensor:
+        mask = pairs if found.dim() == 2 else there
+        return torch.full(mask.shape, absent, dtype=torch.float64).masked_scatter(mask, found)
+
+    effects, errors, p_values = (found[0] for found in estimate(design, scores[:, None], n_frames))
+    interactions, p_of_pairs = find_interactions(design, scores, n_frames)
+    return _Fit(
+        of_all(effects),
+        of_all(smoothed(design, scores, where[there])),
+        of_all(errors),
+        of_all(p_values, 1.0),
+        of_all(interactions),
+        of_all(p_of_pairs, 1.0),
+        of_all(first_order(design, scores)),
+        n_taken,
     )
-
-
-def _of_all(found: dict[int, tuple[Tensor, ...]], n_images: int, n_parts: int) -> list[Tensor]:
-    """What was fitted to the images of all processes, in the order of the images."""
-    shapes = [(n_images, *[n_parts] * n_dims) for n_dims in OF_AN_IMAGE]
-    every = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
-    for number, fitted in found.items():
-        for values, one in zip(every, fitted, strict=True):
-            values[number] = one[0]
-    return [added_up(values) for values in every]
 
 
 def _dtype(half: str | None) -> torch.dtype | None:

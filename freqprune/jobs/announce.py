@@ -19,7 +19,7 @@ from freqprune.jobs.forecast import Forecast, of_explaining, of_pruning, of_trai
 from freqprune.jobs.outputs import name_of
 from freqprune.jobs.pace import Pace
 from freqprune.jobs.settings import Settings
-from freqprune.networks import count_macs, count_parameters
+from freqprune.networks import count_macs, count_parameters, device_of
 from freqprune.processes import rank_and_size
 from freqprune.pruning import Plan, Recipe
 from freqprune.reports import record, show
@@ -108,7 +108,7 @@ def announce_explaining(out: Path, net: nn.Module, pixels: Tensor, tags: Tags) -
         tags: how their parts are tagged.
     """
     # How long a forward takes does not hang on the values.
-    inputs = pixels.to(next(net.parameters()).device)
+    inputs = pixels.to(device_of(net))
 
     def forecast() -> Forecast:
         if tags.half is not None:
@@ -156,7 +156,7 @@ def _pace(
 
 
 def _about(net: nn.Module, data: ImageData) -> str:
-    example = data.normalize(data.pixels("val", 1)).to(next(net.parameters()).device)
+    example = data.normalize(data.pixels("val", 1)).to(device_of(net))
     counts = f"{len(data.split('train')):,} images to train on"
     counts += f", {len(data.split('val')):,} to validate" if data.validates else ""
     name = getattr(data, "name", None) or type(data).__name__.removesuffix("Data")

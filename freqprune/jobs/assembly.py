@@ -28,6 +28,7 @@ from freqprune.networks import (
     Stored,
     build_model,
     check_answers,
+    device_of,
     load_network,
     preprocessing,
     pretrained_path,
@@ -189,7 +190,7 @@ def check_match(net: nn.Module, data: ImageData, normalization: Mapping[str, lis
             raise InputError(
                 f"the network was trained with {name} {value}, the data are normalised with {here}; use {pair}"
             )
-    check_answers(net, data.normalize(data.pixels("val", 1)).to(next(net.parameters()).device))
+    check_answers(net, data.normalize(data.pixels("val", 1)).to(device_of(net)))
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -281,6 +282,6 @@ def metric(trainer: pl.Trainer, name: str) -> float:
     return float("nan") if value is None else float(value)
 
 
-def device_of(settings: Settings) -> torch.device:
+def chosen_device(settings: Settings) -> torch.device:
     strategy = evaluator(settings).strategy
     return strategy.root_device

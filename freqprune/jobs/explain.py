@@ -15,17 +15,19 @@ from freqprune.attribution import Attribution, attribute_fine
 from freqprune.errors import InputError
 from freqprune.jobs import assembly
 from freqprune.jobs.announce import announce_explaining
-from freqprune.jobs.explain_settings import (
-    PIXEL_BASELINES,
-    Explaining,
-    Photographs,
-    Whose,
-    check_explaining,
-    find_images,
-)
+from freqprune.jobs.explain_settings import PIXEL_BASELINES, Explaining, Photographs, check_explaining, find_images
 from freqprune.jobs.launch import in_all_processes
 from freqprune.jobs.photographs import read_classes, read_images, read_segments
-from freqprune.networks import CIFAR10, CIFAR10_CLASSES, Preprocessing, Stored, class_names, first, preprocessing
+from freqprune.networks import (
+    CIFAR10,
+    CIFAR10_CLASSES,
+    Preprocessing,
+    Stored,
+    class_names,
+    device_of,
+    first,
+    preprocessing,
+)
 from freqprune.processes import rank_and_size
 from freqprune.reports import ExplainPage, record, save, show, show_folder, write_explain_page
 
@@ -50,22 +52,25 @@ def explain(cfg: DictConfig) -> tuple[Attribution, dict[str, Any]]:
     """
     asked = check_explaining(cfg)
     whose = asked.whose
+    device = _device(whose.device)
     assembly.quiet()
     out = assembly.prepare_output(Path(whose.output_dir))
-    with in_all_processes(_trainer(whose)) as is_first:
+    like = {"_target_": "pytorch_lightning.Trainer", "accelerator": device.type, "devices": whose.processes}
+    with in_all_processes(like) as is_first:
         if is_first:
             record.write(out, cfg)
-        return _explained(asked, out, is_first)
+        rank, n_processes = rank_and_size()
+        own = torch.device(device.type, rank) if n_processes > 1 and device.type != "cpu" else device
+        return _explained(asked, out, own, is_first)
 
 
-def _explained(asked: Explaining, out: Path, is_first: bool) -> tuple[Attribution, dict[str, Any]]:
+def _explained(
+    asked: Explaining, out: Path, device: torch.device, is_first: bool
+) -> tuple[Attribution, dict[str, Any]]:
     """The job in each of its processes; the first one writes and speaks."""
     whose, tags = asked.whose, asked.tags
     stored = assembly.stored_network(asked.model, whose.ckpt, whose.pretrained)
-    rank, n_processes = rank_and_size()
-    device = _device(whose.device)
-    own = torch.device(device.type, rank) if n_processes > 1 and device.type != "cpu" else device
-    net = stored.net.to(own).eval()
+    net = stored.net.to(device).eval()
     takes = _preprocessing(asked, stored)
     paths = find_images(asked.photographs)
     pixels = _read(paths, takes)
@@ -106,16 +111,6 @@ def _explained(asked: Explaining, out: Path, is_first: bool) -> tuple[Attributio
     )
     show_folder(out)
     return found, objects
-
-
-def _trainer(whose: Whose) -> dict[str, Any]:
-    """Settings of a Lightning trainer that would run in as many processes."""
-    if whose.processes == 1:
-        where = {"accelerator": "cpu", "devices": 1}
-    else:
-        kind = _device(whose.device).type
-        where = {"accelerator": kind, "devices": whose.processes, "strategy": "ddp"}
-    return {"_target_": "pytorch_lightning.Trainer", **where}
 
 
 def _device(name: str) -> torch.device:
@@ -188,7 +183,7 @@ def _classes(asked: Explaining, net: nn.Module, image: Tensor, takes: Preprocess
     """Names of the network's classes, where they are known."""
     if asked.telling.classes is not None:
         with torch.inference_mode():
-            n_classes = first(net(image.to(next(net.parameters()).device))).shape[1]
+            n_classes = first(net(image.to(device_of(net)))).shape[1]
         return read_classes(asked.telling.classes, n_classes)
     return list(CIFAR10_CLASSES) if asked.whose.pretrained else class_names(asked.model)
 

@@ -53,8 +53,7 @@ class Pace:
 
     Attributes:
         forward: through the network, in a batch.
-        step: of a training step; None where nothing is trained.
-            Reading is part of it.
+        step: of a training step, with reading; None where nothing is trained.
         read: until a test image is at hand.
         inversion: of a matrix, over the cube of its rows.
     """

@@ -19,7 +19,7 @@ from freqprune.jobs.launch import in_all_processes
 from freqprune.jobs.outputs import explore_cut, name_of, tell, write_response
 from freqprune.jobs.settings import Settings, read
 from freqprune.jobs.stages import Run
-from freqprune.networks import Stored
+from freqprune.networks import Stored, device_of
 from freqprune.processes import rank_and_size
 from freqprune.pruning import Plan, Verdict, judge, needs, plan_cut
 from freqprune.reports import record
@@ -67,7 +67,7 @@ def _pruned(
     data = data or assembly.load_data(assembly.data_settings(settings))
     assembly.check_match(net, data, stored.normalization)
     settings.stimulus.masks(*data.split("val").pixels.shape[-2:])
-    device = assembly.device_of(settings)
+    device = assembly.chosen_device(settings)
     net = net.to(device).to(memory_format=torch.channels_last).eval()
     run = Run(settings, data, device, first)
     planned = None if settings.recipe is None else plan_cut(net, run.example, settings.recipe)
@@ -116,7 +116,7 @@ def _tagged(settings: Settings, net: nn.Module, data: ImageData) -> tuple[TagRes
     images = data.pixels("val", min(settings.showing.n_images, len(data.split("val"))))
     response = tag(
         net,
-        images.to(next(net.parameters()).device),
+        images.to(device_of(net)),
         settings.stimulus,
         mean=data.mean,
         std=data.std,
@@ -137,7 +137,7 @@ def _by_class(settings: Settings, net: nn.Module, data: ImageData) -> dict[str, 
     if not settings.showing.per_class:
         return {}
     images = data.split("val")
-    device = next(net.parameters()).device
+    device = device_of(net)
     readout = asdict(settings.readout) | {"noise_std": 0.0}
     found = {}
     for number, name in enumerate(data.classes):

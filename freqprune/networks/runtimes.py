@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
+from freqprune.networks.answers import device_of
 from freqprune.networks.hooks import evaluating
 
 TARGETS = ("eager", "compiled", "onnx")
@@ -95,7 +96,7 @@ class OnnxModule(nn.Module):
 
 
 def _in_onnxruntime(net: nn.Module, example: Tensor) -> Callable[[], object]:
-    where = next(net.parameters()).device
+    where = device_of(net)
     try:
         with warnings.catch_warnings(), evaluating(net), torch.no_grad():
             # The exporter's remarks about its own internals.

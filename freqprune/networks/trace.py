@@ -106,6 +106,10 @@ class Trace:
         """Name of the parameter or buffer that a node stands for; None for any other."""
         return self._sources[node][1] if node in self._sources else None
 
+    def placeholder(self, name: str) -> Node:
+        """The node that stands for a parameter or buffer."""
+        return next(node for node in self._sources if self.source(node) == name)
+
     @property
     def entrance(self) -> Node:
         """The network's input."""

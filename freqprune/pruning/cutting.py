@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.networks import equal_batches
+from freqprune.networks import device_of, equal_batches
 from freqprune.processes import from_first
 from freqprune.pruning.amount import Amount
 from freqprune.pruning.compensation import compensate, recalibrate_batch_norm
@@ -104,7 +104,7 @@ def cut(
     Raises:
         InputError: whatever is wrong with the recipe for this network, before anything is removed.
     """
-    example = material.normalize(material.images[:1].to(next(net.parameters()).device))
+    example = material.normalize(material.images[:1].to(device_of(net)))
     plan, chosen = plan_cut(net, example, recipe)
     evidence = gather(plan, chosen, material, recipe, stimulus, response, progress)
     misread = [name for name in plan.choose(recipe.layers, recipe.exclude, recipe.streams) if name not in chosen]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
+from freqprune.networks import device_of
 from freqprune.pruning.compensation import readers_of
 from freqprune.pruning.criteria import needs
 from freqprune.pruning.importance import Evidence
@@ -95,7 +96,7 @@ def calibration(
     """Batches of network inputs: tagged frames, the images as they are, or both; of the first `n_images` or of all."""
     if material.calibration is None:
         raise InputError("second moments need calibration images: pass Material(calibration=...)")
-    device = next(net.parameters()).device
+    device = device_of(net)
     generator = torch.Generator().manual_seed(recipe.seed)
     distinct, _ = stimulus.distinct_frames
     for images in material.calibration[:n_images].split(32):

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from freqprune.errors import InputError, at_least, one_of
-from freqprune.networks import BATCH_NORM, IDENTITIES, LINEAR, SUMS, Trace, run
+from freqprune.networks import LINEAR, Trace, run
 from freqprune.processes import added_up, from_first, own_share
 from freqprune.pruning.blocks import Block, answers_without
 from freqprune.pruning.equations import Sums, solve
 from freqprune.pruning.patches import Geometry, pick
 from freqprune.pruning.refinement import Segment, gauss_newton
+from freqprune.pruning.surroundings import constant_in, goes_into, path_to, scale_of
 
 log = logging.getLogger(__name__)
 
@@ -98,8 +99,8 @@ class Walk:
         changed = [f"{name}.weight" for name in silenced]
         self.touched = {node for node in self.fixed[0] if trace.source(node) in changed}
         # To each layer, from the layer that feeds it and no other: the operations on the way, that layer first.
-        self.paths = {node: path for node in trace.layers if (path := self._path_to(node))} if how.rounds else {}
-        self.paths = {node: path for node, path in self.paths.items() if node not in self.skipped | self.ends}
+        refined = [node for node in trace.layers if node not in self.skipped | self.ends] if how.rounds else []
+        self.paths = {node: path for node in refined if (path := path_to(trace, self.fixed[0], node))}
         self.freed: set[Node] = set()
         self.remarks: list[str] = []
         # Samples that layers lack for as many equations as unknowns.
@@ -196,7 +197,7 @@ class Walk:
             target = geometry.outputs(self.dense[node][i], chosen)
             for other in others:
                 shift = geometry.outputs(self.dense[other][i] - self.twin[other][i], chosen)
-                target = target + (shift if norm is None else shift / self._scale(norm))
+                target = target + (shift if norm is None else shift / scale_of(norm, self.fixed[0]))
             rows = geometry.patches(x, chosen)
             rows = rows if columns is None else rows[:, columns]
             if not parts:
@@ -210,9 +211,9 @@ class Walk:
         n_samples, n_unknowns = sum(part.n_samples for part in parts), int(stays.sum()) // geometry.groups + 1
         if n_samples < n_unknowns:
             self.short[layer] = n_unknowns - n_samples
-        constant_in = self._constant_in(layer, norm)
+        goes_to = constant_in(self.trace, self.twin_net, layer, norm)
         left = weight.detach().flatten(1)[:, stays]
-        solved = solve(parts, left, stays[stays], self.how.ridge, constant_in is not None)
+        solved = solve(parts, left, stays[stays], self.how.ridge, goes_to is not None)
         if solved is None:
             self.remarks.append(f"the inputs of {layer} leave its weights undetermined: they stay as the cut left them")
             return
@@ -220,9 +221,9 @@ class Walk:
         whole[:, stays] = solved[0].to(whole)
         weight.data.copy_(whole.view_as(weight))
         self._touch(f"{layer}.weight")
-        if constant_in is not None:
-            name, sign = constant_in
-            dense, twin = (fixed[self._placeholder(name)] for fixed in self.fixed)
+        if goes_to is not None:
+            name, sign = goes_to
+            dense, twin = (fixed[self.trace.placeholder(name)] for fixed in self.fixed)
             twin.copy_((dense if sign < 0 else torch.zeros_like(dense)) + sign * solved[1].to(dense))
             self._touch(name)
 
@@ -233,26 +234,8 @@ class Walk:
             stays[list(self.silenced.get(layer, ()))] = False
         return stays.flatten()
 
-    def _placeholder(self, name: str) -> Node:
-        return next(node for node in self.fixed[1] if self.trace.source(node) == name)
-
     def _touch(self, name: str) -> None:
-        self.touched.add(self._placeholder(name))
-
-    def _path_to(self, node: Node) -> list[Node]:
-        """Operations from the layer before a layer to it, where that feeds no other; empty if there is no such
-        layer."""
-        path: list[Node] = []
-        at: Any = node.args[0]
-        while isinstance(at, Node) and at not in self.fixed[0] and len(at.users) == 1:
-            path.insert(0, at)
-            if at in self.trace.layers:
-                return path
-            before = [source for source in at.all_input_nodes if source not in self.fixed[0]]
-            if len(before) != 1:
-                break
-            at = before[0]
-        return []
+        self.touched.add(self.trace.placeholder(name))
 
     def _some(self, number: int) -> list[int]:
         """Batches of this process for one step, `STEP_PIXELS` at most in all and others each time."""
@@ -266,8 +249,8 @@ class Walk:
         if not path:
             return False
         source, feeding = path[0], self.trace.layers[path[0]]
-        constant_in = self._constant_in(feeding, self._target_of(source)[0])
-        scale: Tensor | float = 1.0 if norm is None else self._channelwise(self._scale(norm), node)
+        goes_to = constant_in(self.trace, self.twin_net, feeding, goes_into(source)[0])
+        scale: Tensor | float = 1.0 if norm is None else self._channelwise(scale_of(norm, self.fixed[0]), node)
         own_constant = self._constant_of(node, norm)
         weight = self.twin_net.get_parameter(f"{feeding}.weight").detach()
         own: Any = self.twin_net.get_submodule(feeding).bias
@@ -298,12 +281,12 @@ class Walk:
             -1 if source.target is LINEAR else 1,
             [self.numbers[i] for i in some],
         )
-        step = gauss_newton(segment, weight, constant, constant_in is not None, self.how.seed)
+        step = gauss_newton(segment, weight, constant, goes_to is not None, self.how.seed)
         if step is None:
             return False
-        if constant_in is not None:
-            name, sign = constant_in
-            self.fixed[1][self._placeholder(name)].add_(sign * (step[1] - constant))
+        if goes_to is not None:
+            name, sign = goes_to
+            self.fixed[1][self.trace.placeholder(name)].add_(sign * (step[1] - constant))
             self._touch(name)
         weight.copy_(step[0])
         self._touch(f"{feeding}.weight")
@@ -340,31 +323,10 @@ class Walk:
     def _target_of(self, node: Node) -> tuple[Node | None, list[Node]]:
         """The batch norm after a layer, and the other terms of the sums its output goes into, where they have
         shifted."""
-        norm, end, others = None, node, []
-        while len(end.users) == 1:
-            user = next(iter(end.users))
-            if user.target is BATCH_NORM and end is node and user.args[0] is node:
-                norm = user
-            elif user.target in SUMS and not user.kwargs:
-                first, second = user.args[:2]
-                other = second if first is end else first
-                if other is end or not isinstance(other, Node):
-                    break
-                # A branch that has yet to run will make up for this one.
-                if other in self.twin and self.twin[other][0].shape == self.dense[node][0].shape:
-                    others.append(other)
-            elif user.target not in IDENTITIES:
-                break
-            end = user
-        return norm, others
-
-    def _scale(self, norm: Node) -> Tensor:
-        """Factor of a batch norm for each channel, kept from zero."""
-        read = self._reader({}, self.fixed[0], 0)
-        values: list[Any] = [read(a) if isinstance(a, Node) else a for a in norm.args]
-        scale: Tensor = (values[4] + values[7]).rsqrt() * (1.0 if values[1] is None else values[1])
-        least = 1e-3 * scale.abs().max().clamp(min=torch.finfo(scale.dtype).tiny)
-        return torch.where(scale.abs() < least, torch.where(scale < 0, -least, least), scale)
+        norm, others = goes_into(node)
+        # A branch that has yet to run will make up for this one.
+        shape = self.dense[node][0].shape
+        return norm, [other for other in others if other in self.twin and self.twin[other][0].shape == shape]
 
     def _constant_of(self, node: Node, norm: Node | None) -> Tensor | None:
         """What is added to the products of a layer in the twin: its bias, or what went into the norm's mean."""
@@ -372,16 +334,8 @@ class Walk:
         bias: Any = self.twin_net.get_submodule(layer).bias
         if bias is not None:
             return bias.detach().clone()
-        where = self._constant_in(layer, norm)
+        where = constant_in(self.trace, self.twin_net, layer, norm)
         if where is None:
             return None
-        dense, twin = (fixed[self._placeholder(where[0])] for fixed in self.fixed)
+        dense, twin = (fixed[self.trace.placeholder(where[0])] for fixed in self.fixed)
         return where[1] * (twin - dense)
-
-    def _constant_in(self, layer: str, norm: Node | None) -> tuple[str, int] | None:
-        """Where a constant added to a layer's output goes: its bias, or, with the other sign, the norm's mean."""
-        if self.twin_net.get_submodule(layer).bias is not None:
-            return f"{layer}.bias", 1
-        mean: Any = None if norm is None else norm.args[3]
-        name = self.trace.source(mean)
-        return None if name is None or len(mean.users) != 1 else (name, -1)

@@ -1,6 +1,8 @@
 from .components import NEIGHBOURS as NEIGHBOURS
 from .components import Component as Component
 from .components import find_components as find_components
+from .layers import match_layers as match_layers
+from .layers import pick_layers as pick_layers
 from .measurement import Progress as Progress
 from .measurement import rounds as rounds
 from .measurement import tag as tag
@@ -11,8 +13,6 @@ from .recording import map_mean as map_mean
 from .response import TagResponse as TagResponse
 from .sites import find_folds as find_folds
 from .sites import find_sites as find_sites
-from .sites import match_layers as match_layers
-from .sites import pick_layers as pick_layers
 from .spectrum import amplitude_spectrum as amplitude_spectrum
 from .spectrum import benjamini_hochberg as benjamini_hochberg
 from .spectrum import frequencies as frequencies

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
+from freqprune.tagging.layers import pick_layers
 from freqprune.tagging.recording import Recorder, map_mean
-from freqprune.tagging.sites import find_sites, pick_layers
+from freqprune.tagging.sites import find_sites
 from freqprune.tagging.stimulus import Stimulus
 
 
@@ -72,7 +73,7 @@ def torus(
         images: pixels in [0, 1], normalisation left to the network.
         stimulus: two parts.
         n_phases: phases of each tag.
-        layers: layers to read, see `freqprune.tagging.sites.pick_layers`.
+        layers: layers to read, see `freqprune.tagging.layers.pick_layers`.
         where: see `freqprune.tag`.
 
     Returns:

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.processes import rank_and_size
+from freqprune.tagging.averages import Average
+from freqprune.tagging.layers import pick_layers
 from freqprune.tagging.readout import HALF, SPATIAL, Readout
 from freqprune.tagging.recording import Recorder
 from freqprune.tagging.response import LayerResponse, TagResponse
-from freqprune.tagging.sites import find_folds, find_sites, pick_layers
-from freqprune.tagging.spectrum import frame_transform, snr
+from freqprune.tagging.sites import find_folds, find_sites
+from freqprune.tagging.spectrum import frame_transform
 from freqprune.tagging.stimulus import Stimulus, check_pixels
 
 _TOGETHER = ""
@@ -50,7 +52,7 @@ def tag(
         model: network; runs in eval mode, which is restored, as is everything else about it.
         images: pixels in [0, 1], ``(n_images, n_channels, height, width)``, not normalised.
         stimulus: the tags; left and right half at 6 and 7.5 Hz if left out.
-        layers: names or shell-style patterns of layers, see `freqprune.tagging.sites.pick_layers`; all convolutions if
+        layers: names or shell-style patterns of layers, see `freqprune.tagging.layers.pick_layers`; all convolutions if
             left out.
         where: read at the ``"convolution"``, after its ``"norm"`` or after its ``"activation"``.
         spatial: ``"mean"``: spectrum of the mean of a filter's map (Böge et al. 2024), of a linear layer's feature over
@@ -149,64 +151,6 @@ def frames_that_fit(n_values: int, device: torch.device) -> int:
     return max(1, budget // (n_values * 64 * 4 // 3))
 
 
-class _Average:
-    """Running sums over images of one layer's spectra; nothing is kept per image."""
-
-    def __init__(self, bins: Sequence[int], average: str, precision: torch.dtype, with_power: bool) -> None:
-        self.with_power = with_power
-        self.bins, self.average, self.precision = list(bins), average, precision
-        self.n_images = 0
-        self.sums: dict[str, Tensor] = {}
-
-    def update(self, spectra: Tensor) -> None:
-        """Add complex spectra ``(n_images, n_filters, n_freqs)``, or ``(n_images, n_filters, n_positions,
-        n_freqs)``."""
-        amplitude = spectra.abs()
-        new = {"amplitude": amplitude}
-        if self.with_power:
-            new["power"] = amplitude.square()
-        if self.average == "complex":
-            new["complex"] = spectra
-        if self.average == "snr":
-            new["snr"] = snr(amplitude, self.bins, precision=self.precision)
-        for name, value in new.items():
-            # An image that leaves a filter silent has no SNR; the others have.
-            total = (
-                self._over_positions(name, value).nansum(0)
-                if name == "snr"
-                else self._over_positions(name, value).sum(0)
-            )
-            self.sums[name] = self.sums[name] + total if name in self.sums else total
-        if "snr" in new:
-            defined = self._over_positions("snr", new["snr"]).isfinite().sum(0).double()
-            self.sums["snr_defined"] = self.sums["snr_defined"] + defined if "snr_defined" in self.sums else defined
-        self.n_images += len(spectra)
-
-    def part(self, filters: slice) -> _Average:
-        """The averages of some of the filters."""
-        found = _Average(self.bins, self.average, self.precision, self.with_power)
-        found.n_images = self.n_images
-        found.sums = {name: total[filters] for name, total in self.sums.items()}
-        return found
-
-    @staticmethod
-    def _over_positions(name: str, value: Tensor) -> Tensor:
-        if value.dim() == 3:
-            return value
-        return value.nanmean(2) if name == "snr" else value.mean(2)
-
-    def mean(self, name: str) -> Tensor:
-        # 0 / 0 is NaN: no image defines this SNR.
-        return (self.sums[name] / (self.sums["snr_defined"] if name == "snr" else self.n_images)).cpu()
-
-    def amplitude(self) -> Tensor:
-        if self.average == "power":
-            return self.mean("power").sqrt()
-        if self.average == "complex":
-            return self.mean("complex").abs()
-        return self.mean("amplitude")
-
-
 class _Pass:
     """One way of showing the images: which frames, with how much noise, and the averages that come of it."""
 
@@ -226,7 +170,7 @@ class _Pass:
         bins = [c.bin for c in stimulus.components]
         self.widths: dict[str, int] = {}
         self.averages = {
-            name: _Average(bins, average, precision, with_power=noise_std > 0) for name in (_TOGETHER, *layers)
+            name: Average(bins, average, precision, with_power=noise_std > 0) for name in (_TOGETHER, *layers)
         }
 
     def run(
@@ -266,7 +210,7 @@ class _Pass:
             for image in course.split(1):
                 self.averages[layer].update(self._spectra(image))
 
-    def of(self, layer: str) -> _Average:
+    def of(self, layer: str) -> Average:
         """The averages of one layer."""
         if not self.widths:
             return self.averages[layer]

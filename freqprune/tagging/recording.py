@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.networks import evaluating, fused, hooked, replaced
-from freqprune.tagging.sites import Site, first_tensor
+from freqprune.tagging.calls import first_tensor
+from freqprune.tagging.sites import Site
 
 
 class _Enough(Exception):  # noqa: N818 - control flow, not an error

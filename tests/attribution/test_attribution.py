@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.attribution.effects import estimate
-from freqprune.attribution.gates import gates, halves, opened, shared, waves
+from freqprune.attribution.gates import gates, halves, opened, overlapped, waves
 from freqprune.attribution.images import attribute
 from freqprune.errors import InputError
 from freqprune.networks.exports import export
@@ -214,15 +214,15 @@ def test_neighbours_that_share_their_waves_open_together() -> None:
     torch.testing.assert_close(found.effects, (weights * (tiles_of(IMAGES) - 0.5)).double(), rtol=1e-3, atol=1e-5)
     where = torch.stack([torch.arange(16) // 4, torch.arange(16) % 4], 1).double()
     tags = waves(16, 64, torch.Generator().manual_seed(0))
-    together = shared(tags, where, 0.7)
+    together = overlapped(tags, where, 0.7)
     # Power is kept, all of it in odd bins, and neighbours go along with each other.
     torch.testing.assert_close(together.square().mean(0), torch.full((16,), 0.5).double())
     assert halves(opened(together, 4.0) - 0.5, 64)[1].abs().max() < 1e-9
     alike = torch.corrcoef(together.T)
     assert alike[5, 6] > 0.5 > 0.1 > alike[0, 15].abs()
-    assert shared(tags, where, 0.0) is tags
+    assert overlapped(tags, where, 0.0) is tags
     where[3] = torch.nan
-    torch.testing.assert_close(shared(tags, where, 0.7)[:, 3], tags[:, 3])
+    torch.testing.assert_close(overlapped(tags, where, 0.7)[:, 3], tags[:, 3])
     with pytest.raises(InputError, match="overlap must be at least 0, got -1"):
         attribute(net, IMAGES, 0, grid=4, forwards=64, overlap=-1)
 

@@ -8,8 +8,9 @@ import torchvision
 from torch import nn
 
 from freqprune.errors import InputError
+from freqprune.tagging.layers import default_layers
 from freqprune.tagging.measurement import tag
-from freqprune.tagging.sites import default_layers, find_sites
+from freqprune.tagging.sites import find_sites
 from freqprune.tagging.stimulus import Stimulus
 
 

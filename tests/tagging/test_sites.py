@@ -5,7 +5,8 @@ from torch.nn import functional as F
 
 from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
-from freqprune.tagging.sites import default_layers, find_sites, match_layers, pick_layers
+from freqprune.tagging.layers import default_layers, match_layers, pick_layers
+from freqprune.tagging.sites import find_sites
 
 
 class Functional(nn.Module):

@@ -1,0 +1,76 @@
+"""What stands around a layer in a trace: the layer that feeds it alone, the batch norm after it, what its output is
+added to, and where a constant of its output goes."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from freqprune.networks import BATCH_NORM, IDENTITIES, SUMS, Trace
+
+
+def path_to(trace: Trace, fixed: Container[Node], node: Node) -> list[Node]:
+    """Operations from the layer before a layer to it, where that feeds no other; empty if there is no such layer.
+
+    Args:
+        trace: of the network.
+        fixed: parameters and buffers, which no operation makes.
+        node: the layer.
+    """
+    path: list[Node] = []
+    at: Any = node.args[0]
+    while isinstance(at, Node) and at not in fixed and len(at.users) == 1:
+        path.insert(0, at)
+        if at in trace.layers:
+            return path
+        before = [source for source in at.all_input_nodes if source not in fixed]
+        if len(before) != 1:
+            break
+        at = before[0]
+    return []
+
+
+def goes_into(node: Node) -> tuple[Node | None, list[Node]]:
+    """The batch norm after a layer, and the other terms of the sums that its output goes into."""
+    norm, end, others = None, node, []
+    while len(end.users) == 1:
+        user = next(iter(end.users))
+        if user.target is BATCH_NORM and end is node and user.args[0] is node:
+            norm = user
+        elif user.target in SUMS and not user.kwargs:
+            first, second = user.args[:2]
+            other = second if first is end else first
+            if other is end or not isinstance(other, Node):
+                break
+            others.append(other)
+        elif user.target not in IDENTITIES:
+            break
+        end = user
+    return norm, others
+
+
+def scale_of(norm: Node, fixed: Mapping[Node, Tensor]) -> Tensor:
+    """Factor of a batch norm for each channel, kept from zero.
+
+    Args:
+        norm: its call.
+        fixed: parameters and buffers of the network.
+    """
+    values: list[Any] = [fixed.get(at) if isinstance(at, Node) else at for at in norm.args]
+    weight, variance, eps = values[1], values[4], values[7]
+    scale: Tensor = (variance + eps).rsqrt() * (1.0 if weight is None else weight)
+    least = 1e-3 * scale.abs().max().clamp(min=torch.finfo(scale.dtype).tiny)
+    return torch.where(scale.abs() < least, torch.where(scale < 0, -least, least), scale)
+
+
+def constant_in(trace: Trace, net: nn.Module, layer: str, norm: Node | None) -> tuple[str, int] | None:
+    """Where a constant added to a layer's output goes: its bias, or, with the other sign, the norm's mean."""
+    if net.get_submodule(layer).bias is not None:
+        return f"{layer}.bias", 1
+    mean: Any = None if norm is None else norm.args[3]
+    name = trace.source(mean)
+    return None if name is None or len(mean.users) != 1 else (name, -1)

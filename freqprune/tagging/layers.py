@@ -1,0 +1,59 @@
+"""Names and patterns → the layers of a network that are meant."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+
+from torch import nn
+
+from freqprune.errors import InputError, closest
+
+
+def default_layers(model: nn.Module) -> list[str]:
+    """Names of all convolutions; of all linear layers if there is no convolution."""
+    convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.modules.conv._ConvNd)]
+    return convolutions or [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def match_layers(available: Sequence[str], patterns: str | Sequence[str]) -> list[str]:
+    """Names that match any of the shell-style patterns, in the order of `available`.
+
+    Raises:
+        InputError: for a pattern that matches nothing.
+
+    >>> match_layers(["conv1", "layer1.0.conv1"], "layer*")
+    ['layer1.0.conv1']
+    """
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in wanted:
+        if not fnmatch.filter(available, pattern):
+            raise InputError(
+                f"layer pattern {pattern!r} matches none of {', '.join(available)}{closest(pattern, available)}"
+            )
+    return [name for name in available if any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)]
+
+
+def pick_layers(model: nn.Module, patterns: str | Sequence[str] | None) -> list[str]:
+    """Layers to record by shell-style patterns: among the convolutions, or where those do not match, all convolutions,
+    linear layers and attentions.
+
+    A name without wildcards may be any module. None picks `default_layers`.
+
+    Raises:
+        InputError: for a pattern that matches nothing.
+    """
+    usual = default_layers(model)
+    if patterns is None:
+        return usual
+    modules = {name: module for name, module in model.named_modules() if name}
+    kinds = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
+    other = [name for name, module in modules.items() if isinstance(module, kinds)]
+    picked: list[str] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        pool = next(
+            (pool for pool in (usual, other) if fnmatch.filter(pool, pattern)),
+            [pattern] if pattern in modules else other,
+        )
+        picked += [name for name in match_layers(pool, pattern) if name not in picked]
+    return [name for name in modules if name in picked]
