@@ -30,6 +30,7 @@ from .pruning import judge as judge
 from .pruning import scores as scores
 from .pruning import select as select
 from .tagging import Stimulus as Stimulus
+from .tagging import TagLoss as TagLoss
 from .tagging import TagResponse as TagResponse
 from .tagging import tag as tag
 from .training import FrequencyTagging as FrequencyTagging

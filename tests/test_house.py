@@ -130,6 +130,7 @@ def test_a_setting_is_a_field_of_its_class_and_a_line_of_its_yaml() -> None:
     common = OmegaConf.load(ROOT / "conf" / "common.yaml")
     there = {
         "tagging": OmegaConf.load(ROOT / "conf" / "tagging" / "halves.yaml"),
+        "tag_loss": OmegaConf.load(ROOT / "conf" / "tag_loss" / "none.yaml"),
         "importance": OmegaConf.load(ROOT / "conf" / "importance" / "common.yaml"),
         "pruning": OmegaConf.load(ROOT / "conf" / "pruning" / "filters.yaml"),
         **{name: common[name] for name in ("optimizer", "finetune", "latency", "export")},

@@ -54,6 +54,8 @@ def announce_training(
     todo = max(0, (trainer.max_epochs or 0) - done) if ends else None
     said = f"train {'until it is stopped' if todo is None else _many(todo, 'epoch')}"
     said += f" after {done}" if done else ""
+    if settings.tag_loss.terms:
+        said += f", {' and '.join(settings.tag_loss.terms)} from the tags in the loss"
     if every := settings.showing.every_n_epochs if data.validates else 0:
         said += ", tagged after each" if every == 1 else f", tagged after every {every}"
     said += f"; {_cut_in_words(settings)}" if cut is not None else ""
@@ -150,7 +152,8 @@ def _pace(
     reading, read = pace.of_reading(data)
     step = None
     if trains:
-        step = pace.of_training(net, example, settings.optimizer, data.batch_size, **context) + reading
+        bare = pace.of_training(net, example, settings.optimizer, data.batch_size, **context)
+        step = bare.times(1 + settings.tag_loss.frames_a_step / data.batch_size) + reading
     forward = pace.of_forward(copy.deepcopy(net).to(device).to(memory_format=torch.channels_last), example)
     return Pace(forward, step, read, pace.of_inversion())
 

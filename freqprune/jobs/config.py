@@ -85,14 +85,13 @@ def _in_words(hint: Any) -> str:
     >>> _in_words(Mapping[str, float])
     'a mapping ({...})'
     """
-    if get_origin(hint) is Mapping:
-        return "a mapping ({...})"
-    if get_origin(hint) is Sequence:
-        return "a list ([...])"
     words: list[str] = []
-    for part in get_args(hint) or (hint,):
+    alone = get_origin(hint) in (Literal, Mapping, Sequence)
+    for part in (hint,) if alone else get_args(hint) or (hint,):
         if get_origin(part) is Literal:
             words += map(str, get_args(part))
+        elif get_origin(part) is Mapping:
+            words.append("a mapping ({...})")
         elif part in WORDS or get_origin(part) is Sequence:
             words.append(WORDS.get(part, "a list ([...])"))
     return " or ".join(words)

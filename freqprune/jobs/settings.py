@@ -15,7 +15,7 @@ from freqprune.errors import InputError, at_least, one_of
 from freqprune.jobs.config import Common, no_such_key, plain, read_common, typed
 from freqprune.networks import Exports, Latency
 from freqprune.pruning import AMOUNTS, Amount, Judgement, Recipe, Reconstruction, needs
-from freqprune.tagging import Readout, Stimulus, find_components
+from freqprune.tagging import Readout, Stimulus, TagLoss, find_components
 from freqprune.training import Distillation, Optimization
 
 
@@ -81,6 +81,7 @@ SECTIONS: dict[str, tuple[type[Any], ...]] = {
     "importance": (Judgement, Scoring),
     "pruning": (Amount, Recipe, Reconstruction, Course),
     "optimizer": (Optimization,),
+    "tag_loss": (TagLoss,),
     "finetune": (Optimization, Distillation, Epochs),
     "latency": (Latency,),
     "export": (Exports,),
@@ -91,6 +92,7 @@ FREE = ("data", "model", "trainer", "logger", "callbacks")
 ELSEWHERE = {
     Recipe: ("amount", "criterion", "components", "tagging", "reconstruction", "seed", "latency"),
     Reconstruction: ("seed",),
+    TagLoss: ("stimulus", "where", "mean", "std"),
 }
 
 
@@ -107,6 +109,7 @@ class Settings:
     course: Course
     recipe: Recipe | None
     optimizer: Optimization
+    tag_loss: TagLoss
     finetune: Optimization
     distillation: Distillation
     finetune_epochs: int
@@ -172,6 +175,7 @@ def read(cfg: DictConfig) -> Settings:
         course=course,
         recipe=recipe,
         optimizer=_build(Optimization, "optimizer", values),
+        tag_loss=_build(TagLoss, "tag_loss", values, stimulus=stimulus, where=readout.where),
         finetune=_build(Optimization, "finetune", values),
         distillation=_build(Distillation, "finetune", values),
         finetune_epochs=_build(Epochs, "finetune", values).epochs,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from omegaconf import DictConfig
@@ -20,8 +20,8 @@ from freqprune.jobs.settings import Settings, read
 from freqprune.networks import check_answers, check_resumable
 from freqprune.pruning import plan_cut
 from freqprune.reports import record, show, show_folder, write_page
-from freqprune.tagging import pick_layers
-from freqprune.training import Classifier, FrequencyTagging
+from freqprune.tagging import TagLoss, pick_layers
+from freqprune.training import Classifier, FrequencyTagging, ImageData
 
 
 def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -55,12 +55,16 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         config,
         num_classes=len(data.classes),
         normalization=assembly.normalization_of(data),
+        tag_loss=_tag_loss(settings, data),
         **asdict(settings.optimizer),
     )
-    check_answers(classifier.net, data.normalize(data.pixels("val", 1)))
+    example = data.normalize(data.pixels("val", 1))
+    check_answers(classifier.net, example)
+    if classifier.tag_loss is not None:
+        classifier.tag_loss.check(classifier.net, example)
     cut = None
     if settings.recipe is not None:
-        cut = plan_cut(classifier.net, data.normalize(data.pixels("val", 1)), settings.recipe)
+        cut = plan_cut(classifier.net, example, settings.recipe)
     pick_layers(classifier.net, settings.readout.layers)
     tagging = _tagging(settings, data.validates)
     trainer = assembly.make_trainer(settings, out, [tagging])
@@ -97,6 +101,11 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
             show_folder(out)
             advise("train", out)
     return metrics, {"data": data, "classifier": classifier, "trainer": trainer, "tagging": tagging}
+
+
+def _tag_loss(settings: Settings, data: ImageData) -> TagLoss | None:
+    """The terms of the loss, if any has a weight, for batches that are normalised as these are."""
+    return replace(settings.tag_loss, mean=data.mean, std=data.std) if settings.tag_loss.terms else None
 
 
 def _tagging(settings: Settings, validates: bool) -> FrequencyTagging:

@@ -3,6 +3,7 @@ from .components import Component as Component
 from .components import find_components as find_components
 from .layers import match_layers as match_layers
 from .layers import pick_layers as pick_layers
+from .loss import TagLoss as TagLoss
 from .measurement import Progress as Progress
 from .measurement import rounds as rounds
 from .measurement import tag as tag

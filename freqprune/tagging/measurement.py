@@ -100,7 +100,7 @@ def tag(
     parameter = next(model.parameters(), None)
     device = images.device if parameter is None else parameter.device
     precision = torch.float32 if parameter is None else parameter.dtype
-    prepare = _normalizer(images, mean, std, device, precision)
+    prepare = normalizer(images, mean, std, device, precision)
     sites = find_sites(model, prepare(images[:1]), pick_layers(model, layers), where)
     folds = find_folds(model, prepare(images[:1]), sites)
     limit = frames_a_batch or frames_that_fit(images[0].numel(), device)
@@ -243,7 +243,7 @@ class _Pass:
         return max(average.n_images for average in self.averages.values())
 
 
-def _normalizer(
+def normalizer(
     images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None, device: torch.device, dtype: torch.dtype
 ) -> Callable[[Tensor], Tensor]:
     """Function that takes pixels to what the network expects: its device, dtype, normalisation, channels last."""

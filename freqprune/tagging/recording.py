@@ -69,6 +69,7 @@ class Recorder:
             `freqprune.tagging.sites.find_folds`.
 
         half: run under autocast in this dtype, ``torch.float16`` or ``torch.bfloat16``.
+        gradients: what is read keeps its gradient, as far as gradients are enabled.
 
     Raises:
         InputError: if a site is not reached, or a response is not finite.
@@ -81,9 +82,10 @@ class Recorder:
         reduce: Reduction = map_mean,
         folds: Sequence[tuple[str, str]] = (),
         half: torch.dtype | None = None,
+        gradients: bool = False,
     ) -> None:
         self.model = model
-        self.half = half
+        self.half, self.gradients = half, gradients
         self.folds = list(folds)
         self.sites = list(sites)
         self.reduce = reduce
@@ -117,7 +119,7 @@ class Recorder:
                 tensor = first_tensor(output) if site.call == call else None
                 if tensor is not None:
                     response = site.then(tensor) if site.then is not None else tensor
-                    reading = self.reduce(response.detach(), site.channel_dim)
+                    reading = self.reduce(response if self.gradients else response.detach(), site.channel_dim)
                     # What shares the output's memory would change with the next operation in place.
                     shared = reading.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
                     self._read[site.layer] = reading.clone() if shared else reading
@@ -126,11 +128,11 @@ class Recorder:
 
         return hook
 
-    @torch.inference_mode()
     def __call__(self, frames: Tensor) -> dict[str, Tensor]:
         """Responses to a batch of frames ``(n_frames, ...)``, one tensor a layer, first dimension ``n_frames``."""
         self._read, self._calls = {}, {}
-        with suppress(_Enough), torch.autocast(frames.device.type, dtype=self.half, enabled=self.half is not None):
+        autocast = torch.autocast(frames.device.type, dtype=self.half, enabled=self.half is not None)
+        with suppress(_Enough), torch.inference_mode(not self.gradients), autocast:
             self.model(frames)
         missing = [site.layer for site in self.sites if site.layer not in self._read]
         if missing:

@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from freqprune.errors import InputError, closest
 from freqprune.tagging.components import NEIGHBOURS, Component, collision, components
@@ -264,13 +264,9 @@ class Stimulus:
         """Frames with given scales of the parts, ``(n_parts, n)``; otherwise as `frames`."""
         check_pixels(images)
         masks = self.masks(*images.shape[-2:]).to(images.device)
-        scale = scale.to(images)
         # Per frame and pixel: the scale of the part it lies in, 1 outside every part.
-        gain = torch.where(
-            masks.any(0),
-            torch.einsum("pt,phw->thw", scale, masks.to(images.dtype)),
-            torch.ones((), dtype=images.dtype, device=images.device),
-        )
+        part = torch.where(masks.any(0), masks.int().argmax(0), len(masks))
+        gain = nn.functional.pad(scale.to(images), (0, 0, 0, 1), value=1.0).T[:, part]
         gain = gain[None, :, None]
         if self.mode == "luminance":
             return images[:, None] * gain

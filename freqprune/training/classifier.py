@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from freqprune.errors import InputError, check_fields
 from freqprune.networks import build_model, rebuilt_from
+from freqprune.tagging import TagLoss
 from freqprune.training.optimization import Optimization
 
 # With more classes than so many the share of images whose class is among the first five answers is measured too.
@@ -57,6 +58,7 @@ class Classifier(pl.LightningModule):
         teacher: network to learn from; not saved with the checkpoint.
         distill: the teacher's share of the loss, see `Distillation`.
         temperature: softens both networks' outputs for that part.
+        tag_loss: terms of the training loss that are read off the tags.
         optimization: fields of `Optimization`: ``lr`` and so on.
     """
 
@@ -68,6 +70,7 @@ class Classifier(pl.LightningModule):
         teacher: nn.Module | None = None,
         distill: float = 0.0,
         temperature: float = 4.0,
+        tag_loss: TagLoss | None = None,
         **optimization: Any,
     ) -> None:
         super().__init__()
@@ -80,7 +83,7 @@ class Classifier(pl.LightningModule):
             )
         # In a list, so that its weights are no part of this module's parameters, checkpoints or train mode.
         self._teacher = [teacher] if teacher is not None and distill else []
-        self.distill, self.temperature = distill, temperature
+        self.distill, self.temperature, self.tag_loss = distill, temperature, tag_loss
         self.net: nn.Module = model if isinstance(model, nn.Module) else build_model(model)
         config = None if isinstance(model, nn.Module) else rebuilt_from(model, self.net)
         num_classes = num_classes or (config or {}).get("num_classes", 10)
@@ -157,6 +160,10 @@ class Classifier(pl.LightningModule):
         loss = self._loss(logits, labels)
         if self._teacher:
             loss = (1 - self.distill) * loss + self.distill * self._distillation(logits, images)
+        if self.tag_loss is not None:
+            loss = loss + self.tag_loss(self.net, images, batch_idx)
+            terms = {f"tag_loss/{term}": value for term, value in self.tag_loss.latest.items()}
+            self.log_dict(terms, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
         self._check_finite(loss, batch_idx)
         # Mixed images have shares of classes for labels.
         self.train_accuracy.update(logits, labels.argmax(1) if labels.is_floating_point() else labels)

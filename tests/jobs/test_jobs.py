@@ -337,6 +337,20 @@ def test_every_choice_of_every_group_is_valid(group: str, tmp_path: Path) -> Non
             assert plain(cfg[group]) is not None
 
 
+@pytest.mark.parametrize("term", ["integration", "balance", "silence"])
+def test_trains_with_a_loss_from_the_tags(term: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = [f"tag_loss={term}", "tag_loss.every_n_steps=1", "trainer.max_epochs=2"]
+    metrics, made = train(config("train", tmp_path, *more))
+    assert metrics["epochs"] == 2
+    assert f"{term} from the tags in the loss" in " ".join(capsys.readouterr().out.split())
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    values = [float(row[f"tag_loss/{term}"]) for row in rows if row.get(f"tag_loss/{term}")]
+    assert len(values) == 2
+    assert all(0 < value < 1 for value in values)
+    assert made["classifier"].tag_loss.mean == list(made["data"].mean)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -376,6 +390,10 @@ def test_every_choice_of_every_group_is_valid(group: str, tmp_path: Path) -> Non
         (["optimizer.name=AdamV"], r"optimizer.name must be one of torch.optim's .*; did you mean Adam"),
         (["optimizer.arguments=5"], r"optimizer.arguments must be a mapping \({...}\), got 5"),
         (["optimizer.class_weights=[1,2]"], "class_weights must hold 10 numbers"),
+        (["tag_loss.silence=much"], r"tag_loss.silence must be a number or a mapping \({...}\), got 'much'"),
+        (["tag_loss.every_n_steps=0"], "tag_loss.every_n_steps must be at least 1"),
+        (["tag_loss.balance={layer9.*: 1}"], "layer pattern 'layer9.*' matches none of"),
+        (["+tag_loss.loudness=1"], "tag_loss.loudness is not a setting"),
         (["data.transforms=[TrivialAugment]"], "no transform 'TrivialAugment'; did you mean TrivialAugmentWide"),
         (["data.transforms=[{name:RandomErasing,q:1}]"], "RandomErasing does not take"),
         (["matmul_precision=low"], "matmul_precision must be"),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from freqprune import FrequencyTagging, Stimulus, tag
+from freqprune import FrequencyTagging, Stimulus, TagLoss, tag
 from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
 from freqprune.training.classifier import Classifier
@@ -42,6 +42,52 @@ def test_learns_and_schedules(tmp_path: Path) -> None:
     assert group["lr"] == pytest.approx(0.0, abs=1e-9)
     assert group["nesterov"]
     assert {id(p) for p in group["params"]} == {id(p) for p in module.net.parameters()}
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_loss_from_the_tags_in_any_lightning_module(precision: str, tmp_path: Path) -> None:
+    """The same training with and without the term: with it the response is spread over fewer filters."""
+    spread = []
+    for weight in (0.0, 5.0):
+        torch.manual_seed(0)
+        module = Plain(TagLoss(silence=weight, every_n_steps=2, n_images=2))
+        trainer(tmp_path, max_epochs=3, precision=precision, accumulate_grad_batches=2).fit(module, digits_loader())
+        module.tag_loss = TagLoss(silence=1.0, n_images=8)
+        module.tag_loss(module.net, digits_pixels(8))
+        spread.append(float(module.tag_loss.latest["silence"]))
+    assert spread[1] < spread[0] - 0.05
+
+
+class Plain(pl.LightningModule):
+    """Someone's module: one line of it adds the loss from the tags."""
+
+    def __init__(self, tag_loss: TagLoss) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+        )  # fmt: skip
+        self.tag_loss = tag_loss
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        return nn.functional.cross_entropy(self.net(images), labels) + self.tag_loss(self.net, images, batch_idx)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+def digits_loader() -> DataLoader[tuple[Tensor, ...]]:
+    data = digits()
+    data.setup()
+    images = data.split("train")
+    return DataLoader(TensorDataset(images.pixels.float() / 255, images.labels), batch_size=16, shuffle=True)
+
+
+def digits_pixels(n_images: int) -> Tensor:
+    data = digits()
+    data.setup()
+    return data.pixels("val", n_images)
 
 
 def test_nan_loss_stops_with_advice(tmp_path: Path) -> None:

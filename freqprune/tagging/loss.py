@@ -1,0 +1,228 @@
+"""Terms of a training loss that are read off the tags: what the measurement says of a network, with its gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from freqprune.errors import InputError, at_least, one_of
+from freqprune.networks import device_of
+from freqprune.tagging.layers import pick_layers
+from freqprune.tagging.measurement import normalizer
+from freqprune.tagging.recording import Recorder
+from freqprune.tagging.sites import WHERE, Site, find_sites
+from freqprune.tagging.spectrum import frame_transform
+from freqprune.tagging.stimulus import Stimulus
+
+Weights = float | Mapping[str, float]
+TERMS = ("integration", "balance", "silence")
+
+
+@dataclass(eq=False)
+class TagLoss:
+    """A loss from the tags, to be added to that of the task in any training step.
+
+    >>> loss = TagLoss(silence=0.1, every_n_steps=1)
+    >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    >>> loss(net, torch.rand(2, 3, 8, 8), step=0).shape
+    torch.Size([])
+
+    Every term lies in [0, 1] for each layer, is multiplied by the layer's weight and averaged over the layers that have
+    one. It is read off the clean amplitudes that `freqprune.tag` gives, at the components of the stimulus, with the
+    network in eval mode: batch norms use their running statistics and do not move.
+
+    Args:
+        integration: weight of ``1 - share of the intermodulation``, see `separation`: a positive weight teaches filters
+            to combine the parts, a negative one to keep them apart. A number for all convolutions, or a mapping of
+            layer patterns, such as ``{"layer3.*": 0.1}``; so for all three.
+        balance: weight of the inequality of the parts, see `imbalance`.
+        silence: weight of the spread of the response over filters, see `spread`: a positive weight empties filters.
+        n_images: images of the batch that are tagged, the first.
+        every_n_steps: show tags in every so many steps only, with so many times the weight.
+        where: read at the ``"convolution"``, after its ``"norm"`` or after its ``"activation"``.
+        stimulus: the tags; left and right half at 6 and 7.5 Hz if left out, 49 frames an image.
+        mean: channel means that batches are normalised with; none if left out.
+        std: channel standard deviations, likewise.
+
+    Attributes:
+        latest: the terms without their weights, as they were last read; for logs.
+
+    Raises:
+        InputError: for an argument out of range, or a pattern that matches no layer.
+    """
+
+    integration: Weights = 0.0
+    balance: Weights = 0.0
+    silence: Weights = 0.0
+    n_images: int = 1
+    every_n_steps: int = 4
+    where: str = "activation"
+    stimulus: Stimulus = field(default_factory=Stimulus)
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    latest: dict[str, Tensor] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        at_least(1, n_images=self.n_images, every_n_steps=self.every_n_steps)
+        one_of(WHERE, where=self.where)
+        for term in TERMS:
+            given = getattr(self, term)
+            if not all(math.isfinite(weight) for weight in _values(given)):
+                raise InputError(f"{term} must be a finite weight, or a mapping of layers to weights, got {given!r}")
+        if (self.mean is None) != (self.std is None):
+            raise InputError("mean and std come together: give both or neither")
+        self._found: WeakKeyDictionary[nn.Module, _Reading] = WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was found of networks is found again.
+        return {**vars(self), "_found": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._found = WeakKeyDictionary()
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Those with a weight that is not 0."""
+        return tuple(term for term in TERMS if any(_values(getattr(self, term))))
+
+    @property
+    def frames_a_step(self) -> float:
+        """Frames that go through the network in a step, on average; 0 without terms."""
+        n_frames = self.n_images * len(self.stimulus.distinct_frames[0])
+        return n_frames / self.every_n_steps if self.terms else 0.0
+
+    def check(self, net: nn.Module, images: Tensor) -> None:
+        """Raise InputError, before any work is lost, where a call would; see `__call__`."""
+        with torch.no_grad():
+            self(net, images)
+
+    def __call__(self, net: nn.Module, images: Tensor, step: int = 0) -> Tensor:
+        """The loss, a scalar; 0 in steps that show no tags.
+
+        Args:
+            net: the network that is trained.
+            images: a batch as the network takes it, normalised, ``(n_images, n_channels, height, width)``.
+            step: number of the step.
+
+        Raises:
+            InputError: for weights that name no layer of the network, a batch that is no images, or a network that does
+                not answer.
+        """
+        if not self.terms or step % self.every_n_steps:
+            return images.new_zeros(())
+        if images.dim() != 4 or not len(images):
+            raise InputError(f"images must be (n_images, n_channels, height, width), got {tuple(images.shape)}")
+        prepare = normalizer(images, self.mean, self.std, device_of(net), images.dtype)
+        pixels = self._pixels(images[: self.n_images])
+        reading = self._found.get(net)
+        if reading is None:
+            reading = self._found[net] = self._look_at(net, prepare(pixels[:1]))
+        first, inverse = self.stimulus.distinct_frames
+        bins = [0, *(component.bin for component in self.stimulus.components)]
+        frames = prepare(self.stimulus.frames(pixels, first).flatten(0, 1))
+        with Recorder(net, reading.sites, gradients=True) as recorder:
+            courses = list(recorder(frames).values())
+            transform = torch.view_as_real(frame_transform(inverse, len(first))[:, bins]).flatten(1).to(frames.device)
+            every = torch.cat(courses, 1).unflatten(0, (len(pixels), -1)).movedim(1, -1).double() @ transform
+            amplitude = torch.view_as_complex(every.unflatten(-1, (-1, 2))).abs().mean(0)
+            found = {
+                site.layer: one
+                for site, one in zip(reading.sites, amplitude.split([c.shape[1] for c in courses]), strict=True)
+            }
+            return self._sum(found, reading.weights).to(images.dtype) * self.every_n_steps
+
+    def _sum(self, amplitudes: Mapping[str, Tensor], weights: Mapping[str, Mapping[str, float]]) -> Tensor:
+        measures = {"integration": self.separation, "balance": self.imbalance, "silence": self.spread}
+        total = next(iter(amplitudes.values())).new_zeros(())
+        self.latest = {}
+        for term, by_layer in weights.items():
+            values = {layer: measures[term](amplitudes[layer]) for layer in by_layer}
+            self.latest[term] = torch.stack([value.detach() for value in values.values()]).mean()
+            total = total + sum(by_layer[layer] * value for layer, value in values.items()) / len(values)
+        return total
+
+    def separation(self, amplitude: Tensor) -> Tensor:
+        """1 less the share of the intermodulation in a layer's response: of the amplitudes at the fundamentals and at
+        intermodulation components, summed over filters, the share at the fundamentals. 1 for affine filters.
+
+        Of the sums, not filter by filter: a filter that is about to fall silent has a large share of next to nothing.
+
+        Args:
+            amplitude: at 0 Hz and at the components of the stimulus, ``(n_filters, 1 + n_components)``; so for all
+                three.
+        """
+        alone = amplitude[:, self._fundamentals].sum()
+        return _share(alone, alone + amplitude[:, self._mixed].sum())
+
+    def imbalance(self, amplitude: Tensor) -> Tensor:
+        """How unequally the parts drive a layer's filters: with ``a`` the amplitudes of a filter at the fundamentals of
+        ``n`` parts, ``(n sum(a^2) - sum(a)^2) / (n - 1)`` over ``sum(a)^2``, both summed over filters. For one filter
+        and two parts the square of `TagResponse.part_preference`."""
+        alone = amplitude[:, self._fundamentals]
+        n_parts, total = alone.shape[1], alone.sum(1).square().sum()
+        return _share((n_parts * alone.square().sum() - total) / max(1, n_parts - 1), total)
+
+    def spread(self, amplitude: Tensor) -> Tensor:
+        """Over how many of its filters a layer's response is spread: with ``a`` a filter's amplitude, the root of its
+        power over all components, ``sum(a)^2 / (n sum(a^2))``: 1 if all answer alike, ``1 / n`` if one does. The
+        Hoyer-square measure (Yang, Wen & Li 2020, DeepHoyer, arXiv 1908.09979) of responses instead of weights; it does
+        not change with their scale, so that no later layer can make up for a smaller one."""
+        power = amplitude[:, 1:].square().sum(1)
+        total = power[power.detach() > 0].sqrt().sum().square()
+        return _share(total, len(power) * power.sum())
+
+    @property
+    def _fundamentals(self) -> list[int]:
+        return [1 + number for number, one in enumerate(self.stimulus.components) if one.order == 1]
+
+    @property
+    def _mixed(self) -> list[int]:
+        return [1 + number for number, one in enumerate(self.stimulus.components) if one.kind == "intermodulation"]
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        images = images.detach().float()
+        if self.mean is not None and self.std is not None:
+            shift, scale = (images.new_tensor(list(one)).view(1, -1, 1, 1) for one in (self.mean, self.std))
+            images = images * scale + shift
+        # What augmentation puts around an image, or mixes into it, may lie outside.
+        return images.clamp(0, 1)
+
+    def _look_at(self, net: nn.Module, example: Tensor) -> _Reading:
+        """Where the layers with weights are read."""
+        weights: dict[str, dict[str, float]] = {}
+        for term in TERMS:
+            given = getattr(self, term)
+            patterns = given if isinstance(given, Mapping) else {None: given}
+            by_layer = {
+                layer: float(weight) for pattern, weight in patterns.items() for layer in pick_layers(net, pattern)
+            }
+            kept = {layer: weight for layer, weight in by_layer.items() if weight}
+            if kept:
+                weights[term] = kept
+        wanted = {layer for by_layer in weights.values() for layer in by_layer}
+        names = [name for name, _ in net.named_modules() if name in wanted]
+        return _Reading(find_sites(net, example, names, self.where), weights)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Where a network is read, and by which weights: term to layer to weight."""
+
+    sites: list[Site]
+    weights: dict[str, dict[str, float]]
+
+
+def _values(weights: Weights) -> list[float]:
+    return list(weights.values()) if isinstance(weights, Mapping) else [weights]
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """A part of a whole; 0 of nothing."""
+    return part / whole if whole.detach() > 0 else part * 0

@@ -1,0 +1,223 @@
+"""Terms of a loss from the tags: known values, gradients by finite differences, equal to what `tag` measures."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from freqprune import InputError, Stimulus, TagLoss, build_model, tag
+
+# 16 frames that differ are enough for two parts, and quick enough for finite differences.
+SHORT = Stimulus((6.0, 9.0), frame_rate=39.0, n_frames=39, max_order=2)
+
+
+class Squares(nn.Module):
+    """Filters that answer with the light of one half and the product of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.halves = nn.Conv2d(1, 2, (4, 4), bias=False)
+        self.halves.weight.data.zero_()
+        self.halves.weight.data[0, 0, :, :2] = 1 / 8
+        self.halves.weight.data[1, 0, :, 2:] = 1 / 8
+        self.out = nn.Conv2d(2, 2, 1, bias=False)
+        self.out.weight.data = torch.eye(2)[:, :, None, None]
+
+    def forward(self, images: Tensor) -> Tensor:
+        left, right = self.halves(images).unbind(1)
+        return self.out(torch.stack([left, right], 1) + 0.5 * (left * right)[:, None])
+
+
+def amplitudes(net: nn.Module, images: Tensor, stimulus: Stimulus) -> dict[str, Tensor]:
+    response = tag(net, images, stimulus, noise_std=0)
+    bins = [0, *(c.bin for c in stimulus.components)]
+    return {layer: one.amplitude[:, bins] for layer, one in response.layers.items()}
+
+
+def test_terms_have_the_values_that_were_worked_out_by_hand() -> None:
+    loss = TagLoss(stimulus=SHORT)
+    names = [c.name for c in SHORT.components]
+    assert names == ["f2-f1", "f1", "f2", "2f1", "f1+f2", "2f2"]
+    # Mean, then components: a filter of the left half, one of both alike, one of their product too, a dead one.
+    amplitude = torch.tensor(
+        [[5, 0, 4, 0, 0, 0, 0], [1, 0, 2, 2, 0, 0, 0], [0, 1, 3, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0, 0]],
+        dtype=torch.float64,
+    )
+    assert float(loss.separation(amplitude)) == pytest.approx(12 / (12 + 2))
+    assert float(loss.imbalance(amplitude)) == pytest.approx((4**2 + 0 + 2**2) / (3 * 4**2))
+    a = torch.tensor([16.0, 8.0, 12.0]).sqrt()
+    assert float(loss.spread(amplitude)) == pytest.approx(float(a.sum() ** 2 / (4 * 36)))
+    for measure in (loss.separation, loss.imbalance, loss.spread):
+        assert float(measure(3 * amplitude)) == pytest.approx(float(measure(amplitude)))
+
+
+def test_three_parts_are_balanced_if_each_has_a_third() -> None:
+    stimulus = Stimulus((6.0, 7.5, 11.0, 13.5), parts="quadrants", n_frames=960, max_order=1)
+    loss = TagLoss(stimulus=stimulus)
+    one, all_alike = torch.eye(5, dtype=torch.float64)[[1]], torch.tensor([[9.0, 1, 1, 1, 1]], dtype=torch.float64)
+    assert float(loss.imbalance(one)) == pytest.approx(1)
+    assert float(loss.imbalance(all_alike)) == pytest.approx(0)
+
+
+def test_amplitudes_are_those_of_tag(images: Tensor) -> None:
+    torch.manual_seed(3)
+    net = build_model({"name": "resnet8"})
+    with torch.no_grad():
+        net(torch.rand(64, 3, 16, 16))
+    measured = amplitudes(net, images[:2], Stimulus())
+    loss = TagLoss(integration=0.5, balance=2.0, silence={"layer1.*": 1.0}, n_images=2, every_n_steps=1)
+    expected = {
+        "integration": torch.stack([loss.separation(a) for a in measured.values()]).mean(),
+        "balance": torch.stack([loss.imbalance(a) for a in measured.values()]).mean(),
+        "silence": torch.stack([loss.spread(a) for layer, a in measured.items() if layer.startswith("layer1.")]).mean(),
+    }
+    total = loss(net.train(), images)
+    torch.testing.assert_close(loss.latest, expected, rtol=1e-4, atol=1e-6)
+    whole = 0.5 * expected["integration"] + 2 * expected["balance"] + expected["silence"]
+    assert float(total.detach()) == pytest.approx(float(whole), rel=1e-4)
+
+
+@pytest.mark.parametrize("term", ["integration", "balance", "silence"])
+def test_gradients_are_finite_differences(term: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Conv2d(3, 4, 3), nn.Softplus()).double()
+    net(torch.rand(16, 1, 6, 6, dtype=torch.float64))
+    images = torch.rand(2, 1, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 0.6 + 0.2
+    images = images.float().double()
+    loss = TagLoss(**{term: 1.0}, stimulus=SHORT, n_images=2, every_n_steps=1)
+    weights = {name: value.detach().clone().requires_grad_() for name, value in net.named_parameters()}
+
+    def of(*values: Tensor) -> Tensor:
+        with torch.no_grad():
+            for parameter, value in zip(net.parameters(), values, strict=True):
+                parameter.copy_(value)
+        found = loss(net, images)
+        gradients = torch.autograd.grad(found, list(net.parameters()), allow_unused=True)
+        return Known.apply(found.detach(), gradients, *values)
+
+    assert torch.autograd.gradcheck(of, tuple(weights.values()), eps=1e-6, atol=1e-6, rtol=1e-4)
+
+
+class Known(torch.autograd.Function):
+    """A value whose gradients are given."""
+
+    @staticmethod
+    def forward(ctx: object, value: Tensor, gradients: tuple[Tensor, ...], *at: Tensor) -> Tensor:
+        ctx.found = [torch.zeros_like(x) if g is None else g for x, g in zip(at, gradients, strict=True)]  # type: ignore[attr-defined]
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: object, *given: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(given[0] * one for one in ctx.found)  # type: ignore[attr-defined]
+
+
+def test_gradient_steps_do_what_the_terms_say() -> None:
+    """What only silence, only balance, only integration is asked for changes that way."""
+    images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.6 + 0.2
+    for term, sign in (("silence", 1), ("balance", 1), ("integration", 1), ("integration", -1)):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        net(torch.rand(64, 1, 8, 8))
+        loss = TagLoss(**{term: float(sign)}, stimulus=SHORT, n_images=4, every_n_steps=1)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        values = []
+        for _ in range(100):
+            total = loss(net, images)
+            values.append(float(loss.latest[term]))
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+        assert sign * values[-1] < sign * values[0] - 0.02, (term, sign, values[0], values[-1])
+
+
+def test_tags_leave_the_network_as_it_is_and_come_every_n_steps(images: Tensor) -> None:
+    net = build_model({"name": "resnet8"}).train()
+    before = copy.deepcopy(net.state_dict())
+    loss = TagLoss(silence=1.0, every_n_steps=3)
+    once, never = loss(net, images, 0), loss(net, images, 1)
+    assert float(never) == 0
+    assert not never.requires_grad
+    assert float(once.detach()) == pytest.approx(3 * float(loss.latest["silence"]))
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    assert all(module.training for module in net.modules())
+    assert not any(module._forward_hooks for module in net.modules())
+    state = torch.get_rng_state()
+    loss(net, images, 3)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_normalised_batches_are_taken_back_to_pixels(images: Tensor) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
+    batch = (images - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+    loss = TagLoss(balance=1.0, every_n_steps=1, mean=mean, std=std)
+    loss(net, batch)
+    response = tag(net, images[:1], mean=mean, std=std, noise_std=0)
+    bins = [0, *(c.bin for c in Stimulus().components)]
+    assert float(loss.latest["balance"]) == pytest.approx(
+        float(loss.imbalance(response.layers["0"].amplitude[:, bins])), rel=1e-4
+    )
+
+
+def test_what_was_found_of_a_network_does_not_travel(images: Tensor) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    loss = TagLoss(balance=1.0, every_n_steps=1)
+    first = loss(net, images)
+    other = pickle.loads(pickle.dumps(loss))
+    assert torch.equal(other(net, images), first)
+    assert torch.equal(copy.deepcopy(loss)(net, images), first)
+
+
+def test_half_precision_around_it_changes_nothing(images: Tensor) -> None:
+    net = build_model({"name": "resnet8"})
+    loss = TagLoss(silence=1.0, every_n_steps=1)
+    full = loss(net, images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(loss(net, images), full)
+
+
+def test_a_dead_layer_is_no_error_and_has_no_gradient() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())
+    net[0].bias.data.fill_(-100)
+    loss = TagLoss(integration=1.0, balance=1.0, silence=1.0, every_n_steps=1)
+    loss(net, torch.rand(1, 1, 8, 8)).backward()
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in net.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n_images": 0}, "n_images must be at least 1"),
+        ({"every_n_steps": 0}, "every_n_steps must be at least 1"),
+        ({"silence": float("nan")}, "silence must be a finite weight"),
+        ({"balance": {"conv1": float("inf")}}, "balance must be a finite weight"),
+        ({"where": "here"}, "where must be one of"),
+        ({"mean": [0.5]}, "mean and std come together"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TagLoss(**arguments)  # type: ignore[arg-type]
+
+
+def test_bad_input_is_named(images: Tensor) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 2, 3))
+    with pytest.raises(InputError, match="layer pattern 'layer9' matches none"):
+        TagLoss(silence={"layer9": 1.0})(net, images)
+    with pytest.raises(InputError, match="images must be"):
+        TagLoss(silence=1.0)(net, images[0])
+    with pytest.raises(InputError, match="mean must hold one value a channel"):
+        TagLoss(silence=1.0, mean=[0.5], std=[0.5])(net, images)
+
+
+def test_a_product_of_the_halves_answers_at_their_sum_and_difference() -> None:
+    """By hand: with a and b the light of the halves, filters answer a + ab/2 and b + ab/2."""
+    depth, mean_light = 0.5, 0.75
+    loss = TagLoss(integration={"out": 1.0}, balance={"out": 1.0}, every_n_steps=1, stimulus=SHORT)
+    loss(Squares(), torch.ones(1, 1, 4, 4))
+    wave = depth / 2
+    own, other, mixed = wave * (1 + mean_light / 2), wave * mean_light / 2, 2 * (wave * wave / 2) / 2
+    assert float(loss.latest["integration"]) == pytest.approx(1 - mixed / (mixed + own + other), rel=1e-4)
+    assert float(loss.latest["balance"]) == pytest.approx(((own - other) / (own + other)) ** 2, rel=1e-4)
