@@ -40,13 +40,13 @@ TERMS = ("integration", "balance", "silence")
 # Losses by name: weights of the terms, and of the lasso.
 LOSSES: dict[str, tuple[dict[str, Any], float]] = {
     "plain": ({}, 0.0),
-    "lasso_weak": ({}, 2e-4),
-    "lasso": ({}, 1e-3),
-    "silence_weak": ({"silence": {FIRST: 0.1}}, 0.0),
-    "silence": ({"silence": {FIRST: 0.5}}, 0.0),
-    "integration": ({"integration": 0.5}, 0.0),
-    "separation": ({"integration": -0.5}, 0.0),
-    "balance": ({"balance": 0.5}, 0.0),
+    "lasso": ({}, 2e-2),
+    "lasso_strong": ({}, 5e-2),
+    "silence": ({"silence": {FIRST: 0.03}}, 0.0),
+    "silence_strong": ({"silence": {FIRST: 0.1}}, 0.0),
+    "integration": ({"integration": 0.2}, 0.0),
+    "separation": ({"integration": -0.2}, 0.0),
+    "balance": ({"balance": 0.3}, 0.0),
 }
 CUT = 0.5
 SHOWN = 64
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--losses", nargs="*", default=list(LOSSES), choices=list(LOSSES))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--split", default="test", choices=["val", "test"], help="choose on val, report on test")
-    parser.add_argument("--depth", type=int, default=14, help="of the ResNet (14)")
+    parser.add_argument("--depth", type=int, default=8, help="of the ResNet (8)")
     parser.add_argument("--images", type=int, default=10_000, help="to train on (10,000)")
     parser.add_argument("--epochs", type=int, default=10, help="of training (10)")
     parser.add_argument("--over-step", action="store_true", help="measure the time only")

@@ -13,20 +13,10 @@ import torch
 
 from freqprune.networks.registry import build_model
 from tests.conftest import ROOT
+from tests.forked import call
 from tests.jobs.test_jobs import SMALL
 
 EXPLAIN = "freqprune/jobs/as_explain.py"
-
-
-def call(script: str, *arguments: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / script), *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        check=False,
-        timeout=timeout,
-    )
 
 
 @pytest.mark.parametrize(
@@ -45,7 +35,7 @@ def call(script: str, *arguments: str, cwd: Path, timeout: float = 300) -> subpr
     ],
 )
 def test_errors_are_messages(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = call("train.py", *arguments, f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    done = call(ROOT / "train.py", *arguments, f"hydra.run.dir={tmp_path}", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -120,7 +110,7 @@ def test_sweep_gathers_its_jobs_and_goes_on_when_killed(tmp_path: Path) -> None:
         "importance=l2",
         f"hydra.sweep.dir={tmp_path / 'sweep'}",
     ]
-    done = call("prune.py", "-m", *SMALL, *sweep, cwd=tmp_path)
+    done = call(ROOT / "prune.py", "-m", *SMALL, *sweep, cwd=tmp_path)
     assert done.returncode == 2
     assert "pruning.macs_cut = 0.99 cannot be reached" in done.stderr
     found = [json.loads((tmp_path / "sweep" / str(job) / "metrics.json").read_text()) for job in range(2)]
@@ -136,7 +126,7 @@ def test_sweep_gathers_its_jobs_and_goes_on_when_killed(tmp_path: Path) -> None:
     before = (tmp_path / "sweep" / "0" / "metrics.json").stat().st_mtime_ns
     content = json.loads(interrupted.read_text())
     interrupted.write_text(json.dumps({key: value for key, value in content.items() if key != "finished"}))
-    again = call("prune.py", "-m", *SMALL, *sweep, cwd=tmp_path)
+    again = call(ROOT / "prune.py", "-m", *SMALL, *sweep, cwd=tmp_path)
     assert again.returncode == 2
     assert json.loads(interrupted.read_text())["pruned"]["test_accuracy"] == content["pruned"]["test_accuracy"]
     assert json.loads(interrupted.read_text())["finished"]
@@ -148,7 +138,7 @@ def test_sweep_gathers_its_jobs_and_goes_on_when_killed(tmp_path: Path) -> None:
         (tmp_path / "sweep" / "sweep.md").read_text(),
         (tmp_path / "sweep" / "0" / ".hydra" / "overrides.yaml").read_text(),
     )
-    other = call("prune.py", "-m", *SMALL, *sweep, "pruning.macs_cut=0.3", "seed=0", cwd=tmp_path)
+    other = call(ROOT / "prune.py", "-m", *SMALL, *sweep, "pruning.macs_cut=0.3", "seed=0", cwd=tmp_path)
     assert other.returncode == 2
     assert "0 holds a finished job of another sweep" in other.stderr
     assert (tmp_path / "sweep" / "sweep.md").read_text() == table
@@ -156,7 +146,7 @@ def test_sweep_gathers_its_jobs_and_goes_on_when_killed(tmp_path: Path) -> None:
 
     # Job 0 with other defaults.
     (tmp_path / "sweep" / "0" / "run.json").write_text('{"settings": {}}')
-    other = call("prune.py", "-m", *SMALL, *sweep, "pruning.macs_cut=0.2", "seed=0", cwd=tmp_path)
+    other = call(ROOT / "prune.py", "-m", *SMALL, *sweep, "pruning.macs_cut=0.2", "seed=0", cwd=tmp_path)
     assert "holds a finished job with other settings" in other.stderr
 
 
@@ -164,11 +154,11 @@ def test_quiet_tells_the_folders_and_nothing_else(tmp_path: Path) -> None:
     torch.save(build_model({"name": "resnet8"}).state_dict(), tmp_path / "w.pt")
     out = tmp_path / "out"
     arguments = ["--quiet", "-m", *SMALL, f"ckpt={tmp_path / 'w.pt'}", "pruning=none", f"hydra.sweep.dir={out}"]
-    done = call("prune.py", *arguments, cwd=tmp_path)
+    done = call(ROOT / "prune.py", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stdout.splitlines() if "HYDRA]" not in line]  # Hydra numbers the jobs of a sweep
     assert said == [f"{out}/0", str(out)]
-    refused = call("prune.py", "--quiet", "ckpt=none.pt", cwd=tmp_path)
+    refused = call(ROOT / "prune.py", "--quiet", "ckpt=none.pt", cwd=tmp_path)
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: ckpt = none.pt does not exist")
 
@@ -182,7 +172,7 @@ def test_submitit_runs_jobs_on_this_machine(tmp_path: Path) -> None:
         "hydra/launcher=submitit_local",
         f"hydra.sweep.dir={tmp_path / 'sweep'}",
     ]
-    done = call("prune.py", "-m", *SMALL, *sweep, cwd=tmp_path)
+    done = call(ROOT / "prune.py", "-m", *SMALL, *sweep, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "| seeds | dense, % |\n|---|---|\n| 1 |" in (tmp_path / "sweep" / "sweep.md").read_text()
     assert (tmp_path / "sweep" / "0" / "report.html").is_file()
@@ -213,7 +203,7 @@ def test_interrupt_leaves_a_checkpoint_that_resumes(how: signal.Signals, tmp_pat
         return  # resuming is the same for both
     done_epochs = torch.load(last, weights_only=True)["epoch"] + 1
     again = call(
-        "train.py",
+        ROOT / "train.py",
         *arguments,
         f"ckpt_path={last}",
         f"trainer.max_epochs={done_epochs + 1}",

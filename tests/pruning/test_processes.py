@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from freqprune.attribution.images import attribute
@@ -20,6 +19,7 @@ from freqprune.pruning.depth import block_scores
 from freqprune.pruning.moments import input_moments, output_gradients
 from freqprune.pruning.walk import Reconstruction
 from freqprune.tagging.stimulus import Stimulus
+from tests.forked import in_two_processes
 
 
 def network() -> nn.Module:
@@ -86,7 +86,7 @@ def one_process(rank: int, folder: str) -> None:
 
 
 def test_two_processes_come_to_what_one_does(tmp_path: Path) -> None:
-    mp.spawn(one_process, (str(tmp_path),), nprocs=2)
+    in_two_processes(one_process, str(tmp_path))
     alone = everything()
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

@@ -17,7 +17,6 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from pytorch_lightning.strategies import FSDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -30,6 +29,7 @@ from freqprune.tagging.measurement import tag
 from freqprune.training.classifier import Classifier
 from freqprune.training.datamodule import DigitsData
 from tests.conftest import ROOT
+from tests.forked import in_two_processes
 from tests.jobs.test_jobs import SMALL
 
 
@@ -60,7 +60,7 @@ def one_process(rank: int, folder: str) -> None:
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    mp.spawn(one_process, (str(tmp_path),), nprocs=2)
+    in_two_processes(one_process, str(tmp_path))
     for average in AVERAGES:
         alone = tag(network(), images(), average=average)
         for rank in (0, 1):
@@ -164,7 +164,7 @@ def test_processes_prune_while_they_train(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(pruned_in_training, (str(tmp_path / "2"), 2, port), nprocs=2)
+    in_two_processes(pruned_in_training, str(tmp_path / "2"), 2, port)
     alone = torch.load(tmp_path / "1" / "0.pt")
     one, other = (torch.load(tmp_path / "2" / f"{rank}.pt") for rank in (0, 1))
     assert alone["kept"] == one["kept"] == other["kept"]
