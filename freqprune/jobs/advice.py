@@ -15,6 +15,8 @@ from freqprune.reports import show
 
 # What training and pruning have to agree on; the checkpoint says which network it is.
 SHARED = ("experiment", "data", "tagging", "imports", "trainer")
+# Where and in how many processes; how long a training is has no meaning for what follows it.
+WHERE = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes")
 AMOUNT = ("pruning", "pruning.ratio", "pruning.threshold", "pruning.macs_cut", "pruning.latency_cut",
           "pruning.latency_ms")  # fmt: skip
 SHARES = "pruning.macs_cut=0.3,0.5,0.7"
@@ -50,13 +52,14 @@ def commands(job: str, out: Path, prune: str, overrides: Sequence[str]) -> list[
         again = [
             override
             for key, override in given.items()
-            if key in SHARED or (key.startswith(("data.", "tagging.")) and key != "tagging.epoch_images")
+            if key in (*SHARED, *WHERE) or (key.startswith(("data.", "tagging.")) and key != "tagging.epoch_images")
         ]
     else:
         again = [override for key, override in given.items() if key not in (*AMOUNT, "resume")]
     brought = given.keys() & {"ckpt", "pretrained", "model.weights", "model.pretrained"}
     if job == "train" or not brought:  # the network was trained here
-        again = [one for one in again if not one.startswith(("model=", "model.", "optimizer", "trainer.", "ckpt_path"))]
+        own = ("model=", "model.", "optimizer", "trainer.", "ckpt_path")
+        again = [one for one in again if one.startswith(WHERE) or not one.startswith(own)]
         again.append(f"ckpt={out / 'checkpoints' / 'last.ckpt'}")
 
     def call(*more: str, sweep: bool = False) -> str:

@@ -22,6 +22,7 @@ from torch import nn
 
 from freqprune.errors import InputError
 from freqprune.jobs.config import Common
+from freqprune.jobs.launch import place
 from freqprune.jobs.loggers import make_logger
 from freqprune.jobs.settings import Settings
 from freqprune.networks import (
@@ -250,13 +251,15 @@ def _say(reason: str) -> None:
 
 
 def evaluator(settings: Settings) -> pl.Trainer:
+    """A trainer that measures on all test images, in each process on its own device."""
+    index = chosen_device(settings).index
     arguments = {
         key: value for key, value in settings.trainer.items() if key in ("_target_", "accelerator", "precision")
     }
     bar = None if is_quiet() else settings.callbacks.get("progress")
     trainer = instantiate(
         arguments,
-        devices=1,
+        devices=1 if index is None else [index],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=bar is not None,
@@ -283,5 +286,5 @@ def metric(trainer: pl.Trainer, name: str) -> float:
 
 
 def chosen_device(settings: Settings) -> torch.device:
-    strategy = evaluator(settings).strategy
-    return strategy.root_device
+    """The device that the trainer gives this process."""
+    return place(settings.trainer).strategy.root_device

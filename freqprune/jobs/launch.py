@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import pytorch_lightning as pl
 from hydra.utils import instantiate
 from lightning_fabric import Fabric
 
@@ -38,6 +39,15 @@ def in_all_processes(trainer: Mapping[str, Any]) -> Iterator[bool]:
         yield rank_and_size()[0] == 0
 
 
+def place(trainer: Mapping[str, Any]) -> pl.Trainer:
+    """A Lightning trainer with these settings that runs nothing: where it would run, and in how many processes."""
+    where = {key: trainer[key] for key in (*_WHERE, "strategy") if key in trainer}
+    quietly = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    made = instantiate({"_target_": trainer["_target_"], **where}, **quietly, enable_model_summary=False)
+    assert isinstance(made, pl.Trainer)
+    return made
+
+
 def world_size(trainer: Mapping[str, Any]) -> int:
     """How many processes a Lightning trainer with these settings runs in.
 
@@ -45,9 +55,7 @@ def world_size(trainer: Mapping[str, Any]) -> int:
         InputError: if torchrun or srun have started another number of them; for batch norms over several of them on a
             CPU.
     """
-    where = {key: trainer[key] for key in (*_WHERE, "strategy") if key in trainer}
-    quietly = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    made = instantiate({"_target_": trainer["_target_"], **where}, **quietly, enable_model_summary=False)
+    made = place(trainer)
     asked, there = made.num_devices * made.num_nodes, launched()
     if there is not None and there.processes != asked:
         raise InputError(

@@ -6,7 +6,9 @@ import time
 from dataclasses import asdict, replace
 from typing import Any
 
+import pytorch_lightning as pl
 from omegaconf import DictConfig
+from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities import rank_zero_only
 
 from freqprune.jobs import assembly
@@ -80,7 +82,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     validated = {"val_accuracy": assembly.metric(trainer, "val/accuracy")} if data.validates else {}
     metrics = {
         **validated,
-        **assembly.tested(trainer, classifier, data),
+        **_tested(settings, trainer, classifier, data),
         "epochs": trainer.current_epoch,
         "seconds": round(seconds, 2),
     }
@@ -101,6 +103,16 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
             show_folder(out)
             advise("train", out)
     return metrics, {"data": data, "classifier": classifier, "trainer": trainer, "tagging": tagging}
+
+
+def _tested(settings: Settings, trainer: pl.Trainer, classifier: Classifier, data: ImageData) -> dict[str, float]:
+    """Test accuracy. Several processes each see all images: dealt out, an odd one would be counted twice."""
+    if not isinstance(trainer.strategy, DDPStrategy):
+        return assembly.tested(trainer, classifier, data)
+    found = assembly.tested(assembly.evaluator(settings), classifier, data)
+    if trainer.logger is not None:
+        trainer.logger.log_metrics({name.replace("_", "/", 1): value for name, value in found.items()})
+    return found
 
 
 def _tag_loss(settings: Settings, data: ImageData) -> TagLoss | None:

@@ -66,6 +66,15 @@ def test_what_is_advised_can_be_typed(job: str, given: list[str], out: Path) -> 
         exec(compile(words[2], "advice", "exec"), {})
 
 
+@pytest.mark.parametrize("job", ["train", "prune"])
+def test_what_follows_runs_where_the_job_ran(job: str, out: Path) -> None:
+    where = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    for one in commands(job, out, "python prune.py", [*TRAINED, *where])[1:]:
+        if one.startswith("python prune.py"):
+            assert set(where) <= set(shlex.split(one))
+            assert "trainer.max_epochs" not in one
+
+
 def test_every_entry_is_a_line(tmp_path: Path) -> None:
     logger = JSONLinesLogger(save_dir=tmp_path, name="", version="")
     logger.log_metrics({"epoch": 1.0, "train/loss": torch.tensor(0.5)}, step=7)

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 from freqprune.errors import InputError
+from freqprune.jobs.assembly import chosen_device, evaluator
 from freqprune.jobs.launch import world_size
 from freqprune.jobs.launched import launched, run_id
+from freqprune.jobs.settings import read
+from tests.jobs.test_jobs import config
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
 SRUN = {"SLURM_JOB_ID": "17", "SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}
@@ -42,6 +45,18 @@ def test_a_run_folder_has_one_name_in_all_processes(told: Any, tmp_path: Path) -
     assert run_id() == time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(1e9))
     told(**{**TORCHRUN, "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "cut"})
     assert run_id() == "cut"
+
+
+def test_each_process_has_a_device_of_its_own(told: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told()
+    monkeypatch.setattr("lightning_fabric.accelerators.cuda.num_cuda_devices", lambda: 2)
+    monkeypatch.setattr("pytorch_lightning.accelerators.cuda.num_cuda_devices", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *args: (8, 0))
+    for rank in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        settings = read(config("prune", tmp_path, "trainer=ddp", "trainer.accelerator=gpu", "trainer.devices=2"))
+        assert str(chosen_device(settings)) == f"cuda:{rank}"
+        assert str(evaluator(settings).strategy.root_device) == f"cuda:{rank}"
 
 
 def test_other_processes_than_were_asked_for_are_refused(told: Any) -> None:

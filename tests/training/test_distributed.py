@@ -245,11 +245,14 @@ def by_torchrun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_two_processes_of_torchrun_train_and_prune_into_one_run_folder(tmp_path: Path) -> None:
-    more = ["pruning=filters", "pruning.calibration_images=96", "tagging.n_images=3"]
+    more = ["pruning=filters", "pruning.calibration_images=96", "tagging.n_images=3", "data.limit_test=41"]
     done = by_torchrun(*TWO, *more, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "outputs" / "train").iterdir()
-    assert json.loads((run / "training.json").read_text())["epochs"] == 1
+    training = json.loads((run / "training.json").read_text())
+    assert training["epochs"] == 1
+    # Of two processes neither counts an image twice.
+    assert training["test_accuracy"] * 41 == pytest.approx(round(training["test_accuracy"] * 41), abs=1e-4)
     assert (run / "checkpoints" / "last.ckpt").exists()
     assert done.stdout.count("trained resnet8") == 1
     assert done.stdout.count("filters kept by") == 1
