@@ -40,8 +40,8 @@ TERMS = ("integration", "balance", "silence")
 # Losses by name: weights of the terms, and of the lasso.
 LOSSES: dict[str, tuple[dict[str, Any], float]] = {
     "plain": ({}, 0.0),
-    "lasso": ({}, 2e-2),
-    "lasso_strong": ({}, 5e-2),
+    "lasso": ({}, 5e-3),
+    "lasso_strong": ({}, 2e-2),
     "silence": ({"silence": {FIRST: 0.03}}, 0.0),
     "silence_strong": ({"silence": {FIRST: 0.1}}, 0.0),
     "integration": ({"integration": 0.2}, 0.0),

@@ -4,6 +4,7 @@ bring."""
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest first: one that starts last keeps a single process busy while the others wait."""
     order = {name: position for position, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Where time is short, slow tests begin only until a time, in seconds since 1970."""
+    until = os.environ.get("FREQPRUNE_SLOW_UNTIL")
+    if until and item.get_closest_marker("slow") and time.time() > float(until):
+        pytest.skip("left out, for the time for slow tests is over: FREQPRUNE_SLOW_UNTIL")
 
 
 @pytest.fixture(autouse=True)

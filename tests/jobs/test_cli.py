@@ -100,6 +100,7 @@ def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
     assert "tagging: " in done.stdout
 
 
+@pytest.mark.slow
 def test_sweep_gathers_its_jobs_and_goes_on_when_killed(tmp_path: Path) -> None:
     torch.save(build_model({"name": "resnet8"}).state_dict(), tmp_path / "w.pt")
     sweep = [
@@ -163,6 +164,7 @@ def test_quiet_tells_the_folders_and_nothing_else(tmp_path: Path) -> None:
     assert refused.stderr.startswith("error: ckpt = none.pt does not exist")
 
 
+@pytest.mark.slow
 def test_submitit_runs_jobs_on_this_machine(tmp_path: Path) -> None:
     torch.save(build_model({"name": "resnet8"}).state_dict(), tmp_path / "w.pt")
     sweep = [

@@ -46,6 +46,7 @@ SMALL = (
     "+trainer.enable_progress_bar=false",
     "callbacks.progress=null",
     "tagging.n_images=2",
+    "tagging.epoch_images=4",
     "finetune.epochs=1",
     "pruning.bn_images=64",
     "latency.n_runs=2",
@@ -287,6 +288,7 @@ def test_a_pruned_network_resumes_training_its_widths(pruned: tuple[Path, dict[s
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 @pytest.mark.parametrize("job", ["train", "prune"])
 def test_every_experiment_runs_small(experiment: str, job: str, tmp_path: Path) -> None:
@@ -505,6 +507,7 @@ def test_intermodulation_appears_with_the_first_nonlinearity(public_weights: Pat
     assert after.snr("conv1", ["f1+f2"]).nanmedian() > 1.7
 
 
+@pytest.mark.slow
 def test_everything_at_once(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """Residual streams, two steps with fine-tuning between, least squares, multiples, distillation, exports."""
     ckpt = trained[0] / "checkpoints" / "last.ckpt"
@@ -547,6 +550,7 @@ def test_everything_at_once(trained: tuple[Path, dict[str, Any]], tmp_path: Path
     torch.testing.assert_close(net.state_dict(), objects["net"].state_dict())
 
 
+@pytest.mark.slow
 def test_blocks_go_and_the_rest_is_fine_tuned(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     ckpt = trained[0] / "checkpoints" / "last.ckpt"
     more = ("importance=logit_error", "pruning.blocks=true", "pruning.macs_cut=0.6", "pruning.rounds=0",
@@ -575,6 +579,7 @@ class Bomb(pl.Callback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*received KeyboardInterrupt.*")
 def test_interrupted_fine_tuning_goes_on_to_the_same_result(
     trained: tuple[Path, dict[str, Any]], tmp_path: Path

@@ -244,6 +244,7 @@ def by_torchrun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, timeout=300)
 
 
+@pytest.mark.slow
 def test_two_processes_of_torchrun_train_and_prune_into_one_run_folder(tmp_path: Path) -> None:
     more = ["pruning=filters", "pruning.calibration_images=96", "tagging.n_images=3", "data.limit_test=41"]
     done = by_torchrun(*TWO, *more, cwd=tmp_path)
@@ -262,6 +263,7 @@ def test_two_processes_of_torchrun_train_and_prune_into_one_run_folder(tmp_path:
     assert sum(p.numel() for p in load_pruned(run / "pruned.ckpt").parameters()) == metrics["pruned"]["params"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the other process in /proc")
 def test_a_process_that_is_killed_ends_the_others(tmp_path: Path) -> None:
     torch.manual_seed(0)
