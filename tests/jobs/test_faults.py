@@ -16,7 +16,7 @@ import torch
 from freqprune.networks.checkpoint import save_pruned
 from freqprune.networks.registry import build_model
 from tests.conftest import ROOT
-from tests.jobs.test_cli import call
+from tests.forked import call
 from tests.jobs.test_jobs import SMALL, config
 
 RUN = (
@@ -119,7 +119,7 @@ def test_a_disk_that_takes_no_more_is_a_clear_error(script: str, tmp_path: Path)
 def test_a_folder_that_cannot_be_written_to_is_told_before_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = call(
-        "train.py",
+        ROOT / "train.py",
         *SMALL,
         f"output_dir={tmp_path / 'file' / 'run'}",
         f"hydra.run.dir={tmp_path / 'hydra'}",

@@ -67,6 +67,7 @@ def test_the_data_take_over_what_the_weights_were_trained_with(folder: Path, tmp
         ImageFolderData(folder, image_size=30, resize=20).load()
 
 
+@pytest.mark.slow
 def test_trained_further_and_pruned(folder: Path, tmp_path: Path) -> None:
     few = ("data.image_size=64", "model.num_classes=2")
     train(config("train", tmp_path / "run", "pruning=none", *few, base=small(folder)))

@@ -101,7 +101,15 @@ def test_masked_equivalence_with_the_residual_stream(name: str, shortcut: str, a
 
 
 @pytest.mark.parametrize("streams", [False, True], ids=["inner", "streams"])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "vgg11_bn", "mobilenet_v2", "densenet121"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        "resnet50",
+        "mobilenet_v2",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("vgg11_bn", "densenet121")),
+    ],
+)
 def test_torchvision_networks(name: str, streams: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = shaken(build_model({"name": f"torchvision/{name}", "num_classes": 10}))
@@ -204,6 +212,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 SMALL = torch.rand(1, 3, 8, 8)
 
 
+@pytest.mark.slow
 @settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
 def test_any_table_ends_in_a_correct_network_or_a_clear_error(case: dict[str, Any]) -> None:

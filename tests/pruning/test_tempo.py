@@ -66,6 +66,7 @@ def slow_as(share: Callable[[nn.Module], float], monkeypatch: pytest.MonkeyPatch
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_by_macs")
 def test_the_cut_goes_on_until_the_measured_time_is_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
@@ -107,6 +108,7 @@ def test_a_time_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.Monke
         cut(net, material, recipe(tmp_path, latency_ms=1e6), Stimulus())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_by_macs")
 def test_what_is_missed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = build_model({"name": "resnet20"}).eval()
