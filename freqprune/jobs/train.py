@@ -111,7 +111,9 @@ def _tested(settings: Settings, trainer: pl.Trainer, classifier: Classifier, dat
         return assembly.tested(trainer, classifier, data)
     found = assembly.tested(assembly.evaluator(settings), classifier, data)
     if trainer.logger is not None:
-        trainer.logger.log_metrics({name.replace("_", "/", 1): value for name, value in found.items()})
+        values = {name.replace("_", "/", 1): value for name, value in found.items()}
+        trainer.logger.log_metrics(values, trainer.global_step)
+        trainer.logger.save()
     return found
 
 

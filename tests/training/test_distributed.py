@@ -252,6 +252,9 @@ def test_two_processes_of_torchrun_train_and_prune_into_one_run_folder(tmp_path:
     (run,) = (tmp_path / "outputs" / "train").iterdir()
     training = json.loads((run / "training.json").read_text())
     assert training["epochs"] == 1
+    with (run / "metrics.csv").open() as file:
+        logged = [float(row["test/accuracy"]) for row in csv.DictReader(file) if row.get("test/accuracy")]
+    assert logged == [pytest.approx(training["test_accuracy"])]
     # Of two processes neither counts an image twice.
     assert training["test_accuracy"] * 41 == pytest.approx(round(training["test_accuracy"] * 41), abs=1e-4)
     assert (run / "checkpoints" / "last.ckpt").exists()
