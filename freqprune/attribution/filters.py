@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from freqprune.attribution.effects import estimate
 from freqprune.attribution.gates import batches, check_frames, frames_for, gates
+from freqprune.attribution.inputs import normalisation
 from freqprune.attribution.pairs import find_interactions
 from freqprune.errors import InputError, closest
 from freqprune.networks import check_answers, evaluating, first, hooked
@@ -70,6 +71,9 @@ def filter_effects(
     steepness: float = 1.0,
     seed: int = 0,
     progress: Progress | None = None,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> FilterEffects:
     """Gate every filter of a layer at a frequency of its own and read the logits: the effect of each on every class.
 
@@ -78,12 +82,15 @@ def filter_effects(
 
     Args:
         model: a classifier; runs in eval mode, which is restored.
-        images: network inputs (normalised), ``(n_images, n_channels, height, width)``.
+        images: network inputs (normalised), ``(n_images, n_channels, height, width)``; pixels where `mean` and `std`
+            are given.
         layer: name of a convolution or linear layer.
         forwards: frames that an image takes at most; one recording of ``4 * n_filters`` if left out.
         steepness: of the gates, see `freqprune.attribution.gates`.
         seed: of frequencies and phases.
         progress: wraps the iteration over images, for a progress bar.
+        mean: channel means that the images are to be normalised with, as in `freqprune.attribute`.
+        std: channel standard deviations, likewise.
 
     Raises:
         InputError: for an unknown layer, too few forwards, or a network that returns no logits.
@@ -96,6 +103,9 @@ def filter_effects(
     n_filters = len(module.weight)
     forwards = frames_for(n_filters) if forwards is None else forwards
     check_frames(n_filters, forwards)
+    if mean is not None or std is not None:
+        shift, scale = normalisation(model, images, mean, std)
+        images = (images.to(shift) - shift) / scale
     check_answers(model, images[:1])
     site = find_sites(model, images[:1], [layer])[0]
     generator = torch.Generator().manual_seed(seed)

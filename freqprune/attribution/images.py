@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from freqprune.attribution.baselines import find_baseline
 from freqprune.attribution.effects import Attribution, estimate
 from freqprune.attribution.gates import batches, check_frames, frames_for, opened, overlapped, waves
+from freqprune.attribution.inputs import normalisation
 from freqprune.attribution.pairs import find_interactions
 from freqprune.attribution.parts import find_parts, places
 from freqprune.attribution.scores import Score, read, targets
 from freqprune.attribution.sensitivity import first_order
 from freqprune.attribution.smoothing import smoothed
 from freqprune.errors import InputError, at_least, one_of
-from freqprune.networks import check_answers, device_of, evaluating, first
+from freqprune.networks import check_answers, evaluating, first
 from freqprune.processes import merged, rank_and_size
 from freqprune.tagging import HALF, Progress
 
@@ -86,7 +87,7 @@ def attribute(
     at_least(0, overlap=overlap)
     if until is not None and not until > 0:
         raise InputError(f"until must be a standard error above 0, got {until}")
-    reader = _Reader(model, *_normalisation(model, images, mean, std), score, _dtype(half))
+    reader = _Reader(model, *normalisation(model, images, mean, std), score, _dtype(half))
     whole = reader.inputs(images)
     check_answers(model, whole[:1])
     faded = reader.inputs(find_baseline(images.float(), baseline))
@@ -219,18 +220,3 @@ def _dtype(half: str | None) -> torch.dtype | None:
         return None
     one_of(HALF, half=half)
     return HALF[half]
-
-
-def _normalisation(
-    model: nn.Module, images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> tuple[Tensor, Tensor]:
-    if (mean is None) != (std is None):
-        raise InputError("mean and std come together: give both or neither")
-    device, n_channels = device_of(model), images.shape[1]
-    found = []
-    for name, values, plain in (("mean", mean, 0.0), ("std", std, 1.0)):
-        values = [plain] * n_channels if values is None else list(values)
-        if len(values) != n_channels:
-            raise InputError(f"{name} must hold {n_channels} values, one a channel, got {values}")
-        found.append(torch.tensor(values, device=device).view(-1, 1, 1))
-    return found[0], found[1]

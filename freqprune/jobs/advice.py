@@ -17,6 +17,8 @@ from freqprune.reports import show
 SHARED = ("experiment", "data", "tagging", "imports", "trainer")
 # Where and in how many processes; how long a training is has no meaning for what follows it.
 WHERE = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes")
+# Of the tags, what only training has a use for.
+IN_TRAINING = ("tagging.epoch_images", "tagging.every_n_epochs")
 AMOUNT = ("pruning", "pruning.ratio", "pruning.threshold", "pruning.macs_cut", "pruning.latency_cut",
           "pruning.latency_ms")  # fmt: skip
 SHARES = "pruning.macs_cut=0.3,0.5,0.7"
@@ -45,14 +47,15 @@ def commands(job: str, out: Path, prune: str, overrides: Sequence[str]) -> list[
         prune: how the program that prunes is called.
         overrides: ``key=value`` as the job got them.
     """
-    page = "report.html" if job == "prune" else "explore.html"
+    # Without tags there is nothing to explore.
+    page = "explore.html" if job != "prune" and (out / "explore.html").is_file() else "report.html"
     look = f"python -m webbrowser {(out / page).resolve().as_uri()}"
     given = {override.lstrip("+~").split("=")[0]: override for override in overrides}
     if job == "train":
         again = [
             override
             for key, override in given.items()
-            if key in (*SHARED, *WHERE) or (key.startswith(("data.", "tagging.")) and key != "tagging.epoch_images")
+            if key in (*SHARED, *WHERE) or (key.startswith(("data.", "tagging.")) and key not in IN_TRAINING)
         ]
     else:
         again = [override for key, override in given.items() if key not in (*AMOUNT, "resume")]

@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 # Images that are repeated to batches of any size.
 SHOWN = 8
+# Seconds from which on a job is told how it gets quicker.
+LONG_S = 600
+CUT_FASTER = "fewer pruning.calibration_images, importance=l2"
 
 
 def announce_training(
@@ -69,7 +72,8 @@ def announce_training(
             stages |= of_pruning(found, settings, data, cut)
         return Forecast(stages)
 
-    _announce(settings.out, _about(net, data), said, forecast, device)
+    faster = "tagging=quick, tagging.every_n_epochs=0, fewer trainer.max_epochs" + (f", {CUT_FASTER}" if cut else "")
+    _announce(settings.out, _about(net, data), said, forecast, device, faster)
 
 
 def announce_pruning(
@@ -97,7 +101,8 @@ def announce_pruning(
         trains = cut is not None and settings.finetune_epochs + settings.course.step_epochs > 0
         return Forecast(of_pruning(_pace(settings, net, data, example.device, trains), settings, data, cut))
 
-    _announce(settings.out, _about(net, data), _cut_in_words(settings), forecast, example.device)
+    faster = f"tagging=quick{f', {CUT_FASTER}, fewer finetune.epochs' if cut else ''}"
+    _announce(settings.out, _about(net, data), _cut_in_words(settings), forecast, example.device, faster)
 
 
 def announce_explaining(out: Path, net: nn.Module, pixels: Tensor, tags: Tags) -> None:
@@ -128,7 +133,9 @@ def announce_explaining(out: Path, net: nn.Module, pixels: Tensor, tags: Tags) -
     )
 
 
-def _announce(out: Path, network: str, said: str, forecast: Callable[[], Forecast], device: torch.device) -> None:
+def _announce(
+    out: Path, network: str, said: str, forecast: Callable[[], Forecast], device: torch.device, faster: str = ""
+) -> None:
     show(network, said)
     try:
         found = forecast()
@@ -141,6 +148,8 @@ def _announce(out: Path, network: str, said: str, forecast: Callable[[], Forecas
     if words := str(found):
         threads = f", {_many(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
         show(f"{words} on {device.type}{threads}")
+        if found.total.low > LONG_S and faster:
+            show(f"for a quicker look: {faster}")
         record.write_json(out / record.FORECAST, found.record())
 
 

@@ -142,8 +142,8 @@ def tell(settings: Settings, metrics: Mapping[str, Any], title: str, verdict: Ve
     if verdict is not None:
         answering, everything = sum(verdict.counts.values()), sum(len(flags) for flags in verdict.important.values())
         show(
-            f"{answering} of {everything} recorded filters answer the tags ({settings.judgement.important_by}), pixel "
-            "noise sd "
+            f"{answering} of {everything} filters that were read answer the tags (by "
+            f"{settings.judgement.important_by}), pixel noise sd "
             f"{settings.readout.noise_std:g}"
         )
     for remark in metrics.get("remarks", []):

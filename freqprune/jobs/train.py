@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import asdict, replace
 from typing import Any
@@ -24,6 +25,8 @@ from freqprune.pruning import plan_cut
 from freqprune.reports import record, show, show_folder, write_page
 from freqprune.tagging import TagLoss, pick_layers
 from freqprune.training import Classifier, FrequencyTagging, ImageData
+
+log = logging.getLogger(__name__)
 
 
 def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -99,6 +102,12 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
             + f"test {100 * metrics['test_accuracy']:.2f} %"
             + (f"; {total} important filters" if tagging.latest else "")
         )
+        if metrics["test_accuracy"] <= 1.2 / len(data.classes):
+            log.warning(
+                "the network is hardly better than chance (%.1f %% of %d classes): more epochs (trainer.max_epochs), a "
+                "lower optimizer.lr, or a smaller data.batch_size, which gives more steps an epoch",
+                100 / len(data.classes), len(data.classes),
+            )  # fmt: skip
         if settings.recipe is None:
             show_folder(out)
             advise("train", out)

@@ -118,12 +118,16 @@ def cut(
     if plan.blocks:
         found |= block_scores(net, evidence.frames or _some(plan, material, recipe, stimulus), progress=progress)
     amount = recipe.amount
-    if amount.by_time:
-        # What is timed in one process is timed while the others wait.
-        kept, amount, more = from_first(to_time, plan, found, material, recipe, progress)
-        notes += more
-    else:
-        kept = select(found, amount, plan.macs, plan.blocks)
+    try:
+        if amount.by_time:
+            # What is timed in one process is timed while the others wait.
+            kept, amount, more = from_first(to_time, plan, found, material, recipe, progress)
+            notes += more
+        else:
+            kept = select(found, amount, plan.macs, plan.blocks)
+    except InputError as error:
+        # Layers that were left out may be why an amount cannot be reached.
+        raise InputError("; ".join([str(error), *notes])) from None
     # One decides: rounding may differ between processes.
     kept = from_first(plan.sensible, kept)
     small = plan.apply(kept)
@@ -152,9 +156,12 @@ def _seen_enough(
         f"{len(lacking)} of {len(chosen)} layers are read by a layer that the calibration images give fewer samples "
         f"than it has inputs, worst {worst}, which lacks {short[worst]}"
     )
-    advice = "give more calibration images (pruning.calibration_images)"
+    advice = (
+        "give more calibration images (pruning.calibration_images) or larger ones, or, if there are none, rank by the "
+        "weights (importance=l2)"
+    )
     if len(lacking) == len(chosen):
-        raise InputError(f"{found}: nothing can be said of their filters; {advice}, or use importance=l2")
+        raise InputError(f"{found}: nothing can be said of their filters; {advice}")
     return [name for name in chosen if name not in lacking], [
         f"{found}: {', '.join(lacking)} keep their filters, which would look redundant for that alone; {advice}"
     ]

@@ -178,7 +178,7 @@ def scores(
         (
             "graph",
             evidence.graph is not None,
-            "looks at all weights that go with a filter: pass Evidence(graph=ChannelGraph(model, example))",
+            "looks at all weights that go with a filter: pass Evidence(graph=freqprune.ChannelGraph(model, example))",
         ),
         (
             "moments",

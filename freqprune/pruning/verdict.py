@@ -43,7 +43,7 @@ class Judgement:
             raise InputError(f"threshold must be a positive SNR when important_by=threshold, got {self.threshold}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verdict:
     """Which filters count as important.
 
@@ -55,6 +55,10 @@ class Verdict:
 
     important: dict[str, Tensor]
     p_values: dict[str, Tensor] | None = None
+
+    def __repr__(self) -> str:
+        total = sum(len(flags) for flags in self.important.values())
+        return f"Verdict({sum(self.counts.values())} of {total} filters important, by layer: {self.counts})"
 
     @property
     def counts(self) -> dict[str, int]:

@@ -44,6 +44,15 @@ def test_the_effect_is_what_leaving_a_filter_out_takes_away(net: nn.Module) -> N
     assert found.interactions.abs().max() < 1e-4
 
 
+def test_pixels_are_normalised_where_mean_and_std_are_given(net: nn.Module) -> None:
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
+    inputs = (IMAGES - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+    found = filter_effects(net, IMAGES, "second", mean=mean, std=std)
+    torch.testing.assert_close(found.effects, filter_effects(net, inputs, "second").effects, rtol=1e-5, atol=1e-7)
+    with pytest.raises(InputError, match="mean and std come together"):
+        filter_effects(net, IMAGES, "second", mean=mean)
+
+
 def test_filters_of_the_first_of_two_layers(net: nn.Module) -> None:
     """Its activation module is used twice and only its first call is gated: a filter that nothing reads does
     nothing."""

@@ -66,6 +66,17 @@ def test_what_is_advised_can_be_typed(job: str, given: list[str], out: Path) -> 
         exec(compile(words[2], "advice", "exec"), {})
 
 
+def test_what_is_not_there_is_not_advised(out: Path) -> None:
+    for job in ("train", "look"):
+        given = ["data=digits", "tagging.every_n_epochs=0", "tagging.depth=0.4"]
+        assert "report.html" in commands(job, out, "python prune.py", given)[0]
+    (out / "explore.html").touch()
+    found = commands("train", out, "python prune.py", given)
+    assert "explore.html" in found[0]
+    assert "tagging.depth=0.4" in found[1]
+    assert "every_n_epochs" not in found[1]
+
+
 @pytest.mark.parametrize("job", ["train", "prune"])
 def test_what_follows_runs_where_the_job_ran(job: str, out: Path) -> None:
     where = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]

@@ -156,6 +156,14 @@ def test_a_job_says_what_it_will_do_unless_it_is_quiet(
     assert set(written) == {"tags", "cut", "fine-tuning", "tests and report", "total"}
     assert 0 < written["total"][0] < written["total"][1]
 
+    # What takes long is said how to do quicker.
+    monkeypatch.setattr("freqprune.jobs.announce.LONG_S", 0.0)
+    announce_pruning(given, net, data, example, planned, alone=True)
+    quicker = (
+        "for a quicker look: tagging=quick, fewer pruning.calibration_images, importance=l2, fewer finetune.epochs"
+    )
+    assert " ".join(capsys.readouterr().out.split()).endswith(quicker)
+
     # A script finds it in the folder.
     (tmp_path / "forecast.json").unlink()
     monkeypatch.setenv("FREQPRUNE_QUIET", "1")

@@ -50,7 +50,7 @@ def test_every_command_and_every_piece_of_code_runs(tmp_path: Path) -> None:
             for number in range(40):
                 Image.new("RGB", (40, 36), (number, 90, 200)).save(tmp_path / "images" / split / kind / f"{number}.png")
     blocks = re.findall(r"```(sh|python)\n(.*?)```", GUIDE, re.DOTALL)
-    assert len(blocks) == 14
+    assert len(blocks) == 15
     commands = []
     for number, (kind, text) in enumerate(blocks):
         (tmp_path / f"block{number}.py").write_text(text)

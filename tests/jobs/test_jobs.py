@@ -339,6 +339,17 @@ def test_every_choice_of_every_group_is_valid(group: str, tmp_path: Path) -> Non
             assert plain(cfg[group]) is not None
 
 
+def test_a_network_that_has_learned_nothing_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(config("train", tmp_path, "tagging.every_n_epochs=0", "optimizer.lr=1e-9"))
+    assert "hardly better than chance (10.0 % of 10 classes)" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr("freqprune.jobs.assembly.tested", lambda *args: {"test_accuracy": 0.9})
+    train(config("train", tmp_path / "other", "tagging.every_n_epochs=0"))
+    assert "chance" not in caplog.text
+
+
 @pytest.mark.parametrize("term", ["integration", "balance", "silence"])
 def test_trains_with_a_loss_from_the_tags(term: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = [f"tag_loss={term}", "tag_loss.every_n_steps=1", "trainer.max_epochs=2"]

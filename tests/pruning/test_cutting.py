@@ -80,6 +80,9 @@ def test_filters_are_not_called_redundant_for_want_of_samples() -> None:
     done = cut(net, material(calibration=torch.rand(32, 3, 16, 16)), recipe, Stimulus())
     assert len(done.kept["2"]) == 12
     assert done.remarks == []
+    much = replace(recipe, amount=Amount(macs_cut=0.9))
+    with pytest.raises(InputError, match=r"macs_cut = 0.9 cannot be reached.*lacks 11: 2 keep their.*importance=l2"):
+        cut(net, material(calibration=PIXELS), much, Stimulus())
     with pytest.raises(InputError, match=r"worst 6, which lacks 11: nothing can be said.*calibration_images"):
         cut(net, material(calibration=PIXELS), replace(recipe, layers="2"), Stimulus())
 

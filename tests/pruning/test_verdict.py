@@ -15,6 +15,7 @@ def test_significance_finds_the_filters_that_answer() -> None:
     verdict = judge(response)
     assert verdict.important["conv"].tolist() == [True, True, True, False]
     assert verdict.counts == {"conv": 3}
+    assert repr(verdict) == "Verdict(3 of 4 filters important, by layer: {'conv': 3})"
     assert judge(response, ["f1"]).important["conv"].tolist() == [True, False, True, False]
 
 
