@@ -1,7 +1,7 @@
 """Training with a loss from the tags: what it costs, and what the network is then good for.
 
     python benchmarks/tag_loss.py CIFAR10_FOLDER --seeds 0 1 2 --json tag_loss.json
-    python benchmarks/tag_loss.py CIFAR10_FOLDER --further --images 5000 --epochs 3 --json tag_loss_further.json
+    python benchmarks/tag_loss.py CIFAR10_FOLDER --further --images 5000 --epochs 2 --test-images 2000 --json further.json
 
 A ResNet-8 from random weights, or with `--further` the package's ResNet-32 trained on at a tenth of the rate; the same
 images in the same order, with each loss added to the cross-entropy:
@@ -105,7 +105,7 @@ def trained(data: ImageData, further: bool, loss: str, seed: int, epochs: int) -
     pl.seed_everything(seed, verbose=False)
     tags = TagLoss(**terms, mean=data.mean, std=data.std) if terms else None
     if further:
-        module = Regularised(resnet32(pretrained=True), tag_loss=tags, lr=0.01)
+        module = Regularised(resnet32(pretrained=True).train(), tag_loss=tags, lr=0.01)
     else:
         module = Regularised({"name": "resnet8"}, tag_loss=tags, lr=0.1, warmup_epochs=1)
     module.lasso = lasso

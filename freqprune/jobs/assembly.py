@@ -175,12 +175,15 @@ def normalization_of(data: ImageData) -> dict[str, list[float]]:
 
 
 def check_match(net: nn.Module, data: ImageData, normalization: Mapping[str, list[float]]) -> None:
+    """Raise InputError for data that are not those of a network, with all that differs."""
+    wrong: list[str] = []
     config = getattr(net, "config", {})
     classes = config.get("num_classes")
     if classes is not None and classes != len(data.classes):
-        raise InputError(
+        wrong.append(
             f"the network tells {classes} classes apart, the data have {len(data.classes)}; use the data it was "
-            "trained on (data=...)"
+            f"trained on (data=...), or a part of them with data.n_classes={classes} and folders named by the number "
+            "of their class"
         )
     for name, value in normalization.items():
         here = getattr(data, name)
@@ -188,9 +191,12 @@ def check_match(net: nn.Module, data: ImageData, normalization: Mapping[str, lis
             pair = " ".join(
                 f"data.{key}={[round(v, 4) for v in values]}".replace(" ", "") for key, values in normalization.items()
             )
-            raise InputError(
+            wrong.append(
                 f"the network was trained with {name} {value}, the data are normalised with {here}; use {pair}"
             )
+            break
+    if wrong:
+        raise InputError("; ".join(wrong))
     check_answers(net, data.normalize(data.pixels("val", 1)).to(device_of(net)))
 
 

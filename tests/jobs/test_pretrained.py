@@ -94,3 +94,12 @@ def test_networks_of_libraries_that_are_refused(folder: Path, tmp_path: Path) ->
     other = ("model.num_classes=2", "data.mean=[0.5,0.5,0.5]", "data.std=[0.2,0.2,0.2]", "data.image_size=64")
     with pytest.raises(InputError, match=r"was trained with mean \[0.485"):
         prune(config("prune", tmp_path / "run", *other, base=small(folder)))
+
+
+def test_all_that_differs_from_the_networks_own_data_is_told_at_once(folder: Path, tmp_path: Path) -> None:
+    base = tuple(word for word in small(folder) if word not in MODEL)
+    told = (
+        r"tells 10 classes apart, the data have 2; .* data.n_classes=10 .*; the network was trained with mean \[0.4914"
+    )
+    with pytest.raises(InputError, match=told):
+        prune(config("prune", tmp_path / "run", "pretrained=true", "data.image_size=32", "pruning=none", base=base))
