@@ -1,7 +1,7 @@
 """Training with a loss from the tags: what it costs, and what the network is then good for.
 
     python benchmarks/tag_loss.py CIFAR10_FOLDER --seeds 0 1 2 --json tag_loss.json
-    python benchmarks/tag_loss.py CIFAR10_FOLDER --further --images 5000 --epochs 2 --test-images 2000 --json further.json
+    python benchmarks/tag_loss.py CIFAR10_FOLDER --further --images 5000 --epochs 2 --test-images 2000 --json f.json
 
 A ResNet-8 from random weights, or with `--further` the package's ResNet-32 trained on at a tenth of the rate; the same
 images in the same order, with each loss added to the cross-entropy:
