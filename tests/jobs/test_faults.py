@@ -92,6 +92,7 @@ runpy.run_path({script!r}, run_name="__main__")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["train.py", "prune.py"])
 def test_a_disk_that_takes_no_more_is_a_clear_error(script: str, tmp_path: Path) -> None:
     """No file may grow beyond 20 kB, which is what a full disk looks like from inside."""

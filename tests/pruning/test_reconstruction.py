@@ -204,6 +204,7 @@ def test_never_further_from_the_dense_network_than_the_bare_cut(name: str) -> No
     torch.testing.assert_close(small(x), twin(x), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_gauss_newton_step_comes_closer_and_bits_are_equal_for_equal_seeds() -> None:
     torch.manual_seed(0)
     net, x = settled(build_model({"name": "resnet8"})), images(240, 16)

@@ -84,6 +84,7 @@ def test_the_cut_goes_on_until_the_measured_time_is_reached(tmp_path: Path, monk
     )
 
 
+@pytest.mark.slow
 def test_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Really timed, so that nothing can be said of how well; the times are kept."""
     monkeypatch.setattr(timing, "LEAST_S", 1e-4)
@@ -172,6 +173,7 @@ def test_filters_alone_where_there_are_no_blocks(tmp_path: Path, monkeypatch: py
     assert isinstance(Plan(net, PIXELS[:1], blocks=True).blocks, dict)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_by_macs")
 def test_multiples_by_the_steps_of_the_measured_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)

@@ -80,9 +80,10 @@ def test_spectra_draw_the_snr_and_cut_it(response: TagResponse) -> None:
     figure = response_figures.snr_spectra(response, "conv1", filters=[3], ceiling=5.0)
     (axis,) = [a for a in figure.axes if a.get_visible()]
     drawn = {
-        float(line.get_xdata()[0]): float(line.get_ydata()[0])
+        float(freq): float(value)
         for line in axis.lines
-        if line.get_marker() != "None" and len(line.get_xdata()) == 1
+        if line.get_marker() != "None"
+        for freq, value in zip(line.get_xdata(), line.get_ydata(), strict=True)
     }
     snr = response.snr("conv1", "all")[3]
     for component, value in zip(response.components("all"), snr.tolist(), strict=True):
