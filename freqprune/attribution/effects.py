@@ -23,7 +23,20 @@ FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Attribution:
+class OfParts:
+    """What recordings say of the parts of one image, or stacked of several; see `Attribution`."""
+
+    effects: Tensor
+    smoothed: Tensor
+    standard_error: Tensor
+    p_values: Tensor
+    interactions: Tensor
+    interaction_p_values: Tensor
+    first_order: Tensor
+
+
+@dataclass(frozen=True)
+class Attribution(OfParts):
     """What answers hang on.
 
     Attributes:
@@ -49,13 +62,6 @@ class Attribution:
         forwards: frames that an image took at most.
     """
 
-    effects: Tensor
-    smoothed: Tensor
-    standard_error: Tensor
-    p_values: Tensor
-    interactions: Tensor
-    interaction_p_values: Tensor
-    first_order: Tensor
     target: Tensor | None
     whole: Tensor
     baseline: Tensor

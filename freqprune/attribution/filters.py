@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from freqprune.attribution.effects import estimate
 from freqprune.attribution.gates import batches, check_frames, frames_for, gates
-from freqprune.attribution.inputs import normalisation
 from freqprune.attribution.pairs import find_interactions
 from freqprune.errors import InputError, closest
-from freqprune.networks import check_answers, evaluating, first, hooked
-from freqprune.tagging import Progress, find_sites
+from freqprune.networks import check_answers, device_of, evaluating, first, hooked
+from freqprune.tagging import Progress, find_sites, normalizer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -103,9 +102,7 @@ def filter_effects(
     n_filters = len(module.weight)
     forwards = frames_for(n_filters) if forwards is None else forwards
     check_frames(n_filters, forwards)
-    if mean is not None or std is not None:
-        shift, scale = normalisation(model, images, mean, std)
-        images = (images.to(shift) - shift) / scale
+    images = normalizer(images, mean, std, device_of(model), images.dtype)(images).contiguous()
     check_answers(model, images[:1])
     site = find_sites(model, images[:1], [layer])[0]
     generator = torch.Generator().manual_seed(seed)

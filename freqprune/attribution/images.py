@@ -10,18 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.attribution.baselines import find_baseline
-from freqprune.attribution.effects import Attribution, estimate
+from freqprune.attribution.effects import Attribution, OfParts, estimate
 from freqprune.attribution.gates import batches, check_frames, frames_for, opened, overlapped, waves
-from freqprune.attribution.inputs import normalisation
 from freqprune.attribution.pairs import find_interactions
 from freqprune.attribution.parts import find_parts, places
 from freqprune.attribution.scores import Score, read, targets
 from freqprune.attribution.sensitivity import first_order
 from freqprune.attribution.smoothing import smoothed
 from freqprune.errors import InputError, at_least, one_of
-from freqprune.networks import check_answers, evaluating, first
+from freqprune.networks import check_answers, device_of, evaluating, first
 from freqprune.processes import merged, rank_and_size
-from freqprune.tagging import HALF, Progress
+from freqprune.tagging import HALF, Progress, normalizer
 
 
 def attribute(
@@ -87,10 +86,11 @@ def attribute(
     at_least(0, overlap=overlap)
     if until is not None and not until > 0:
         raise InputError(f"until must be a standard error above 0, got {until}")
-    reader = _Reader(model, *normalisation(model, images, mean, std), score, _dtype(half))
-    whole = reader.inputs(images)
+    reader = _Reader(model, score, _dtype(half))
+    prepare = normalizer(images, mean, std, device_of(model), torch.float32)
+    whole = prepare(images).contiguous()
     check_answers(model, whole[:1])
-    faded = reader.inputs(find_baseline(images.float(), baseline))
+    faded = prepare(find_baseline(images.float(), baseline)).contiguous()
     numbers, names = find_parts(model, images, parts, grid, segments, n_segments)
     check_frames(len(names), forwards)
     n_frames = frames_for(len(names))
@@ -100,7 +100,8 @@ def attribute(
     own = range(rank, len(images), n_processes)
     recordings = [(number, recording) for number in own for recording in range(len(tags))]
     where = {number: places(numbers[number], len(names)) for number in own}
-    found: dict[int, _Fit] = {}
+    found: dict[int, OfParts] = {}
+    n_taken: dict[int, int] = {}
     designs: list[Tensor] = []
     scores: list[Tensor] = []
     with evaluating(model), torch.inference_mode():
@@ -117,11 +118,12 @@ def attribute(
                 continue
             fitted = _fitted(torch.cat(designs), torch.cat(scores), n_frames, where[number])
             if last or (until is not None and float(fitted.standard_error.max()) <= until):
-                found[number], designs, scores = fitted, [], []
+                found[number], n_taken[number] = fitted, n_frames * len(designs)
+                designs, scores = [], []
     everyone = merged(found)
     fits = [everyone[number] for number in range(len(images))]
-    each = {name: torch.stack([getattr(fit, name) for fit in fits]) for name in OF_PARTS}
-    taken = max(fit.forwards for fit in fits)
+    each = {field.name: torch.stack([getattr(fit, field.name) for fit in fits]) for field in fields(OfParts)}
+    taken = max(merged(n_taken).values())
     return Attribution(
         **each, target=wanted, whole=ends[0], baseline=ends[1], parts=numbers, part_names=names, forwards=taken
     )
@@ -129,17 +131,11 @@ def attribute(
 
 @dataclass(frozen=True)
 class _Reader:
-    """A network, what its inputs are normalised with, and what is read of its answer."""
+    """A network, and what is read of its answer."""
 
     model: nn.Module
-    mean: Tensor
-    std: Tensor
     score: str | Score
     half: torch.dtype | None
-
-    def inputs(self, pixels: Tensor) -> Tensor:
-        """Pixels as the network takes them, on its device."""
-        return (pixels.to(self.mean) - self.mean) / self.std
 
     def answer(self, inputs: Tensor) -> Any:
         with torch.autocast(inputs.device.type, dtype=self.half, enabled=self.half is not None):
@@ -174,27 +170,10 @@ def _frames(whole: Tensor, faded: Tensor, numbers: Tensor, design: Tensor) -> It
         yield torch.addcmul(faded, opened if at.dim() == 3 else opened[:, None], apart)
 
 
-@dataclass(frozen=True)
-class _Fit:
-    """What the recordings of one image say of its parts, under the names of `Attribution`, without ``n_images``."""
-
-    effects: Tensor
-    smoothed: Tensor
-    standard_error: Tensor
-    p_values: Tensor
-    interactions: Tensor
-    interaction_p_values: Tensor
-    first_order: Tensor
-    forwards: int
-
-
-OF_PARTS = tuple(field.name for field in fields(_Fit) if field.name != "forwards")
-
-
-def _fitted(design: Tensor, scores: Tensor, n_frames: int, where: Tensor) -> _Fit:
+def _fitted(design: Tensor, scores: Tensor, n_frames: int, where: Tensor) -> OfParts:
     """Of the parts that an image has, those with a place; the others do nothing to it."""
     there = where.isfinite().all(1)
-    n_taken, design = len(design), design[:, there]
+    design = design[:, there]
     pairs = there[:, None] & there
 
     def of_all(found: Tensor, absent: float = 0.0) -> Tensor:
@@ -203,7 +182,7 @@ def _fitted(design: Tensor, scores: Tensor, n_frames: int, where: Tensor) -> _Fi
 
     effects, errors, p_values = (found[0] for found in estimate(design, scores[:, None], n_frames))
     interactions, p_of_pairs = find_interactions(design, scores, n_frames)
-    return _Fit(
+    return OfParts(
         of_all(effects),
         of_all(smoothed(design, scores, where[there])),
         of_all(errors),
@@ -211,7 +190,6 @@ def _fitted(design: Tensor, scores: Tensor, n_frames: int, where: Tensor) -> _Fi
         of_all(interactions),
         of_all(p_of_pairs, 1.0),
         of_all(first_order(design, scores)),
-        n_taken,
     )
 
 

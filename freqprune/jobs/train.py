@@ -28,6 +28,9 @@ from freqprune.training import Classifier, FrequencyTagging, ImageData
 
 log = logging.getLogger(__name__)
 
+# Test accuracy over that of a guess, up to which a network is said to have learned nothing.
+CHANCE = 1.2
+
 
 def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """Train the configured network, tagging it as it goes, and test it at the end.
@@ -102,7 +105,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
             + f"test {100 * metrics['test_accuracy']:.2f} %"
             + (f"; {total} important filters" if tagging.latest else "")
         )
-        if metrics["test_accuracy"] <= 1.2 / len(data.classes):
+        if metrics["test_accuracy"] <= CHANCE / len(data.classes):
             log.warning(
                 "the network is hardly better than chance (%.1f %% of %d classes): more epochs (trainer.max_epochs), a "
                 "lower optimizer.lr, or a smaller data.batch_size, which gives more steps an epoch",

@@ -15,6 +15,7 @@ from .cutting import plan_cut as plan_cut
 from .evidence import n_measured as n_measured
 from .graph import ChannelGraph as ChannelGraph
 from .importance import Evidence as Evidence
+from .in_sequence import Reconstruction as Reconstruction
 from .moments import input_moments as input_moments
 from .moments import output_gradients as output_gradients
 from .proof import masked_forward as masked_forward
@@ -28,4 +29,3 @@ from .surgery import Plan as Plan
 from .verdict import Judgement as Judgement
 from .verdict import Verdict as Verdict
 from .verdict import judge as judge
-from .walk import Reconstruction as Reconstruction

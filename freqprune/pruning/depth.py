@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from freqprune.networks import Trace, equal_batches
 from freqprune.processes import added_up, own_share
 from freqprune.pruning.blocks import answers_without, find_blocks
+from freqprune.pruning.in_sequence import Reconstruction
 from freqprune.pruning.reconstruction import error_without
-from freqprune.pruning.walk import Reconstruction
 
 # Making up for blocks on the way to their scores: one pass.
 ONE_PASS = Reconstruction(rounds=0, positions=64)

@@ -13,7 +13,7 @@ from freqprune.networks import Latency
 from freqprune.pruning.amount import Amount
 from freqprune.pruning.compensation import AT_ONCE, METHODS
 from freqprune.pruning.criteria import needs
-from freqprune.pruning.walk import Reconstruction
+from freqprune.pruning.in_sequence import Reconstruction
 
 # Criteria whose scores are squared changes of the logits.
 BLOCK_CRITERIA = ("logit_error", "logit_redundancy")

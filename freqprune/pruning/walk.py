@@ -4,70 +4,30 @@ inputs that it really gets."""
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from freqprune.errors import InputError, at_least, one_of
+from freqprune.errors import InputError
 from freqprune.networks import LINEAR, Trace, run
 from freqprune.processes import added_up, from_first, own_share
 from freqprune.pruning.blocks import Block, answers_without
 from freqprune.pruning.equations import Sums, solve
+from freqprune.pruning.in_sequence import Reconstruction
 from freqprune.pruning.patches import Geometry, pick
 from freqprune.pruning.refinement import Segment, gauss_newton
 from freqprune.pruning.surroundings import constant_in, goes_into, path_to, scale_of
 
 log = logging.getLogger(__name__)
 
-RESOLVE = ("shifted", "lost")
 HELD_OUT = 4
 # Pixels of the images of one Gauss-Newton step, 1,200 of 32 x 32: larger images have more positions to learn from.
 STEP_PIXELS = 1200 * 32**2
 # Most inputs of a layer that are solved for at once: the matrix of 8,192 takes half a gigabyte.
 MAX_VALUES = 8192
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """How a cut is made up for in sequence.
-
-    Args:
-        positions: random positions of each map that enter the equations, drawn anew for every batch.
-        ridge: pulls the weights towards those that the cut left, in units of the inputs' mean variance; None: of
-            `freqprune.pruning.equations.RIDGES` for each layer the one that does best on every fourth batch from the
-            others.
-        resolve: ``"shifted"``: every layer whose inputs have changed is solved again; ``"lost"``: only those that lost
-            inputs.
-        rounds: after a layer is solved, so many times the layer that feeds it takes a Gauss-Newton step towards the
-            same target, and it is solved again.
-        memory_gb: gigabytes that the activations of all calibration images may take; fewer images are used where more
-            would be needed.
-        seed: of the positions.
-
-    Raises:
-        InputError: for an argument out of range.
-    """
-
-    positions: int = 256
-    ridge: float | None = 1e-2
-    resolve: str = "shifted"
-    rounds: int = 3
-    memory_gb: float = 4.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        at_least(1, positions=self.positions)
-        at_least(0, rounds=self.rounds)
-        one_of(RESOLVE, resolve=self.resolve)
-        if not self.memory_gb > 0:
-            raise InputError(f"memory_gb must be above 0, got {self.memory_gb}")
-        if self.ridge is not None and not (self.ridge > 0 and math.isfinite(self.ridge)):
-            raise InputError(f"ridge must be a finite number above 0, got {self.ridge}")
 
 
 class Walk:

@@ -1,6 +1,8 @@
 from .components import NEIGHBOURS as NEIGHBOURS
 from .components import Component as Component
 from .components import find_components as find_components
+from .inputs import normalizer as normalizer
+from .inputs import pixels_of as pixels_of
 from .layers import match_layers as match_layers
 from .layers import pick_layers as pick_layers
 from .loss import TagLoss as TagLoss

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from freqprune.errors import InputError, at_least, one_of
 from freqprune.networks import device_of
+from freqprune.tagging.inputs import normalizer, pixels_of
 from freqprune.tagging.layers import pick_layers
-from freqprune.tagging.measurement import normalizer
 from freqprune.tagging.recording import Recorder
 from freqprune.tagging.sites import WHERE, Site, find_sites
 from freqprune.tagging.spectrum import frame_transform
@@ -120,17 +120,17 @@ class TagLoss:
         if images.dim() != 4 or not len(images):
             raise InputError(f"images must be (n_images, n_channels, height, width), got {tuple(images.shape)}")
         prepare = normalizer(images, self.mean, self.std, device_of(net), images.dtype)
-        pixels = self._pixels(images[: self.n_images])
+        # What augmentation puts around an image, or mixes into it, may lie outside.
+        pixels = pixels_of(images[: self.n_images].detach().float(), self.mean, self.std).clamp(0, 1)
         reading = self._found.get(net)
         if reading is None:
             reading = self._found[net] = self._look_at(net, prepare(pixels[:1]))
-        first, inverse = self.stimulus.distinct_frames
-        bins = [0, *(component.bin for component in self.stimulus.components)]
+        first, _ = self.stimulus.distinct_frames
         frames = prepare(self.stimulus.frames(pixels, first).flatten(0, 1))
         with Recorder(net, reading.sites, gradients=True) as recorder:
             courses = list(recorder(frames).values())
-            transform = torch.view_as_real(frame_transform(inverse, len(first))[:, bins]).flatten(1).to(frames.device)
-            every = torch.cat(courses, 1).unflatten(0, (len(pixels), -1)).movedim(1, -1).double() @ transform
+            every = torch.cat(courses, 1).unflatten(0, (len(pixels), -1)).movedim(1, -1).double()
+            every = every @ reading.transform.to(frames.device)
             amplitude = torch.view_as_complex(every.unflatten(-1, (-1, 2))).abs().mean(0)
             found = {
                 site.layer: one
@@ -186,14 +186,6 @@ class TagLoss:
     def _mixed(self) -> list[int]:
         return [1 + number for number, one in enumerate(self.stimulus.components) if one.kind == "intermodulation"]
 
-    def _pixels(self, images: Tensor) -> Tensor:
-        images = images.detach().float()
-        if self.mean is not None and self.std is not None:
-            shift, scale = (images.new_tensor(list(one)).view(1, -1, 1, 1) for one in (self.mean, self.std))
-            images = images * scale + shift
-        # What augmentation puts around an image, or mixes into it, may lie outside.
-        return images.clamp(0, 1)
-
     def _look_at(self, net: nn.Module, example: Tensor) -> _Reading:
         """Where the layers with weights are read."""
         weights: dict[str, dict[str, float]] = {}
@@ -208,15 +200,20 @@ class TagLoss:
                 weights[term] = kept
         wanted = {layer for by_layer in weights.values() for layer in by_layer}
         names = [name for name, _ in net.named_modules() if name in wanted]
-        return _Reading(find_sites(net, example, names, self.where), weights)
+        first, inverse = self.stimulus.distinct_frames
+        bins = [0, *(component.bin for component in self.stimulus.components)]
+        transform = torch.view_as_real(frame_transform(inverse, len(first))[:, bins]).flatten(1)
+        return _Reading(find_sites(net, example, names, self.where), weights, transform)
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """Where a network is read, and by which weights: term to layer to weight."""
+    """Where a network is read, by which weights (term to layer to weight), and what takes the responses to distinct
+    frames to real and imaginary parts at 0 Hz and at the components."""
 
     sites: list[Site]
     weights: dict[str, dict[str, float]]
+    transform: Tensor
 
 
 def _values(weights: Weights) -> list[float]:

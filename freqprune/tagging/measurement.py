@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from freqprune.errors import InputError
 from freqprune.processes import rank_and_size
 from freqprune.tagging.averages import Average
+from freqprune.tagging.inputs import normalizer
 from freqprune.tagging.layers import pick_layers
 from freqprune.tagging.readout import HALF, SPATIAL, Readout
 from freqprune.tagging.recording import Recorder
@@ -241,29 +242,6 @@ class _Pass:
                 dist.all_reduce(torch.view_as_real(total) if total.is_complex() else total)
                 average.sums[name] = total
         return max(average.n_images for average in self.averages.values())
-
-
-def normalizer(
-    images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None, device: torch.device, dtype: torch.dtype
-) -> Callable[[Tensor], Tensor]:
-    """Function that takes pixels to what the network expects: its device, dtype, normalisation, channels last."""
-    n_channels = images.shape[1]
-    shift = torch.tensor(
-        [float(v) for v in mean] if mean is not None else [0.0] * n_channels, device=device, dtype=dtype
-    )
-    scale = torch.tensor([float(v) for v in std] if std is not None else [1.0] * n_channels, device=device, dtype=dtype)
-    for name, value in (("mean", shift), ("std", scale)):
-        if len(value) != n_channels:
-            raise InputError(f"{name} must hold one value a channel: {n_channels} channels, {len(value)} values")
-    if not (scale > 0).all():
-        raise InputError(f"std must be positive, got {scale.tolist()}")
-    shift, scale = shift.view(1, -1, 1, 1), scale.view(1, -1, 1, 1)
-
-    def prepare(pixels: Tensor) -> Tensor:
-        pixels = pixels.to(device=device, dtype=dtype, memory_format=torch.channels_last)
-        return (pixels - shift) / scale
-
-    return prepare
 
 
 def rounds(total: Iterable[Any]) -> Iterator[Any]:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError, closest
-from freqprune.tagging.components import NEIGHBOURS, Component, collision, components
+from freqprune.tagging.components import Component, components
 from freqprune.tagging.parts import LAYOUTS, part_masks
+from freqprune.tagging.tag_frequencies import check_tag_freqs, cycles_of
 
 MODES = ("luminance", "contrast")
 PIVOTS = ("image", "gray")
@@ -99,7 +100,7 @@ class Stimulus:
                 f"phases must give one phase a part: {len(self.tag_freqs)} tag frequencies, {len(self.phases)} phases"
             )
         object.__setattr__(self, "part_names", self._name_parts())
-        self._check_freqs()
+        check_tag_freqs(self.tag_freqs, self.frame_rate, self.n_frames, self.max_order)
 
     def _name_parts(self) -> tuple[str, ...]:
         if isinstance(self.parts, Tensor):
@@ -126,71 +127,10 @@ class Stimulus:
             )
         return names
 
-    def _check_freqs(self) -> None:
-        resolution = self.frame_rate / self.n_frames
-        nyquist = self.frame_rate / 2
-        for i, freq in enumerate(self.tag_freqs):
-            if not (math.isfinite(freq) and freq > 0):
-                raise InputError(f"tag_freqs[{i}] must be a positive frequency in Hz, got {freq}")
-            if freq >= nyquist:
-                highest = math.ceil(nyquist / resolution - 1) * resolution
-                raise InputError(
-                    f"tag_freqs[{i}] = {freq:g} Hz is not below the Nyquist frequency frame_rate / 2 = {nyquist:g} Hz; "
-                    f"use at most {highest:g}, or a frame_rate above {2 * freq:g}"
-                )
-            cycles = freq / resolution
-            if abs(cycles - round(cycles)) > 1e-9 * max(1.0, cycles):
-                low, high = math.floor(cycles) * resolution, math.ceil(cycles) * resolution
-                near = " or ".join(f"{f:g}" for f in (low, high) if 0 < f < nyquist)
-                frames = next(
-                    (
-                        n
-                        for n in range(self.n_frames, 20 * self.n_frames + 1)
-                        if abs(freq * n / self.frame_rate % 1) < 1e-9
-                    ),
-                    None,
-                )
-                longer = f", or n_frames = {frames}" if frames else ""
-                raise InputError(
-                    f"tag_freqs[{i}] = {freq:g} Hz is not on a bin (1 / duration = {resolution:g} Hz); use "
-                    f"{near}{longer}"
-                )
-        for i, freq in enumerate(self.tag_freqs):
-            if freq in self.tag_freqs[:i]:
-                raise InputError(
-                    f"tag_freqs[{i}] = {freq:g} Hz is also the frequency of part {self.tag_freqs.index(freq) + 1}; a "
-                    "shared tag cannot be told "
-                    f"apart: use another, such as {freq + 3 * resolution:g} Hz"
-                )
-        clash = collision(self.cycles, self.n_frames, self.max_order)
-        if clash:
-            legal = self._nearest_clear_freqs()
-            hint = f"; nearest legal: tag_freqs = {list(legal)}" if legal else ""
-            raise InputError(
-                f"tag_freqs = {list(self.tag_freqs)} Hz: {clash} (bins {resolution:g} Hz apart, "
-                f"{max(NEIGHBOURS)} on each side are noise, max_order = {self.max_order}){hint}; or a longer recording "
-                "(n_frames), or a smaller max_order"
-            )
-
-    def _nearest_clear_freqs(self) -> tuple[float, ...] | None:
-        """Closest tag frequencies with clear noise bins, moving the tags by up to 8 bins."""
-        resolution = self.frame_rate / self.n_frames
-        moves = range(-8, 9)
-        grid = np.stack(np.meshgrid(*[moves] * min(len(self.cycles), 2), indexing="ij"), -1).reshape(
-            -1, min(len(self.cycles), 2)
-        )
-        grid = np.pad(grid, ((0, 0), (0, len(self.cycles) - grid.shape[1])))
-        for shift in grid[np.argsort(np.abs(grid).sum(1), kind="stable")]:
-            cycles = tuple(int(c + s) for c, s in zip(self.cycles, shift, strict=True))
-            legal = min(cycles) > 0 and 2 * max(cycles) < self.n_frames and len(set(cycles)) == len(cycles)
-            if legal and not collision(cycles, self.n_frames, self.max_order):
-                return tuple(c * resolution for c in cycles)
-        return None
-
     @property
     def cycles(self) -> tuple[int, ...]:
         """Cycles of each tag in the recording, which is also its bin in the spectrum."""
-        return tuple(round(f * self.n_frames / self.frame_rate) for f in self.tag_freqs)
+        return cycles_of(self.tag_freqs, self.frame_rate, self.n_frames)
 
     @cached_property
     def components(self) -> list[Component]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from freqprune.errors import InputError, check_fields
 from freqprune.pruning import Evidence, Judgement, judge, scores
 from freqprune.reports import write_importance
-from freqprune.tagging import Readout, Stimulus, tag
+from freqprune.tagging import Readout, Stimulus, pixels_of, tag
 
 
 class _TagsInTraining(pl.Callback):
@@ -229,11 +229,7 @@ def _images_of(batch: Any) -> Tensor:
 def _pixels(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
     """Undo the normalisation; rounding that leaves [0, 1] by less than 1e-3 is clipped, more means that mean and std
     are wrong."""
-    if mean is not None and std is not None:
-        shift, scale = (
-            torch.tensor([float(v) for v in value], device=images.device).view(1, -1, 1, 1) for value in (mean, std)
-        )
-        images = images * scale + shift
+    images = pixels_of(images, mean, std)
     low, high = images.amin().item(), images.amax().item()
     if low < -1e-3 or high > 1 + 1e-3:
         raise InputError(

@@ -18,10 +18,10 @@ from freqprune.pruning.amount import Amount
 from freqprune.pruning.blocks import find_blocks
 from freqprune.pruning.cutting import Material, Recipe, cut
 from freqprune.pruning.depth import block_scores
+from freqprune.pruning.in_sequence import Reconstruction
 from freqprune.pruning.reconstruction import error_without, reconstruct
 from freqprune.pruning.selection import select
 from freqprune.pruning.surgery import Plan
-from freqprune.pruning.walk import Reconstruction
 from freqprune.tagging.stimulus import Stimulus
 
 X = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -17,9 +17,9 @@ from freqprune.pruning.criteria import criterion_names, scores
 from freqprune.pruning.cutting import Material, Recipe, cut
 from freqprune.pruning.followed import follow
 from freqprune.pruning.importance import Evidence
+from freqprune.pruning.in_sequence import Reconstruction
 from freqprune.pruning.selection import select
 from freqprune.pruning.surgery import Plan
-from freqprune.pruning.walk import Reconstruction
 from freqprune.tagging.measurement import tag
 from freqprune.tagging.stimulus import Stimulus
 

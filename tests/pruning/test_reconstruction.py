@@ -16,10 +16,10 @@ from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
 from freqprune.networks.trace import Trace, equal_batches, run
 from freqprune.pruning import walk
+from freqprune.pruning.in_sequence import Reconstruction
 from freqprune.pruning.reconstruction import mute, reconstruct
 from freqprune.pruning.refinement import Segment
 from freqprune.pruning.surgery import Plan
-from freqprune.pruning.walk import Reconstruction
 
 EXACT = Reconstruction(positions=10_000, ridge=1e-9, rounds=0)
 

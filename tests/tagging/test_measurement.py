@@ -153,8 +153,9 @@ def test_modes_and_layers(images: Tensor) -> None:
         ({"average": "mean"}, "average must be one of"),
         ({"layers": "block*"}, "matches none of"),
         ({"where": "after"}, "where must be one of"),
-        ({"mean": (0.5,)}, "3 channels, 1 values"),
-        ({"std": (0.0, 1.0, 1.0)}, "std must be positive"),
+        ({"mean": (0.5,), "std": (0.2,)}, "mean must hold 3 values, one a channel"),
+        ({"mean": (0.5, 0.5, 0.5)}, "mean and std come together"),
+        ({"mean": (0.5, 0.5, 0.5), "std": (0.0, 1.0, 1.0)}, "std must be positive"),
         ({"frames_a_batch": 0}, "frames_a_batch must be at least 1"),
     ],
 )

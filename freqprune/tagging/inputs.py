@@ -1,0 +1,48 @@
+"""Pixels ↔ what a network takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from freqprune.errors import InputError
+
+
+def normalizer(
+    images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None, device: torch.device, dtype: torch.dtype
+) -> Callable[[Tensor], Tensor]:
+    """Function that takes pixels to what the network expects: its device, dtype, normalisation, channels last.
+
+    Raises:
+        InputError: for a mean without a standard deviation or the other way round, another number of values than
+            channels, or a standard deviation that is not positive.
+    """
+    if (mean is None) != (std is None):
+        raise InputError("mean and std come together: give both or neither")
+    n_channels = images.shape[1]
+    shift = torch.tensor(
+        [float(v) for v in mean] if mean is not None else [0.0] * n_channels, device=device, dtype=dtype
+    )
+    scale = torch.tensor([float(v) for v in std] if std is not None else [1.0] * n_channels, device=device, dtype=dtype)
+    for name, value in (("mean", shift), ("std", scale)):
+        if len(value) != n_channels:
+            raise InputError(f"{name} must hold {n_channels} values, one a channel, got {value.tolist()}")
+    if not (scale > 0).all():
+        raise InputError(f"std must be positive, got {scale.tolist()}")
+    shift, scale = shift.view(1, -1, 1, 1), scale.view(1, -1, 1, 1)
+
+    def prepare(pixels: Tensor) -> Tensor:
+        pixels = pixels.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+        return (pixels - shift) / scale
+
+    return prepare
+
+
+def pixels_of(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
+    """Images before they were normalised with these, ``(n_images, n_channels, height, width)``; as they are without."""
+    if mean is None or std is None:
+        return images
+    shift, scale = (images.new_tensor([float(v) for v in values]).view(1, -1, 1, 1) for values in (mean, std))
+    return images * scale + shift

@@ -1,0 +1,82 @@
+"""Tag frequencies that can be told apart in a recording: each on a bin of its own, with bins around its responses that
+hold nothing but noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from freqprune.errors import InputError
+from freqprune.tagging.components import NEIGHBOURS, collision
+
+
+def cycles_of(tag_freqs: Sequence[float], frame_rate: float, n_frames: int) -> tuple[int, ...]:
+    """Cycles of each tag in the recording, which is also its bin in the spectrum."""
+    return tuple(round(f * n_frames / frame_rate) for f in tag_freqs)
+
+
+def check_tag_freqs(tag_freqs: Sequence[float], frame_rate: float, n_frames: int, max_order: int) -> None:
+    """Raise InputError for tags that cannot be told apart, with the nearest that can.
+
+    Args:
+        tag_freqs: in Hz.
+        frame_rate: frames per second.
+        n_frames: of the recording.
+        max_order: highest order of the response components.
+    """
+    resolution = frame_rate / n_frames
+    nyquist = frame_rate / 2
+    for i, freq in enumerate(tag_freqs):
+        if not (math.isfinite(freq) and freq > 0):
+            raise InputError(f"tag_freqs[{i}] must be a positive frequency in Hz, got {freq}")
+        if freq >= nyquist:
+            highest = math.ceil(nyquist / resolution - 1) * resolution
+            raise InputError(
+                f"tag_freqs[{i}] = {freq:g} Hz is not below the Nyquist frequency frame_rate / 2 = {nyquist:g} Hz; "
+                f"use at most {highest:g}, or a frame_rate above {2 * freq:g}"
+            )
+        cycles = freq / resolution
+        if abs(cycles - round(cycles)) > 1e-9 * max(1.0, cycles):
+            low, high = math.floor(cycles) * resolution, math.ceil(cycles) * resolution
+            near = " or ".join(f"{f:g}" for f in (low, high) if 0 < f < nyquist)
+            frames = next(
+                (n for n in range(n_frames, 20 * n_frames + 1) if abs(freq * n / frame_rate % 1) < 1e-9),
+                None,
+            )
+            longer = f", or n_frames = {frames}" if frames else ""
+            raise InputError(
+                f"tag_freqs[{i}] = {freq:g} Hz is not on a bin (1 / duration = {resolution:g} Hz); use {near}{longer}"
+            )
+    for i, freq in enumerate(tag_freqs):
+        if freq in tag_freqs[:i]:
+            raise InputError(
+                f"tag_freqs[{i}] = {freq:g} Hz is also the frequency of part {tag_freqs.index(freq) + 1}; a "
+                "shared tag cannot be told "
+                f"apart: use another, such as {freq + 3 * resolution:g} Hz"
+            )
+    clash = collision(cycles_of(tag_freqs, frame_rate, n_frames), n_frames, max_order)
+    if clash:
+        legal = _nearest_clear(cycles_of(tag_freqs, frame_rate, n_frames), n_frames, resolution, max_order)
+        hint = f"; nearest legal: tag_freqs = {list(legal)}" if legal else ""
+        raise InputError(
+            f"tag_freqs = {list(tag_freqs)} Hz: {clash} (bins {resolution:g} Hz apart, "
+            f"{max(NEIGHBOURS)} on each side are noise, max_order = {max_order}){hint}; or a longer recording "
+            "(n_frames), or a smaller max_order"
+        )
+
+
+def _nearest_clear(
+    cycles: tuple[int, ...], n_frames: int, resolution: float, max_order: int
+) -> tuple[float, ...] | None:
+    """Closest tag frequencies with clear noise bins, moving the tags by up to 8 bins."""
+    moves = range(-8, 9)
+    grid = np.stack(np.meshgrid(*[moves] * min(len(cycles), 2), indexing="ij"), -1).reshape(-1, min(len(cycles), 2))
+    grid = np.pad(grid, ((0, 0), (0, len(cycles) - grid.shape[1])))
+    for shift in grid[np.argsort(np.abs(grid).sum(1), kind="stable")]:
+        moved = tuple(int(c + s) for c, s in zip(cycles, shift, strict=True))
+        legal = min(moved) > 0 and 2 * max(moved) < n_frames and len(set(moved)) == len(moved)
+        if legal and not collision(moved, n_frames, max_order):
+            return tuple(c * resolution for c in moved)
+    return None
