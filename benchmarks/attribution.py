@@ -23,11 +23,18 @@ of them that is significant all the same, at several levels.
 `over_bare`: processor seconds of `freqprune.attribute` over those of as many forwards of the bare network, in batches
 of the same size, in turn: median and range over the repeats, and the fastest of each. Processor time, which other work
 on the machine disturbs less than the clock; on one thread of an idle one they are the same.
+
+    python benchmarks/attribution.py CIFAR10_FOLDER --images 100 --skip 100 --json second.json
+    python benchmarks/attribution.py --pool first.json second.json --json both.json
+
+`--pool`: runs over different images as one. Means and standard errors are those of all images to the four digits that
+the files hold; seconds are the mean of the runs' medians.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
@@ -438,9 +445,36 @@ def figures(rows: Rows, name: str) -> dict[str, Any]:
     return found
 
 
+def pooled(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Figures of all images together, of those of runs over different images."""
+    counts = [run["images"] for run in runs]
+    total = sum(counts)
+
+    def mean(values: list[float]) -> float:
+        return sum(n * value for n, value in zip(counts, values, strict=True)) / total
+
+    def with_error(means: list[float], errors: list[float]) -> list[float]:
+        middle = mean(means)
+        within = sum((n - 1) * n * error**2 for n, error in zip(counts, errors, strict=True))
+        between = sum(n * (value - middle) ** 2 for n, value in zip(counts, means, strict=True))
+        return [round(middle, 4), round(((within + between) / (total - 1) / total) ** 0.5, 4)]
+
+    def together(parts: list[Any]) -> Any:
+        if isinstance(parts[0], list):
+            return with_error(*(list(column) for column in zip(*parts, strict=True)))
+        if not isinstance(parts[0], dict):
+            return round(mean(parts), 4)
+        apart = with_error([part["difference"] for part in parts], [part["se"] for part in parts])
+        found = {name: together([part[name] for part in parts]) for name in parts[0] if name != "se"}
+        return {**found, "difference": apart[0], "se": apart[1]}
+
+    keys = [key for key in runs[0] if ":" in key or "." in key]
+    return {"images": total, "split": runs[0]["split"], **{key: together([run[key] for run in runs]) for key in keys}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root", help="folder with train/<class>/* and test/<class>/*; with --imagenet of photographs")
+    parser.add_argument("root", nargs="?", help="train/<class>/* and test/<class>/*; with --imagenet photographs")
     parser.add_argument("--json", metavar="FILE", help="write the figures here, every ten images those so far")
     parser.add_argument("--imagenet", action="store_true", help="photographs and EfficientNet-Lite0")
     parser.add_argument("--images", type=int, default=200, help="number of images (200)")
@@ -451,7 +485,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10, help="of the time (10)")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--forwards", nargs="*", type=int, help="only these numbers of forwards (all)")
+    parser.add_argument("--pool", nargs="+", metavar="FILE", help="figures of these runs as one, nothing is measured")
     given = parser.parse_args()
+    if given.pool:
+        publish(pooled([json.loads(Path(file).read_text()) for file in given.pool]), given.json)
+        return
+    if not given.root:
+        parser.error("a folder of images is needed")
     if given.imagenet:
         subject = imagenet(given.root, given.images, given.skip)
     else:
