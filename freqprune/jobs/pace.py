@@ -19,6 +19,9 @@ from freqprune.training import ImageData, Optimization
 
 # Seconds that each measurement takes, but for one call that takes longer.
 BUDGET_S = 0.1
+# A batch is followed by one this many times its size; of the first even if that takes so many seconds: what a call
+# costs besides its images, such as the update of the weights, shows only then.
+GROWTH, SECOND_S = 4, 4.0
 # What a machine that does other things as well, or has just begun, may make of the median.
 SLOWER = 1.5
 # Images that are read one after the other: of eight on they are decoded in threads, as a worker does not.
@@ -133,18 +136,35 @@ def of_inversion(n_rows: int = 256) -> Span:
 
 
 def _an_image(work: Callable[[Tensor], object], example: Tensor, most: int, least: int = 1) -> Span:
-    """Seconds of a call over images of its batch: after calls of growing batches, as long as the budget lasts."""
-    start, size = time.perf_counter(), least
-    took = _timed(work, _batch(example, size))
-    took = _timed(work, _batch(example, size))
-    while size < most and time.perf_counter() - start + 3 * took < BUDGET_S:
-        size = min(most, 2 * size)
+    """Seconds of a call over the images of its batch, were that of the most images: after calls of growing batches, as
+    long as the budget lasts, and of a second one where that takes no more than moments."""
+    start, size, before = time.perf_counter(), least, None
+    while True:
+        batch = _batch(example, size)
         # The first of a size may choose an algorithm.
-        took = _timed(work, _batch(example, size))
-    times = [_timed(work, _batch(example, size))]
+        _timed(work, batch)
+        times = [_timed(work, batch)]
+        grown = 2 * GROWTH * times[0]
+        if size == most or grown > (SECOND_S if before is None else start + BUDGET_S - time.perf_counter()):
+            break
+        before, size = (size, times[0]), min(most, GROWTH * size)
     while time.perf_counter() - start < BUDGET_S:
-        times.append(_timed(work, _batch(example, size)))
-    return Span(min(times) / size, SLOWER * statistics.median(times) / size)
+        times.append(_timed(work, batch))
+    low, high = (_with_more(seconds, size, before, most) for seconds in (min(times), statistics.median(times)))
+    return Span(low / most, SLOWER * high / most)
+
+
+def _with_more(seconds: float, size: int, before: tuple[int, float] | None, most: int) -> float:
+    """Seconds of a call of the most images, on the straight line through that of a smaller batch and this one.
+
+    An image more is held to cost between a quarter of what one cost so far and all of it: both may have been disturbed.
+
+    >>> _with_more(1.0, 8, (2, 0.625), 64), _with_more(1.0, 8, None, 64)
+    (4.5, 8.0)
+    """
+    one = seconds / size
+    more = one if before is None else (seconds - before[1]) / (size - before[0])
+    return seconds + (most - size) * min(one, max(one / 4, more))
 
 
 def _batch(example: Tensor, size: int) -> Tensor:
