@@ -13,7 +13,8 @@ ifdef UV
   INSTALL := $(UV) pip install --quiet --python $(BIN)/python
 else
   CREATE := $(PYTHON) -m venv $(VENV)
-  INSTALL := $(BIN)/python -m pip install --quiet
+  # Bytecode is written as it is needed, as with uv: compiling all of torch takes longer than using it.
+  INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 endif
 
 .PHONY: install install-dev quickstart test lint docs tutorials coverage clean

@@ -174,8 +174,15 @@ def normalization_of(data: ImageData) -> dict[str, list[float]]:
     return {"mean": data.mean, "std": data.std}
 
 
-def check_match(net: nn.Module, data: ImageData, normalization: Mapping[str, list[float]]) -> None:
-    """Raise InputError for data that are not those of a network, with all that differs."""
+def check_match(net: nn.Module, data: ImageData, stored: Stored) -> None:
+    """Raise InputError for data that are not those of a network, with all that differs; warn where classes have other
+    names.
+
+    Args:
+        net: the network.
+        data: its images.
+        stored: what its file says of it.
+    """
     wrong: list[str] = []
     config = getattr(net, "config", {})
     classes = config.get("num_classes")
@@ -185,11 +192,12 @@ def check_match(net: nn.Module, data: ImageData, normalization: Mapping[str, lis
             f"trained on (data=...), or a part of them with data.n_classes={classes} and folders named by the number "
             "of their class"
         )
-    for name, value in normalization.items():
+    for name, value in stored.normalization.items():
         here = getattr(data, name)
         if max(abs(a - b) for a, b in zip(value, here, strict=True)) > 1e-3:
             pair = " ".join(
-                f"data.{key}={[round(v, 4) for v in values]}".replace(" ", "") for key, values in normalization.items()
+                f"data.{key}={[round(v, 4) for v in values]}".replace(" ", "")
+                for key, values in stored.normalization.items()
             )
             wrong.append(
                 f"the network was trained with {name} {value}, the data are normalised with {here}; use {pair}"
@@ -197,6 +205,13 @@ def check_match(net: nn.Module, data: ImageData, normalization: Mapping[str, lis
             break
     if wrong:
         raise InputError("; ".join(wrong))
+    other = [pair for pair in zip(stored.classes, data.classes, strict=False) if pair[0] != pair[1]]
+    if other:
+        rank_zero_only(log.warning)(
+            "%d of %d classes have other names than the network was trained with, the first is %r there and %r in the "
+            "data: accuracies are wrong unless they mean the same in the same order",
+            len(other), len(data.classes), *other[0],
+        )  # fmt: skip
     check_answers(net, data.normalize(data.pixels("val", 1)).to(device_of(net)))
 
 

@@ -74,7 +74,7 @@ def _explained(
     takes = _preprocessing(asked, stored)
     paths = find_images(asked.photographs)
     pixels = _read(paths, takes)
-    classes = _classes(asked, net, pixels[:1], takes)
+    classes = _classes(asked, net, pixels[:1], stored)
     if is_first:
         announce_explaining(out, net, pixels, tags)
     found = attribute_fine(
@@ -179,13 +179,15 @@ def _names(paths: list[Path]) -> list[str]:
     return [f"{number:0{len(str(len(paths)))}d}_{path.stem}" for number, path in enumerate(paths, 1)]
 
 
-def _classes(asked: Explaining, net: nn.Module, image: Tensor, takes: Preprocessing) -> list[str] | None:
+def _classes(asked: Explaining, net: nn.Module, image: Tensor, stored: Stored) -> list[str] | None:
     """Names of the network's classes, where they are known."""
     if asked.telling.classes is not None:
         with torch.inference_mode():
             n_classes = first(net(image.to(device_of(net)))).shape[1]
         return read_classes(asked.telling.classes, n_classes)
-    return list(CIFAR10_CLASSES) if asked.whose.pretrained else class_names(asked.model)
+    if asked.whose.pretrained:
+        return list(CIFAR10_CLASSES)
+    return stored.classes or class_names(asked.model)
 
 
 def _write(

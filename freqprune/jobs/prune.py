@@ -65,7 +65,7 @@ def _pruned(
     pick_layers(net, settings.readout.layers)
     assembly.seed(settings.common)
     data = data or assembly.load_data(assembly.data_settings(settings))
-    assembly.check_match(net, data, stored.normalization)
+    assembly.check_match(net, data, stored)
     settings.stimulus.masks(*data.split("val").pixels.shape[-2:])
     device = assembly.chosen_device(settings)
     net = net.to(device).to(memory_format=torch.channels_last).eval()

@@ -76,7 +76,8 @@ class Run:
         if not self.first:
             return
         if net is not None:
-            save_pruned(self.out / "pruned.ckpt", net, self.kept, assembly.normalization_of(self.data))
+            normalization = assembly.normalization_of(self.data)
+            save_pruned(self.out / "pruned.ckpt", net, self.kept, normalization, classes=self.data.classes)
         record.write_json(self.out / record.METRICS, self.metrics)
 
     def finish(self) -> None:
@@ -273,6 +274,7 @@ class Run:
             dict(config) if config else small,
             num_classes=len(self.data.classes),
             normalization=assembly.normalization_of(self.data),
+            classes=self.data.classes,
             teacher=teacher,
             **asdict(self.settings.finetune),
             **asdict(self.settings.distillation),

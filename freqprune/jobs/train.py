@@ -63,6 +63,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         config,
         num_classes=len(data.classes),
         normalization=assembly.normalization_of(data),
+        classes=data.classes,
         tag_loss=_tag_loss(settings, data),
         **asdict(settings.optimizer),
     )

@@ -37,12 +37,14 @@ class Stored:
         config: the config it was built from.
         normalization: ``{"mean": [...], "std": [...]}`` of its inputs, empty if the file does not say.
         kept: filters kept of the dense network, by layer; empty for a dense one.
+        classes: names of its outputs in order, empty if the file does not say.
     """
 
     net: nn.Module
     config: dict[str, Any]
     normalization: dict[str, list[float]] = field(default_factory=dict)
     kept: dict[str, list[int]] = field(default_factory=dict)
+    classes: list[str] = field(default_factory=list)
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -116,7 +118,8 @@ def load_network(path: str | Path, model: Mapping[str, Any] | None = None) -> St
                 f"ckpt = {path} is incomplete: it has no {', '.join(gone)}; write it again with save_pruned"
             )
         config, state = dict(content["model"]), content["state_dict"]
-        extra = {"normalization": dict(content["normalization"]), "kept": dict(content["kept"])}
+        extra: dict[str, Any] = {"kept": dict(content["kept"])}
+        said = content
     elif "hyper_parameters" in content and "state_dict" in content:
         named = content["hyper_parameters"].get("model")
         if not isinstance(named, Mapping | None):
@@ -132,14 +135,14 @@ def load_network(path: str | Path, model: Mapping[str, Any] | None = None) -> St
         state = {
             key.removeprefix("net."): value for key, value in content["state_dict"].items() if key.startswith("net.")
         }
-        extra = {"normalization": dict(content["hyper_parameters"].get("normalization") or {})}
+        extra, said = {}, content["hyper_parameters"]
     else:
         if model is None:
             raise InputError(
                 f"ckpt = {path} is a plain state dict, which does not name its network; say which with model=resnet32 "
                 "(or another)"
             )
-        config, extra = dict(model), {}
+        config, extra, said = dict(model), {}, {}
         state = _strip_prefix(content.get("state_dict", content))
     if model is not None and model.get("name") != config.get("name"):
         raise InputError(
@@ -157,6 +160,7 @@ def load_network(path: str | Path, model: Mapping[str, Any] | None = None) -> St
         drop_blocks(net, content.get("blocks", {}))
         resize(net, state)
     _load(net, state, path, config)
+    extra |= {"normalization": dict(said.get("normalization") or {}), "classes": list(said.get("classes") or ())}
     return Stored(net.eval(), config, **extra)
 
 
@@ -233,6 +237,7 @@ def save_pruned(
     kept: Mapping[str, Tensor | Sequence[int]],
     normalization: Mapping[str, Sequence[float]] | None = None,
     model: Mapping[str, Any] | None = None,
+    classes: Sequence[str] = (),
 ) -> None:
     """Write a pruned network as plain tensors, lists and numbers; the file appears complete or not at all.
 
@@ -243,6 +248,7 @@ def save_pruned(
         normalization: channel mean and std of its inputs.
         model: config for `freqprune.build_model` that builds the dense network, e.g. ``{"name": "torchvision/resnet18",
             "num_classes": 10}``; the network's own `config`, which everything from `build_model` has, if left out.
+        classes: names of its outputs, in order.
 
     Raises:
         InputError: if there is no config, or it does not rebuild this network.
@@ -265,6 +271,7 @@ def save_pruned(
         "kept": {layer: [int(i) for i in indices] for layer, indices in kept.items()},
         "blocks": dropped_blocks(net),
         "normalization": {key: [float(v) for v in value] for key, value in (normalization or {}).items()},
+        "classes": [str(name) for name in classes],
     }
     write_atomically(path, content)
 
@@ -281,9 +288,8 @@ def save_weights(path: str | Path, checkpoint: str | Path) -> None:
     load_network(checkpoint)
     hyper = content["hyper_parameters"]
     state = {key: value.contiguous() for key, value in content["state_dict"].items() if key.startswith("net.")}
-    write_atomically(
-        path, {"hyper_parameters": {key: hyper[key] for key in ("model", "normalization")}, "state_dict": state}
-    )
+    about = {key: hyper[key] for key in ("model", "normalization", "classes") if key in hyper}
+    write_atomically(path, {"hyper_parameters": about, "state_dict": state})
 
 
 def write_atomically(path: str | Path, content: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -59,6 +59,7 @@ class Classifier(pl.LightningModule):
         distill: the teacher's share of the loss, see `Distillation`.
         temperature: softens both networks' outputs for that part.
         tag_loss: terms of the training loss that are read off the tags.
+        classes: names of the outputs in order, kept with the weights.
         optimization: fields of `Optimization`: ``lr`` and so on.
     """
 
@@ -71,6 +72,7 @@ class Classifier(pl.LightningModule):
         distill: float = 0.0,
         temperature: float = 4.0,
         tag_loss: TagLoss | None = None,
+        classes: Sequence[str] = (),
         **optimization: Any,
     ) -> None:
         super().__init__()
@@ -94,6 +96,7 @@ class Classifier(pl.LightningModule):
                 **_plain(self.optimization),
                 "num_classes": num_classes,
                 "normalization": {key: list(value) for key, value in (normalization or {}).items()},
+                "classes": [str(name) for name in classes],
             }
         )
         self.loss = nn.CrossEntropyLoss(label_smoothing=self.optimization.label_smoothing)

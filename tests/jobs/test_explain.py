@@ -163,6 +163,11 @@ def test_a_checkpoint_says_what_its_inputs_are_normalised_with(images: Path, tmp
     # No names of classes are known.
     assert found.target is not None
     assert f"<p>Class {int(found.target)}: logit" in (tmp_path / "out" / "explain.html").read_text()
+    named = tmp_path / "named.ckpt"
+    save_pruned(named, net, {}, {"mean": mean, "std": std}, classes=[f"kind {i}" for i in range(10)])
+    explain(asked(tmp_path / "named", f"images={images / 'a.png'}", f"ckpt={named}"))
+    page = (tmp_path / "named" / "explain.html").read_text()
+    assert f"Class {int(found.target)}, kind {int(found.target)}: " in page
 
 
 def test_a_network_of_grey_images(there: Path) -> None:

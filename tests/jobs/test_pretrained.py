@@ -15,7 +15,8 @@ from freqprune.jobs import assembly
 from freqprune.jobs.prune import prune
 from freqprune.jobs.settings import read
 from freqprune.jobs.train import train
-from freqprune.networks.checkpoint import load_network, load_pruned
+from freqprune.networks import build_model
+from freqprune.networks.checkpoint import Stored, load_network, load_pruned
 from freqprune.training import ImageFolderData
 from tests.jobs.test_jobs import config
 
@@ -94,6 +95,19 @@ def test_networks_of_libraries_that_are_refused(folder: Path, tmp_path: Path) ->
     other = ("model.num_classes=2", "data.mean=[0.5,0.5,0.5]", "data.std=[0.2,0.2,0.2]", "data.image_size=64")
     with pytest.raises(InputError, match=r"was trained with mean \[0.485"):
         prune(config("prune", tmp_path / "run", *other, base=small(folder)))
+
+
+def test_classes_of_other_names_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = ImageFolderData(folder, mean=(0.5,) * 3, std=(0.2,) * 3, image_size=32, batch_size=4)
+    data.setup()
+    net = build_model({"name": "resnet8", "num_classes": 2}).eval()
+    assembly.check_match(net, data, Stored(net, {}, classes=list(data.classes)))
+    assert not caplog.records
+    assembly.check_match(net, data, Stored(net, {}, classes=[data.classes[0], "other"]))
+    assert (
+        f"1 of 2 classes have other names than the network was trained with, the first is 'other' there and "
+        f"{data.classes[1]!r} in the data" in caplog.text
+    )
 
 
 def test_all_that_differs_from_the_networks_own_data_is_told_at_once(folder: Path, tmp_path: Path) -> None:

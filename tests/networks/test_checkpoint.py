@@ -14,6 +14,7 @@ from freqprune.networks.registry import build_model
 from freqprune.pruning.surgery import Plan
 
 X = torch.rand(2, 3, 32, 32)
+CLASSES = [f"kind {i}" for i in range(10)]
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def pruned(tmp_path: Path) -> tuple[Path, torch.nn.Module]:
     net = build_model({"name": "resnet8"}).eval()
     kept = {"layer1.0.conv1": torch.tensor([0, 3, 7]), "layer3.0.conv1": torch.arange(5)}
     small = Plan(net, X).apply(kept)
-    save_pruned(tmp_path / "pruned.ckpt", small, kept, {"mean": [0.5] * 3, "std": [0.2] * 3})
+    save_pruned(tmp_path / "pruned.ckpt", small, kept, {"mean": [0.5] * 3, "std": [0.2] * 3}, classes=CLASSES)
     return tmp_path / "pruned.ckpt", small
 
 
@@ -45,6 +46,7 @@ def test_pruned_checkpoint_is_plain(pruned: tuple[Path, torch.nn.Module]) -> Non
     assert content["model"]["widths"] == {"layer1.0.conv1": 3, "layer3.0.conv1": 5}
     stored = load_network(pruned[0])
     assert stored.normalization == {"mean": [0.5] * 3, "std": [0.2] * 3}
+    assert stored.classes == CLASSES
     assert os.listdir(pruned[0].parent) == ["pruned.ckpt"]
 
 

@@ -63,8 +63,9 @@ def test_saved_weights_hold_nothing_of_the_training(tmp_path: Path) -> None:
     import pytorch_lightning as pl
 
     classifier = Classifier(
-        {"name": "resnet8", "num_classes": 4}, num_classes=4, normalization={"mean": [0.5] * 3, "std": [0.2] * 3}
-    )
+        {"name": "resnet8", "num_classes": 4}, num_classes=4, normalization={"mean": [0.5] * 3, "std": [0.2] * 3},
+        classes=["a", "b", "c", "d"],
+    )  # fmt: skip
     trainer = pl.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
     trainer.strategy.connect(classifier)
     trainer.save_checkpoint(tmp_path / "last.ckpt", weights_only=False)
@@ -75,4 +76,5 @@ def test_saved_weights_hold_nothing_of_the_training(tmp_path: Path) -> None:
     x = torch.rand(2, 3, 32, 32)
     assert torch.equal(stored.net.eval()(x), classifier.net.eval()(x))
     assert stored.normalization == {"mean": [0.5] * 3, "std": [0.2] * 3}
+    assert stored.classes == ["a", "b", "c", "d"]
     assert build_model(dict(content["hyper_parameters"]["model"]))(x).shape == (2, 4)
