@@ -180,7 +180,7 @@ def test_submitit_runs_jobs_on_this_machine(tmp_path: Path) -> None:
     assert (tmp_path / "sweep" / "0" / "report.html").is_file()
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_interrupt_leaves_a_checkpoint_that_resumes(how: signal.Signals, tmp_path: Path) -> None:
     arguments = [*SMALL, "tagging.every_n_epochs=0", "trainer.max_epochs=400", f"hydra.run.dir={tmp_path / 'run'}"]
     process = subprocess.Popen(

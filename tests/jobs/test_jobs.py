@@ -350,7 +350,10 @@ def test_a_network_that_has_learned_nothing_is_told(
     assert "chance" not in caplog.text
 
 
-@pytest.mark.parametrize("term", ["integration", "balance", "silence"])
+TERMS = ["integration", *(pytest.param(term, marks=pytest.mark.slow) for term in ("balance", "silence"))]
+
+
+@pytest.mark.parametrize("term", TERMS)
 def test_trains_with_a_loss_from_the_tags(term: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = [f"tag_loss={term}", "tag_loss.every_n_steps=1", "trainer.max_epochs=2"]
     metrics, made = train(config("train", tmp_path, *more))
