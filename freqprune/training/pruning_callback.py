@@ -19,7 +19,7 @@ from freqprune.errors import InputError
 from freqprune.networks import of_the_dense
 from freqprune.processes import shared_work
 from freqprune.pruning import Material, Plan, Recipe, cut
-from freqprune.tagging import Stimulus
+from freqprune.tagging import Stimulus, normalizer
 from freqprune.training.tagging_callback import _pixels, _TagsInTraining
 
 log = logging.getLogger(__name__)
@@ -138,12 +138,13 @@ class TagPruning(_TagsInTraining):
             images = _of_all(_pixels(raw, mean, std), trainer)
             labels = None if labels is None else _of_all(labels, trainer)
             labelled = None if labels is None else (images, labels)
-            material = Material(images, _normalizer(mean, std), mean, std, calibration=images, labelled=labelled)
+            normalize = normalizer(images, mean, std, pl_module.device, images.dtype)
+            material = Material(images, normalize, mean, std, calibration=images, labelled=labelled)
             with shared_work():
                 done = cut(net, material, self.recipe, self.stimulus)
         small = done.net.to(memory_format=torch.channels_last)
         for optimizer in trainer.optimizers:
-            carry_over(optimizer, net, small, done.kept, _normalizer(mean, std)(images[:1]))
+            carry_over(optimizer, net, small, done.kept, normalize(images[:1]))
         setattr(pl_module, self._attribute(pl_module), small)
         if isinstance(trainer.strategy, DDPStrategy):
             # Its view of the gradients is of the parameters that are gone.
@@ -197,18 +198,6 @@ def _of_all(values: Tensor, trainer: pl.Trainer) -> Tensor:
     dist.all_gather_object(shares, values.cpu())
     longest = max(map(len, shares))
     return torch.stack([share[i] for i in range(longest) for share in shares if i < len(share)]).to(values.device)
-
-
-def _normalizer(mean: Sequence[float] | None, std: Sequence[float] | None) -> Any:
-    def normalize(pixels: Tensor) -> Tensor:
-        if mean is None or std is None:
-            return pixels
-        shift, scale = (
-            torch.tensor([float(v) for v in values], device=pixels.device).view(1, -1, 1, 1) for values in (mean, std)
-        )
-        return (pixels - shift) / scale
-
-    return normalize
 
 
 def carry_over(
