@@ -110,15 +110,20 @@ def main() -> None:
                 break
             rows.setdefault(f"resnet32_{way}_batch{size}", []).append(row)
             share = row["saved"]
-    for key, values in rows.items():
-        found[key] = {
-            name: [
-                round(statistics.mean(value[name] for value in values), 4),
-                round(statistics.stdev(value[name] for value in values), 4) if values[1:] else 0.0,
-            ]
-            for name in values[0]
-        }
-    publish(found, given.json)
+        publish({**found, **{key: averages(values) for key, values in rows.items()}}, given.json)
+    publish({**found, **{key: averages(values) for key, values in rows.items()}}, given.json)
+
+
+def averages(rows: list[dict[str, float]]) -> dict[str, Any]:
+    """Mean and standard deviation of each figure over the seeds that came to one, and how many did."""
+    found: dict[str, Any] = {
+        name: [
+            round(statistics.mean(row[name] for row in rows), 4),
+            round(statistics.stdev(row[name] for row in rows), 4) if rows[1:] else 0.0,
+        ]
+        for name in rows[0]
+    }
+    return {**found, "seeds": len(rows)}
 
 
 if __name__ == "__main__":

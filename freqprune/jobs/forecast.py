@@ -150,7 +150,8 @@ def of_pruning(
     n_images = min(showing.n_images, n_val) * (1 + len(data.classes) * showing.per_class)
     found: dict[str, Span | None] = {"tags": of_tags(pace, settings.stimulus, settings.readout, n_images)}
     n_nets = 1 if cut is None else 2
-    timed = sum(latency.batch_sizes) * (latency.n_runs + 5) * n_nets
+    by_time = settings.recipe is not None and settings.recipe.amount.by_time
+    timed = sum(latency.sizes(by_time)) * (latency.n_runs + 5) * n_nets
     n_tests = n_nets
     if cut is not None:
         assert settings.recipe is not None

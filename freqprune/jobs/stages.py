@@ -46,10 +46,16 @@ class Run:
         self.metrics: dict[str, Any] = {}
         self.kept: dict[str, list[int]] = {}
 
+    @property
+    def sizes(self) -> list[int]:
+        """Batch sizes to time."""
+        recipe = self.settings.recipe
+        return self.settings.latency.sizes(recipe is not None and recipe.amount.by_time)
+
     def measure(self, stage: str, net: nn.Module) -> None:
         """Cost and test accuracy of a stage."""
         self.metrics[stage] = {
-            **cost(net, self._batch(max(self.settings.latency.batch_sizes))),
+            **cost(net, self._batch(max(self.sizes))),
             "test_accuracy": assembly.accuracy_of(self.settings, net, self.data),
         }
 
@@ -57,7 +63,7 @@ class Run:
         """Time the networks in turn, at every batch size."""
         for stage in nets:
             self.metrics[stage]["latency_ms"] = {}
-        for size in self.settings.latency.batch_sizes:
+        for size in self.sizes:
             ready = {stage: net.to(self.device) for stage, net in nets.items()}
             found = from_first(latency_ms, ready, self._batch(size), self.settings.latency.n_runs)
             for stage, value in found.items():
@@ -135,6 +141,8 @@ class Run:
             }
             if done.dropped:
                 self.metrics.setdefault("dropped_blocks", []).extend(done.dropped)
+            if done.promise is not None:
+                self.metrics["latency"] = done.promise.record()
             notes = done.remarks
             if step + 1 < n_steps:
                 self._recalibrate(small)
@@ -210,6 +218,8 @@ class Run:
         if "finetuned" in self.metrics:
             if self.first:
                 show(f"{folder} is complete; its fine-tuning is not repeated")
+            if "exports" not in self.metrics:
+                self._deploy(net, small)
         else:
             small = self.recover(net, small, last if last.is_file() else None)
         self.finish()

@@ -156,8 +156,8 @@ def load_network(path: str | Path, model: Mapping[str, Any] | None = None) -> St
                 "leave model out"
             )
     net = build_model(config)
+    drop_blocks(net, said.get("blocks") or {})
     if content.get("format") == PRUNED_FORMAT:
-        drop_blocks(net, content.get("blocks", {}))
         resize(net, state)
     _load(net, state, path, config)
     extra |= {"normalization": dict(said.get("normalization") or {}), "classes": list(said.get("classes") or ())}
@@ -288,7 +288,7 @@ def save_weights(path: str | Path, checkpoint: str | Path) -> None:
     load_network(checkpoint)
     hyper = content["hyper_parameters"]
     state = {key: value.contiguous() for key, value in content["state_dict"].items() if key.startswith("net.")}
-    about = {key: hyper[key] for key in ("model", "normalization", "classes") if key in hyper}
+    about = {key: hyper[key] for key in ("model", "normalization", "classes", "blocks") if key in hyper}
     write_atomically(path, {"hyper_parameters": about, "state_dict": state})
 
 

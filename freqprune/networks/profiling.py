@@ -6,6 +6,7 @@ import io
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 from weakref import WeakSet, finalize
 
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from freqprune.errors import at_least, one_of
+from freqprune.errors import InputError, at_least, one_of
 from freqprune.networks.hooks import evaluating
 from freqprune.networks.runtimes import TARGETS, in_turn, runner
 
@@ -131,7 +132,7 @@ class Latency:
         folder: where measured times are kept; None: ``~/.cache/freqprune``.
 
     Raises:
-        InputError: for numbers below 1 or an unknown target.
+        InputError: for numbers below 1, an unknown target, or one whose packages are missing.
     """
 
     batch_sizes: Sequence[int] = (1, 64)
@@ -143,6 +144,13 @@ class Latency:
     def __post_init__(self) -> None:
         at_least(1, batch_sizes=min(self.batch_sizes, default=0), n_runs=self.n_runs, batch_size=self.batch_size)
         one_of(TARGETS, target=self.target)
+        missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
+        if self.target == "onnx" and missing:
+            raise InputError(f"latency.target=onnx needs {', '.join(missing)}; pip install 'freqprune[onnx]'")
+
+    def sizes(self, by_time: bool) -> list[int]:
+        """Sizes that the table of stages shows: with the one that a cut by time counts for, after such a cut."""
+        return sorted({*self.batch_sizes, *([self.batch_size] if by_time else [])})
 
 
 def latency_ms(

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from freqprune.networks.answers import device_of
 from freqprune.networks.hooks import evaluating
 
 TARGETS = ("eager", "compiled", "onnx")
+# Networks of one class that are compiled in one process.
+MANY = 10_000
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,28 @@ def runner(net: nn.Module, example: Tensor, target: str = "eager") -> Callable[[
             torch.accelerator.synchronize()
         return answer
 
+    if target == "compiled":
+        _compile(call)
     return call
+
+
+def _compile(call: Callable[[], object]) -> None:
+    """Call a compiled network for the first time."""
+    import torch._dynamo
+
+    # Networks of one class share their code, of which PyTorch compiles eight versions and runs the rest eagerly.
+    limits: dict[str, Any] = {"recompile_limit": MANY, "accumulated_recompile_limit": MANY}
+    try:
+        with torch._dynamo.config.patch(limits):
+            call()
+    except (RuntimeError, OSError) as error:
+        raise InputError(
+            f"torch.compile cannot take this network here ({_first_line(error)}); use latency.target=eager or onnx"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class OnnxModule(nn.Module):
@@ -104,6 +128,12 @@ def _in_onnxruntime(net: nn.Module, example: Tensor) -> Callable[[], object]:
             program = torch.onnx.export(net.cpu(), (example.cpu(),), dynamo=True, verbose=False)
             assert program is not None
             forward = OnnxModule(program.model_proto.SerializeToString())
+    except InputError:
+        raise
+    except Exception as error:  # The exporter has many, of no common kind.
+        raise InputError(
+            f"ONNX cannot take this network ({_first_line(error)}); use latency.target=eager or compiled"
+        ) from error
     finally:
         net.to(where)
     images = example.cpu().contiguous()

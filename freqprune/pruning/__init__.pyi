@@ -1,5 +1,6 @@
 from .adapter import TagImportance as TagImportance
 from .amount import AMOUNTS as AMOUNTS
+from .amount import AUTO as AUTO
 from .amount import Amount as Amount
 from .amount import step_amount as step_amount
 from .compensation import compensate as compensate

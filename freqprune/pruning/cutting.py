@@ -13,14 +13,14 @@ from freqprune.processes import from_first
 from freqprune.pruning.amount import Amount
 from freqprune.pruning.compensation import compensate, recalibrate_batch_norm
 from freqprune.pruning.criteria import needs, scores
-from freqprune.pruning.depth import block_scores
+from freqprune.pruning.depth import ONE_PASS, block_scores
 from freqprune.pruning.evidence import calibration, gather, n_measured
 from freqprune.pruning.importance import Evidence
 from freqprune.pruning.recipe import Material, Recipe
 from freqprune.pruning.reconstruction import reconstruct
 from freqprune.pruning.selection import Kept, remarks, select
 from freqprune.pruning.surgery import Plan
-from freqprune.pruning.tempo import to_time
+from freqprune.pruning.tempo import Promise, to_time
 from freqprune.tagging import Progress, Stimulus, TagResponse, pick_layers
 
 
@@ -35,6 +35,7 @@ class Cut:
         response: the response to the tags; None if the criterion reads none and none was given.
         remarks: what a user should know.
         dropped: residual blocks that went altogether; their layers are not in `kept`.
+        promise: what a cut by time was asked for and what was measured; None for others.
     """
 
     net: nn.Module
@@ -43,6 +44,7 @@ class Cut:
     response: TagResponse | None
     remarks: list[str]
     dropped: list[str] = field(default_factory=list)
+    promise: Promise | None = None
 
 
 def plan_cut(net: nn.Module, example: Tensor, recipe: Recipe) -> tuple[Plan, list[str]]:
@@ -116,12 +118,14 @@ def cut(
         )
     found = scores(recipe.criterion, evidence, chosen, progress)
     if plan.blocks:
-        found |= block_scores(net, evidence.frames or _some(plan, material, recipe, stimulus), progress=progress)
-    amount = recipe.amount
+        # Only in sequence a cut makes up for whole blocks.
+        how = ONE_PASS if recipe.compensation == "sequential" else None
+        found |= block_scores(net, evidence.frames or _some(plan, material, recipe, stimulus), how, progress)
+    amount, promise = recipe.amount, None
     try:
         if amount.by_time:
             # What is timed in one process is timed while the others wait.
-            kept, amount, more = from_first(to_time, plan, found, material, recipe, progress)
+            kept, amount, more, promise = from_first(to_time, plan, found, material, recipe, progress)
             notes += more
         else:
             kept = select(found, amount, plan.macs, plan.blocks)
@@ -137,7 +141,7 @@ def cut(
         notes.append(f"{len(dropped)} of {len(plan.blocks)} residual blocks went altogether: {', '.join(dropped)}")
     small, more = _made_up_for(plan, small, kept, evidence, material, recipe, stimulus, progress)
     notes += more + _overshoot(plan, kept, amount)
-    return Cut(small, inner, found, evidence.response, notes, plan.dropped(kept))
+    return Cut(small, inner, found, evidence.response, notes, plan.dropped(kept), promise)
 
 
 def _seen_enough(

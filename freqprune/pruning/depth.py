@@ -21,7 +21,7 @@ ONE_PASS = Reconstruction(rounds=0, positions=64)
 def block_scores(
     model: nn.Module,
     images: Sequence[Tensor],
-    how: Reconstruction = ONE_PASS,
+    how: Reconstruction | None = ONE_PASS,
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
 ) -> dict[str, Tensor]:
     """Squared change of the logits that each residual block adds when it goes, the least first: on the scale of
@@ -34,7 +34,7 @@ def block_scores(
     Args:
         model: a classifier.
         images: batches of network inputs.
-        how: how blocks are made up for.
+        how: how blocks are made up for; None: not at all, as by a cut that does not.
         progress: wraps the iteration over the blocks, for a progress bar.
 
     Returns:
@@ -59,7 +59,8 @@ def block_scores(
                     moved = sum(float((a - b).square().sum()) for a, b in zip(answers, dense, strict=True))
                     change[name] = float(added_up(torch.tensor(moved, dtype=torch.float64)))
             gone.append(min(change, key=change.__getitem__))
-            now = error_without(model, gone, batches, how)
+            bare = change[gone[-1]] / sum(map(len, batches))
+            now = bare if how is None else error_without(model, gone, batches, how)
             last = max(last, now - before)
             before = max(before, now)
             found[gone[-1]] = torch.tensor([last], dtype=torch.float64)

@@ -68,7 +68,7 @@ class Recipe:
         latency: for what a cut by time counts.
 
     Raises:
-        InputError: for an unknown criterion, compensation or calibration, or blocks with a criterion that is not on
+        InputError: for an unknown criterion, compensation or calibration, or blocks with scores that are not on
             their scale.
     """
 
@@ -99,6 +99,11 @@ class Recipe:
             raise InputError(
                 f"blocks are ranked by the change of the logits, which importance.criterion = {self.criterion} does "
                 f"not compare with; use {' or '.join(BLOCK_CRITERIA)}, or pruning.blocks=false"
+            )
+        if self.with_blocks and self.amount.normalize:
+            raise InputError(
+                "pruning.normalize = true divides the scores of each layer by their mean, which leaves nothing to "
+                "compare blocks by; use pruning.normalize=false, or pruning.blocks=false"
             )
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,9 +31,35 @@ N_PAIRS = (15, 40, 100, 400, 1000)
 MOST_S = 30.0
 
 
+@dataclass(frozen=True)
+class Promise:
+    """What a cut by time was asked for, and what came of it.
+
+    Attributes:
+        asked: share of the time to remove.
+        speed: of the dense and the smaller network before anything was made up for, in turn.
+        target: where they ran, see `runner`.
+        batch_size: images of a batch.
+    """
+
+    asked: float
+    speed: Speed
+    target: str
+    batch_size: int
+
+    def record(self) -> dict[str, float | int | str]:
+        """For ``metrics.json``: shares of the time asked for, measured, and its spread; milliseconds of both."""
+        speed = self.speed
+        return {
+            "asked": round(self.asked, 4), "got": round(speed.saved, 4), "spread": round(speed.spread, 4),
+            "dense_ms": round(speed.dense_ms, 4), "pruned_ms": round(speed.small_ms, 4),
+            "target": self.target, "batch_size": self.batch_size,
+        }  # fmt: skip
+
+
 def to_time(
     plan: Plan, scores: Mapping[str, Tensor], material: Material, recipe: Recipe, progress: Progress | None = None
-) -> tuple[Kept, Amount, list[str]]:
+) -> tuple[Kept, Amount, list[str], Promise]:
     """Choose what to keep so that the measured time falls by what `recipe.amount` asks for.
 
     Args:
@@ -44,7 +70,7 @@ def to_time(
         progress: see `freqprune.tag`.
 
     Returns:
-        What is kept, the amount with the multiple that was measured, and remarks.
+        What is kept, the amount with the multiple that was measured, remarks, and what was measured.
 
     Raises:
         InputError: for a time that cannot be reached, or a device too noisy to measure.
@@ -88,6 +114,11 @@ def to_time(
             by = plan.macs if amount.scope == "per_mac" else None
             kept = plan.sensible(select(scores, amount, ms, plan.blocks, by))
         except InputError as error:
+            if best is None and recipe.amount.latency_ms is not None:
+                raise InputError(
+                    f"pruning.latency_ms = {recipe.amount.latency_ms:g} asks for {100 * asked:.1f} % of the "
+                    f"{target_ms:.4g} ms that the network takes at batch {how.batch_size}; {error}"
+                ) from error
             if best is None:
                 raise
             if best[1].saved >= asked - MISSED:
@@ -105,8 +136,9 @@ def to_time(
         goal = min(0.99, max(0.01, goal - off))
     assert best is not None
     kept, speed = best
-    where = f"batch {how.batch_size}, {how.target} on {device.type}"
-    if device.type == "cpu":
+    runs_on = "cpu" if how.target == "onnx" else device.type
+    where = f"batch {how.batch_size}, {how.target} on {runs_on}"
+    if runs_on == "cpu":
         where += f" with {torch.get_num_threads()} threads"
     said += [
         f"{100 * speed.saved:.1f} % of the time saved, {100 * asked:.1f} % asked for: {speed.dense_ms:.4g} ms before, "
@@ -114,7 +146,7 @@ def to_time(
     ]
     if speed.saved < asked - MISSED:
         said.append(f"the time asked for was missed by {100 * (asked - speed.saved):.1f} % of the dense network's")
-    return kept, wanted, said
+    return kept, wanted, said, Promise(asked, speed, how.target, how.batch_size)
 
 
 def _badness(off: float) -> float:

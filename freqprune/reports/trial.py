@@ -11,7 +11,7 @@ from torch import Tensor
 
 from freqprune.errors import InputError
 from freqprune.networks import macs_by_layer
-from freqprune.pruning import Amount, Evidence, Plan, scores
+from freqprune.pruning import AUTO, Amount, Evidence, Plan, scores
 from freqprune.reports.filters import packed
 from freqprune.tagging import TagResponse
 
@@ -68,7 +68,7 @@ class Trial:
         """For the page."""
         numbers = {layer: number for number, layer in enumerate(self.macs)}
         amount = self.amount
-        # A trial counts MACs, whatever the run's own cut counted.
+        # A trial counts MACs, whatever the run's own cut counted, and measures no times.
         scope = "per_mac" if amount.scope == "per_ms" else amount.scope
         return {
             "macs": list(self.macs.values()),
@@ -92,7 +92,7 @@ class Trial:
                 "scope": scope,
                 "normalize": amount.normalize,
                 "min_filters": amount.min_filters,
-                "multiple_of": amount.multiple_of,
+                "multiple_of": 1 if amount.multiple_of == AUTO else amount.multiple_of,
                 "macs_cut": amount.macs_cut,
                 "threshold": amount.threshold,
             },

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from freqprune.errors import InputError
-from freqprune.networks import of_the_dense
+from freqprune.networks import drop_blocks, dropped_blocks, of_the_dense
 from freqprune.processes import shared_work
 from freqprune.pruning import Material, Plan, Recipe, cut
 from freqprune.tagging import Stimulus, normalizer
@@ -64,16 +64,19 @@ class TagPruning(_TagsInTraining):
         self.recipe, self.epochs = recipe, sorted(set(epochs))
         self.stimulus = stimulus or Stimulus()
         self.kept: list[dict[str, list[int]]] = []
+        # After each cut, the blocks that the network has lost by then, see `drop_blocks`.
+        self.dropped: list[dict[str, list[str]]] = []
 
     @property
     def state_key(self) -> str:
         return "TagPruning"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"kept": self.kept}
+        return {"kept": self.kept, "dropped": self.dropped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.kept = state_dict["kept"]
+        self.dropped = state_dict.get("dropped", [{} for _ in self.kept])
 
     @property
     def kept_of_dense(self) -> dict[str, list[int]]:
@@ -101,7 +104,8 @@ class TagPruning(_TagsInTraining):
 
         def rebuild_first(checkpoint: dict[str, Any]) -> None:
             # The weights of a run that was cut are those of the smaller network.
-            self._rebuild(pl_module, checkpoint.get("callbacks", {}).get(self.state_key, {}).get("kept", []))
+            state = checkpoint.get("callbacks", {}).get(self.state_key, {"kept": []})
+            self._rebuild(pl_module, state["kept"], state.get("dropped", [{} for _ in state["kept"]]))
             loading(checkpoint)
 
         # Callbacks are restored only after the weights; this method of the module is called before them.
@@ -110,12 +114,19 @@ class TagPruning(_TagsInTraining):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         pl_module.__dict__.pop("on_load_checkpoint", None)
 
-    def _rebuild(self, pl_module: pl.LightningModule, cuts: Sequence[Mapping[str, list[int]]]) -> None:
+    def _rebuild(
+        self,
+        pl_module: pl.LightningModule,
+        cuts: Sequence[Mapping[str, list[int]]],
+        dropped: Sequence[Mapping[str, list[str]]],
+    ) -> None:
         example = self._example(pl_module)
-        for kept in cuts:
+        for kept, gone in zip(cuts, dropped, strict=True):
             small = Plan(self._net(pl_module), example).apply(
                 {name: torch.tensor(indices) for name, indices in kept.items()}, check=False
             )
+            there = dropped_blocks(small)
+            drop_blocks(small, {name: left for name, left in gone.items() if name not in there})
             setattr(pl_module, self._attribute(pl_module), small)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -151,9 +162,11 @@ class TagPruning(_TagsInTraining):
             trainer.strategy.model = pl_module
             trainer.strategy.configure_ddp()
         self.kept.append({name: indices.tolist() for name, indices in done.kept.items()})
+        self.dropped.append(dropped_blocks(small))
         config = getattr(small, "config", None)
         if isinstance(config, Mapping) and isinstance(pl_module.hparams.get("model"), Mapping):
             pl_module.hparams["model"] = dict(config)
+            pl_module.hparams["blocks"] = dropped_blocks(small)
         for remark in done.remarks:
             log.warning("%s", remark)
         n_filters = float(sum(map(len, done.kept.values())))
@@ -204,7 +217,7 @@ def carry_over(
     optimizer: Optimizer, dense: nn.Module, small: nn.Module, kept: Mapping[str, Tensor], example: Tensor
 ) -> None:
     """Let an optimizer go on with the parameters of the pruned network, in place; kept filters keep their state, e.g.
-    momentum.
+    momentum, and parameters of blocks that went are let go.
 
     Args:
         optimizer: holds parameters of `dense`, and maybe others, which stay.
@@ -233,11 +246,14 @@ def carry_over(
                 target.copy_(value) if isinstance(value, Tensor) and value.shape == target.shape else target.zero_()
         plan.model = carrier
         for name, value in plan.apply(kept, check=False).named_parameters():
-            state.setdefault(new[name], {})[key] = value.detach().clone()
+            if name in new:
+                state.setdefault(new[name], {})[key] = value.detach().clone()
     for parameter, name in names.items():
         for key, value in optimizer.state.pop(parameter, {}).items():
-            if not (isinstance(value, Tensor) and value.dim()):
+            if name in new and not (isinstance(value, Tensor) and value.dim()):
                 state.setdefault(new[name], {})[key] = value
     optimizer.state.update(state)
     for group in optimizer.param_groups:
-        group["params"] = [new[names[p]] if p in names else p for p in group["params"]]
+        group["params"] = [
+            new[names[p]] if p in names else p for p in group["params"] if p not in names or names[p] in new
+        ]

@@ -29,8 +29,10 @@ from freqprune.networks.blocks import Shortcut
 from freqprune.networks.checkpoint import load_network
 from freqprune.networks.profiling import count_macs, count_parameters
 from freqprune.networks.registry import build_model
-from freqprune.pruning import importance
+from freqprune.pruning import importance, tempo
+from freqprune.reports import tables
 from tests.conftest import ROOT
+from tests.pruning.test_tempo import ByMacs
 
 # Those that bring settings of their own data are in test_experiments.py.
 OWN_DATA = ("cifar100_resnet56", "imagenet_resnet50")
@@ -583,6 +585,24 @@ def test_blocks_go_and_the_rest_is_fine_tuned(trained: tuple[Path, dict[str, Any
     )
     assert again["dense"]["macs"] == metrics["pruned"]["macs"]
     assert isinstance(load_pruned(tmp_path / "b" / "pruned.ckpt").get_submodule(gone[0]), Shortcut)
+
+
+def test_a_cut_by_time_says_what_was_measured(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempo, "Times", ByMacs)
+    monkeypatch.setattr(tempo, "NOISY", 10.0)
+    ckpt = trained[0] / "checkpoints" / "last.ckpt"
+    more = ("importance=logit_error", "pruning.latency_cut=0.1", "latency.batch_size=3", "pruning.compensation=none",
+            "pruning.calibration_images=32", "pruning.measured_images=16", "finetune.epochs=0")  # fmt: skip
+    metrics, _ = prune(config("prune", tmp_path, f"ckpt={ckpt}", *more))
+    for stage in ("dense", "pruned"):
+        assert list(metrics[stage]["latency_ms"]) == ["1", "3", "4"]
+    found = json.loads((tmp_path / "metrics.json").read_text())["latency"]
+    assert found["asked"] == 0.1
+    assert (found["target"], found["batch_size"]) == ("eager", 3)
+    before, after = (metrics[stage]["latency_ms"]["3"] for stage in ("dense", "pruned"))
+    assert tables.percentages(metrics)["time_cut"] == pytest.approx(100 * (1 - after / before))
 
 
 class Bomb(pl.Callback):

@@ -166,6 +166,7 @@ def trainer(folder: Path, *callbacks: pl.Callback, epochs: int = 3, **more: Any)
 
 
 RECIPE = Recipe(Amount(ratio=0.25, scope="layer"), criterion="amplitude")
+WITH_BLOCKS = Recipe(Amount(macs_cut=0.55, min_filters=4), criterion="logit_error", blocks=True, calibrate_on="images")
 
 
 def test_callback_prunes_during_fit(tmp_path: Path) -> None:
@@ -207,12 +208,18 @@ def test_momentum_of_kept_filters_is_carried_over() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*")
-def test_a_run_pruned_on_its_way_resumes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", [RECIPE, WITH_BLOCKS], ids=["filters", "blocks"])
+def test_a_run_pruned_on_its_way_resumes(recipe: Recipe, tmp_path: Path) -> None:
     saving = pl.callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     unbroken = Foreign()
-    trainer(tmp_path, TagPruning(RECIPE, [1], n_images=2), saving).fit(unbroken, *loaders_by_seed())
+    cutting = TagPruning(recipe, [1], n_images=2)
+    run = trainer(tmp_path, cutting, saving)
+    run.fit(unbroken, *loaders_by_seed())
+    assert bool(cutting.dropped[0]) == bool(recipe.blocks)
+    assert {p for group in run.optimizers[0].param_groups for p in group["params"]} == set(unbroken.parameters())
+    assert set(run.optimizers[0].state) == set(unbroken.parameters())
     again = Foreign()
-    pruning = TagPruning(RECIPE, [1], n_images=2)
+    pruning = TagPruning(recipe, [1], n_images=2)
     trainer(tmp_path, pruning, enable_checkpointing=False).fit(
         again, *loaders_by_seed(), ckpt_path=str(tmp_path / "epoch=1.ckpt"), weights_only=True
     )

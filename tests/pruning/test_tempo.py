@@ -1,6 +1,7 @@
 """Cuts to a time: until the measured one is reached."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,27 @@ def test_a_time_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.Monke
     slow_as(lambda small: 0.9, monkeypatch)
     with pytest.raises(InputError, match=r"50\.0 % of the time cannot be reached; 10\.0 % was measured"):
         cut(net, material, recipe(tmp_path, latency_cut=0.5), Stimulus())
+    with pytest.raises(InputError, match=r"latency_ms = 1e-06 asks for 100.0 % of the .* ms .* cannot be reached"):
+        cut(net, material, recipe(tmp_path, latency_ms=1e-6), Stimulus())
     with pytest.raises(InputError, match="asks for no less than the network takes already"):
         cut(net, material, recipe(tmp_path, latency_ms=1e6), Stimulus())
+
+
+@pytest.mark.usefixtures("_by_macs")
+def test_milliseconds_are_a_share_of_those_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net = build_model({"name": "resnet8"}).eval()
+    whole = count_macs(net, PIXELS[:1])
+    slow_as(lambda small: count_macs(small, PIXELS[:1]) / whole, monkeypatch)
+    monkeypatch.setattr(tempo, "compare", lambda *forwards: Speed(10.0, 10.0, 0.0, 0.0))
+    how = replace(recipe(tmp_path, latency_ms=7.0), compensation="none")
+    done = cut(net, Material(PIXELS[:4], lambda p: p, calibration=PIXELS), how, Stimulus())
+    assert done.promise is not None
+    assert done.promise.asked == pytest.approx(0.3)
+    found = done.promise.record()
+    assert 0.3 <= float(found["got"]) <= 0.35
+    assert float(found["pruned_ms"]) == pytest.approx(10 * count_macs(done.net, PIXELS[:1]) / whole, abs=1e-4)
+    assert (found["dense_ms"], found["target"], found["batch_size"]) == (10.0, "eager", 4)
 
 
 @pytest.mark.slow
@@ -154,6 +174,12 @@ def test_a_noisy_device_is_measured_longer_and_then_given_up(monkeypatch: pytest
 def test_bad_amounts_of_time(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Amount(**settings)
+
+
+def test_blocks_are_not_normalized() -> None:
+    Recipe(Amount(macs_cut=0.5, normalize=True), criterion="logit_error")
+    with pytest.raises(InputError, match=r"normalize = true .* pruning.blocks=false"):
+        Recipe(Amount(latency_cut=0.5, normalize=True), criterion="logit_error")
 
 
 @pytest.mark.usefixtures("_by_macs")

@@ -164,6 +164,16 @@ def test_macs_of_the_table_are_those_of_the_smaller_network(plan: Plan, streams:
         assert trial.macs_left(widths) == pytest.approx(count_macs(smaller, plan.example), rel=1e-9)
 
 
+def test_a_trial_of_a_cut_by_time_counts_macs(plan: Plan) -> None:
+    amount = Amount(latency_cut=0.4, scope="per_ms", multiple_of="auto")
+    packed = trial_of(
+        plan, None, "random", {name: torch.rand(plan.unit(name).n_filters) for name in plan.choose()}, amount
+    )
+    assert packed.packed()["amount"] == {
+        "scope": "per_mac", "normalize": False, "min_filters": 1, "multiple_of": 1, "macs_cut": None, "threshold": None,
+    }  # fmt: skip
+
+
 def test_what_cannot_be_tried_or_shown_is_said(
     plan: Plan, response: TagResponse, explored: tuple[Filters, Trial], tmp_path: Path
 ) -> None:
