@@ -27,8 +27,8 @@ on the machine disturbs less than the clock; on one thread of an idle one they a
     python benchmarks/attribution.py CIFAR10_FOLDER --images 100 --skip 100 --json second.json
     python benchmarks/attribution.py --pool first.json second.json --json both.json
 
-`--pool`: runs over different images as one. Means and standard errors are those of all images to the four digits that
-the files hold; seconds are the mean of the runs' medians.
+`--pool`: runs over different images, or of both sets, as one. Means and standard errors are those of all images to the
+four digits that the files hold; seconds are the mean of the runs' medians.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ from freqprune import Attribution, attribute, filter_effects, resnet32
 from freqprune.attribution.effects import estimate
 from freqprune.attribution.gates import PIXELS, frames_for
 from freqprune.networks import OnnxModule, export
+from freqprune.tagging import find_sites
 from freqprune.training import ImageFolderData
 
 GRID = 8
@@ -219,15 +220,17 @@ def tag_cam(judge: Judge, forwards: int, seed: int) -> Tensor:
     """A class activation map from the filters that the tags pick: their maps, weighted with what each does to the logit
     by `freqprune.filter_effects` where that is sure (p < 0.05)."""
     net, inputs = judge.subject.net, judge.whole[None]
-    effects = filter_effects(net, inputs, judge.subject.last, seed=seed)
+    effects = filter_effects(net, inputs, judge.subject.last, forwards, seed=seed)
+    # Maps where the filters are gated: after their norm and activation.
+    site = find_sites(net, inputs, [judge.subject.last])[0]
     held: list[Tensor] = []
-    hook = net.get_submodule(judge.subject.last).register_forward_hook(lambda *args: held.append(args[-1].detach()))
+    hook = net.get_submodule(site.module).register_forward_hook(lambda *args: held.append(args[-1].detach()))
     with torch.inference_mode():
         net(inputs)
     hook.remove()
     sure = effects.p_values[0, :, judge.target] < 0.05
     weights = torch.where(sure, effects.effects[0, :, judge.target], 0)
-    cam = (weights[:, None, None] * held[0][0]).sum(0).clamp(min=0)
+    cam = (weights[:, None, None] * held[site.call][0]).sum(0).clamp(min=0)
     return judge.of_tiles(nn.functional.interpolate(cam[None, None], judge.image.shape[1:], mode="bilinear")[0, 0])
 
 
@@ -284,7 +287,7 @@ METHODS: dict[str, tuple[Method, tuple[int, ...]]] = {
     "least_squares": (least_squares, (256, 512, 1024, 4096)),
 }
 # Whose map is drawn again with another seed.
-AGAIN = ("tags.512", "rise.512", "least_squares.512")
+AGAIN = ("tags.512", "tags_overlap.512", "rise.512", "least_squares.512")
 # What masks cost is shared among methods and budgets.
 SHARED = ("rise", "least_squares", "tags_plain")
 PAIRS = (
@@ -446,30 +449,39 @@ def figures(rows: Rows, name: str) -> dict[str, Any]:
 
 
 def pooled(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Figures of all images together, of those of runs over different images."""
-    counts = [run["images"] for run in runs]
-    total = sum(counts)
+    """Figures of all images together, of those of runs over different images; each key of the runs that have it."""
+    keys = list(dict.fromkeys(key for run in runs for key in run if ":" in key or "." in key))
+    found: dict[str, Any] = {"images": {}}
+    for key in keys:
+        having = [run for run in runs if key in run]
+        counts = [run["images"] for run in having]
+        found["images"][key.replace(":", ".").split(".")[0]] = sum(counts)
+        found[key] = _together([run[key] for run in having], counts)
+    return found
 
-    def mean(values: list[float]) -> float:
-        return sum(n * value for n, value in zip(counts, values, strict=True)) / total
 
-    def with_error(means: list[float], errors: list[float]) -> list[float]:
-        middle = mean(means)
-        within = sum((n - 1) * n * error**2 for n, error in zip(counts, errors, strict=True))
-        between = sum(n * (value - middle) ** 2 for n, value in zip(counts, means, strict=True))
-        return [round(middle, 4), round(((within + between) / (total - 1) / total) ** 0.5, 4)]
+def _together(parts: list[Any], counts: list[int]) -> Any:
+    if parts[0] is None:
+        return None
+    if isinstance(parts[0], list):
+        return _with_error(*(list(column) for column in zip(*parts, strict=True)), counts=counts)
+    if not isinstance(parts[0], dict):
+        return round(_mean(parts, counts), 4)
+    found = {name: _together([part[name] for part in parts], counts) for name in parts[0] if name != "se"}
+    apart = _with_error([part["difference"] for part in parts], [part["se"] for part in parts], counts=counts)
+    return {**found, "difference": apart[0], "se": apart[1]}
 
-    def together(parts: list[Any]) -> Any:
-        if isinstance(parts[0], list):
-            return with_error(*(list(column) for column in zip(*parts, strict=True)))
-        if not isinstance(parts[0], dict):
-            return round(mean(parts), 4)
-        apart = with_error([part["difference"] for part in parts], [part["se"] for part in parts])
-        found = {name: together([part[name] for part in parts]) for name in parts[0] if name != "se"}
-        return {**found, "difference": apart[0], "se": apart[1]}
 
-    keys = [key for key in runs[0] if ":" in key or "." in key]
-    return {"images": total, "split": runs[0]["split"], **{key: together([run[key] for run in runs]) for key in keys}}
+def _mean(values: list[float], counts: list[int]) -> float:
+    return sum(n * value for n, value in zip(counts, values, strict=True)) / sum(counts)
+
+
+def _with_error(means: list[float], errors: list[float], counts: list[int]) -> list[float]:
+    """Mean and standard error of all, of those of parts."""
+    middle, total = _mean(means, counts), sum(counts)
+    within = sum((n - 1) * n * error**2 for n, error in zip(counts, errors, strict=True))
+    between = sum(n * (value - middle) ** 2 for n, value in zip(counts, means, strict=True))
+    return [round(middle, 4), round(((within + between) / (total - 1) / total) ** 0.5, 4)]
 
 
 def main() -> None:

@@ -71,8 +71,20 @@ class Attribution(OfParts):
 
     @property
     def adjusted(self) -> Tensor:
-        """p-values of each image at the false discovery rate (Benjamini & Hochberg 1995), ``(n_images, n_parts)``."""
-        return torch.stack([benjamini_hochberg(row) for row in self.p_values])
+        """p-values of each image at the false discovery rate (Benjamini & Hochberg 1995), ``(n_images, n_parts)``, 1 for
+        parts that it lacks."""
+        found = torch.ones_like(self.p_values)
+        for row, given, there in zip(found, self.p_values, self.present, strict=True):
+            row[there] = benjamini_hochberg(given[there])
+        return found
+
+    @property
+    def present(self) -> Tensor:
+        """Which parts an image has, ``(n_images, n_parts)``: not all images have as many superpixels."""
+        if self.parts.dim() == 4:
+            return torch.ones_like(self.effects, dtype=torch.bool)
+        n_parts = self.effects.shape[1]
+        return torch.stack([torch.bincount(one[one >= 0], minlength=n_parts) > 0 for one in self.parts])
 
     @property
     def maps(self) -> Tensor:
@@ -83,17 +95,13 @@ class Attribution(OfParts):
 
     def strongest_pairs(self, image: int, n_pairs: int = 5, alpha: float | None = None) -> list[tuple[int, int, float]]:
         """Pairs of parts that interact most, by size; with `alpha` only those at this false discovery rate."""
-        one, other = torch.ones(self.interactions.shape[1:]).triu(1).nonzero(as_tuple=True)
-        values = self.interactions[image][one, other]
-        if alpha is not None:
-            sure = benjamini_hochberg(self.interaction_p_values[image][one, other]) < alpha
-            one, other, values = one[sure], other[sure], values[sure]
-        order = values.abs().argsort(descending=True)[:n_pairs]
-        return [(int(one[at]), int(other[at]), float(values[at])) for at in order]
+        return strongest(self.interactions[image], self.interaction_p_values[image], n_pairs, alpha)
 
     def ranked(self, image: int, n_parts: int | None = None) -> list[int]:
-        """Parts of an image, those with the largest effect, of either sign, first."""
-        return self.effects[image].abs().argsort(descending=True)[:n_parts].tolist()
+        """Parts that an image has, those with the largest effect, of either sign, first."""
+        ranked = self.effects[image].abs().argsort(descending=True)
+        found: list[int] = ranked[self.present[image][ranked]][:n_parts].tolist()
+        return found
 
     def significant(self, image: int, alpha: float = 0.05) -> Tensor:
         """Parts whose effect is significant at a false discovery rate, ``(n_parts,)``."""
@@ -154,6 +162,26 @@ class Attribution(OfParts):
         raising = (maps.sum(1) if maps.dim() == 4 else maps).clamp(min=0)
         largest = raising.flatten(1).amax(1)[:, None, None]
         return (raising / torch.where(largest > 0, largest, 1)).numpy()
+
+
+def strongest(
+    interactions: Tensor, p_values: Tensor, n_pairs: int, alpha: float | None = None
+) -> list[tuple[int, int, float]]:
+    """Pairs that interact most, by size; with `alpha` only those at this false discovery rate.
+
+    Args:
+        interactions: of all pairs, ``(n, n)``.
+        p_values: of these, likewise.
+        n_pairs: so many at most.
+        alpha: false discovery rate.
+    """
+    one, other = torch.ones(interactions.shape).triu(1).nonzero(as_tuple=True)
+    values = interactions[one, other]
+    if alpha is not None:
+        sure = benjamini_hochberg(p_values[one, other]) < alpha
+        one, other, values = one[sure], other[sure], values[sure]
+    order = values.abs().argsort(descending=True)[:n_pairs]
+    return [(int(one[at]), int(other[at]), float(values[at])) for at in order]
 
 
 def estimate(design: Tensor, scores: Tensor, n_frames: int | None = None) -> tuple[Tensor, Tensor, Tensor]:

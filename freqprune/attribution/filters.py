@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from freqprune.attribution.effects import estimate
+from freqprune.attribution.effects import estimate, strongest
 from freqprune.attribution.gates import batches, check_frames, frames_for, gates
 from freqprune.attribution.pairs import find_interactions
 from freqprune.errors import InputError, closest
@@ -29,7 +29,9 @@ class FilterEffects:
         effects: how much a filter raises each logit, ``(n_images, n_filters, n_classes)``.
         standard_error: of the effects, likewise.
         p_values: of the hypothesis that a filter does nothing, likewise.
-        interactions: of pairs of filters at the target's logit, ``(n_images, n_filters, n_filters)``.
+        interactions: how much more two filters raise the logit of the network's own answer together than one by one,
+            ``(n_images, n_filters, n_filters)``.
+        interaction_p_values: of the hypothesis that two filters do not interact, not adjusted, likewise.
     """
 
     layer: str
@@ -37,6 +39,11 @@ class FilterEffects:
     standard_error: Tensor
     p_values: Tensor
     interactions: Tensor
+    interaction_p_values: Tensor
+
+    def strongest_pairs(self, image: int, n_pairs: int = 5, alpha: float | None = None) -> list[tuple[int, int, float]]:
+        """Pairs of filters that work together most, by size; with `alpha` only those at this false discovery rate."""
+        return strongest(self.interactions[image], self.interaction_p_values[image], n_pairs, alpha)
 
     @property
     def movement(self) -> Tensor:
@@ -132,5 +139,6 @@ def filter_effects(
                 raise InputError(f"the network must return logits, (n_images, n_classes), got {tuple(answers.shape)}")
             effects, errors, p_values = estimate(design, answers, n_frames)
             top = int(answer(torch.ones(1, n_filters), image).argmax())
-            found.append((effects.T, errors.T, p_values.T, find_interactions(design, answers[:, top], n_frames)[0]))
+            pairs = find_interactions(design, answers[:, top], n_frames)
+            found.append((effects.T, errors.T, p_values.T, *pairs))
     return FilterEffects(layer, *(torch.stack(column) for column in zip(*found, strict=True)))

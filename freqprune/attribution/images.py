@@ -22,6 +22,9 @@ from freqprune.networks import check_answers, device_of, evaluating, first
 from freqprune.processes import merged, rank_and_size
 from freqprune.tagging import HALF, Progress, normalizer
 
+# In parts; with more, waves of neighbours are too much alike for effects of one each.
+MOST_OVERLAP = 2.0
+
 
 def attribute(
     model: nn.Module,
@@ -52,12 +55,13 @@ def attribute(
         model: network, or what computes it without parameters, such as `freqprune.networks.OnnxModule`; runs in eval
             mode, which is restored.
         images: pixels in [0, 1], ``(n_images, n_channels, height, width)``, not normalised.
-        target: class to read, for all images or one each; the network's own answer if left out.
+        target: class to read, for all images or one each; the network's own answer if left out. A score of one's own
+            says itself what it reads.
         parts: ``"grid"``, tiles; ``"patches"``, those of a network of tokens; ``"channels"``, the colours; ``"slic"``,
             superpixels (needs scikit-image).
         grid: tiles along each side, or along height and width.
-        segments: instead, an integer mask of parts, numbered from 0, pixels with -1 in none, ``(height, width)`` or one
-            for each image.
+        segments: instead, an integer mask, ``(height, width)`` or one for each image: pixels of one number are a part,
+            parts in the order of their numbers, pixels with -1 in none.
         n_segments: superpixels of an image, about.
         forwards: frames that an image takes at most: recordings of ``4 * n_parts`` frames each, with phases and
             frequencies drawn anew.
@@ -68,7 +72,8 @@ def attribute(
             of the shape of the images.
         steepness: 1 for sines, larger for gates that are more often open or closed, see `freqprune.attribution.gates`.
         overlap: in parts, how far a part gives of its wave to others, so that neighbours open and close together more
-            often, see `freqprune.attribution.gates.overlapped`; 0 for none. With it `first_order` counts to a part what
+            often, see `freqprune.attribution.gates.overlapped`; 0 for none, 2 at most, beyond which neighbours can no
+            longer be told apart. With it `first_order` counts to a part what
             its neighbours do along with it.
         mean: channel means that the network's inputs are normalised with; none if left out.
         std: channel standard deviations, likewise.
@@ -83,7 +88,8 @@ def attribute(
     if images.dim() != 4 or not len(images):
         raise InputError(f"images must be (n_images, n_channels, height, width), got {tuple(images.shape)}")
     at_least(1, steepness=steepness)
-    at_least(0, overlap=overlap)
+    if not 0 <= overlap <= MOST_OVERLAP:
+        raise InputError(f"overlap must lie in [0, {MOST_OVERLAP:g}], got {overlap}")
     if until is not None and not until > 0:
         raise InputError(f"until must be a standard error above 0, got {until}")
     reader = _Reader(model, score, _dtype(half))

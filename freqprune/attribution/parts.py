@@ -62,10 +62,12 @@ def _of_a_mask(images: Tensor, segments: Tensor) -> tuple[Tensor, list[str]]:
             f"segments must be integers of shape ({height}, {width}) or ({len(images)}, {height}, {width}), got "
             f"{segments.dtype} {tuple(segments.shape)}"
         )
+    segments = segments.long().cpu().contiguous()
     if int(segments.max()) < 0:
         raise InputError("segments hold no part: every pixel is -1")
-    names = [f"segment {number}" for number in range(int(segments.max()) + 1)]
-    return segments.long().clamp(min=-1).expand(len(images), height, width), names
+    labels = segments[segments >= 0].unique()
+    numbers = torch.where(segments < 0, -1, torch.searchsorted(labels, segments))
+    return numbers.expand(len(images), height, width), [f"segment {label}" for label in labels.tolist()]
 
 
 def _superpixels(images: Tensor, n_segments: int) -> tuple[Tensor, list[str]]:
@@ -116,7 +118,7 @@ def patches_of(model: nn.Module, image: Tensor) -> tuple[int, int]:
 
     convolutions = [(module, None, look) for module in model.modules() if isinstance(module, nn.Conv2d)]
     with evaluating(model), torch.inference_mode(), hooked(convolutions):
-        model(image.to(device_of(model)))
+        model(image.to(device_of(model), torch.float32))
     if not found:
         raise InputError(
             f"parts = patches needs a network of tokens: no convolution of {type(model).__name__} cuts its images into "

@@ -75,29 +75,28 @@ def attribute_fine(
             break
         found = attribute(model, images, target, segments=numbers, forwards=n_frames, **settings)
         target = target if found.target is None else found.target
-        numbers = torch.stack([split(one, found.ranked(image)) for image, one in enumerate(numbers)])
+        numbers = torch.stack([split(one, found.ranked(image), len(names)) for image, one in enumerate(numbers)])
         names = [f"part {number}" for number in range(int(numbers.max()) + 1)]
         taken += n_frames
     found = attribute(model, images, target, segments=numbers, forwards=forwards - taken, until=until, **settings)
     return replace(found, part_names=names, forwards=taken + found.forwards)
 
 
-def split(parts: Tensor, ranked: list[int]) -> Tensor:
+def split(parts: Tensor, ranked: list[int], n_parts: int) -> Tensor:
     """The first quarter of the parts split into four each, through the middle of their rows and columns; parts of one
     pixel stay.
 
     Args:
         parts: number of each pixel's part, -1 for none, ``(height, width)``.
-        ranked: numbers of all parts, the first to split first.
+        ranked: numbers of the parts that the image has, the first to split first.
+        n_parts: new numbers begin with this.
 
     Returns:
         New numbers, ``(height, width)``.
     """
-    found, n_parts = parts.clone(), len(ranked)
-    for part in ranked[: max(1, n_parts // SHARE)]:
+    found = parts.clone()
+    for part in ranked[: max(1, len(ranked) // SHARE)]:
         rows, columns = (parts == part).nonzero(as_tuple=True)
-        if not len(rows):
-            continue
         lower, right = rows > rows.float().mean(), columns > columns.float().mean()
         quarter = 2 * lower.long() + right.long()
         present = quarter.unique()

@@ -106,7 +106,7 @@ def _explained(
     sure = sum(int(found.significant(number, asked.telling.alpha).sum()) for number in range(len(names)))
     images = f"{len(names)} image{'' if len(names) == 1 else 's'}"
     show(
-        f"{images}, {found.forwards} forwards each: {sure} of {found.effects.numel()} parts significant at a false "
+        f"{images}, {found.forwards} forwards each: {sure} of {int(found.present.sum())} parts significant at a false "
         f"discovery rate of {asked.telling.alpha:g}; open explain.html"
     )
     show_folder(out)

@@ -86,6 +86,7 @@ def _of_an_image(folder: Path, found: Attribution, page: ExplainPage, number: in
         "of": of_class if page.classes is None or of_class is None else f"{of_class}, {page.classes[of_class]}",
         "whole": f"{found.whole[number]:.3g}",
         "baseline": f"{found.baseline[number]:.3g}",
+        "n_parts": int(found.present[number].sum()),
         "n_sure": int(sure.sum()),
         "alone": f"{100 * float(found.first_order[number].sum().clamp(0, 1)):.0f} %",
         "rows": rows,

@@ -75,12 +75,16 @@ def test_a_product_of_two_parts_shows_in_their_interaction() -> None:
     assert together.diagonal().abs().max() == 0
 
 
-def test_a_part_that_does_nothing_is_significant_at_the_rate_alpha() -> None:
+@pytest.mark.parametrize("overlap", [0.0, 0.7])
+def test_a_part_that_does_nothing_is_significant_at_the_rate_alpha(overlap: float) -> None:
     net = OfTiles(
         lambda tiles: torch.tanh(6 * tiles[:, :8].mean(1) - 3) + (tiles[:, 1] * tiles[:, 3] - tiles[:, 5]).sin()
     )
     p_values = torch.cat(
-        [attribute(net, IMAGES, 0, grid=4, forwards=128, seed=seed).p_values[:, 8:].flatten() for seed in range(20)]
+        [
+            attribute(net, IMAGES, 0, grid=4, forwards=128, seed=seed, overlap=overlap).p_values[:, 8:].flatten()
+            for seed in range(20)
+        ]
     )
     assert len(p_values) == 20 * 3 * 8
     for alpha in (0.05, 0.2):
@@ -185,6 +189,8 @@ def test_the_answer_draws_itself() -> None:
         ({"mean": [0.5], "std": [1.0]}, "mean must hold 3 values"),
         ({"until": 0}, "until must be a standard error above 0"),
         ({"steepness": 0.5}, "steepness must be at least 1"),
+        ({"overlap": -0.1}, r"overlap must lie in \[0, 2\], got -0.1"),
+        ({"overlap": 2.5}, r"overlap must lie in \[0, 2\], got 2.5"),
     ],
 )
 def test_bad_input(arguments: dict[str, Any], message: str) -> None:
@@ -201,8 +207,9 @@ def test_networks_that_cannot_be_read() -> None:
     with pytest.raises(InputError, match="differently from call to call"):
         attribute(Draws(lambda tiles: tiles[:, 0]), IMAGES, grid=4, forwards=64)
     net = build_model({"name": "resnet8"}).train()
-    attribute(net, IMAGES[:1], grid=2, forwards=16)
+    found = attribute(net, IMAGES[:1], grid=2, forwards=16)
     assert net.training
+    assert torch.equal(found.effects, attribute(net.eval(), IMAGES[:1], grid=2, forwards=16).effects)
     with pytest.raises(InputError, match="are not finite"):
         estimate(torch.rand(8, 2), torch.full((8, 1), torch.nan))
 
@@ -210,7 +217,10 @@ def test_networks_that_cannot_be_read() -> None:
 def test_neighbours_that_share_their_waves_open_together() -> None:
     weights = torch.randn(16, generator=torch.Generator().manual_seed(1))
     net = OfTiles(lambda tiles: tiles @ weights)
-    found = attribute(net, IMAGES, 0, grid=4, forwards=128, baseline="grey", overlap=0.7)
+    for overlap in (2.0, 0.7):
+        found = attribute(net, IMAGES, 0, grid=4, forwards=128, baseline="grey", overlap=overlap)
+        exact = (weights * (tiles_of(IMAGES) - 0.5)).double()
+        torch.testing.assert_close(found.effects, exact, rtol=1e-3, atol=1e-4 if overlap > 1 else 1e-5)
     torch.testing.assert_close(found.effects, (weights * (tiles_of(IMAGES) - 0.5)).double(), rtol=1e-3, atol=1e-5)
     where = torch.stack([torch.arange(16) // 4, torch.arange(16) % 4], 1).double()
     tags = waves(16, 64, torch.Generator().manual_seed(0))
@@ -223,7 +233,7 @@ def test_neighbours_that_share_their_waves_open_together() -> None:
     assert overlapped(tags, where, 0.0) is tags
     where[3] = torch.nan
     torch.testing.assert_close(overlapped(tags, where, 0.7)[:, 3], tags[:, 3])
-    with pytest.raises(InputError, match="overlap must be at least 0, got -1"):
+    with pytest.raises(InputError, match=r"overlap must lie in \[0, 2\], got -1"):
         attribute(net, IMAGES, 0, grid=4, forwards=64, overlap=-1)
 
 

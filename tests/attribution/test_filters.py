@@ -44,6 +44,44 @@ def test_the_effect_is_what_leaving_a_filter_out_takes_away(net: nn.Module) -> N
     assert found.interactions.abs().max() < 1e-4
 
 
+def test_two_filters_that_work_together(net: nn.Module) -> None:
+    """The product of filters 1 and 4 is added to all logits alike, at the largest of which pairs are read."""
+
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 6, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            one = self.conv(x).mean((2, 3))
+            return (one[:, 1] * one[:, 4])[:, None] * torch.tensor([1.0, 0.5])
+
+    torch.manual_seed(1)
+    product = Product().eval()
+    with torch.no_grad():
+        nn.init.constant_(product.conv.bias, 1.0)
+        expected = product(IMAGES).abs().amax(1)
+    found = filter_effects(product, IMAGES, "conv", forwards=96)
+    for image in range(len(IMAGES)):
+        [(one, other, value)] = found.strongest_pairs(image, alpha=0.01)
+        assert (one, other) == (1, 4)
+        assert abs(value) == pytest.approx(float(expected[image]), rel=0.1)
+    assert filter_effects(net, IMAGES, "second").strongest_pairs(0, alpha=1e-6) == []
+
+
+def test_a_network_in_training_or_with_chance_in_it(net: nn.Module) -> None:
+    found = filter_effects(net, IMAGES, "second")
+    assert torch.equal(filter_effects(net.train(), IMAGES, "second").effects, found.effects)
+    assert net.training
+
+    class Draws(Twice):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + torch.rand(())
+
+    with pytest.raises(InputError, match="differently from call to call"):
+        filter_effects(Draws().eval(), IMAGES, "second")
+
+
 def test_pixels_are_normalised_where_mean_and_std_are_given(net: nn.Module) -> None:
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
     inputs = (IMAGES - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
@@ -100,7 +138,7 @@ def test_agrees_with_leaving_out_one_by_one() -> None:
 
 def test_a_figure_of_filters_by_classes() -> None:
     effects = torch.tensor([[[0.0, 2.0], [3.0, 0.0], [0.0, 5.0]]])
-    found = FilterEffects("conv", effects, effects, effects, torch.zeros(1, 3, 3))
+    found = FilterEffects("conv", effects, effects, effects, torch.zeros(1, 3, 3), torch.ones(1, 3, 3))
     figure = found.plot(["cat", "dog"])
     axis, bar = figure.axes
     # Those of a class together, the largest first.

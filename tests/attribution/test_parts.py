@@ -84,6 +84,22 @@ def test_a_part_that_an_image_lacks_does_nothing_to_it() -> None:
     alone = attribute(net, IMAGES[:1], 0, segments=segments[0].clamp(max=1), forwards=64, baseline="grey")
     torch.testing.assert_close(found.effects[0, [0, 2]], alone.effects[0], rtol=1e-3, atol=1e-5)
     assert found.interactions[1, 1, 2].abs() > 0
+    # It counts neither as a part of that image nor among those tested there.
+    assert found.present.tolist() == [[True, False, True], [True] * 3, [True] * 3]
+    torch.testing.assert_close(found.adjusted[0, [0, 2]], alone.adjusted[0])
+    assert found.ranked(0) == [[0, 2][place] for place in alone.ranked(0)]
+
+
+def test_numbers_of_a_mask_may_have_gaps() -> None:
+    net = OfTiles(lambda tiles: tiles[:, 0] + 2 * tiles[:, 5])
+    segments = torch.full((16, 16), -1, dtype=torch.int16)
+    segments[:4, :4], segments[4:8, 4:8] = 300, 7
+    found = attribute(net, IMAGES, 0, segments=segments, forwards=8, baseline="grey")
+    assert found.part_names == ["segment 7", "segment 300"]
+    tiles = nn.functional.avg_pool2d(IMAGES.mean(1, keepdim=True), 4).flatten(1)
+    expected = torch.tensor([2.0, 1.0]) * (tiles[:, [5, 0]] - 0.5)
+    torch.testing.assert_close(found.effects, expected.double(), rtol=1e-3, atol=1e-5)
+    assert found.maps[0, 0, 0] == found.smoothed[0, 1]
 
 
 def test_the_parts_fade_to_what_is_asked_for() -> None:

@@ -12,10 +12,10 @@ from tests.attribution.test_attribution import IMAGES, OfTiles, tiles_of
 def test_split_by_hand() -> None:
     parts = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, -1], [2, 2, -1, -1]])
     # One of four parts is split; a part of one pixel stays whole.
-    assert split(parts, [1, 0, 2, 3]).tolist() == [[0, 0, 1, 4], [0, 0, 5, 6], [2, 2, 3, -1], [2, 2, -1, -1]]
-    assert torch.equal(split(parts, [3, 0, 1, 2]), parts)
+    assert split(parts, [1, 0, 2, 3], 4).tolist() == [[0, 0, 1, 4], [0, 0, 5, 6], [2, 2, 3, -1], [2, 2, -1, -1]]
+    assert torch.equal(split(parts, [3, 0, 1, 2], 4), parts)
     wide = torch.tensor([[0, 0, 0, 1]])
-    assert split(wide, [0, 1]).tolist() == [[0, 0, 2, 1]]
+    assert split(wide, [0, 1], 2).tolist() == [[0, 0, 2, 1]]
 
 
 def test_what_matters_is_seen_finely() -> None:
