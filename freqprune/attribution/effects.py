@@ -71,8 +71,8 @@ class Attribution(OfParts):
 
     @property
     def adjusted(self) -> Tensor:
-        """p-values of each image at the false discovery rate (Benjamini & Hochberg 1995), ``(n_images, n_parts)``, 1 for
-        parts that it lacks."""
+        """p-values of each image at the false discovery rate (Benjamini & Hochberg 1995), ``(n_images, n_parts)``; of
+        parts that it lacks, 1."""
         found = torch.ones_like(self.p_values)
         for row, given, there in zip(found, self.p_values, self.present, strict=True):
             row[there] = benjamini_hochberg(given[there])
