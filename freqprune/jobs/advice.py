@@ -38,6 +38,37 @@ def advise(job: str, out: Path) -> None:
         show(f"  {command}")
 
 
+def advise_explaining(out: Path) -> None:
+    """Print three commands that would follow an explanation; nothing in a sweep or for a job called from Python."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode == RunMode.MULTIRUN:
+        return
+    show("next, for example:")
+    for command in after_explaining(out, HydraConfig.get().overrides.task):
+        show(f"  {command}")
+
+
+def after_explaining(out: Path, overrides: Sequence[str]) -> list[str]:
+    """Three commands that would follow an explanation: look at it, more exact maps, finer ones, or, of parts that are
+    not tiles, those from another baseline.
+
+    Args:
+        out: its folder.
+        overrides: ``key=value`` as the job got them.
+    """
+    given = {override.lstrip("+~").split("=")[0]: override for override in overrides}
+
+    def call(**more: str) -> str:
+        kept = [override for key, override in given.items() if key not in more]
+        return f"freqprune explain {shlex.join([*kept, *(f'{key}={value}' for key, value in more.items())])}"
+
+    tiles = not given.keys() & {"parts", "segments"}
+    return [
+        f"python -m webbrowser {(out / 'explain.html').resolve().as_uri()}",
+        call(forwards="1024", score="probability", overlap="0.7"),
+        call(forwards="1024", grid="4", refine="2") if tiles else call(forwards="1024", baseline="blur"),
+    ]
+
+
 def commands(job: str, out: Path, prune: str, overrides: Sequence[str]) -> list[str]:
     """Three commands that would follow a job.
 

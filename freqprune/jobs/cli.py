@@ -99,6 +99,7 @@ def _prune(cfg: DictConfig) -> None:
 def _explain(cfg: DictConfig) -> None:
     from freqprune.reports import record
 
+    _warn_on_stderr()
     with _refusing():
         asked = check_explaining(cfg)
         with record.failures_kept(Path(asked.whose.output_dir)):
@@ -113,6 +114,7 @@ def _job(cfg: DictConfig, trains: Callable[[Common], bool]) -> None:
     # seconds.
     from freqprune.reports import record
 
+    _warn_on_stderr()
     with _refusing():
         common = read_common(cfg)
         training, pruning = trains(common), cfg.get("pruning") or {}
@@ -173,6 +175,14 @@ def heed_quiet() -> None:
     if "--quiet" in sys.argv[1:]:
         sys.argv = [word for word in sys.argv if word != "--quiet"]
         os.environ["FREQPRUNE_QUIET"] = "1"
+
+
+def _warn_on_stderr() -> None:
+    """With ``--quiet`` nothing but the folders is for standard output, where Hydra's log goes."""
+    if os.environ.get("FREQPRUNE_QUIET"):
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
+                handler.setStream(sys.stderr)
 
 
 def _message(error: Exception) -> str | None:

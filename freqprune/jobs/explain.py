@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from freqprune.attribution import Attribution, attribute_fine
 from freqprune.errors import InputError
 from freqprune.jobs import assembly
+from freqprune.jobs.advice import advise_explaining
 from freqprune.jobs.announce import announce_explaining
 from freqprune.jobs.explain_settings import PIXEL_BASELINES, Explaining, Photographs, check_explaining, find_images
 from freqprune.jobs.launch import in_all_processes
@@ -110,6 +111,7 @@ def _explained(
         f"discovery rate of {asked.telling.alpha:g}; open explain.html"
     )
     show_folder(out)
+    advise_explaining(out)
     return found, objects
 
 

@@ -17,8 +17,9 @@ METRICS_LINES = "metrics.jsonl"
 class JSONLinesLogger(CSVLogger):
     """Write ``metrics.csv``, from which the report draws, and beside it ``metrics.jsonl``.
 
-    A line holds ``step``, ``epoch`` where it is known and whatever was logged; what is not finite is null. A script can
-    follow the file while the job runs. Arguments are those of Lightning's ``CSVLogger``.
+    A line holds ``step``, null for a stage of a pruning, ``epoch`` where it is known and whatever was logged; what is
+    not finite is null. A script can follow the file while the job runs. Arguments are those of Lightning's
+    ``CSVLogger``.
     """
 
     @rank_zero_only
@@ -30,6 +31,10 @@ class JSONLinesLogger(CSVLogger):
             step: optimizer steps so far.
         """
         super().log_metrics(dict(metrics), step)
+        self.write_line(metrics, step)
+
+    def write_line(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Write an entry as a line of JSON only; arguments as of `log_metrics`."""
         values = {name: float(value) for name, value in metrics.items()}
         line: dict[str, Any] = {"step": step}
         if "epoch" in values:

@@ -12,9 +12,10 @@ import matplotlib.image
 import numpy as np
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from pytorch_lightning.loggers import Logger, TensorBoardLogger
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from freqprune.errors import InputError
+from freqprune.jobs.jsonl import JSONLinesLogger
 from freqprune.jobs.settings import Settings
 from freqprune.reports import drawn, markdown, record, tables
 
@@ -52,6 +53,14 @@ def make_logger(settings: Settings, folder: Path) -> Logger | None:
         raise InputError(f"logger = {name} needs a package that is not installed ({error.__cause__}){hint}") from None
     assert isinstance(found, Logger)
     return found
+
+
+def log_stage(logger: Logger | None, numbers: Mapping[str, float]) -> None:
+    """Send the numbers of a stage of a pruning, by name; a ``metrics.csv`` is of a training alone, and stays."""
+    if isinstance(logger, JSONLinesLogger):
+        logger.write_line(numbers)
+    elif logger is not None and not isinstance(logger, CSVLogger):
+        logger.log_metrics(dict(numbers))
 
 
 def log_results(logger: Logger | None, out: Path, last: bool = True) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.jobs import assembly
-from freqprune.jobs.loggers import log_results, make_logger
+from freqprune.jobs.loggers import log_results, log_stage, make_logger
 from freqprune.jobs.outputs import explore_cut, name_of, tell
 from freqprune.jobs.settings import Settings
 from freqprune.networks import (
@@ -58,6 +58,13 @@ class Run:
             **cost(net, self._batch(max(self.sizes))),
             "test_accuracy": assembly.accuracy_of(self.settings, net, self.data),
         }
+        self._log(stage)
+
+    def _log(self, stage: str) -> None:
+        """Send the numbers of a stage to the logger as soon as they are known."""
+        known = self.metrics[stage].items()
+        numbers = {f"{stage}/{name}": float(value) for name, value in known if isinstance(value, int | float)}
+        log_stage(self.logger, numbers)
 
     def latencies(self, nets: dict[str, nn.Module]) -> None:
         """Time the networks in turn, at every batch size."""
@@ -172,10 +179,12 @@ class Run:
         is not done again."""
         if "recalibrated" not in self.metrics and self._recalibrate(small):
             self.metrics["recalibrated"] = {"test_accuracy": assembly.accuracy_of(self.settings, small, self.data)}
+            self._log("recalibrated")
             self.write(small)
         if self.settings.finetune_epochs:
             small = self._finetune(small, net, self.settings.finetune_epochs, "finetune", ckpt_path)
             self.metrics["finetuned"] = {"test_accuracy": assembly.accuracy_of(self.settings, small, self.data)}
+            self._log("finetuned")
             self.write(small)
         self._deploy(net, small)
         return small
@@ -196,6 +205,7 @@ class Run:
                 self.metrics[stage] = {"file_bytes": file.stat().st_size}
         for stage, one in deployed.items():
             self.metrics[stage]["test_accuracy"] = assembly.accuracy_of(self.settings, one, self.data)
+            self._log(stage)
         if "onnx" in deployed:
             self.latencies({"dense": net, "pruned": small, **deployed})
         if exported:

@@ -61,10 +61,8 @@ def hold(
 def _choose(planned: list[tuple[Reader, Path]]) -> str:
     needed, free = sum(reader.n_bytes for reader, _ in planned), free_memory()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if free is None or 2 * needed * processes <= free:
-        chosen = "memory"
-    else:
-        chosen = "disk" if all(room(reader, stem) for reader, stem in planned) else "none"
+    elsewhere = "disk" if room(planned) else "none"
+    chosen = "memory" if free is None or 2 * needed * processes <= free else elsewhere
     said = "unknown" if free is None else f"{free / 1e9:.3g} GB"
     log.log(
         logging.INFO if chosen == "memory" else logging.WARNING,
@@ -101,8 +99,8 @@ def _in_memory(reader: Reader) -> Tensor:
 
 
 def _stem(place: Path, split: str, reader: Reader, beside: bool) -> Path:
-    """Path of a split's files without their ending; others for other sizes, and in a shared folder for other data."""
-    owner = "" if beside else str(Path(reader.listing.place).absolute())
+    """Path of a split's files without their ending; others for other sizes, and for other data in the same folder."""
+    owner = reader.listing.beside if beside else str(Path(reader.listing.place).absolute())
     said = json.dumps([owner, vars(reader.fitting)])
     return place / f"{split}-{hashlib.sha256(said.encode()).hexdigest()[:10]}"
 

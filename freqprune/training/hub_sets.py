@@ -118,6 +118,7 @@ class HubListing(Listing):
 
     def __init__(self, dataset: Any, image: str, label: str, place: str) -> None:
         self.dataset, self.image, self.place = dataset.select_columns([image]), image, place
+        self.beside = place
         self._identity = f"{dataset._fingerprint} {image} {label}"
         found, feature = dataset[label][:], dataset.features[label]
         names = getattr(feature, "names", None)

@@ -147,15 +147,17 @@ def checked(reader: Reader) -> Ledger:
     return ledger
 
 
-def room(reader: Reader, stem: Path) -> bool:
-    """Whether a file of the pixels fits where it is to be, or is there already."""
-    there = stem.with_suffix(".pixels")
-    if there.is_file() and there.stat().st_size == reader.n_bytes:
-        return True
-    folder = stem.parent
+def room(planned: Sequence[tuple[Reader, Path]]) -> bool:
+    """Whether files of the pixels fit into the folder where they are to be, all together, but for those that are
+    there already."""
+    needed, folder = 0, planned[0][1].parent
+    for reader, stem in planned:
+        there = stem.with_suffix(".pixels")
+        if not (there.is_file() and there.stat().st_size == reader.n_bytes):
+            needed += reader.n_bytes + len(reader) * ROW.itemsize
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
-    return shutil.disk_usage(folder).free >= reader.n_bytes + len(reader) * ROW.itemsize
+    return shutil.disk_usage(folder).free >= needed
 
 
 def _no_room(reader: Reader, folder: Path) -> InputError:
@@ -211,7 +213,7 @@ def _create(reader: Reader, stem: Path, with_pixels: bool) -> Ledger:
     for path in (header, stem.with_suffix(".rows"), pixels):
         path.unlink(missing_ok=True)
     if with_pixels:
-        if not room(reader, stem):
+        if not room([(reader, stem)]):
             raise _no_room(reader, stem.parent)
         with open(pixels, "wb") as file:
             # Taken at once where the system can: a disk that runs full is told before the work, not in it.

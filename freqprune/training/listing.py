@@ -69,10 +69,12 @@ class Listing(ABC):
 
     Attributes:
         place: where they lie, for messages.
+        beside: what tells them from other data whose files of bytes lie in the same folder; nothing if there are none.
         labels: int64 ``(n_images,)``.
     """
 
     place: str
+    beside: str = ""
     labels: Tensor
 
     def __len__(self) -> int:

@@ -87,6 +87,7 @@ class ShardListing(Listing):
 
     def __init__(self, shards: Sequence[str], image_keys: Sequence[str], label_key: str) -> None:
         self.shards = list(shards)
+        self.beside = " ".join(os.path.basename(shard) for shard in shards)
         self.place = self.shards[0] if len(shards) == 1 else f"{self.shards[0]} and {len(shards) - 1} more"
         places: list[tuple[int, int, int]] = []
         names: list[bytes] = []

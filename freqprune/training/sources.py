@@ -152,7 +152,8 @@ def channel_statistics(pixels: Tensor | StoredPixels) -> tuple[list[float], list
     means, stds = [], []
     for channel in range(pixels.shape[1]):
         # A histogram is exact and needs no float copy of the whole set.
-        counts = torch.bincount(pixels[:, channel].flatten().int(), minlength=256).double()
+        some = (torch.bincount(part[:, channel].flatten().int(), minlength=256) for part in pixels.split(1024))
+        counts = torch.stack(list(some)).sum(0).double()
         values = torch.arange(256, dtype=torch.float64) / 255
         mean = (counts * values).sum() / counts.sum()
         variance = (counts * (values - mean) ** 2).sum() / counts.sum()

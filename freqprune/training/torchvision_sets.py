@@ -98,7 +98,7 @@ class DatasetListing(Listing):
     """
 
     def __init__(self, dataset: Any, place: str, identity: str) -> None:
-        self.dataset, self.place, self.identity = dataset, place, identity
+        self.dataset, self.place, self.identity, self.beside = dataset, place, identity, identity
         self.labels = _labels(dataset, place)
         self.classes = tuple(map(_plain, getattr(dataset, "classes", ())))
 

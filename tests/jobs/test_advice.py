@@ -8,8 +8,9 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from freqprune.jobs.advice import commands
+from freqprune.jobs.advice import after_explaining, commands
 from freqprune.jobs.config import check_pruning
+from freqprune.jobs.explain_settings import check_explaining
 from freqprune.jobs.jsonl import JSONLinesLogger
 from freqprune.jobs.settings import read
 from freqprune.networks import save_pruned
@@ -64,6 +65,21 @@ def test_what_is_advised_can_be_typed(job: str, given: list[str], out: Path) -> 
         words = shlex.split(found[1])
         assert words[:2] == ["python", "-c"]
         exec(compile(words[2], "advice", "exec"), {})
+
+
+@pytest.mark.parametrize("more", [[], ["grid=3", "refine=1"], ["parts=channels", "forwards=64"]])
+def test_what_is_advised_after_an_explanation_can_be_typed(more: list[str], out: Path) -> None:
+    images = out / "one.png"
+    images.write_bytes(b"")
+    found = after_explaining(out, [f"images='{images}'", "pretrained=true", *more])
+    assert found[0] == f"python -m webbrowser {(out / 'explain.html').as_uri()}"
+    for command in found[1:]:
+        words = shlex.split(command)
+        assert words[:2] == ["freqprune", "explain"]
+        with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
+            asked = check_explaining(compose("explain", [*words[2:], f"output_dir={out}"]))
+        assert asked.tags.forwards == 1024
+        assert asked.tags.refine in (0, 1, 2)
 
 
 def test_what_is_not_there_is_not_advised(out: Path) -> None:

@@ -594,8 +594,15 @@ def test_a_cut_by_time_says_what_was_measured(
     monkeypatch.setattr(tempo, "NOISY", 10.0)
     ckpt = trained[0] / "checkpoints" / "last.ckpt"
     more = ("importance=logit_error", "pruning.latency_cut=0.1", "latency.batch_size=3", "pruning.compensation=none",
-            "pruning.calibration_images=32", "pruning.measured_images=16", "finetune.epochs=0")  # fmt: skip
+            "pruning.calibration_images=32", "pruning.measured_images=16", "finetune.epochs=0",
+            "logger=jsonl")  # fmt: skip
     metrics, _ = prune(config("prune", tmp_path, f"ckpt={ckpt}", *more))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [next(name for name in line if name != "step").split("/")[0] for line in lines] == [
+        "dense", "pruned", "recalibrated",
+    ]  # fmt: skip
+    assert lines[1]["pruned/test_accuracy"] == metrics["pruned"]["test_accuracy"]
+    assert lines[1]["pruned/macs"] == metrics["pruned"]["macs"]
     for stage in ("dense", "pruned"):
         assert list(metrics[stage]["latency_ms"]) == ["1", "3", "4"]
     found = json.loads((tmp_path / "metrics.json").read_text())["latency"]

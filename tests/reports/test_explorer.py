@@ -22,7 +22,7 @@ from freqprune.pruning import Evidence, Verdict, judge, scores
 from freqprune.reports import filters_of, filters_over_epochs, trial_of, with_cut, write_explorer, write_importance
 from freqprune.reports.explorer import SCRIPTS
 from freqprune.reports.filters import Filters
-from freqprune.reports.trial import Trial
+from freqprune.reports.trial import Trial, Unit
 from freqprune.tagging import TagResponse
 from tests.conftest import ROOT
 from tests.reports.test_page import BROWSER
@@ -293,6 +293,7 @@ VISITOR = """<script>addEventListener("load", async () => {
     change("by", "threshold", "change");
     change("threshold", 1e9, "input");
     seen.least = JSON.parse(element("outcome").dataset.kept);
+    seen.cards = [...document.querySelectorAll("#filters article")].map((one) => one.textContent);
   }
   const table = element("filter-table"), second = () => [...table.querySelectorAll("tbody td:nth-child(2)")];
   const cells = () => second().map((cell) => Number(cell.textContent));
@@ -370,6 +371,11 @@ def test_page_in_a_browser(
     assert seen["macs"] == pytest.approx(plan.macs({name: len(one) for name, one in kept.items()}), rel=1e-9)
     assert f"{sum(map(len, kept.values()))} of {sum(map(len, found.values()))} filters kept" in seen["cut"]
     assert seen["least"] == [1] * len(trial.units)
+    # The pinned filters say at once whether that cut keeps them, and keep their rank.
+    best = int(found["layer1.0.conv1"].argmax())
+    [card] = [one for one in seen["cards"] if "layer1.0.conv1 filter 1" in one]
+    assert f"kept by the cut below{'yes' if best == 1 else 'no'}" in card
+    assert "rank by SNR" in card
     assert seen["sorted"] == pytest.approx(np.sort(snr[np.isfinite(snr)])[::-1][:25], rel=6e-3)
     assert seen["rising"] == pytest.approx(np.sort(snr[np.isfinite(snr)])[:25], rel=6e-3)
     assert sorted(seen["found"]) == ["layer1.0.conv1 filter 12", "layer1.0.conv1 filter 2"]
@@ -385,8 +391,11 @@ def test_twenty_two_thousand_filters_are_there_in_two_seconds(tmp_path: Path) ->
     rng = np.random.default_rng(0)
     widths = {f"layer{i}": 440 for i in range(50)}
     spectra = rng.lognormal(size=(22_000, 67))
-    filters = Filters("dense", widths, {"snr": spectra[:, 12]}, np.arange(67) / 2, spectra)
-    page = write_explorer(tmp_path, "wide", [filters], STIMULUS)
+    epochs = [Filters(name, widths, {"snr": spectra[:, 12]}, np.arange(67) / 2, spectra) for name in ("1", "2")]
+    units = [Unit(name, (name,), 440, 1, {name: (0.0, 1 / 440)}) for name in widths]
+    scores = {"snr": {name: torch.from_numpy(rng.random(440)) for name in widths}}
+    trial = Trial(dict.fromkeys(widths, 10**8), units, scores)
+    page = write_explorer(tmp_path, "wide", epochs, STIMULUS, trial)
     text = opened(page, 1280, "--blink-settings=preferredColorScheme=0")
     painted = re.search(r'data-painted="(\d+)"', text)
     assert painted

@@ -221,8 +221,10 @@ def test_a_disk_that_is_too_small(folder: Path, monkeypatch: pytest.MonkeyPatch)
         patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=3000))
         with pytest.raises(InputError, match=r"needs 3.69e-05 GB .* for 48 images .*, 3e-06 GB are free; make room"):
             ImageFolderData(folder, cache="disk").setup()
-        # Left to decide, it does without.
+        # Left to decide, it does without; both parts have to fit, not each by itself.
         patch.setattr(caching, "free_memory", lambda: 10)
+        assert not isinstance(ImageFolderData(folder).split("val").pixels, MappedPixels)
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=60_000))
         assert not isinstance(ImageFolderData(folder).split("val").pixels, MappedPixels)
 
     def full(*_: int) -> None:

@@ -13,9 +13,9 @@ from freqprune.errors import InputError
 from freqprune.training.torchvision_sets import SETS, DatasetListing, TorchvisionData
 
 
-def write_fashion_mnist(root: Path) -> dict[str, tuple[Any, Any]]:
+def write_fashion_mnist(root: Path, name: str = "FashionMNIST") -> dict[str, tuple[Any, Any]]:
     """Bytes with a header of sizes, as LeCun's page describes them."""
-    raw, drawn, found = root / "FashionMNIST" / "raw", np.random.default_rng(0), {}
+    raw, drawn, found = root / name / "raw", np.random.default_rng(len(name)), {}
     raw.mkdir(parents=True)
     for part, count in (("train", 60), ("t10k", 30)):
         pixels, labels = drawn.integers(0, 256, (count, 28, 28), dtype=np.uint8), np.arange(count, dtype=np.uint8) % 10
@@ -33,6 +33,22 @@ def test_pixels_and_labels_of_a_set_in_arrays(cache: str, tmp_path: Path) -> Non
     assert np.array_equal(test.pixels[:].numpy(), np.repeat(pixels[:, None], 3, axis=1))
     assert np.array_equal(test.labels.numpy(), labels)
     assert data.classes[:2] == ("T-shirt/top", "Trouser")
+
+
+def test_two_sets_of_one_size_in_one_folder(tmp_path: Path) -> None:
+    written = {name: write_fashion_mnist(tmp_path, name)["t10k"][0] for name in ("FashionMNIST", "KMNIST")}
+    held = {name: TorchvisionData(name, tmp_path, download=False, cache="disk", val_fraction=0.5) for name in written}
+    for data in held.values():
+        data.setup()
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / ".freqprune").iterdir()}
+    for name, pixels in written.items():
+        again = TorchvisionData(name, tmp_path, download=False, cache="disk", val_fraction=0.5).split("test")
+        for test in (held[name].split("test"), again):
+            assert np.array_equal(test.pixels[:, :1].numpy(), pixels[:, None])
+    # Neither took the other's for its own and wrote it anew.
+    assert {path: path.stat().st_mtime_ns for path in files if path.suffix == ".pixels"} == {
+        path: time for path, time in files.items() if path.suffix == ".pixels"
+    }
 
 
 def test_a_set_of_photographs_of_different_sizes(tmp_path: Path) -> None:

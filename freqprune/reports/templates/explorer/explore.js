@@ -1,6 +1,6 @@
 // State of the page, and what changes it.
 
-const state = { time: data.times.length - 1, colour: null, pins: [], hovered: null, keptOf: null };
+const state = { time: data.times.length - 1, colour: null, pins: [], hovered: null, tables: false };
 const time = () => data.times[state.time];
 const tried = new Float32Array(total).fill(NaN);
 const valuesOf = (name) => (name === "trial" ? tried : time().columns[name] ?? new Float32Array(total).fill(NaN));
@@ -42,8 +42,9 @@ const say = (filter) => { element("live").textContent = `${nameOf(filter)}: ${fa
 
 function facts(filter) {
   const found = columnNames().map((name) => [about(name).label, told(name, valuesOf(name)[filter])]);
-  const place = about(state.colour).scale === "flag" ? null : rank(valuesOf(state.colour), filter);
-  const shown = about(state.colour).label;
+  // Among flags there is no rank: the first reading, SNR or amplitude, stands for them.
+  const ranked = about(state.colour).scale === "flag" ? columnNames()[0] : state.colour;
+  const place = rank(valuesOf(ranked), filter), shown = about(ranked).label;
   return place ? [...found, [`rank by ${shown}`, `${place.layer} of ${place.of} in its layer, ${place.network.toLocaleString("en")} of ${place.all.toLocaleString("en")}`]] : found;
 }
 
@@ -127,7 +128,12 @@ function tryCut() {
   element("outcome").dataset.kept = JSON.stringify(found.counts);
   element("outcome").dataset.macs = found.macs;
   if (state.colour === "trial") colour();
-  layerTable().fill();
+  // Once the page is there, the tables and the filters that are shown say what this cut keeps of them.
+  if (state.tables) {
+    layerTable().fill();
+    filterTable().fill();
+    if (state.hovered !== null || state.pins.length) showFilters();
+  }
 }
 
 /** A slider over the scores: its thousand places are quantiles, so that it moves evenly however the scores lie. */
@@ -174,7 +180,7 @@ function start() {
   addEventListener("resize", () => { if (width !== innerWidth) { width = innerWidth; showFilters(); } });
   // The map is there at once; the tables of thousands of filters follow.
   document.body.dataset.painted = Math.round(performance.now());
-  requestAnimationFrame(() => setTimeout(() => { layerTable(); filterTable(); document.body.dataset.ready = "yes"; }));
+  requestAnimationFrame(() => setTimeout(() => { layerTable(); filterTable(); state.tables = true; document.body.dataset.ready = "yes"; }));
 }
 
 start();
