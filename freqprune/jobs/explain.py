@@ -205,5 +205,5 @@ def _write(
     for number, name in bar(list(enumerate(names))):
         figure = found.plot(number, pixels[number], telling.pairs, telling.rows, telling.alpha)
         save(figure, out / "maps" / f"{name}.png", dpi=120)
-    page = ExplainPage(names, classes, asked.tags.score, telling.alpha, telling.rows, telling.pairs)
+    page = ExplainPage(names, classes, asked.tags.score, telling.alpha, telling.rows, telling.pairs, asked.tags.overlap)
     write_explain_page(out, found, page)

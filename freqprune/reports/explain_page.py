@@ -26,6 +26,7 @@ class ExplainPage:
         alpha: false discovery rate.
         n_rows: parts with the largest effects, at the top of each table.
         n_pairs: strongest interactions, of those that are significant.
+        overlap: how far parts opened together; if they did, what each does alone is not told apart.
     """
 
     names: Sequence[str]
@@ -34,6 +35,7 @@ class ExplainPage:
     alpha: float
     n_rows: int
     n_pairs: int
+    overlap: float = 0.0
 
 
 def write_explain_page(folder: Path, found: Attribution, page: ExplainPage) -> Path:
@@ -88,7 +90,7 @@ def _of_an_image(folder: Path, found: Attribution, page: ExplainPage, number: in
         "baseline": f"{found.baseline[number]:.3g}",
         "n_parts": int(found.present[number].sum()),
         "n_sure": int(sure.sum()),
-        "alone": f"{100 * float(found.first_order[number].sum().clamp(0, 1)):.0f} %",
+        "alone": "" if page.overlap else f"{100 * float(found.first_order[number].sum().clamp(0, 1)):.0f} %",
         "rows": rows,
         "pairs": [
             [names[one], names[other], f"{value:+.3g}"]

@@ -13,7 +13,7 @@ from tests.attribution.test_attribution import IMAGES, OfTiles
 from tests.reports.test_page import BROWSER, in_a_browser
 
 
-def written(folder: Path, found: Attribution, n_pairs: int = 2) -> Path:
+def written(folder: Path, found: Attribution, n_pairs: int = 2, overlap: float = 0.0) -> Path:
     folder.mkdir(exist_ok=True)
     machine = {"system": "Linux", "processor": "x86_64", "cores": 2}
     write_json(
@@ -23,7 +23,7 @@ def written(folder: Path, found: Attribution, n_pairs: int = 2) -> Path:
     names = ["1_one & <b>", "2_two"]
     for number, name in enumerate(names):
         save(found.plot(number, IMAGES[number]), folder / "maps" / f"{name}.png")
-    page = ExplainPage(names, None, "log_odds", 0.05, n_rows=3, n_pairs=n_pairs)
+    page = ExplainPage(names, None, "log_odds", 0.05, n_rows=3, n_pairs=n_pairs, overlap=overlap)
     return write_explain_page(folder, found, page)
 
 
@@ -43,6 +43,9 @@ def test_the_page_tells_what_was_found(found: Attribution, tmp_path: Path) -> No
     assert page.count("<td>row 1, column 3</td><td>row 3, column 2</td><td>+9</td>") == 2
     assert page.count("The other 13 parts") == 2
     assert "freqprune explain images=&#39;&lt;i&gt;&#39;" in page
+    assert page.count("of the variance\nover the frames is due to parts alone") == 2
+    # Parts that open together are not told apart in that.
+    assert "due to parts alone" not in written(tmp_path / "overlapping", found, overlap=0.7).read_text()
 
 
 def test_a_page_without_pairs_or_of_channels(tmp_path: Path) -> None:
