@@ -13,10 +13,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from PIL import Image
 from pytorch_lightning.strategies import FSDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -29,7 +31,7 @@ from freqprune.tagging.measurement import tag
 from freqprune.training.classifier import Classifier
 from freqprune.training.datamodule import DigitsData
 from tests.conftest import ROOT
-from tests.forked import in_two_processes
+from tests.forked import fresh, in_two_processes
 from tests.jobs.test_jobs import SMALL
 
 
@@ -264,6 +266,49 @@ def test_two_processes_of_torchrun_train_and_prune_into_one_run_folder(tmp_path:
     assert metrics["finished"]
     assert {"dense", "pruned", "finetuned"} <= set(metrics)
     assert sum(p.numel() for p in load_pruned(run / "pruned.ckpt").parameters()) == metrics["pruned"]["params"]
+
+
+@pytest.mark.slow
+def test_two_processes_prune_to_what_one_does(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    classifier = Classifier({"name": "resnet8"}, normalization={"mean": [0.3] * 3, "std": [0.3] * 3})
+    for _ in range(3):
+        classifier.net(torch.rand(16, 3, 32, 32))
+    state = {f"net.{key}": value for key, value in classifier.net.state_dict().items()}
+    torch.save({"hyper_parameters": dict(classifier.hparams), "state_dict": state}, tmp_path / "net.ckpt")
+    more = ["ckpt=net.ckpt", "data.mean=[0.3,0.3,0.3]", "data.std=[0.3,0.3,0.3]", "pruning.calibration_images=96",
+            "pruning.rounds=1", "finetune.epochs=0", "importance=logit_error"]  # fmt: skip
+    runs = {"two": TWO, "one": [word for word in TWO if not word.startswith("trainer")] + ["trainer=cpu"]}
+    for name, words in runs.items():
+        done = fresh(ROOT / "prune.py", *words, *more, f"hydra.run.dir={name}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert one["kept"] == two["kept"]
+    for stage in ("dense", "pruned"):
+        for name in ("test_accuracy", "macs", "params"):
+            assert two[stage][name] == pytest.approx(one[stage][name], rel=1e-6), (stage, name)
+    nets = [load_pruned(tmp_path / name / "pruned.ckpt").state_dict() for name in ("one", "two")]
+    for name, value in nets[0].items():
+        torch.testing.assert_close(nets[1][name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_explain_what_one_does(tmp_path: Path) -> None:
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    for number in range(3):
+        noise = torch.randint(0, 256, (32, 32, 3), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(photographs / f"{number}.png")
+    run = tmp_path / "explain.py"
+    run.write_text("from freqprune.jobs.cli import explain\nexplain()\n")
+    for count in (1, 2):
+        words = [f"images={photographs}", "pretrained=true", "grid=3", "forwards=72", f"processes={count}"]
+        done = fresh(run, *words, f"hydra.run.dir=of_{count}", "device=cpu", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    one, two = (np.load(tmp_path / f"of_{count}" / "attribution.npz") for count in (1, 2))
+    assert set(one) == set(two)
+    for name in one:
+        assert np.array_equal(one[name], two[name]), name
 
 
 @pytest.mark.slow
