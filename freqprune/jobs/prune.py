@@ -23,7 +23,7 @@ from freqprune.networks import Stored, device_of
 from freqprune.processes import rank_and_size
 from freqprune.pruning import Plan, Verdict, judge, needs, plan_cut
 from freqprune.reports import record
-from freqprune.tagging import TagResponse, pick_layers, tag
+from freqprune.tagging import TagResponse, in_sight, pick_layers, tag
 from freqprune.training import ImageData
 
 log = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def _by_class(settings: Settings, net: nn.Module, data: ImageData) -> dict[str, 
     device = device_of(net)
     readout = asdict(settings.readout) | {"noise_std": 0.0}
     found = {}
-    for number, name in enumerate(data.classes):
+    for number, name in in_sight(list(enumerate(data.classes)), "tagging by class", assembly.bars()):
         chosen = (images.labels == number).nonzero().flatten()[: settings.showing.n_images]
         if not len(chosen):
             continue

@@ -30,7 +30,7 @@ from freqprune.networks import (
 from freqprune.processes import from_first
 from freqprune.pruning import Kept, Material, Recipe, Verdict, cut, plan_cut, recalibrate_batch_norm, step_amount
 from freqprune.reports import record, run_figures, save, show, tables, write_page
-from freqprune.tagging import TagResponse, find_folds
+from freqprune.tagging import TagResponse, find_folds, in_sight
 from freqprune.training import Classifier, ImageData
 
 
@@ -72,7 +72,8 @@ class Run:
             self.metrics[stage]["latency_ms"] = {}
         for size in self.sizes:
             ready = {stage: net.to(self.device) for stage, net in nets.items()}
-            found = from_first(latency_ms, ready, self._batch(size), self.settings.latency.n_runs)
+            n_runs, bars = self.settings.latency.n_runs, assembly.bars()
+            found = from_first(latency_ms, ready, self._batch(size), n_runs, progress=bars)
             for stage, value in found.items():
                 self.metrics[stage]["latency_ms"][str(size)] = round(value, 4)
 
@@ -276,10 +277,9 @@ class Run:
             return False
         images = self.data.split("train")
         count = min(course.bn_images, len(images))
-        batches = [
-            self.data.normalize(chunk) for chunk in images.pixels[:count].split(self.data.batch_size) if len(chunk) > 1
-        ]
-        recalibrate_batch_norm(net, batches, self.device)
+        chunks = [chunk for chunk in images.pixels[:count].split(self.data.batch_size) if len(chunk) > 1]
+        shown = in_sight(chunks, "means and variances of the batch norms", assembly.bars())
+        recalibrate_batch_norm(net, (self.data.normalize(chunk) for chunk in shown), self.device)
         return True
 
     def _finetune(

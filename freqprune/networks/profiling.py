@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -154,7 +154,11 @@ class Latency:
 
 
 def latency_ms(
-    models: Mapping[str, nn.Module], example: Tensor, n_runs: int = 20, n_warmup: int = 5
+    models: Mapping[str, nn.Module],
+    example: Tensor,
+    n_runs: int = 20,
+    n_warmup: int = 5,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
 ) -> dict[str, float]:
     """Median time of one forward in milliseconds, the networks taken in turn so that a drift of the machine meets all
     of them.
@@ -164,8 +168,9 @@ def latency_ms(
         example: input batch.
         n_runs: timed forwards of each.
         n_warmup: forwards before those.
+        progress: wraps the iteration over the forwards, for a progress bar.
     """
     for model in models.values():
         model.eval()
-    times = in_turn([runner(model, example) for model in models.values()], n_runs, n_warmup)
+    times = in_turn([runner(model, example) for model in models.values()], n_runs, n_warmup, progress)
     return {name: statistics.median(found) for name, found in zip(models, times, strict=True)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,10 +140,16 @@ def _in_onnxruntime(net: nn.Module, example: Tensor) -> Callable[[], object]:
     return lambda: forward(images)
 
 
-def in_turn(forwards: Sequence[Callable[[], object]], n_runs: int, n_warmup: int) -> list[list[float]]:
+def in_turn(
+    forwards: Sequence[Callable[[], object]],
+    n_runs: int,
+    n_warmup: int,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+) -> list[list[float]]:
     """Milliseconds of every run of some forwards, taken in turn so that a drift of the machine meets all of them."""
     times: list[list[float]] = [[] for _ in forwards]
-    for number in range(n_warmup + n_runs):
+    said = [f"timing, {number} of {n_warmup + n_runs}" for number in range(1, n_warmup + n_runs + 1)]
+    for number, _ in enumerate(progress(said) if progress is not None else said):
         for forward, found in zip(forwards, times, strict=True):
             start = time.perf_counter()
             forward()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -101,7 +101,7 @@ def compensate(
     return remarks
 
 
-def recalibrate_batch_norm(model: nn.Module, batches: Sequence[Any], device: torch.device | None = None) -> None:
+def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any], device: torch.device | None = None) -> None:
     """Re-estimate the running statistics of every batch norm as plain averages over batches of (normalised) inputs, in
     place.
 

@@ -67,10 +67,12 @@ def gather(
     moments = gradients = None
     short: dict[str, int] = {}
     if recipe.needs_moments:
-        moments, counts = counted_moments(net, readers, calibration(net, material, recipe, stimulus), seed=recipe.seed)
+        inputs = calibration(net, material, recipe, stimulus)
+        moments, counts = counted_moments(net, readers, inputs, seed=recipe.seed, progress=progress)
         short = {name: len(moments[name]) - count for name, count in counts.items() if count < len(moments[name])}
     if "gradients" in wanted:
-        gradients = output_gradients(net, readers, calibration(net, material, recipe, stimulus), seed=recipe.seed)
+        inputs = calibration(net, material, recipe, stimulus)
+        gradients = output_gradients(net, readers, inputs, recipe.seed, progress)
     frames: list[Tensor] = []
     if "frames" in wanted:
         frames = list(calibration(net, material, recipe, stimulus, n_measured(recipe, material.images.shape)))

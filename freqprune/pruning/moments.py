@@ -17,6 +17,7 @@ from freqprune.errors import InputError
 from freqprune.networks import evaluating, hooked, images_at_once
 from freqprune.processes import added_up, own_share
 from freqprune.pruning.patches import Geometry, multiplications, pick
+from freqprune.tagging import Progress, in_sight
 
 MAX_VALUES = 8192
 RIDGE = 1e-4
@@ -45,9 +46,14 @@ def input_moments(
 
 
 def counted_moments(
-    model: nn.Module, layers: Sequence[str], batches: Iterable[Tensor], n_positions: int | None = 24, seed: int = 0
+    model: nn.Module,
+    layers: Sequence[str],
+    batches: Iterable[Tensor],
+    n_positions: int | None = 24,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """`input_moments`, and how many samples each layer's come from.
+    """`input_moments`, and how many samples each layer's come from; `progress` as of `freqprune.tag`.
 
     A layer that would get fewer than `SAMPLES_A_VALUE` for each of its values is read at more than `n_positions`.
     """
@@ -83,7 +89,7 @@ def counted_moments(
         counts[name] = counts.get(name, 0) + len(rows)
 
     with evaluating(model), torch.no_grad(), multiplications(model, layers, seen):
-        for number, batch in own_share(batches):
+        for number, batch in in_sight(own_share(batches), "second moments", progress):
             # Of each batch its own, whichever process has it.
             generator.manual_seed(seed * 1_000_003 + number)
             model(batch)
@@ -100,7 +106,11 @@ def counted_moments(
 
 
 def output_gradients(
-    model: nn.Module, layers: Sequence[str], batches: Iterable[Tensor], seed: int = 0
+    model: nn.Module,
+    layers: Sequence[str],
+    batches: Iterable[Tensor],
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """How much the network's answer depends on the outputs of its layers: second moments of the gradients of its
     logits.
@@ -115,6 +125,7 @@ def output_gradients(
         batches: network inputs, e.g. tagged frames, ``(n_frames, n_channels, height, width)`` each.
         seed: of the random sums of logits that are differentiated, one an input, which estimates the sum over all
             logits without bias.
+        progress: wraps the iteration over batches, for a progress bar.
 
     Returns:
         For each layer ``S = E[sum over logits and positions of g g^T]``, float64 ``(n_outputs, n_outputs)``, with g the
@@ -139,7 +150,7 @@ def output_gradients(
         return after
 
     with evaluating(model), torch.enable_grad(), hooked([(modules[name], None, hook(name)) for name in layers]):
-        for number, batch in _parts(own_share(batches)):
+        for number, batch in _parts(in_sight(own_share(batches), "gradients", progress)):
             generator.manual_seed(seed * 1_000_003 + number)
             outputs.clear()
             # Frozen networks have no gradients unless the input asks for them.

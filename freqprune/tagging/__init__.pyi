@@ -7,6 +7,7 @@ from .layers import match_layers as match_layers
 from .layers import pick_layers as pick_layers
 from .loss import TagLoss as TagLoss
 from .measurement import Progress as Progress
+from .measurement import in_sight as in_sight
 from .measurement import rounds as rounds
 from .measurement import tag as tag
 from .readout import HALF as HALF

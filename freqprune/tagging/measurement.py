@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from freqprune.tagging.stimulus import Stimulus, check_pixels
 
 _TOGETHER = ""
 
+T = TypeVar("T")
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
@@ -242,6 +243,19 @@ class _Pass:
                 dist.all_reduce(torch.view_as_real(total) if total.is_complex() else total)
                 average.sums[name] = total
         return max(average.n_images for average in self.averages.values())
+
+
+def in_sight(items: Sequence[T], what: str, progress: Progress | None) -> Iterator[T]:
+    """Iterate with words of what is done and how much of it, for a `progress` that shows words as they come.
+
+    >>> list(in_sight("ab", "reading", lambda said: (print(one) for one in said)))
+    reading, 1 of 2
+    reading, 2 of 2
+    ['a', 'b']
+    """
+    said = [f"{what}, {number} of {len(items)}" for number in range(1, len(items) + 1)]
+    for _, item in zip(progress(said) if progress is not None else said, items, strict=True):
+        yield item
 
 
 def rounds(total: Iterable[Any]) -> Iterator[Any]:
