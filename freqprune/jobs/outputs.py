@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from freqprune.reports import (
 from freqprune.tagging import TagResponse
 from freqprune.training import FrequencyTagging
 
+log = logging.getLogger(__name__)
+
 
 def write_response(
     out: Path, response: TagResponse, verdict: Verdict | None, image: Tensor, classes: Mapping[str, TagResponse]
@@ -52,14 +55,29 @@ def write_response(
     save(response_figures.important_per_layer(verdict.important, title), folder / "important_filters.png")
 
 
-def explore_training(settings: Settings, tagging: FrequencyTagging, title: str) -> None:
-    """Write ``explore.html`` of the tagged epochs, if there are any."""
+def plan_of(net: nn.Module, example: Tensor) -> Plan | None:
+    """What a cut may remove; None for a network that can only be looked at."""
+    try:
+        return Plan(net, example)
+    except InputError as error:
+        log.warning("explore.html tries no cuts: %s", error)
+        return None
+
+
+def explore_training(
+    settings: Settings, tagging: FrequencyTagging, title: str, net: nn.Module, example: Tensor
+) -> None:
+    """Write ``explore.html`` of the tagged epochs, if there are any, with what a cut by the scores of the last would
+    keep."""
     path = settings.out / "importance.csv"
     if tagging.latest and path.is_file():
         epochs = filters_over_epochs(path, tagging.stimulus, tagging.criterion)
+        plan, found = plan_of(net, example), tagging.latest["score"]
+        known = {} if plan is None else {name: found[name] for name in plan.choose() if name in found}
+        trial = None if plan is None or not known else trial_of(plan, None, tagging.criterion, known)
         images = f"{tagging.latest['n_images']} images, pixel noise sd {tagging.latest['noise_std']:g}."
         note = f"{images} Spectra over training hold the components only; after prune.py they hold every frequency."
-        write_explorer(settings.out, title, epochs, tagging.stimulus, notes=[note])
+        write_explorer(settings.out, title, epochs, tagging.stimulus, trial, [note])
 
 
 def explore_cut(

@@ -9,19 +9,18 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import nn
 
-from freqprune.errors import InputError
 from freqprune.jobs import assembly
 from freqprune.jobs.announce import announce_pruning
 from freqprune.jobs.config import check_pruning
 from freqprune.jobs.launch import in_all_processes
-from freqprune.jobs.outputs import explore_cut, name_of, tell, write_response
+from freqprune.jobs.outputs import explore_cut, name_of, plan_of, tell, write_response
 from freqprune.jobs.settings import Settings, read
 from freqprune.jobs.stages import Run
 from freqprune.networks import Stored, device_of
 from freqprune.processes import rank_and_size
-from freqprune.pruning import Plan, Verdict, judge, needs, plan_cut
+from freqprune.pruning import Verdict, judge, needs, plan_cut
 from freqprune.reports import record
 from freqprune.tagging import TagResponse, in_sight, pick_layers, tag
 from freqprune.training import ImageData
@@ -85,7 +84,7 @@ def _pruned(
     if settings.recipe is None:
         title = f"{name_of(net)}, tagged and not pruned"
         if first:
-            explore_cut(settings, title, response, verdict, _plan(net, run.example))
+            explore_cut(settings, title, response, verdict, plan_of(net, run.example))
         run.latencies({"dense": net})
         run.finish()
         if first:
@@ -96,15 +95,6 @@ def _pruned(
     run.finish()
     run.tell(net, verdict)
     return run.metrics, {"response": response, "verdict": verdict, "kept": kept, "net": small}
-
-
-def _plan(net: nn.Module, example: Tensor) -> Plan | None:
-    """What a cut may remove; None for a network that can only be looked at."""
-    try:
-        return Plan(net, example)
-    except InputError as error:
-        log.warning("explore.html tries no cuts: %s", error)
-        return None
 
 
 def _network_to_prune(settings: Settings) -> Stored:

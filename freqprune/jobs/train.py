@@ -20,7 +20,7 @@ from freqprune.jobs.launch import world_size
 from freqprune.jobs.loggers import log_results
 from freqprune.jobs.outputs import explore_training, figures_of_training, training_criterion
 from freqprune.jobs.settings import Settings, read
-from freqprune.networks import check_answers, check_resumable
+from freqprune.networks import check_answers, check_resumable, device_of
 from freqprune.pruning import plan_cut
 from freqprune.reports import record, show, show_folder, write_page
 from freqprune.tagging import TagLoss, pick_layers
@@ -96,7 +96,8 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     if trainer.is_global_zero:
         record.write_json(out / record.TRAINING, metrics)
         figures_of_training(tagging, out)
-        explore_training(settings, tagging, f"{config['name']}, {metrics['epochs']} epochs, seed {common.seed}")
+        title = f"{config['name']}, {metrics['epochs']} epochs, seed {common.seed}"
+        explore_training(settings, tagging, title, classifier.net, example.to(device_of(classifier.net)))
         write_page(out)
         log_results(trainer.logger, out, last=settings.recipe is None)
         total = sum(int(flags.sum()) for flags in tagging.latest.get("important", {}).values())
