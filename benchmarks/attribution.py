@@ -282,8 +282,8 @@ METHODS: dict[str, tuple[Method, tuple[int, ...]]] = {
     "sobol": (sobol, (528,)),
     "tags": (tags(), (64, 256, 512)),
     "tags_plain": (tags(smooth=False), (512,)),
-    "tags_overlap": (tags(score="probability", overlap=0.7), (256, 512, 1024)),
-    "rise": (rise, (256, 512, 1024, 4096)),
+    "tags_overlap": (tags(score="probability", overlap=0.7), (256, 512, 1024, 4096)),
+    "rise": (rise, (64, 256, 512, 1024, 4096)),
     "least_squares": (least_squares, (256, 512, 1024, 4096)),
 }
 # Whose map is drawn again with another seed.
@@ -297,6 +297,8 @@ PAIRS = (
     ("tags_overlap.512", "kernel_shap.512"),
     ("tags_overlap.512", "tags.512"),
     ("tags_overlap.1024", "rise.4096"),
+    ("tags_overlap.1024", "rise.1024"),
+    ("tags_overlap.4096", "rise.4096"),
     ("tags_overlap.256", "rise.256"),
     ("tags.512", "tags_plain.512"),
     ("tags.512", "least_squares.512"),
