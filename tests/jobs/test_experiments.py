@@ -83,6 +83,7 @@ def test_every_experiment_is_here_or_among_the_jobs() -> None:
     assert {f"test_{name.split('_')[0]}" for name in OWN_DATA} <= set(globals())
 
 
+@pytest.mark.slow
 def test_all_images_are_trained_on_where_none_are_held_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cfg = config("prune", tmp_path, "model=resnet8", "model.stage_widths=[4,4,8]", "data.val_fraction=0",
                  "importance=snr", "pruning.ratio=0.3")  # fmt: skip

@@ -121,6 +121,7 @@ def test_train_writes_what_it_says(trained: tuple[Path, dict[str, Any]]) -> None
     check_page(out)
 
 
+@pytest.mark.slow
 def test_resume_continues_to_the_last_epoch(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     last = trained[0] / "checkpoints" / "last.ckpt"
     metrics, _ = train(config("train", tmp_path, f"ckpt_path={last}", "trainer.max_epochs=2", "logger=jsonl"))
@@ -229,6 +230,7 @@ def test_removes_the_filters_with_the_lowest_snr(trained: tuple[Path, dict[str, 
         assert kept.tolist() == sorted(snr.argsort(descending=True)[: len(snr) // 2].tolist())
 
 
+@pytest.mark.slow
 def test_threshold_keeps_what_is_above_it(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     common = (
         "model=auto",
@@ -269,6 +271,7 @@ def test_pruning_none_only_tags_and_tests(trained: tuple[Path, dict[str, Any]], 
     assert (tmp_path / "filters.csv").exists()
 
 
+@pytest.mark.slow
 def test_a_pruned_network_can_be_pruned_again(
     pruned: tuple[Path, dict[str, Any], dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -90,7 +90,12 @@ def test_blocks_are_found_with_what_stays_of_them() -> None:
 
 @pytest.mark.parametrize(
     ("name", "n_blocks"),
-    [("resnet20", 9), ("torchvision/resnet18", 8), ("torchvision/mobilenet_v2", 10), ("torchvision/densenet121", 0)],
+    [
+        ("resnet20", 9),
+        ("torchvision/resnet18", 8),
+        ("torchvision/mobilenet_v2", 10),
+        pytest.param("torchvision/densenet121", 0, marks=pytest.mark.slow),
+    ],
 )
 def test_blocks_of_known_networks(name: str, n_blocks: int) -> None:
     net = build_model({"name": name}).eval()

@@ -235,7 +235,12 @@ def test_what_nobody_can_follow_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("name", "least"),
-    [("regnet_y_400mf", 0.9), ("mobilenet_v3_small", 0.9), ("shufflenet_v2_x0_5", 0.9), ("swin_t", 0.5)],
+    [
+        ("regnet_y_400mf", 0.9),
+        ("mobilenet_v3_small", 0.9),
+        ("shufflenet_v2_x0_5", 0.9),
+        pytest.param("swin_t", 0.5, marks=pytest.mark.slow),
+    ],
 )
 def test_networks_of_torchvision(name: str, least: float, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -182,7 +182,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n == "resnet18" else ()) for n in NETWORKS])
 def test_never_further_from_the_dense_network_than_the_bare_cut(name: str) -> None:
     torch.manual_seed(0)
     net, x = settled(NETWORKS[name]()), images(16, 32)

@@ -314,6 +314,7 @@ def test_a_cut_gets_the_same_images_wherever_they_are_held(folder: Path, tmp_pat
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+@pytest.mark.slow
 def test_a_network_is_tagged_cut_and_tuned_on_images_that_are_not_held(folder: Path, tmp_path: Path) -> None:
     net = build_model({"name": "resnet8", "num_classes": 2, "stage_widths": [4, 4, 8]})
     metrics, _ = prune(small(folder, tmp_path, "none"), net)

@@ -206,6 +206,7 @@ def without_batch_statistics() -> nn.Module:
     )
 
 
+@pytest.mark.slow
 def test_training_on_two_processes_is_that_of_one_with_the_same_global_batch(tmp_path: Path) -> None:
     curves, weights = [], []
     for devices in (1, 2):
