@@ -218,9 +218,10 @@ def grad_cam(judge: Judge, forwards: int, seed: int) -> Tensor:
 
 def tag_cam(judge: Judge, forwards: int, seed: int) -> Tensor:
     """A class activation map from the filters that the tags pick: their maps, weighted with what each does to the logit
-    by `freqprune.filter_effects` where that is sure (p < 0.05)."""
+    by `freqprune.filter_effects` where that is sure (p < 0.05); one recording at least, of four frames a filter."""
     net, inputs = judge.subject.net, judge.whole[None]
-    effects = filter_effects(net, inputs, judge.subject.last, forwards, seed=seed)
+    n_filters = len(net.get_submodule(judge.subject.last).weight)
+    effects = filter_effects(net, inputs, judge.subject.last, max(forwards, frames_for(n_filters)), seed=seed)
     # Maps where the filters are gated: after their norm and activation.
     site = find_sites(net, inputs, [judge.subject.last])[0]
     held: list[Tensor] = []
@@ -463,13 +464,14 @@ def pooled(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _together(parts: list[Any], counts: list[int]) -> Any:
-    if parts[0] is None:
+    if any(part is None for part in parts):
         return None
     if isinstance(parts[0], list):
         return _with_error(*(list(column) for column in zip(*parts, strict=True)), counts=counts)
     if not isinstance(parts[0], dict):
         return round(_mean(parts, counts), 4)
-    found = {name: _together([part[name] for part in parts], counts) for name in parts[0] if name != "se"}
+    shared = [name for name in parts[0] if name != "se" and all(name in part for part in parts)]
+    found = {name: _together([part[name] for part in parts], counts) for name in shared}
     apart = _with_error([part["difference"] for part in parts], [part["se"] for part in parts], counts=counts)
     return {**found, "difference": apart[0], "se": apart[1]}
 

@@ -95,7 +95,8 @@ class Attribution(OfParts):
 
     def strongest_pairs(self, image: int, n_pairs: int = 5, alpha: float | None = None) -> list[tuple[int, int, float]]:
         """Pairs of parts that interact most, by size; with `alpha` only those at this false discovery rate."""
-        return strongest(self.interactions[image], self.interaction_p_values[image], n_pairs, alpha)
+        there = self.present[image]
+        return strongest(self.interactions[image], self.interaction_p_values[image], n_pairs, alpha, there)
 
     def ranked(self, image: int, n_parts: int | None = None) -> list[int]:
         """Parts that an image has, those with the largest effect, of either sign, first."""
@@ -165,7 +166,7 @@ class Attribution(OfParts):
 
 
 def strongest(
-    interactions: Tensor, p_values: Tensor, n_pairs: int, alpha: float | None = None
+    interactions: Tensor, p_values: Tensor, n_pairs: int, alpha: float | None = None, there: Tensor | None = None
 ) -> list[tuple[int, int, float]]:
     """Pairs that interact most, by size; with `alpha` only those at this false discovery rate.
 
@@ -174,8 +175,10 @@ def strongest(
         p_values: of these, likewise.
         n_pairs: so many at most.
         alpha: false discovery rate.
+        there: of which there are pairs, ``(n,)``; all if left out.
     """
-    one, other = torch.ones(interactions.shape).triu(1).nonzero(as_tuple=True)
+    pairs = torch.ones(interactions.shape) if there is None else there[:, None] & there
+    one, other = pairs.triu(1).nonzero(as_tuple=True)
     values = interactions[one, other]
     if alpha is not None:
         sure = benjamini_hochberg(p_values[one, other]) < alpha

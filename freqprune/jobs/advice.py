@@ -62,10 +62,12 @@ def after_explaining(out: Path, overrides: Sequence[str]) -> list[str]:
         return f"freqprune explain {shlex.join([*kept, *(f'{key}={value}' for key, value in more.items())])}"
 
     tiles = not given.keys() & {"parts", "segments"}
+    used = given.get("forwards", "").rpartition("=")[2]
+    forwards = str(max(1024, 2 * int(used) if used.isdigit() else 0))
     return [
         f"python -m webbrowser {(out / 'explain.html').resolve().as_uri()}",
-        call(forwards="1024", score="probability", overlap="0.7"),
-        call(forwards="1024", grid="4", refine="2") if tiles else call(forwards="1024", baseline="blur"),
+        call(forwards=forwards, score="probability", overlap="0.7"),
+        call(forwards=forwards, grid="4", refine="2") if tiles else call(forwards=forwards, baseline="blur"),
     ]
 
 

@@ -73,7 +73,8 @@ def explore_training(
     if tagging.latest and path.is_file():
         epochs = filters_over_epochs(path, tagging.stimulus, tagging.criterion)
         plan, found = plan_of(net, example), tagging.latest["score"]
-        known = {} if plan is None else {name: found[name] for name in plan.choose() if name in found}
+        inner = [] if plan is None else [plan.unit(name) for name in plan.layers if name in found]
+        known = {unit.name: unit.by_filter(found[unit.name]) for unit in inner}
         trial = None if plan is None or not known else trial_of(plan, None, tagging.criterion, known)
         images = f"{tagging.latest['n_images']} images, pixel noise sd {tagging.latest['noise_std']:g}."
         note = f"{images} Spectra over training hold the components only; after prune.py they hold every frequency."

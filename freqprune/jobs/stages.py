@@ -205,7 +205,7 @@ class Run:
                 deployed[stage] = OnnxModule(file)
                 self.metrics[stage] = {"file_bytes": file.stat().st_size}
         for stage, one in deployed.items():
-            self.metrics[stage]["test_accuracy"] = assembly.accuracy_of(self.settings, one, self.data)
+            self.metrics.setdefault(stage, {})["test_accuracy"] = assembly.accuracy_of(self.settings, one, self.data)
             self._log(stage)
         if "onnx" in deployed:
             self.latencies({"dense": net, "pruned": small, **deployed})

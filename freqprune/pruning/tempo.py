@@ -116,8 +116,8 @@ def to_time(
         except InputError as error:
             if best is None and recipe.amount.latency_ms is not None:
                 raise InputError(
-                    f"pruning.latency_ms = {recipe.amount.latency_ms:g} asks for {100 * asked:.1f} % of the "
-                    f"{target_ms:.4g} ms that the network takes at batch {how.batch_size}; {error}"
+                    f"pruning.latency_ms = {recipe.amount.latency_ms:g} asks to remove {100 * asked:.1f} % of "
+                    f"the {target_ms:.4g} ms that the network takes at batch {how.batch_size}; {error}"
                 ) from error
             if best is None:
                 raise

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from freqprune.attribution import Attribution
 from freqprune.reports.page import as_text, embedded, rendered
 from freqprune.reports.record import RUN, read_json, write_text
@@ -49,7 +51,7 @@ def write_explain_page(folder: Path, found: Attribution, page: ExplainPage) -> P
     Returns:
         The file.
     """
-    run = read_json(folder / RUN)
+    run, adjusted = read_json(folder / RUN), found.adjusted
     content = {
         "title": f"What {len(page.names)} answers hang on" if len(page.names) > 1 else "What an answer hangs on",
         "score": SCORES[page.score],
@@ -59,15 +61,15 @@ def write_explain_page(folder: Path, found: Attribution, page: ExplainPage) -> P
         "n_pairs": page.n_pairs,
         "mapped": found.parts.dim() == 3,
         "forwards": found.forwards,
-        "images": [_of_an_image(folder, found, page, number) for number in range(len(page.names))],
+        "images": [_of_an_image(folder, found, adjusted[number], page, number) for number in range(len(page.names))],
         "run": run,
         "settings": as_text(run["settings"]),
     }
     return write_text(folder / "explain.html", rendered("explain.html.j2", content))
 
 
-def _of_an_image(folder: Path, found: Attribution, page: ExplainPage, number: int) -> dict[str, Any]:
-    names, sure = found.part_names, found.significant(number, page.alpha)
+def _of_an_image(folder: Path, found: Attribution, adjusted: Tensor, page: ExplainPage, number: int) -> dict[str, Any]:
+    names, sure = found.part_names, adjusted < page.alpha
     of_class = None if found.target is None else int(found.target[number])
     rows = [
         {
@@ -77,7 +79,7 @@ def _of_an_image(folder: Path, found: Attribution, page: ExplainPage, number: in
                 names[part],
                 f"{found.effects[number, part]:+.3g}",
                 f"{found.standard_error[number, part]:.2g}",
-                _p_value(float(found.adjusted[number, part])),
+                _p_value(float(adjusted[part])),
             ],
         }
         for place, part in enumerate(found.ranked(number), 1)

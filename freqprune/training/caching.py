@@ -61,8 +61,12 @@ def hold(
 def _choose(planned: list[tuple[Reader, Path]]) -> str:
     needed, free = sum(reader.n_bytes for reader, _ in planned), free_memory()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    elsewhere = "disk" if room(planned) else "none"
-    chosen = "memory" if free is None or 2 * needed * processes <= free else elsewhere
+    if free is None or 2 * needed * processes <= free:
+        chosen = "memory"
+    elif room(planned):
+        chosen = "disk"
+    else:
+        chosen = "none"
     said = "unknown" if free is None else f"{free / 1e9:.3g} GB"
     log.log(
         logging.INFO if chosen == "memory" else logging.WARNING,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from freqprune.errors import InputError, check_fields
-from freqprune.networks import build_model, rebuilt_from
+from freqprune.networks import build_model, drop_blocks, rebuilt_from
 from freqprune.tagging import TagLoss
 from freqprune.training.optimization import Optimization
 
@@ -60,6 +60,7 @@ class Classifier(pl.LightningModule):
         temperature: softens both networks' outputs for that part.
         tag_loss: terms of the training loss that are read off the tags.
         classes: names of the outputs in order, kept with the weights.
+        blocks: residual blocks that a network of this config has lost, see `freqprune.networks.drop_blocks`.
         optimization: fields of `Optimization`: ``lr`` and so on.
     """
 
@@ -73,6 +74,7 @@ class Classifier(pl.LightningModule):
         temperature: float = 4.0,
         tag_loss: TagLoss | None = None,
         classes: Sequence[str] = (),
+        blocks: Mapping[str, Sequence[str]] | None = None,
         **optimization: Any,
     ) -> None:
         super().__init__()
@@ -88,6 +90,7 @@ class Classifier(pl.LightningModule):
         self.distill, self.temperature, self.tag_loss = distill, temperature, tag_loss
         self.net: nn.Module = model if isinstance(model, nn.Module) else build_model(model)
         config = None if isinstance(model, nn.Module) else rebuilt_from(model, self.net)
+        drop_blocks(self.net, blocks or {})
         num_classes = num_classes or (config or {}).get("num_classes", 10)
         # Plain numbers, strings, lists and dicts only, so that the checkpoint loads under weights_only=True.
         self.save_hyperparameters(
@@ -97,6 +100,7 @@ class Classifier(pl.LightningModule):
                 "num_classes": num_classes,
                 "normalization": {key: list(value) for key, value in (normalization or {}).items()},
                 "classes": [str(name) for name in classes],
+                "blocks": {name: list(left) for name, left in (blocks or {}).items()},
             }
         )
         self.loss = nn.CrossEntropyLoss(label_smoothing=self.optimization.label_smoothing)

@@ -149,15 +149,18 @@ def checked(reader: Reader) -> Ledger:
 
 def room(planned: Sequence[tuple[Reader, Path]]) -> bool:
     """Whether files of the pixels fit into the folder where they are to be, all together, but for those that are
-    there already."""
+    there already; not into one that cannot be read."""
     needed, folder = 0, planned[0][1].parent
-    for reader, stem in planned:
-        there = stem.with_suffix(".pixels")
-        if not (there.is_file() and there.stat().st_size == reader.n_bytes):
-            needed += reader.n_bytes + len(reader) * ROW.itemsize
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return shutil.disk_usage(folder).free >= needed
+    try:
+        for reader, stem in planned:
+            there = stem.with_suffix(".pixels")
+            if not (there.is_file() and there.stat().st_size == reader.n_bytes):
+                needed += reader.n_bytes + len(reader) * ROW.itemsize
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        return shutil.disk_usage(folder).free >= needed
+    except OSError:
+        return False
 
 
 def _no_room(reader: Reader, folder: Path) -> InputError:

@@ -84,7 +84,8 @@ class TagPruning(_TagsInTraining):
         found: dict[str, list[int]] = {}
         for kept in self.kept:
             found = of_the_dense({name: torch.tensor(indices) for name, indices in kept.items()}, found)
-        return found
+        gone = tuple(f"{block}." for block in (self.dropped[-1] if self.dropped else ()))
+        return {name: indices for name, indices in found.items() if not name.startswith(gone)}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -127,7 +128,16 @@ class TagPruning(_TagsInTraining):
             )
             there = dropped_blocks(small)
             drop_blocks(small, {name: left for name, left in gone.items() if name not in there})
-            setattr(pl_module, self._attribute(pl_module), small)
+            self._replace(pl_module, small)
+
+    def _replace(self, pl_module: pl.LightningModule, small: nn.Module) -> None:
+        """Put a smaller network in the place of the old one, and into what checkpoints say of it."""
+        setattr(pl_module, self._attribute(pl_module), small)
+        config, gone = getattr(small, "config", None), dropped_blocks(small)
+        if isinstance(config, Mapping) and isinstance(pl_module.hparams.get("model"), Mapping):
+            pl_module.hparams["model"] = dict(config)
+            if gone:
+                pl_module.hparams["blocks"] = gone
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.enable_validation:
@@ -156,17 +166,13 @@ class TagPruning(_TagsInTraining):
         small = done.net.to(memory_format=torch.channels_last)
         for optimizer in trainer.optimizers:
             carry_over(optimizer, net, small, done.kept, normalize(images[:1]))
-        setattr(pl_module, self._attribute(pl_module), small)
+        self._replace(pl_module, small)
         if isinstance(trainer.strategy, DDPStrategy):
             # Its view of the gradients is of the parameters that are gone.
             trainer.strategy.model = pl_module
             trainer.strategy.configure_ddp()
         self.kept.append({name: indices.tolist() for name, indices in done.kept.items()})
         self.dropped.append(dropped_blocks(small))
-        config = getattr(small, "config", None)
-        if isinstance(config, Mapping) and isinstance(pl_module.hparams.get("model"), Mapping):
-            pl_module.hparams["model"] = dict(config)
-            pl_module.hparams["blocks"] = dropped_blocks(small)
         for remark in done.remarks:
             log.warning("%s", remark)
         n_filters = float(sum(map(len, done.kept.values())))

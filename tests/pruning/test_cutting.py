@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from freqprune.errors import InputError
+from freqprune.networks.checkpoint import load_network
 from freqprune.networks.profiling import cost, peak_memory
 from freqprune.networks.registry import build_model
 from freqprune.pruning.amount import Amount, step_amount
@@ -229,6 +230,30 @@ def test_a_run_pruned_on_its_way_resumes(recipe: Recipe, tmp_path: Path) -> None
     for name, value in unbroken.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value, msg=name)
     assert len(set(again.seen)) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*")
+def test_a_classifier_that_lost_blocks_on_its_way_is_what_its_checkpoint_says(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Classifier({"name": "resnet8", "stage_widths": [4, 8, 8]})
+    saving = pl.callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    cutting = TagPruning(WITH_BLOCKS, [1], n_images=2)
+    trainer(tmp_path, cutting, saving).fit(module, *loaders_by_seed())
+    resumed = Classifier({"name": "resnet8", "stage_widths": [4, 8, 8]})
+    again = trainer(tmp_path, TagPruning(WITH_BLOCKS, [1], n_images=2), epochs=4, enable_checkpointing=False)
+    again.fit(resumed, *loaders_by_seed(), ckpt_path=str(tmp_path / "epoch=2.ckpt"), weights_only=True)
+    again.save_checkpoint(tmp_path / "again.ckpt")
+    x = torch.rand(2, 3, 32, 32)
+    for path, net in ((tmp_path / "epoch=2.ckpt", module.net), (tmp_path / "again.ckpt", resumed.net)):
+        stored = load_network(path).net
+        loaded = Classifier.load_from_checkpoint(path, weights_only=True).net.eval()
+        with torch.no_grad():
+            for one in (stored, loaded):
+                torch.testing.assert_close(one(x), net.eval()(x))
+    # Of the blocks that went no filters are left.
+    assert cutting.dropped[0]
+    for block in cutting.dropped[0]:
+        assert not any(name.startswith(f"{block}.") for name in cutting.kept_of_dense)
 
 
 def loaders_by_seed() -> list[DataLoader[Any]]:
