@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -29,21 +29,22 @@ def advise(job: str, out: Path) -> None:
 
     Nothing in a sweep, whose table follows, and nothing for a job that was called from Python.
     """
-    if not HydraConfig.initialized() or HydraConfig.get().mode == RunMode.MULTIRUN:
-        return
     program = os.environ.get("FREQPRUNE_COMMAND", "python prune.py")
     prune = f"{program.split()[0]} {'prune.py' if program.endswith('.py') else 'prune'}"
-    show("next, for example:")
-    for command in commands(job, out, prune, HydraConfig.get().overrides.task):
-        show(f"  {command}")
+    _show(lambda overrides: commands(job, out, prune, overrides))
 
 
 def advise_explaining(out: Path) -> None:
     """Print three commands that would follow an explanation; nothing in a sweep or for a job called from Python."""
+    _show(lambda overrides: after_explaining(out, overrides))
+
+
+def _show(following: Callable[[Sequence[str]], list[str]]) -> None:
+    """Print the commands that follow a job, by the ``key=value`` that it got."""
     if not HydraConfig.initialized() or HydraConfig.get().mode == RunMode.MULTIRUN:
         return
     show("next, for example:")
-    for command in after_explaining(out, HydraConfig.get().overrides.task):
+    for command in following(HydraConfig.get().overrides.task):
         show(f"  {command}")
 
 

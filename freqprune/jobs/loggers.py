@@ -55,12 +55,14 @@ def make_logger(settings: Settings, folder: Path) -> Logger | None:
     return found
 
 
-def log_stage(logger: Logger | None, numbers: Mapping[str, float]) -> None:
-    """Send the numbers of a stage of a pruning, by name; a ``metrics.csv`` is of a training alone, and stays."""
+def log_stage(logger: Logger | None, stage: str, metrics: Mapping[str, Any]) -> None:
+    """Send the numbers among the metrics of a stage of a pruning; a ``metrics.csv`` is of a training alone, and
+    stays."""
+    numbers = {f"{stage}/{name}": float(value) for name, value in metrics.items() if isinstance(value, int | float)}
     if isinstance(logger, JSONLinesLogger):
         logger.write_line(numbers)
     elif logger is not None and not isinstance(logger, CSVLogger):
-        logger.log_metrics(dict(numbers))
+        logger.log_metrics(numbers)
 
 
 def log_results(logger: Logger | None, out: Path, last: bool = True) -> None:

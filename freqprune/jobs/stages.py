@@ -58,13 +58,7 @@ class Run:
             **cost(net, self._batch(max(self.sizes))),
             "test_accuracy": assembly.accuracy_of(self.settings, net, self.data),
         }
-        self._log(stage)
-
-    def _log(self, stage: str) -> None:
-        """Send the numbers of a stage to the logger as soon as they are known."""
-        known = self.metrics[stage].items()
-        numbers = {f"{stage}/{name}": float(value) for name, value in known if isinstance(value, int | float)}
-        log_stage(self.logger, numbers)
+        log_stage(self.logger, stage, self.metrics[stage])
 
     def latencies(self, nets: dict[str, nn.Module]) -> None:
         """Time the networks in turn, at every batch size."""
@@ -180,12 +174,12 @@ class Run:
         is not done again."""
         if "recalibrated" not in self.metrics and self._recalibrate(small):
             self.metrics["recalibrated"] = {"test_accuracy": assembly.accuracy_of(self.settings, small, self.data)}
-            self._log("recalibrated")
+            log_stage(self.logger, "recalibrated", self.metrics["recalibrated"])
             self.write(small)
         if self.settings.finetune_epochs:
             small = self._finetune(small, net, self.settings.finetune_epochs, "finetune", ckpt_path)
             self.metrics["finetuned"] = {"test_accuracy": assembly.accuracy_of(self.settings, small, self.data)}
-            self._log("finetuned")
+            log_stage(self.logger, "finetuned", self.metrics["finetuned"])
             self.write(small)
         self._deploy(net, small)
         return small
@@ -206,7 +200,7 @@ class Run:
                 self.metrics[stage] = {"file_bytes": file.stat().st_size}
         for stage, one in deployed.items():
             self.metrics.setdefault(stage, {})["test_accuracy"] = assembly.accuracy_of(self.settings, one, self.data)
-            self._log(stage)
+            log_stage(self.logger, stage, self.metrics[stage])
         if "onnx" in deployed:
             self.latencies({"dense": net, "pruned": small, **deployed})
         if exported:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from freqprune.processes import added_up, own_share
 from freqprune.pruning.blocks import answers_without, find_blocks
 from freqprune.pruning.in_sequence import Reconstruction
 from freqprune.pruning.reconstruction import error_without
+from freqprune.tagging import Progress, in_sight
 
 # Making up for blocks on the way to their scores: one pass.
 ONE_PASS = Reconstruction(rounds=0, positions=64)
@@ -22,7 +22,7 @@ def block_scores(
     model: nn.Module,
     images: Sequence[Tensor],
     how: Reconstruction | None = ONE_PASS,
-    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """Squared change of the logits that each residual block adds when it goes, the least first: on the scale of
     `logit_error`.
@@ -46,11 +46,10 @@ def block_scores(
     gone: list[str] = []
     found: dict[str, Tensor] = {}
     before = last = 0.0
-    said = [f"ranking blocks, {number} of {len(blocks)}" for number in range(1, len(blocks) + 1)]
     with torch.no_grad():
         own = [batch for _, batch in own_share(batches)]
         dense = [answers_without(trace, fixed, batch, ()) for batch in own]
-        for _ in progress(said) if progress is not None else said:
+        for _ in in_sight(list(blocks), "ranking blocks", progress):
             change = {}
             for name in blocks:
                 if name not in gone:
