@@ -14,7 +14,7 @@ from typing import Any
 
 # Old name: the modules that hold what it held.
 MOVED = {
-    "assembly": ["jobs.assembly"],
+    "assembly": ["jobs.assembly", "jobs.trainers"],
     "callbacks": ["training.tagging_callback"],
     "checkpoint": ["networks.checkpoint"],
     "cli": ["jobs.cli"],

@@ -1,10 +1,8 @@
-"""Configuration → the objects of a run: output folder, data, network, Lightning trainers."""
+"""Configuration → the objects of a run: output folder, data, network."""
 
 from __future__ import annotations
 
 import logging
-import signal
-import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -15,15 +13,11 @@ import pytorch_lightning as pl
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
-from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import nn
 
 from freqprune.errors import InputError
 from freqprune.jobs.config import Common
-from freqprune.jobs.launch import place
-from freqprune.jobs.loggers import make_logger
 from freqprune.jobs.settings import Settings
 from freqprune.networks import (
     Stored,
@@ -35,12 +29,11 @@ from freqprune.networks import (
     pretrained_path,
     rebuilt_from,
     trained,
-    write_atomically,
 )
 from freqprune.processes import rank_and_size
 from freqprune.reports import is_quiet, show
 from freqprune.tagging import Progress, rounds
-from freqprune.training import Classifier, ImageData
+from freqprune.training import ImageData
 
 log = logging.getLogger(__name__)
 
@@ -213,99 +206,3 @@ def check_match(net: nn.Module, data: ImageData, stored: Stored) -> None:
             len(other), len(data.classes), *other[0],
         )  # fmt: skip
     check_answers(net, data.normalize(data.pixels("val", 1)).to(device_of(net)))
-
-
-class AtomicCheckpoints(TorchCheckpointIO):
-    """Checkpoints that appear complete or not at all, on any file system: a killed run never leaves half of one."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, checkpoint)
-
-
-def make_trainer(
-    settings: Settings, folder: Path, callbacks: list[pl.Callback], max_epochs: int | None = None
-) -> pl.Trainer:
-    arguments = settings.trainer if max_epochs is None else {**settings.trainer, "max_epochs": max_epochs}
-    configured = {name: dict(spec) for name, spec in settings.callbacks.items() if spec}
-    if settings.data.get("val_fraction") == 0:
-        arguments = {**arguments, "limit_val_batches": 0}
-        # What follows a validation metric would wait for it for ever.
-        configured = {name: spec for name, spec in configured.items() if "val/" not in str(spec.get("monitor"))}
-    if is_quiet():
-        configured.pop("progress", None)
-        arguments = {**arguments, "enable_progress_bar": False}
-    for spec in configured.values():
-        if "dirpath" in spec:
-            spec["dirpath"] = str(folder / "checkpoints")
-    everything = [*callbacks, *(instantiate(spec) for spec in configured.values())]
-    trainer = instantiate(
-        arguments,
-        callbacks=everything,
-        logger=make_logger(settings, folder) or False,
-        default_root_dir=str(folder),
-        plugins=[AtomicCheckpoints()],
-    )
-    assert isinstance(trainer, pl.Trainer)
-    return trainer
-
-
-def fit(
-    trainer: pl.Trainer, classifier: Classifier, data: ImageData, ckpt_path: str | None, if_interrupted: str
-) -> None:
-    """Fit; after Ctrl-C or SIGTERM say `if_interrupted` and exit with the usual status."""
-    # A network that was cut comes in eval mode, and Lightning leaves it there.
-    classifier.train()
-    try:
-        trainer.fit(classifier, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-    except SIGTERMException:
-        _say(if_interrupted)
-        raise SystemExit(128 + signal.SIGTERM) from None
-    except (KeyboardInterrupt, SystemExit):
-        _say(if_interrupted)
-        raise
-
-
-def _say(reason: str) -> None:
-    """Tell why a job ends early, also where the terminal is to be quiet."""
-    print(reason, file=sys.stderr) if is_quiet() else show(reason)
-
-
-def evaluator(settings: Settings) -> pl.Trainer:
-    """A trainer that measures on all test images, in each process on its own device."""
-    index = chosen_device(settings).index
-    arguments = {
-        key: value for key, value in settings.trainer.items() if key in ("_target_", "accelerator", "precision")
-    }
-    bar = None if is_quiet() else settings.callbacks.get("progress")
-    trainer = instantiate(
-        arguments,
-        devices=1 if index is None else [index],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=bar is not None,
-        enable_model_summary=False,
-        callbacks=[instantiate(bar)] if bar else [],
-    )
-    assert isinstance(trainer, pl.Trainer)
-    return trainer
-
-
-def tested(trainer: pl.Trainer, classifier: Classifier, data: ImageData) -> dict[str, float]:
-    """``test_accuracy``, and with many classes ``test_top5``."""
-    (found,) = trainer.test(classifier, datamodule=data, verbose=False)
-    return {f"test_{name}": float(found[f"test/{name}"]) for name in ("accuracy", "top5") if f"test/{name}" in found}
-
-
-def accuracy_of(settings: Settings, net: nn.Module, data: ImageData) -> float:
-    return tested(evaluator(settings), Classifier(net, num_classes=len(data.classes)), data)["test_accuracy"]
-
-
-def metric(trainer: pl.Trainer, name: str) -> float:
-    value = trainer.callback_metrics.get(name)
-    return float("nan") if value is None else float(value)
-
-
-def chosen_device(settings: Settings) -> torch.device:
-    """The device that the trainer gives this process."""
-    return place(settings.trainer).strategy.root_device

@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from freqprune.jobs import assembly
+from freqprune.jobs import assembly, trainers
 from freqprune.jobs.announce import announce_pruning
 from freqprune.jobs.config import check_pruning
 from freqprune.jobs.launch import in_all_processes
@@ -66,7 +66,7 @@ def _pruned(
     data = data or assembly.load_data(assembly.data_settings(settings))
     assembly.check_match(net, data, stored)
     settings.stimulus.masks(*data.split("val").pixels.shape[-2:])
-    device = assembly.chosen_device(settings)
+    device = trainers.chosen_device(settings)
     net = net.to(device).to(memory_format=torch.channels_last).eval()
     run = Run(settings, data, device, first)
     planned = None if settings.recipe is None else plan_cut(net, run.example, settings.recipe)

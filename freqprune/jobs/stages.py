@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.jobs import assembly
+from freqprune.jobs import assembly, trainers
 from freqprune.jobs.loggers import log_results, log_stage, make_logger
 from freqprune.jobs.outputs import explore_cut, name_of, tell
 from freqprune.jobs.settings import Settings
@@ -56,7 +56,7 @@ class Run:
         """Cost and test accuracy of a stage."""
         self.metrics[stage] = {
             **cost(net, self._batch(max(self.sizes))),
-            "test_accuracy": assembly.accuracy_of(self.settings, net, self.data),
+            "test_accuracy": trainers.accuracy_of(self.settings, net, self.data),
         }
         log_stage(self.logger, stage, self.metrics[stage])
 
@@ -173,12 +173,12 @@ class Run:
         """Re-estimate batch norms, fine-tune (from a checkpoint on, if given), export; what an interrupted run had done
         is not done again."""
         if "recalibrated" not in self.metrics and self._recalibrate(small):
-            self.metrics["recalibrated"] = {"test_accuracy": assembly.accuracy_of(self.settings, small, self.data)}
+            self.metrics["recalibrated"] = {"test_accuracy": trainers.accuracy_of(self.settings, small, self.data)}
             log_stage(self.logger, "recalibrated", self.metrics["recalibrated"])
             self.write(small)
         if self.settings.finetune_epochs:
             small = self._finetune(small, net, self.settings.finetune_epochs, "finetune", ckpt_path)
-            self.metrics["finetuned"] = {"test_accuracy": assembly.accuracy_of(self.settings, small, self.data)}
+            self.metrics["finetuned"] = {"test_accuracy": trainers.accuracy_of(self.settings, small, self.data)}
             log_stage(self.logger, "finetuned", self.metrics["finetuned"])
             self.write(small)
         self._deploy(net, small)
@@ -199,7 +199,7 @@ class Run:
                 deployed[stage] = OnnxModule(file)
                 self.metrics[stage] = {"file_bytes": file.stat().st_size}
         for stage, one in deployed.items():
-            self.metrics.setdefault(stage, {})["test_accuracy"] = assembly.accuracy_of(self.settings, one, self.data)
+            self.metrics.setdefault(stage, {})["test_accuracy"] = trainers.accuracy_of(self.settings, one, self.data)
             log_stage(self.logger, stage, self.metrics[stage])
         if "onnx" in deployed:
             self.latencies({"dense": net, "pruned": small, **deployed})
@@ -294,7 +294,7 @@ class Run:
             **asdict(self.settings.distillation),
         )
         classifier.net.load_state_dict(small.state_dict())
-        trainer = assembly.make_trainer(self.settings, self.out / name, [], epochs)
+        trainer = trainers.make_trainer(self.settings, self.out / name, [], epochs)
         dense = (
             ""
             if self.settings.common.ckpt is not None or self.settings.common.pretrained
@@ -303,7 +303,7 @@ class Run:
         resumable = (
             f"; to go on: prune.py with the same settings and resume={self.out}{dense}" if name == "finetune" else ""
         )
-        assembly.fit(
+        trainers.fit(
             trainer,
             classifier,
             self.data,

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities import rank_zero_only
 
-from freqprune.jobs import assembly
+from freqprune.jobs import assembly, trainers
 from freqprune.jobs.advice import advise
 from freqprune.jobs.announce import announce_training
 from freqprune.jobs.config import check_training
@@ -76,7 +76,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         cut = plan_cut(classifier.net, example, settings.recipe)
     pick_layers(classifier.net, settings.readout.layers)
     tagging = _tagging(settings, data.validates)
-    trainer = assembly.make_trainer(settings, out, [tagging])
+    trainer = trainers.make_trainer(settings, out, [tagging])
     if trainer.is_global_zero:
         announce_training(settings, classifier.net, data, trainer, cut, done)
     if common.compile:
@@ -84,9 +84,9 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     start = time.perf_counter()
     last = out / "checkpoints" / "last.ckpt"
     advice = f"interrupted; to go on, if an epoch was complete: ckpt_path={last}"
-    assembly.fit(trainer, classifier, data, common.ckpt_path, advice)
+    trainers.fit(trainer, classifier, data, common.ckpt_path, advice)
     seconds = time.perf_counter() - start
-    validated = {"val_accuracy": assembly.metric(trainer, "val/accuracy")} if data.validates else {}
+    validated = {"val_accuracy": trainers.metric(trainer, "val/accuracy")} if data.validates else {}
     metrics = {
         **validated,
         **_tested(settings, trainer, classifier, data),
@@ -122,8 +122,8 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
 def _tested(settings: Settings, trainer: pl.Trainer, classifier: Classifier, data: ImageData) -> dict[str, float]:
     """Test accuracy. Several processes each see all images: dealt out, an odd one would be counted twice."""
     if not isinstance(trainer.strategy, DDPStrategy):
-        return assembly.tested(trainer, classifier, data)
-    found = assembly.tested(assembly.evaluator(settings), classifier, data)
+        return trainers.tested(trainer, classifier, data)
+    found = trainers.tested(trainers.evaluator(settings), classifier, data)
     if trainer.logger is not None:
         values = {name.replace("_", "/", 1): value for name, value in found.items()}
         trainer.logger.log_metrics(values, trainer.global_step)

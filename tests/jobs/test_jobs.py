@@ -354,7 +354,7 @@ def test_a_network_that_has_learned_nothing_is_told(
     train(config("train", tmp_path, "tagging.every_n_epochs=0", "optimizer.lr=1e-9"))
     assert "hardly better than chance (10.0 % of 10 classes)" in caplog.text
     caplog.clear()
-    monkeypatch.setattr("freqprune.jobs.assembly.tested", lambda *args: {"test_accuracy": 0.9})
+    monkeypatch.setattr("freqprune.jobs.trainers.tested", lambda *args: {"test_accuracy": 0.9})
     train(config("train", tmp_path / "other", "tagging.every_n_epochs=0"))
     assert "chance" not in caplog.text
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from freqprune.errors import InputError
-from freqprune.jobs.assembly import chosen_device, evaluator
 from freqprune.jobs.launch import world_size
 from freqprune.jobs.launched import launched, run_id
 from freqprune.jobs.settings import read
+from freqprune.jobs.trainers import chosen_device, evaluator
 from tests.jobs.test_jobs import config
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
