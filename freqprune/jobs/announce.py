@@ -59,7 +59,7 @@ def announce_training(
     said += f" after {done}" if done else ""
     if settings.tag_loss.terms:
         said += f", {' and '.join(settings.tag_loss.terms)} from the tags in the loss"
-    if every := settings.showing.every_n_epochs if data.validates else 0:
+    if every := settings.showing.every_n_epochs:
         said += ", tagged after each" if every == 1 else f", tagged after every {every}"
     said += f"; {_cut_in_words(settings)}" if cut is not None else ""
 

@@ -156,7 +156,7 @@ def load_data(settings: Mapping[str, Any]) -> ImageData:
     if not data.validates:
         rank_zero_only(log.warning)(
             "data.val_fraction=0: all training images are trained on; there is no validation accuracy and no best.ckpt,"
-            " and filters are tagged on training images, after the training only"
+            " and filters are tagged on training images"
         )
     return data
 

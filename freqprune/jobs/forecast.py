@@ -124,7 +124,7 @@ def of_test(pace: Pace, data: ImageData, times: int = 1) -> Span:
 def of_training(pace: Pace, settings: Settings, data: ImageData, epochs: int | None) -> dict[str, Span | None]:
     """Seconds of the stages of a training that has so many epochs to go; None: nobody knows how many."""
     showing = settings.showing
-    every = showing.every_n_epochs if data.validates else 0
+    every = showing.every_n_epochs
     tagged = epochs // every if epochs is not None and every else 0
     n_images = min(showing.epoch_images, len(data.split("val")))
     return {

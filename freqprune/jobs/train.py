@@ -75,7 +75,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     if settings.recipe is not None:
         cut = plan_cut(classifier.net, example, settings.recipe)
     pick_layers(classifier.net, settings.readout.layers)
-    tagging = _tagging(settings, data.validates)
+    tagging = _tagging(settings, data)
     trainer = trainers.make_trainer(settings, out, [tagging])
     if trainer.is_global_zero:
         announce_training(settings, classifier.net, data, trainer, cut, done)
@@ -136,14 +136,16 @@ def _tag_loss(settings: Settings, data: ImageData) -> TagLoss | None:
     return replace(settings.tag_loss, mean=data.mean, std=data.std) if settings.tag_loss.terms else None
 
 
-def _tagging(settings: Settings, validates: bool) -> FrequencyTagging:
+def _tagging(settings: Settings, data: ImageData) -> FrequencyTagging:
+    n_images = settings.showing.epoch_images
     return FrequencyTagging(
         settings.stimulus,
         network="net",
         folder=settings.out,
         seed=settings.common.seed,
-        n_images=settings.showing.epoch_images,
-        every_n_epochs=settings.showing.every_n_epochs if validates else 0,
+        n_images=n_images,
+        every_n_epochs=settings.showing.every_n_epochs,
+        images=None if data.validates else data.pixels("val", min(n_images, len(data.split("val")))),
         criterion=training_criterion(settings),
         **vars(settings.judgement),
         **vars(settings.readout),

@@ -91,6 +91,8 @@ class FrequencyTagging(_TagsInTraining):
         stimulus: the tags; left and right half at 6 and 7.5 Hz if left out.
         n_images: validation images, the first of the validation loader.
         every_n_epochs: tag every so many epochs, counted from the first; 0 for never.
+        images: tag these pixels in [0, 1], ``(n_images, n_channels, height, width)``, at most ``n_images`` of them,
+            instead of validation images: for a training without validation.
         network: attribute of the LightningModule that holds the network; the module itself if left out.
         components: components of the score and the verdict.
         criterion: score written to ``importance.csv``.
@@ -112,6 +114,7 @@ class FrequencyTagging(_TagsInTraining):
         *,
         n_images: int = 32,
         every_n_epochs: int = 1,
+        images: Tensor | None = None,
         network: str | None = None,
         components: Sequence[str] | str = "fundamentals",
         criterion: str = "snr",
@@ -132,8 +135,14 @@ class FrequencyTagging(_TagsInTraining):
         if self.tag_settings["noise_std"] == 0:
             raise InputError("noise_std must be above 0 to judge filters by signal against noise, got 0")
         Judgement(components, important_by, alpha, threshold)
+        if images is not None and (images.dim() != 4 or not len(images) or not images.is_floating_point()):
+            raise InputError(
+                "images must be pixels in [0, 1] of shape (n_images, n_channels, height, width), got "
+                f"{images.dtype} of shape {tuple(images.shape)}"
+            )
         self.stimulus = stimulus or Stimulus()
         self.every_n_epochs = every_n_epochs
+        self.images = images
         self.components, self.criterion = components, criterion
         self.verdict_settings = {"by": important_by, "alpha": alpha, "threshold": threshold}
         self.folder = folder
@@ -155,10 +164,10 @@ class FrequencyTagging(_TagsInTraining):
         self._network(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.every_n_epochs and not trainer.enable_validation:
+        if self.every_n_epochs and self.images is None and not trainer.enable_validation:
             raise InputError(
-                "FrequencyTagging needs a validation loader: it tags validation images; pass val_dataloaders, or "
-                "every_n_epochs=0"
+                "FrequencyTagging needs a validation loader, whose images it tags, or images=; pass val_dataloaders, "
+                "images=, or every_n_epochs=0"
             )
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -166,18 +175,27 @@ class FrequencyTagging(_TagsInTraining):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Inside the validation stage batches come without augmentation, and this runs before checkpoints are written.
-        due = self.every_n_epochs and not trainer.sanity_checking and trainer.state.fn == "fit"
-        if not due or (trainer.current_epoch + 1) % self.every_n_epochs:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._epoch_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.enable_validation:
+            self._epoch_end(trainer, pl_module)
+
+    def _epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.every_n_epochs or (trainer.current_epoch + 1) % self.every_n_epochs:
             return
         start = time.perf_counter()
         mean, std = self._normalization(trainer)
         network = self._network(pl_module)
         # A loader draws from the global generators as it starts: training must not notice that tags were shown.
         with isolate_rng():
-            images, _ = self._validation_images(trainer)
-            images = _pixels(images, mean, std)
             # Lightning's sampler deals the images out in turn: image i of this process is number rank + i * world_size
             # of all.
+            if self.images is None:
+                images = _pixels(self._validation_images(trainer)[0], mean, std)
+            else:
+                images = self.images[: self.n_images][trainer.global_rank :: trainer.world_size].to(pl_module.device)
             numbers = [trainer.global_rank + i * trainer.world_size for i in range(len(images))]
             together = trainer.world_size > 1
             response = tag(

@@ -90,6 +90,7 @@ def test_all_images_are_trained_on_where_none_are_held_out(tmp_path: Path, caplo
     caplog.set_level(logging.WARNING)
     metrics, objects = train(cfg)
     assert set(metrics) == {"test_accuracy", "epochs", "seconds"}
+    assert objects["tagging"].latest["epoch"] == metrics["epochs"] - 1
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"last.ckpt"}
     assert _figures(tmp_path) == {"test": 100 * metrics["test_accuracy"]}
     pruned, _ = prune(cfg, objects["classifier"].net, objects["data"])

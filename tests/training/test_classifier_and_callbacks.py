@@ -215,9 +215,26 @@ def test_no_validation_images_is_an_error(images: Tensor, tmp_path: Path) -> Non
         trainer(tmp_path, FrequencyTagging(n_images=2)).fit(Foreign(), loader(images))
 
 
+def test_given_images_are_tagged_where_nothing_is_validated(images: Tensor, tmp_path: Path) -> None:
+    module, tagging = Foreign(), FrequencyTagging(n_images=3, images=images, every_n_epochs=2)
+    run = trainer(tmp_path, tagging, max_epochs=3, limit_val_batches=0)
+    with pytest.warns(UserWarning, match="no `val_dataloader`"):
+        run.fit(module, loader(images))
+    assert tagging.latest["epoch"] == 1
+    assert module.training
+    expected = tag(module, images[:3]).snr("body.0", "all")
+    torch.testing.assert_close(tagging.latest["snr"]["body.0"], expected, rtol=1e-3, atol=1e-3)
+    assert run.callback_metrics["important/total"] == tagging.latest["important"]["body.0"].sum()
+    validated = FrequencyTagging(n_images=3, images=images)
+    trainer(tmp_path, validated, max_epochs=1).fit(module, loader(images), loader(1 - images))
+    torch.testing.assert_close(validated.latest["snr"]["body.0"], expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"images": torch.zeros(3, 8, 8)}, r"images must be pixels in \[0, 1\] of shape .* .* of shape \(3, 8, 8\)"),
+        ({"images": torch.zeros(1, 3, 8, 8, dtype=torch.uint8)}, r"images must be pixels in .*, got torch.uint8"),
         ({"n_images": 0}, "n_images must be at least 1"),
         ({"every_n_epochs": -1}, "every_n_epochs must be 0"),
         ({"noise_std": 0.0}, "noise_std must be above 0"),
