@@ -12,6 +12,7 @@ from .errors import InputError as InputError
 from .networks import build_model as build_model
 from .networks import load_network as load_network
 from .networks import load_pruned as load_pruned
+from .networks import pretrained as pretrained
 from .networks import register_model as register_model
 from .networks import resnet32 as resnet32
 from .networks import save_pruned as save_pruned

@@ -41,7 +41,6 @@ MOVED = {
     "outputs": ["jobs.outputs"],
     "page": ["reports.page"],
     "parts": ["tagging.parts"],
-    "pretrained": ["networks.pretrained"],
     "profiling": ["networks.profiling"],
     "pruning_callback": ["training.pruning_callback"],
     "recording": ["tagging.recording"],

@@ -20,6 +20,7 @@ from freqprune.errors import InputError
 from freqprune.jobs.config import Common
 from freqprune.jobs.settings import Settings
 from freqprune.networks import (
+    DEFAULT,
     Stored,
     build_model,
     check_answers,
@@ -103,14 +104,15 @@ def model_config(model: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def stored_network(config: Mapping[str, Any], ckpt: str | None, pretrained: bool) -> Stored:
+def stored_network(config: Mapping[str, Any], ckpt: str | None, pretrained: bool | str) -> Stored:
     """The trained network that a job begins with: of a library, of the package or from a file."""
     if trained(config):
         net = build_model(config).eval()
         found = preprocessing(config)
         normalization = {} if found is None else {"mean": list(found.mean), "std": list(found.std)}
         return Stored(net, rebuilt_from(config, net), normalization)
-    path = pretrained_path("resnet32") if pretrained else Path(ckpt or "")
+    name = DEFAULT if pretrained is True else pretrained
+    path = pretrained_path(name) if name else Path(ckpt or "")
     return load_network(path, None if config["name"] is None else config)
 
 

@@ -8,12 +8,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from freqprune.errors import InputError, at_least, check_file, closest, one_of
+from freqprune.networks import cards
 
 T = TypeVar("T")
 
@@ -32,7 +33,7 @@ class Common:
     ckpt: str | None
     ckpt_path: str | None
     resume: str | None
-    pretrained: bool
+    pretrained: bool | str
     imports: Sequence[str]
     compile: bool
     matmul_precision: str
@@ -68,8 +69,10 @@ def typed(hint: Any, value: Any, key: str) -> Any:
     a_word = hint is str or (str in get_args(hint) and get_origin(hint) is not Mapping)
     if a_word and isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
+    # Where a name may stand, on, off, yes and no are none.
+    tried: Any = Annotated[hint, Field(union_mode="left_to_right")] if {bool, str} <= {*get_args(hint)} else hint
     try:
-        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        return TypeAdapter(tried, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
     except ValidationError:
         raise InputError(f"{key} must be {_in_words(hint)}, got {value!r}") from None
 
@@ -141,7 +144,8 @@ def check_training(cfg: DictConfig) -> None:
             f"ckpt = {common.ckpt} is the network that prune.py prunes; to resume training use ckpt_path={common.ckpt}"
         )
     if common.pretrained:
-        raise InputError("pretrained=true names a network that is trained already, for prune.py; leave it out to train")
+        named = f"pretrained={str(common.pretrained).lower()}"
+        raise InputError(f"{named} names a network that is trained already, for prune.py; leave it out to train")
     if common.resume is not None:
         trained = Path(common.resume) / "checkpoints" / "last.ckpt"
         raise InputError(
@@ -173,18 +177,21 @@ def check_pruning(cfg: DictConfig, at_hand: bool = False) -> None:
 
 
 def check_one_network(
-    cfg: DictConfig, ckpt: str | None, pretrained: bool, what_for: str, at_hand: bool = False
+    cfg: DictConfig, ckpt: str | None, pretrained: bool | str, what_for: str, at_hand: bool = False
 ) -> None:
     """Raise InputError unless one setting, and only one, says where the trained network comes from."""
-    if pretrained and ckpt is not None:
+    if isinstance(pretrained, str) and pretrained not in cards():
         raise InputError(
-            f"pretrained=true names the package's own network and ckpt = {ckpt} another; leave one of them out"
+            f"pretrained = {pretrained} does not come with the package{closest(pretrained, cards())}; it is true, "
+            f"false or one of {', '.join(cards())}"
         )
+    named = f"pretrained={str(pretrained).lower()}"
+    if pretrained and ckpt is not None:
+        raise InputError(f"{named} names a network of the package and ckpt = {ckpt} another; leave one of them out")
     library = names_trained(cfg)
     if library is not None and (pretrained or ckpt is not None):
         raise InputError(
-            f"{library} names a trained network and {'pretrained=true' if pretrained else 'ckpt'} another; "
-            "leave one of them out"
+            f"{library} names a trained network and {named if pretrained else 'ckpt'} another; leave one of them out"
         )
     if not at_hand and not pretrained and ckpt is None and library is None:
         raise InputError(

@@ -21,7 +21,7 @@ class Whose:
     """Whose answers are explained, and where the job works."""
 
     ckpt: str | None
-    pretrained: bool
+    pretrained: bool | str
     imports: Sequence[str]
     seed: int
     device: str

@@ -30,10 +30,10 @@ from .libraries import class_names as class_names
 from .libraries import preprocessing as preprocessing
 from .libraries import rebuilt_from as rebuilt_from
 from .libraries import trained as trained
-from .pretrained import CIFAR10 as CIFAR10
-from .pretrained import CIFAR10_CLASSES as CIFAR10_CLASSES
-from .pretrained import pretrained_path as pretrained_path
-from .pretrained import resnet32 as resnet32
+from .model_cards import DEFAULT as DEFAULT
+from .model_cards import Card as Card
+from .model_cards import cards as cards
+from .model_cards import pretrained_path as pretrained_path
 from .profiling import Latency as Latency
 from .profiling import cost as cost
 from .profiling import count_macs as count_macs
@@ -51,6 +51,10 @@ from .runtimes import OnnxModule as OnnxModule
 from .runtimes import Speed as Speed
 from .runtimes import compare as compare
 from .runtimes import runner as runner
+from .shipped import CIFAR10 as CIFAR10
+from .shipped import CIFAR10_CLASSES as CIFAR10_CLASSES
+from .shipped import pretrained as pretrained
+from .shipped import resnet32 as resnet32
 from .timing import Times as Times
 from .timing import cache_file as cache_file
 from .trace import BATCH_NORM as BATCH_NORM

@@ -47,7 +47,8 @@ def test_errors_are_messages(arguments: list[str], message: str, tmp_path: Path)
     ("script", "arguments", "message"),
     [
         ("prune.py", ["ckpt=none.pt"], "error: ckpt = none.pt does not exist; in that folder: there.pt\n"),
-        ("prune.py", ["ckpt=there.pt", "pretrained=true"], "pretrained=true names the package's own network"),
+        ("prune.py", ["ckpt=there.pt", "pretrained=true"], "pretrained=true names a network of the package"),
+        ("prune.py", ["pretrained=resnet32_cifar"], "resnet32_cifar does not come with the package; did you"),
         ("prune.py", ["pretrained=true", "resume=nowhere"], "resume = nowhere is not a folder"),
         ("prune.py", ["pretrained=true", "data=image_folder"], "data.root is not set"),
         ("prune.py", ["pretrained=true", "imports=[nothing_there]"], "there is no module 'nothing_there'"),
@@ -59,7 +60,7 @@ def test_errors_are_messages(arguments: list[str], message: str, tmp_path: Path)
         ("train.py", ["ckpt_path=none.ckpt"], "ckpt_path = none.ckpt does not exist"),
         ("train.py", ["pretrained=true"], "leave it out to train"),
         ("prune.py", ["pretrained=off", "ckpt=5"], "ckpt = 5 does not exist"),
-        ("prune.py", ["pretrained=maybe"], "pretrained must be true or false, got 'maybe'"),
+        ("prune.py", ["pretrained=maybe"], "pretrained = maybe does not come with the package; it is true, false or"),
         ("prune.py", ["output_dir=null"], "output_dir must be a word, got None"),
         (EXPLAIN, ["images=there.pt"], "ckpt is not set: give the network to explain"),
         (EXPLAIN, ["images=there.pt", "ckpt=none.pt"], "ckpt = none.pt does not exist; in that folder: there.pt"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -10,33 +9,37 @@ from torch import nn
 from freqprune.errors import InputError
 from freqprune.networks.checkpoint import load_network
 from freqprune.networks.libraries import Preprocessing
+from freqprune.networks.model_cards import DEFAULT, pretrained_path
 from freqprune.networks.registry import build_model
 
-# What `resnet32(pretrained=True)` takes and tells apart.
+# What they take and tell apart.
 CIFAR10 = Preprocessing(32, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "bilinear")
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def pretrained_path(name: str) -> Path:
-    """File with the weights that come with the package; `freqprune.load_network` reads it. See the model card beside
-    it.
+def pretrained(name: str = DEFAULT) -> nn.Module:
+    """A network that comes with the package, trained for CIFAR-10, in eval mode.
+
+    Inputs are RGB images of 32 x 32 pixels in [0, 1], normalised with mean (0.4914, 0.4822, 0.4465) and standard
+    deviation (0.2470, 0.2435, 0.2616); outputs are 10 logits, in the order of the classes of CIFAR-10.
+
+    Args:
+        name: one of `freqprune.networks.cards`, which say how good it is and how it was trained.
 
     Raises:
-        InputError: if there are none for this network.
+        InputError: if there is none of this name.
+
+    >>> sum(p.numel() for p in pretrained("resnet32_cifar10").parameters())
+    464154
     """
-    path = Path(__file__).parent / "weights" / f"{name}_cifar10.pt"
-    if not path.is_file():
-        there = ", ".join(sorted(p.stem.removesuffix("_cifar10") for p in path.parent.glob("*_cifar10.pt"))) or "none"
-        raise InputError(f"no weights of {name!r} come with the package, only of: {there}")
-    return path
+    return load_network(pretrained_path(name)).net
 
 
 def resnet32(pretrained: bool = False, **config: Any) -> nn.Module:
     """ResNet-32 for 32 x 32 images.
 
     Args:
-        pretrained: with the weights for CIFAR-10 that come with the package, in eval mode; inputs are to be normalised
-            with mean (0.4914, 0.4822, 0.4465) and standard deviation (0.2470, 0.2435, 0.2616).
+        pretrained: with the weights for CIFAR-10 that come with the package, see `freqprune.pretrained`.
         config: arguments of `CifarResNet`, for a network with random weights.
 
     >>> sum(p.numel() for p in resnet32(pretrained=True).parameters())
@@ -46,4 +49,4 @@ def resnet32(pretrained: bool = False, **config: Any) -> nn.Module:
         return build_model({"name": "resnet32", **config})
     if config:
         raise InputError(f"pretrained=True is one network; {', '.join(config)} cannot change it")
-    return load_network(pretrained_path("resnet32")).net
+    return load_network(pretrained_path()).net
