@@ -152,6 +152,7 @@ def test_sweep_gathers_its_jobs_and_goes_on_when_killed(tmp_path: Path) -> None:
     assert "holds a finished job with other settings" in other.stderr
 
 
+@pytest.mark.slow
 def test_quiet_tells_the_folders_and_nothing_else(tmp_path: Path) -> None:
     torch.save(build_model({"name": "resnet8"}).state_dict(), tmp_path / "w.pt")
     out = tmp_path / "out"
@@ -181,7 +182,8 @@ def test_submitit_runs_jobs_on_this_machine(tmp_path: Path) -> None:
     assert (tmp_path / "sweep" / "0" / "report.html").is_file()
 
 
-@pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_leaves_a_checkpoint_that_resumes(how: signal.Signals, tmp_path: Path) -> None:
     arguments = [*SMALL, "tagging.every_n_epochs=0", "trainer.max_epochs=400", f"hydra.run.dir={tmp_path / 'run'}"]
     process = subprocess.Popen(

@@ -85,6 +85,7 @@ def one_process(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_come_to_what_one_does(tmp_path: Path) -> None:
     in_two_processes(one_process, str(tmp_path))
     alone = everything()

@@ -99,6 +99,7 @@ def test_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(list(tmp_path.glob("times-*.json"))) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_by_macs")
 def test_a_time_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = build_model({"name": "resnet8"}).eval()

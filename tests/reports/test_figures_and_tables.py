@@ -50,6 +50,7 @@ def overlaps(figure: Figure) -> list[tuple[str, str]]:
     ]
 
 
+@pytest.mark.slow
 def test_no_figure_has_overlapping_text(response: TagResponse, tmp_path: Path) -> None:
     important = judge(response).important
     shares = {epoch: dict.fromkeys(important, 0.5) for epoch in range(30)}

@@ -106,6 +106,7 @@ def trainer(devices: int, **more: Any) -> pl.Trainer:
     return pl.Trainer(**{"accelerator": "cpu", "devices": devices, "strategy": strategy, **quiet, **more})
 
 
+@pytest.mark.slow
 def test_callback_under_ddp_equals_one_process(tmp_path: Path) -> None:
     found = []
     for devices in (1, 2):
