@@ -16,7 +16,7 @@ from typing import Any
 MOVED = {
     "assembly": ["jobs.assembly", "jobs.trainers"],
     "callbacks": ["training.tagging_callback"],
-    "checkpoint": ["networks.checkpoint"],
+    "checkpoint": ["networks.checkpoint", "networks.files"],
     "cli": ["jobs.cli"],
     "compensation": ["pruning.compensation"],
     "components": ["tagging.components"],

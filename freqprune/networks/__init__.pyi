@@ -12,9 +12,9 @@ from .checkpoint import load_pruned as load_pruned
 from .checkpoint import of_the_dense as of_the_dense
 from .checkpoint import save_pruned as save_pruned
 from .checkpoint import save_weights as save_weights
-from .checkpoint import write_atomically as write_atomically
 from .exports import Exports as Exports
 from .exports import export as export
+from .files import write_atomically as write_atomically
 from .folding import fold_norms as fold_norms
 from .folding import fused as fused
 from .heads import HeadAttention as HeadAttention

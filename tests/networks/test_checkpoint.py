@@ -9,7 +9,8 @@ import torch
 
 import freqprune
 from freqprune.errors import InputError
-from freqprune.networks.checkpoint import load_network, load_pruned, read, save_pruned
+from freqprune.networks.checkpoint import load_network, load_pruned, save_pruned
+from freqprune.networks.files import read
 from freqprune.networks.registry import build_model
 from freqprune.pruning.surgery import Plan
 
