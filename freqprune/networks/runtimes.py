@@ -21,6 +21,8 @@ from freqprune.networks.hooks import evaluating
 TARGETS = ("eager", "compiled", "onnx")
 # Networks of one class that are compiled in one process.
 MANY = 10_000
+# Of a comparison, whose medians say how sure it is.
+N_STRETCHES = 10
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Speed:
         dense_ms: median of a forward.
         small_ms: likewise.
         saved: share of the time that the smaller network saves, by the median of the ratios of neighbours.
-        spread: half of the distance between the quartiles of that share, over the root of the number of pairs.
+        spread: standard error of that share, from its medians over stretches of time: pairs that follow each other
+            share a slow moment of the machine, and tell less than as many far apart.
     """
 
     dense_ms: float
@@ -158,17 +161,24 @@ def in_turn(
     return times
 
 
-def compare(dense: Callable[[], object], small: Callable[[], object], n_pairs: int = 15, n_warmup: int = 3) -> Speed:
+def compare(
+    dense: Callable[[], object],
+    small: Callable[[], object],
+    n_pairs: int = 15,
+    n_warmup: int = 3,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+) -> Speed:
     """Time a dense and a smaller network in turn.
 
     Args:
         dense: a forward of the dense network, from `runner`.
         small: of the smaller one.
-        n_pairs: timed forwards of each.
+        n_pairs: timed forwards of each, two at least.
         n_warmup: forwards of each before those.
+        progress: see `freqprune.tag`.
     """
-    before, after = in_turn([dense, small], n_pairs, n_warmup)
+    before, after = in_turn([dense, small], n_pairs, n_warmup, progress)
     saved = [1 - b / a for a, b in zip(before, after, strict=True)]
-    low, _, high = statistics.quantiles(saved, n=4)
-    spread = (high - low) / 2 / len(saved) ** 0.5
+    stretches = np.array_split(saved, max(2, min(N_STRETCHES, n_pairs // 3)))
+    spread = statistics.stdev(float(np.median(some)) for some in stretches) / len(stretches) ** 0.5
     return Speed(statistics.median(before), statistics.median(after), statistics.median(saved), spread)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,9 +26,10 @@ MISSED = 0.05
 N_TRIES = 6
 # Spread of a measured share above which it is measured again, with more forwards, and in the end given up.
 NOISY = 0.02
-N_PAIRS = (15, 40, 100, 400, 1000)
-# Seconds that a measurement takes at most, but for the first three.
-MOST_S = 30.0
+N_PAIRS = (15, 40, 100, 400, 1000, 4000)
+# Seconds that a measurement takes at least, since machines are slow for a second now and then, and at most, but for the
+# first three.
+LEAST_S, MOST_S = 3.0, 30.0
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def to_time(
                 f"a cut of {100 * asked:.1f} % of the time cannot be reached; {100 * best[1].saved:.1f} % was "
                 f"measured. {error}"
             ) from error
-        speed = _measured(time_dense, _ready(plan.apply(kept, check=False)), batch, how.target)
+        speed = _measured(time_dense, _ready(plan.apply(kept, check=False)), batch, how.target, progress)
         off = speed.saved - asked
         if best is None or _badness(off) < _badness(best[1].saved - asked):
             best = kept, speed
@@ -158,15 +159,18 @@ def _ready(net: nn.Module) -> nn.Module:
     return copy.deepcopy(net).eval().to(memory_format=torch.channels_last)
 
 
-def _measured(time_dense: object, small: nn.Module, batch: Tensor, target: str) -> Speed:
+def _measured(
+    time_dense: Callable[[], object], small: nn.Module, batch: Tensor, target: str, progress: Progress | None = None
+) -> Speed:
     time_small = runner(small, batch, target)
     taken = N_PAIRS[0]
-    speed = compare(time_dense, time_small, taken)  # type: ignore[arg-type]
+    speed = compare(time_dense, time_small, taken)
     for n_pairs in N_PAIRS[1:]:
-        too_long = n_pairs > N_PAIRS[2] and n_pairs * (speed.dense_ms + speed.small_ms) > 1000 * MOST_S
-        if speed.spread <= NOISY or too_long:
+        a_pair = (speed.dense_ms + speed.small_ms) / 1000
+        enough = speed.spread <= NOISY and taken * a_pair >= LEAST_S
+        if enough or (n_pairs > N_PAIRS[2] and n_pairs * a_pair > MOST_S):
             break
-        speed, taken = compare(time_dense, time_small, n_pairs), n_pairs  # type: ignore[arg-type]
+        speed, taken = compare(time_dense, time_small, n_pairs, progress=progress), n_pairs
     if speed.spread <= NOISY:
         return speed
     raise InputError(

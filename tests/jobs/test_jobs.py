@@ -599,6 +599,7 @@ def test_a_cut_by_time_says_what_was_measured(
 ) -> None:
     monkeypatch.setattr(tempo, "Times", ByMacs)
     monkeypatch.setattr(tempo, "NOISY", 10.0)
+    monkeypatch.setattr(tempo, "LEAST_S", 0.0)
     ckpt = trained[0] / "checkpoints" / "last.ckpt"
     more = ("importance=logit_error", "pruning.latency_cut=0.1", "latency.batch_size=3", "pruning.compensation=none",
             "pruning.calibration_images=32", "pruning.measured_images=16", "finetune.epochs=0",

@@ -5,12 +5,13 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.networks import timing
+from freqprune.networks import runtimes, timing
 from freqprune.networks.registry import build_model
 from freqprune.networks.runtimes import compare, runner
 from freqprune.networks.timing import Operation, Times, cache_file
@@ -87,6 +88,21 @@ def test_networks_are_timed_in_turn() -> None:
     assert speed.saved == pytest.approx(0.4, abs=0.1)
     assert speed.dense_ms >= 20
     assert 12 <= speed.small_ms < speed.dense_ms
+
+
+def test_the_spread_knows_of_slow_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+
+    def spread(slow: float, alike: float) -> float:
+        dense = 10 + rng.normal(0, alike, 90)
+        # For a third of the time the smaller network is slower.
+        small = 6 + rng.normal(0, alike, 90) + slow * (np.arange(90) >= 60)
+        monkeypatch.setattr(runtimes, "in_turn", lambda *rest: [dense.tolist(), small.tolist()])
+        return compare(lambda: None, lambda: None, 90).spread
+
+    assert spread(0.0, 0.1) < 0.003
+    # Ten medians, of which a third lie 0.2 higher: their standard deviation is 0.097, over the root of ten.
+    assert spread(2.0, 0.1) == pytest.approx(0.031, abs=0.003)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is not installed")

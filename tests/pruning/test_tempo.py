@@ -90,6 +90,7 @@ def test_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     """Really timed, so that nothing can be said of how well; the times are kept."""
     monkeypatch.setattr(timing, "LEAST_S", 1e-4)
     monkeypatch.setattr(tempo, "NOISY", 10.0)
+    monkeypatch.setattr(tempo, "LEAST_S", 0.0)
     net = build_model({"name": "resnet14"}).eval()
     done = cut(
         net, Material(PIXELS[:4], lambda p: p, calibration=PIXELS), recipe(tmp_path, latency_cut=0.3), Stimulus()
@@ -144,7 +145,7 @@ def test_what_is_missed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_noisy_device_is_measured_longer_and_then_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def noisy(dense: object, small: object, n_pairs: int) -> Speed:
+    def noisy(dense: object, small: object, n_pairs: int, **rest: object) -> Speed:
         asked.append(n_pairs)
         return Speed(10.0, 8.0, 0.2, 0.05 if n_pairs < 40 else spread)
 
@@ -152,11 +153,16 @@ def test_a_noisy_device_is_measured_longer_and_then_given_up(monkeypatch: pytest
     net = nn.Sequential(nn.Conv2d(3, 2, 1))
     spread = 0.001
     assert tempo._measured(lambda: None, net, PIXELS, "eager").saved == 0.2
+    # Forwards of 10 and 8 ms: 400 pairs of them are 7 s, of which 3 are wanted.
+    assert asked == [15, 40, 100, 400]
+    monkeypatch.setattr(tempo, "LEAST_S", 0.1)
+    asked.clear()
+    assert tempo._measured(lambda: None, net, PIXELS, "eager").saved == 0.2
     assert asked == [15, 40]
     spread = 0.05
     with pytest.raises(InputError, match=r"too noisy .* 20\.0 % with a spread of 5\.0 %, above 2 %"):
         tempo._measured(lambda: None, net, PIXELS, "eager")
-    # Forwards of 10 and 8 ms: 1,000 pairs of them would be 18 s.
+    # 1,000 pairs are 18 s, 4,000 would be 72.
     assert asked[2:] == [15, 40, 100, 400, 1000]
     monkeypatch.setattr(tempo, "MOST_S", 5.0)
     with pytest.raises(InputError, match="over 100 pairs"):
