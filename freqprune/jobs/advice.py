@@ -95,7 +95,7 @@ def commands(job: str, out: Path, prune: str, overrides: Sequence[str]) -> list[
         again = [override for key, override in given.items() if key not in (*AMOUNT, "resume")]
     brought = given.keys() & {"ckpt", "pretrained", "model.weights", "model.pretrained"}
     if job == "train" or not brought:  # the network was trained here
-        own = ("model=", "model.", "optimizer", "trainer.", "ckpt_path")
+        own = ("model=", "model.", "optimizer", "trainer.", "ckpt_path", "tag_loss")
         again = [one for one in again if one.startswith(WHERE) or not one.startswith(own)]
         again.append(f"ckpt={out / 'checkpoints' / 'last.ckpt'}")
 

@@ -173,6 +173,12 @@ def check_pruning(cfg: DictConfig, at_hand: bool = False) -> None:
             "ckpt_path resumes training and has no part in pruning a checkpoint; "
             "leave it out, or leave ckpt out to train first"
         )
+    terms = [f"tag_loss.{name}" for name in ("integration", "balance", "silence") if cfg.tag_loss[name]]
+    if terms and not at_hand:
+        raise InputError(
+            f"{terms[0]} is a part of the training loss, and the network to prune is trained already; leave it out "
+            "here and give it to train.py"
+        )
     _check(cfg, common)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from dataclasses import asdict, replace
 from typing import Any
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 # Test accuracy over that of a guess, up to which a network is said to have learned nothing.
 CHANCE = 1.2
+# Share of a step's time that a loss from the tags may take before it is said how it takes less.
+COSTLY = 0.2
 
 
 def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -133,7 +136,17 @@ def _tested(settings: Settings, trainer: pl.Trainer, classifier: Classifier, dat
 
 def _tag_loss(settings: Settings, data: ImageData) -> TagLoss | None:
     """The terms of the loss, if any has a weight, for batches that are normalised as these are."""
-    return replace(settings.tag_loss, mean=data.mean, std=data.std) if settings.tag_loss.terms else None
+    if not settings.tag_loss.terms:
+        return None
+    found = replace(settings.tag_loss, mean=data.mean, std=data.std)
+    if found.frames_a_step > COSTLY * data.batch_size:
+        rank_zero_only(log.warning)(
+            "the tags of the loss add %.0f images to every step of %d on the average: tag_loss.every_n_steps=%d shows "
+            "them less often, at %.0f %% of a step's time",
+            found.frames_a_step, data.batch_size,
+            math.ceil(found.frames_a_step * found.every_n_steps / (COSTLY * data.batch_size)), 100 * COSTLY,
+        )  # fmt: skip
+    return found
 
 
 def _tagging(settings: Settings, data: ImageData) -> FrequencyTagging:

@@ -34,6 +34,7 @@ from .model_cards import DEFAULT as DEFAULT
 from .model_cards import Card as Card
 from .model_cards import cards as cards
 from .model_cards import pretrained_path as pretrained_path
+from .norm_gradients import norms_as_in_training as norms_as_in_training
 from .profiling import Latency as Latency
 from .profiling import cost as cost
 from .profiling import count_macs as count_macs

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError, at_least, one_of
-from freqprune.networks import device_of
+from freqprune.networks import device_of, norms_as_in_training
 from freqprune.tagging.inputs import normalizer, pixels_of
 from freqprune.tagging.layers import pick_layers
 from freqprune.tagging.recording import Recorder
@@ -22,6 +22,11 @@ from freqprune.tagging.stimulus import Stimulus
 
 Weights = float | Mapping[str, float]
 TERMS = ("integration", "balance", "silence")
+# Share of a layer's mean answer that its tags have to reach: below it, as in black images, the terms, which do not
+# change with the scale of the answer, would be those of rounding noise, with a gradient as large as that is small.
+FAINT = 1e-3
+# Share of the pixels that may lie outside [0, 1].
+OUTSIDE = 0.25
 
 
 @dataclass(eq=False)
@@ -35,7 +40,9 @@ class TagLoss:
 
     Every term lies in [0, 1] for each layer, is multiplied by the layer's weight and averaged over the layers that have
     one. It is read off the clean amplitudes that `freqprune.tag` gives, at the components of the stimulus, with the
-    network in eval mode: batch norms use their running statistics and do not move.
+    network in eval mode: batch norms use their running statistics, which do not move, with the gradients of training
+    (see `norms_as_in_training`). A layer whose amplitudes together are less than a thousandth of its mean answer, as on
+    a black image, counts 0.
 
     Args:
         integration: weight of ``1 - share of the intermodulation``, see `separation`: a positive weight teaches filters
@@ -44,17 +51,21 @@ class TagLoss:
         balance: weight of the inequality of the parts, see `imbalance`.
         silence: weight of the spread of the response over filters, see `spread`: a positive weight empties filters.
         n_images: images of the batch that are tagged, the first.
-        every_n_steps: show tags in every so many steps only, with so many times the weight.
+        every_n_steps: show tags in every so many steps only, with so many times the weight. What it costs is
+            `frames_a_step` further images a step.
         where: read at the ``"convolution"``, after its ``"norm"`` or after its ``"activation"``.
         stimulus: the tags; left and right half at 6 and 7.5 Hz if left out, 49 frames an image.
         mean: channel means that batches are normalised with; none if left out.
         std: channel standard deviations, likewise.
 
     Attributes:
-        latest: the terms without their weights, as they were last read; for logs.
+        latest: the terms without their weights, as they were last read; for logs, see `due`.
+
+    Weights may be changed at any time. Not for networks that use activation checkpoints, which run once more in
+    training mode on the way back.
 
     Raises:
-        InputError: for an argument out of range, or a pattern that matches no layer.
+        InputError: for an argument out of range or of a wrong type, or a term that the stimulus has nothing for.
     """
 
     integration: Weights = 0.0
@@ -69,15 +80,39 @@ class TagLoss:
     latest: dict[str, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("n_images", "every_n_steps"):
+            if not isinstance(getattr(self, name), int):
+                raise InputError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
         at_least(1, n_images=self.n_images, every_n_steps=self.every_n_steps)
         one_of(WHERE, where=self.where)
+        if not isinstance(self.stimulus, Stimulus):
+            raise InputError(f"stimulus must be a freqprune.Stimulus, got {self.stimulus!r}")
         for term in TERMS:
             given = getattr(self, term)
-            if not all(math.isfinite(weight) for weight in _values(given)):
+            if not all(_is_weight(weight) for weight in _values(given)):
                 raise InputError(f"{term} must be a finite weight, or a mapping of layers to weights, got {given!r}")
+        for name in ("mean", "std"):
+            given = getattr(self, name)
+            if given is not None and (not hasattr(given, "__len__") or isinstance(given, str)):
+                raise InputError(f"{name} must hold one number a channel, got {given!r}")
         if (self.mean is None) != (self.std is None):
             raise InputError("mean and std come together: give both or neither")
+        self._check_stimulus()
         self._found: WeakKeyDictionary[nn.Module, _Reading] = WeakKeyDictionary()
+
+    def _check_stimulus(self) -> None:
+        """Refuse terms of which nothing could be learned."""
+        if self.terms and self.stimulus.control != "none":
+            raise InputError(
+                f"a stimulus with control = {self.stimulus.control} has no tags to learn from; use control='none'"
+            )
+        if "integration" in self.terms and not (self._mixed and self._fundamentals):
+            raise InputError(
+                f"integration needs intermodulation: two parts or more and max_order of at least 2, got "
+                f"{len(self.stimulus.tag_freqs)} and {self.stimulus.max_order}"
+            )
+        if "balance" in self.terms and len(self._fundamentals) < 2:
+            raise InputError(f"balance needs two parts or more, got {len(self._fundamentals)}")
 
     def __getstate__(self) -> dict[str, Any]:
         # What was found of networks is found again.
@@ -98,10 +133,18 @@ class TagLoss:
         n_frames = self.n_images * len(self.stimulus.distinct_frames[0])
         return n_frames / self.every_n_steps if self.terms else 0.0
 
+    def due(self, step: int) -> bool:
+        """Whether a step shows tags."""
+        return bool(self.terms) and step % self.every_n_steps == 0
+
     def check(self, net: nn.Module, images: Tensor) -> None:
-        """Raise InputError, before any work is lost, where a call would; see `__call__`."""
+        """Raise InputError, before any work is lost, where a call would, and for answers that are not finite; see
+        `__call__`."""
         with torch.no_grad():
             self(net, images)
+        for term, value in self.latest.items():
+            if not torch.isfinite(value):
+                raise InputError(f"the network answers the tags with values that are not finite ({term} = {value})")
 
     def __call__(self, net: nn.Module, images: Tensor, step: int = 0) -> Tensor:
         """The loss, a scalar; 0 in steps that show no tags.
@@ -109,25 +152,28 @@ class TagLoss:
         Args:
             net: the network that is trained.
             images: a batch as the network takes it, normalised, ``(n_images, n_channels, height, width)``.
-            step: number of the step.
+            step: number of the step in the whole training, such as `pl.LightningModule.global_step`; one that begins
+                anew with every epoch shows tags more often than `every_n_steps` says.
 
         Raises:
-            InputError: for weights that name no layer of the network, a batch that is no images, or a network that does
-                not answer.
+            InputError: for weights that name no layer of the network, a batch that is no images or is normalised with
+                something else than `mean` and `std`, or a network that does not answer.
         """
-        if not self.terms or step % self.every_n_steps:
+        if not self.due(step):
             return images.new_zeros(())
         if images.dim() != 4 or not len(images):
             raise InputError(f"images must be (n_images, n_channels, height, width), got {tuple(images.shape)}")
         prepare = normalizer(images, self.mean, self.std, device_of(net), images.dtype)
         # What augmentation puts around an image, or mixes into it, may lie outside.
-        pixels = pixels_of(images[: self.n_images].detach().float(), self.mean, self.std).clamp(0, 1)
+        pixels = pixels_of(images[: self.n_images].detach().float(), self.mean, self.std)
         reading = self._found.get(net)
-        if reading is None:
-            reading = self._found[net] = self._look_at(net, prepare(pixels[:1]))
+        if reading is None or not reading.holds(net, self):
+            _check_pixels(pixels, self.mean, self.std)
+            reading = self._found[net] = self._look_at(net, prepare(pixels[:1].clamp(0, 1)))
+        pixels = pixels.clamp(0, 1)
         first, _ = self.stimulus.distinct_frames
         frames = prepare(self.stimulus.frames(pixels, first).flatten(0, 1))
-        with Recorder(net, reading.sites, gradients=True) as recorder:
+        with norms_as_in_training(net), Recorder(net, reading.sites, gradients=True) as recorder:
             courses = list(recorder(frames).values())
             every = torch.cat(courses, 1).unflatten(0, (len(pixels), -1)).movedim(1, -1).double()
             every = every @ reading.transform.to(frames.device)
@@ -159,7 +205,7 @@ class TagLoss:
                 three.
         """
         alone = amplitude[:, self._fundamentals].sum()
-        return _share(alone, alone + amplitude[:, self._mixed].sum())
+        return _share(alone, alone + amplitude[:, self._mixed].sum(), FAINT * amplitude[:, 0].sum())
 
     def imbalance(self, amplitude: Tensor) -> Tensor:
         """How unequally the parts drive a layer's filters: with ``a`` the amplitudes of a filter at the fundamentals of
@@ -167,7 +213,8 @@ class TagLoss:
         and two parts the square of `TagResponse.part_preference`."""
         alone = amplitude[:, self._fundamentals]
         n_parts, total = alone.shape[1], alone.sum(1).square().sum()
-        return _share((n_parts * alone.square().sum() - total) / max(1, n_parts - 1), total)
+        least = amplitude[:, 0].sum().square() / len(amplitude) * FAINT**2
+        return _share((n_parts * alone.square().sum() - total) / max(1, n_parts - 1), total, least)
 
     def spread(self, amplitude: Tensor) -> Tensor:
         """Over how many of its filters a layer's response is spread: with ``a`` a filter's amplitude, the root of its
@@ -176,7 +223,7 @@ class TagLoss:
         not change with their scale, so that no later layer can make up for a smaller one."""
         power = amplitude[:, 1:].square().sum(1)
         total = power[power.detach() > 0].sqrt().sum().square()
-        return _share(total, len(power) * power.sum())
+        return _share(total, len(power) * power.sum(), amplitude[:, 0].sum().square() * FAINT**2)
 
     @property
     def _fundamentals(self) -> list[int]:
@@ -188,6 +235,7 @@ class TagLoss:
 
     def _look_at(self, net: nn.Module, example: Tensor) -> _Reading:
         """Where the layers with weights are read."""
+        self._check_stimulus()
         weights: dict[str, dict[str, float]] = {}
         for term in TERMS:
             given = getattr(self, term)
@@ -203,7 +251,14 @@ class TagLoss:
         first, inverse = self.stimulus.distinct_frames
         bins = [0, *(component.bin for component in self.stimulus.components)]
         transform = torch.view_as_real(frame_transform(inverse, len(first))[:, bins]).flatten(1)
-        return _Reading(find_sites(net, example, names, self.where), weights, transform)
+        sites = find_sites(net, example, names, self.where)
+        modules = {name: net.get_submodule(name) for name in names}
+        return _Reading(sites, weights, transform, modules, self.stimulus, self._settings())
+
+    def _settings(self) -> tuple[Any, ...]:
+        """What a reading hangs on, beside the stimulus and the network."""
+        given = (getattr(self, term) for term in TERMS)
+        return *(dict(one) if isinstance(one, Mapping) else one for one in given), self.where
 
 
 @dataclass(frozen=True)
@@ -214,12 +269,36 @@ class _Reading:
     sites: list[Site]
     weights: dict[str, dict[str, float]]
     transform: Tensor
+    modules: dict[str, nn.Module]
+    stimulus: Stimulus
+    settings: tuple[Any, ...]
+
+    def holds(self, net: nn.Module, loss: TagLoss) -> bool:
+        """Whether it is of the network as it is now, and of what the loss asks for now."""
+        if loss.stimulus is not self.stimulus or loss._settings() != self.settings:
+            return False
+        now = dict(net.named_modules())
+        return all(now.get(name) is module for name, module in self.modules.items())
 
 
 def _values(weights: Weights) -> list[float]:
     return list(weights.values()) if isinstance(weights, Mapping) else [weights]
 
 
-def _share(part: Tensor, whole: Tensor) -> Tensor:
-    """A part of a whole; 0 of nothing."""
-    return part / whole if whole.detach() > 0 else part * 0
+def _is_weight(given: object) -> bool:
+    return isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given)
+
+
+def _check_pixels(pixels: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    """Refuse what cannot be pixels; what augmentation draws may lie outside of their range."""
+    outside = float(((pixels < -1e-3) | (pixels > 1 + 1e-3)).float().mean())
+    if outside > OUTSIDE:
+        raise InputError(
+            f"{100 * outside:.0f} % of the values of the images lie outside [0, 1] after undoing the normalisation "
+            f"(mean {mean}, std {std}); give the loss the mean and std that the batches are normalised with"
+        )
+
+
+def _share(part: Tensor, whole: Tensor, least: Tensor) -> Tensor:
+    """A part of a whole; 0 where the whole is no more than the least that counts."""
+    return part * 0 if whole.detach() <= least.detach() else part / whole

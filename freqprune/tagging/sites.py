@@ -19,6 +19,8 @@ WHERE = ("convolution", "norm", "activation")
 
 NORM_FUNCTIONS = {F.batch_norm, F.group_norm, F.instance_norm, F.layer_norm, torch.batch_norm}
 NORM_MODULES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+# Of maps, whose channels come first.
+IN_MAPS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 # Whatever the dimensions; Lightning leaves norms of none behind after trainer.sync_batchnorm.
 FOLDABLE = nn.modules.batchnorm._BatchNorm
 ACTIVATIONS: set[Any] = {
@@ -155,7 +157,7 @@ def _hooks(module: nn.Module) -> bool:
 
 
 def _follow(name: str, layer: nn.Module, tensor: Tensor, start: int, calls: list[Call], where: str) -> Site:
-    channel_dim = 1 if isinstance(layer, nn.modules.conv._ConvNd) else tensor.dim() - 1
+    channel_dim = _channel_dim(layer, tensor)
     n_filters = tensor.shape[channel_dim]
     site = Site(name, name, calls[start].index, "convolution", n_filters, channel_dim)
     if where == "convolution":
@@ -187,6 +189,17 @@ def _follow(name: str, layer: nn.Module, tensor: Tensor, start: int, calls: list
     reason = ", ".join(sorted({_describe(call) for _, call in consumers})) or "nothing"
     note = f"no {where} of its own: its {site.stage} output goes to {reason}; read there"
     return Site(site.layer, site.module, site.call, site.stage, n_filters, channel_dim, note, site.then)
+
+
+def _channel_dim(layer: nn.Module, output: Tensor) -> int:
+    """The dimension of a module's output that counts its filters: the first after the images where there are
+    convolutions or their norms in it, the last where there are linear layers or theirs."""
+    inside = list(layer.modules())
+    if any(isinstance(module, IN_MAPS) for module in inside):
+        return min(1, output.dim() - 1)
+    if any(isinstance(module, nn.Linear | nn.LayerNorm) for module in inside) or output.dim() != 4:
+        return output.dim() - 1
+    return 1
 
 
 def _consumers(stamp: tuple[int, int], position: int, calls: list[Call]) -> list[tuple[int, Call]]:

@@ -168,9 +168,10 @@ class Classifier(pl.LightningModule):
         if self._teacher:
             loss = (1 - self.distill) * loss + self.distill * self._distillation(logits, images)
         if self.tag_loss is not None:
-            loss = loss + self.tag_loss(self.net, images, batch_idx)
-            terms = {f"tag_loss/{term}": value for term, value in self.tag_loss.latest.items()}
-            self.log_dict(terms, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
+            loss = loss + self.tag_loss(self.net, images, self.global_step)
+            if self.tag_loss.due(self.global_step):
+                terms = {f"tag_loss/{term}": value for term, value in self.tag_loss.latest.items()}
+                self.log_dict(terms, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
         self._check_finite(loss, batch_idx)
         # Mixed images have shares of classes for labels.
         self.train_accuracy.update(logits, labels.argmax(1) if labels.is_floating_point() else labels)

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from freqprune import InputError, Stimulus, TagLoss, build_model, tag
+from freqprune import InputError, Stimulus, TagLoss, build_model, resnet32, tag
 
 # 16 frames that differ are enough for two parts, and quick enough for finite differences.
 SHORT = Stimulus((6.0, 9.0), frame_rate=39.0, n_frames=39, max_order=2)
+ONE_PART = Stimulus((6.0,), parts=torch.ones(1, 8, 8, dtype=torch.bool))
 
 
 class Squares(nn.Module):
@@ -84,6 +85,7 @@ def test_gradients_are_finite_differences(term: str) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Conv2d(3, 4, 3), nn.Softplus()).double()
     net(torch.rand(16, 1, 6, 6, dtype=torch.float64))
+    net.eval()  # norms in training mode: tests/networks/test_norm_gradients.py
     images = torch.rand(2, 1, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 0.6 + 0.2
     images = images.float().double()
     loss = TagLoss(**{term: 1.0}, stimulus=SHORT, n_images=2, every_n_steps=1)
@@ -181,9 +183,71 @@ def test_a_dead_layer_is_no_error_and_has_no_gradient() -> None:
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in net.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("term", ["integration", "balance", "silence"])
+@pytest.mark.parametrize("image", ["black", "one faint pixel"])
+def test_an_image_without_light_pulls_at_nothing(term: str, image: str) -> None:
+    net, shown = resnet32(pretrained=True).train(), torch.zeros(1, 3, 32, 32)
+    if image != "black":
+        shown[0, :, 16, 16] = 1 / 255
+    mean, std = [0.4914, 0.4822, 0.4465], [0.247, 0.2435, 0.2616]
+    batch = (shown - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+    loss = TagLoss(**{term: 0.1}, mean=mean, std=std)
+    loss(net, batch).backward()
+    assert all(p.grad is None or p.grad.norm() < 20 for p in net.parameters())
+
+
+@pytest.mark.parametrize("term", ["integration", "balance", "silence"])
+def test_what_training_normalises_away_is_not_pulled_at(term: str) -> None:
+    """Scale and bias of a filter before a batch norm: with a gradient they would move until the running statistics, by
+    which the network answers, are wrong."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4))
+    net(torch.rand(64, 1, 8, 8))
+    loss = TagLoss(**{term: 1.0}, stimulus=SHORT, every_n_steps=1)
+    loss(net, torch.rand(1, 1, 8, 8)).backward()
+    for conv in (net[0], net[3]):
+        assert conv.weight.grad.abs().max() > 1e-3
+        along = (conv.weight.grad * conv.weight).sum((1, 2, 3))
+        torch.testing.assert_close(along, torch.zeros_like(along), rtol=0, atol=1e-6)
+        torch.testing.assert_close(conv.bias.grad, torch.zeros_like(along), rtol=0, atol=1e-6)
+
+
+def test_weights_and_layers_may_change_on_the_way(images: Tensor) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU())
+    loss = TagLoss(silence={"0": 0.1}, every_n_steps=1)
+    first = loss(net, images).detach()
+    loss.silence["0"] = 0.2
+    torch.testing.assert_close(loss(net, images).detach(), 2 * first)
+    loss.balance = 1.0
+    loss(net, images)
+    assert set(loss.latest) == {"silence", "balance"}
+    net[2] = nn.Conv2d(4, 7, 3)
+    torch.testing.assert_close(
+        loss(net, images), TagLoss(loss.integration, 1.0, {"0": 0.2}, every_n_steps=1)(net, images)
+    )
+    del net[2:]
+    assert float(loss(net, images).detach()) != 0
+
+
+def test_answers_that_are_not_finite_are_told_before_training(images: Tensor) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    net[0].weight.data.fill_(float("nan"))
+    with pytest.raises(InputError, match=r"values that are not finite \(silence = nan\)"):
+        TagLoss(silence=1.0).check(net, images)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"silence": None}, "silence must be a finite weight, or a mapping of layers to weights, got None"),
+        ({"silence": {"conv1": "0.1"}}, "silence must be a finite weight"),
+        ({"balance": True}, "balance must be a finite weight"),
+        ({"n_images": 1.5}, "n_images must be a whole number of at least 1, got 1.5"),
+        ({"mean": 0.5, "std": 0.5}, "mean must hold one number a channel, got 0.5"),
+        ({"stimulus": "halves"}, "stimulus must be a freqprune.Stimulus, got 'halves'"),
+        ({"integration": 1.0, "stimulus": Stimulus(max_order=1)}, "integration needs intermodulation"),
+        ({"balance": 1.0, "stimulus": ONE_PART}, "balance needs two parts or more, got 1"),
+        ({"silence": 1.0, "stimulus": Stimulus(control="static")}, "control = static has no tags to learn from"),
         ({"n_images": 0}, "n_images must be at least 1"),
         ({"every_n_steps": 0}, "every_n_steps must be at least 1"),
         ({"silence": float("nan")}, "silence must be a finite weight"),
@@ -203,6 +267,8 @@ def test_bad_input_is_named(images: Tensor) -> None:
         TagLoss(silence={"layer9": 1.0})(net, images)
     with pytest.raises(InputError, match="images must be"):
         TagLoss(silence=1.0)(net, images[0])
+    with pytest.raises(InputError, match=r"of the images lie outside \[0, 1\] .* give the loss the mean and std"):
+        TagLoss(silence=1.0)(net, 4 * images - 2)
     with pytest.raises(InputError, match="mean must hold 3 values, one a channel"):
         TagLoss(silence=1.0, mean=[0.5], std=[0.5])(net, images)
 

@@ -1,0 +1,54 @@
+"""Batch norms in eval mode whose gradients are those of training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from freqprune.networks.hooks import hooked
+
+
+@contextmanager
+def norms_as_in_training(model: nn.Module) -> Iterator[None]:
+    """Inside the block gradients go back through the batch norms that are in training mode now as training has them,
+    also where the network is put into eval mode and they answer by their running statistics.
+
+    Training divides by the standard deviation of the batch: the scale of a filter and its bias change nothing, and get
+    no gradient. With running statistics held fixed they would get one, and move until these statistics are wrong (they
+    follow the batch only slowly). So the answer is that of the running statistics, the gradient that of a mean and a
+    standard deviation that follow the input (Ioffe & Szegedy 2015, arXiv 1502.03167):
+    ``g - mean(g) - z mean(g z)``, with ``g`` the gradient of the output before the affine part, in units of the input,
+    and ``z`` the input, standardised by its own batch.
+    """
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and module.running_mean is not None
+    ]
+    with hooked([(norm, _before, None) for norm in norms]):
+        yield
+
+
+def _before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    given = args[0]
+    if not (torch.is_grad_enabled() and given.requires_grad):
+        return None
+    # What else reads this tensor keeps its own gradient.
+    alias = given.view_as(given)
+    alias.register_hook(partial(_through_statistics, given.detach()))
+    return alias, *args[1:]
+
+
+def _through_statistics(given: Tensor, gradient: Tensor) -> Tensor:
+    dims = [dim for dim in range(given.dim()) if dim != 1]
+    g = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    centred = given.to(g.dtype)
+    centred = centred - centred.mean(dims, keepdim=True)
+    variance = centred.square().mean(dims, keepdim=True)
+    along = (g * centred).mean(dims, keepdim=True) / variance.clamp(min=torch.finfo(g.dtype).tiny)
+    return (g - g.mean(dims, keepdim=True) - centred * along).to(gradient.dtype)
