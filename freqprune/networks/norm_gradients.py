@@ -40,15 +40,21 @@ def _before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         return None
     # What else reads this tensor keeps its own gradient.
     alias = given.view_as(given)
-    alias.register_hook(partial(_through_statistics, given.detach()))
+    alias.register_hook(partial(_through_statistics, given.detach(), float(module.eps)))  # type: ignore[arg-type]
     return alias, *args[1:]
 
 
-def _through_statistics(given: Tensor, gradient: Tensor) -> Tensor:
+def _through_statistics(given: Tensor, eps: float, gradient: Tensor) -> Tensor:
     dims = [dim for dim in range(given.dim()) if dim != 1]
-    g = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    centred = given.to(g.dtype)
-    centred = centred - centred.mean(dims, keepdim=True)
-    variance = centred.square().mean(dims, keepdim=True)
-    along = (g * centred).mean(dims, keepdim=True) / variance.clamp(min=torch.finfo(g.dtype).tiny)
-    return (g - g.mean(dims, keepdim=True) - centred * along).to(gradient.dtype)
+    variance, mean = torch.var_mean(_full(given), dims, correction=0)
+    spread = (variance + eps).sqrt()
+    # The kernel divides by the standard deviation, as the weight multiplies by it.
+    found = torch.ops.aten.native_batch_norm_backward(
+        gradient, given, spread, None, None, mean, spread.reciprocal(), True, eps, [True, False, False]
+    )[0]
+    assert isinstance(found, Tensor)
+    return found
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

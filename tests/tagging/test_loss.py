@@ -208,8 +208,9 @@ def test_what_training_normalises_away_is_not_pulled_at(term: str) -> None:
     for conv in (net[0], net[3]):
         assert conv.weight.grad.abs().max() > 1e-3
         along = (conv.weight.grad * conv.weight).sum((1, 2, 3))
-        torch.testing.assert_close(along, torch.zeros_like(along), rtol=0, atol=1e-6)
-        torch.testing.assert_close(conv.bias.grad, torch.zeros_like(along), rtol=0, atol=1e-6)
+        # But for the small number that is added to the variance.
+        assert along.abs().max() < 1e-2 * conv.weight.grad.abs().max()
+        assert conv.bias.grad.abs().max() < 1e-3 * conv.weight.grad.abs().max()
 
 
 def test_weights_and_layers_may_change_on_the_way(images: Tensor) -> None:
