@@ -49,6 +49,7 @@ def test_errors_are_messages(arguments: list[str], message: str, tmp_path: Path)
         ("prune.py", ["ckpt=none.pt"], "error: ckpt = none.pt does not exist; in that folder: there.pt\n"),
         ("prune.py", ["ckpt=there.pt", "pretrained=true"], "pretrained=true names a network of the package"),
         ("prune.py", ["pretrained=resnet32_cifar"], "resnet32_cifar does not come with the package; did you"),
+        ("prune.py", ["pretrained=true", "tag_loss=silence"], "tag_loss.silence is a part of the training loss"),
         ("prune.py", ["pretrained=true", "resume=nowhere"], "resume = nowhere is not a folder"),
         ("prune.py", ["pretrained=true", "data=image_folder"], "data.root is not set"),
         ("prune.py", ["pretrained=true", "imports=[nothing_there]"], "there is no module 'nothing_there'"),

@@ -363,7 +363,9 @@ TERMS = ["integration", *(pytest.param(term, marks=pytest.mark.slow) for term in
 
 
 @pytest.mark.parametrize("term", TERMS)
-def test_trains_with_a_loss_from_the_tags(term: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_trains_with_a_loss_from_the_tags(
+    term: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     more = [f"tag_loss={term}", "tag_loss.every_n_steps=1", "trainer.max_epochs=2"]
     metrics, made = train(config("train", tmp_path, *more))
     assert metrics["epochs"] == 2
@@ -374,6 +376,9 @@ def test_trains_with_a_loss_from_the_tags(term: str, tmp_path: Path, capsys: pyt
     assert len(values) == 2
     assert all(0 < value < 1 for value in values)
     assert made["classifier"].tag_loss.mean == list(made["data"].mean)
+    assert (
+        "the tags of the loss add 49 images to every step of 32 on the average: tag_loss.every_n_steps=8" in caplog.text
+    )
 
 
 @pytest.mark.parametrize(
