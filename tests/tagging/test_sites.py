@@ -131,3 +131,34 @@ def test_patterns() -> None:
     assert match_layers(names, ["*.conv1", "conv1"]) == ["conv1", "layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1"]
     with pytest.raises(InputError, match="matches none of"):
         match_layers(names, "block*")
+
+
+class InTheLast(nn.Module):
+    """A block of tokens in rows and columns, as Swin has them: channels come last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(x))
+
+
+@pytest.mark.parametrize(
+    ("block", "shape", "dim"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU()), (2, 3, 8, 9), 1),
+        (nn.BatchNorm2d(3), (2, 3, 8, 9), 1),
+        (nn.GroupNorm(1, 3), (2, 3, 8, 9), 1),
+        (nn.Identity(), (2, 3, 8, 9), 1),
+        (InTheLast(), (2, 8, 9, 3), 3),
+        (nn.Linear(3, 4), (2, 8, 9, 3), 3),
+        (nn.Linear(3, 4), (2, 3), 1),
+    ],
+)
+def test_filters_are_counted_where_the_channels_are(block: nn.Module, shape: tuple[int, ...], dim: int) -> None:
+    x = torch.rand(shape)
+    net = nn.Sequential(block)
+    site = find_sites(net, x, ["0"], "convolution")[0]
+    assert site.channel_dim == dim
+    assert site.n_filters == net(x).shape[dim]
