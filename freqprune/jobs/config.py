@@ -173,11 +173,12 @@ def check_pruning(cfg: DictConfig, at_hand: bool = False) -> None:
             "ckpt_path resumes training and has no part in pruning a checkpoint; "
             "leave it out, or leave ckpt out to train first"
         )
-    terms = [f"tag_loss.{name}" for name in ("integration", "balance", "silence") if cfg.tag_loss[name]]
-    if terms and not at_hand:
+    terms = [f"tag_loss.{name}" for name in ("integration", "balance", "silence") if _weighs(cfg.tag_loss[name])]
+    # What goes on is called with the settings of a job that may have trained the network first.
+    if terms and not at_hand and common.resume is None:
         raise InputError(
-            f"{terms[0]} is a part of the training loss, and the network to prune is trained already; leave it out "
-            "here and give it to train.py"
+            f"{terms[0]} is a part of the training loss, and the network to prune is trained already; say "
+            "tag_loss=none here, and give the loss to train.py"
         )
     _check(cfg, common)
 
@@ -204,6 +205,11 @@ def check_one_network(
             f"ckpt is not set: give the network {what_for}, ckpt=FILE, pretrained=true for the package's ResNet-32, or "
             "model.name=torchvision/<name> model.weights=DEFAULT"
         )
+
+
+def _weighs(given: Any) -> bool:
+    """Whether a weight, or one of several by layer, is not 0."""
+    return any(given.values()) if isinstance(given, Mapping) or OmegaConf.is_dict(given) else bool(given)
 
 
 def _check(cfg: DictConfig, common: Common) -> None:

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from freqprune.errors import InputError
+from freqprune.errors import InputError, closest
 
 # What `pretrained()` and `pretrained=true` load.
 DEFAULT = "resnet32_cifar10"
@@ -54,7 +54,9 @@ def pretrained_path(name: str = DEFAULT) -> Path:
         InputError: if there is none of this name.
     """
     if name not in cards():
-        raise InputError(f"no weights of {name!r} come with the package, only of: {', '.join(cards())}")
+        raise InputError(
+            f"no weights of {name!r} come with the package, only of: {', '.join(cards())}{closest(name, cards())}"
+        )
     return _folder() / f"{name}.pt"
 
 

@@ -26,7 +26,7 @@ MISSED = 0.05
 N_TRIES = 6
 # Spread of a measured share above which it is measured again, with more forwards, and in the end given up.
 NOISY = 0.02
-N_PAIRS = (15, 40, 100, 400, 1000, 4000)
+N_PAIRS = (15, 40, 100, 400, 1000, 4000, 20_000)
 # Seconds that a measurement takes at least, since machines are slow for a second now and then, and at most, but for the
 # first three.
 LEAST_S, MOST_S = 3.0, 30.0

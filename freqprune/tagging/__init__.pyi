@@ -21,3 +21,4 @@ from .spectrum import amplitude_spectrum as amplitude_spectrum
 from .spectrum import benjamini_hochberg as benjamini_hochberg
 from .spectrum import frequencies as frequencies
 from .stimulus import Stimulus as Stimulus
+from .stimulus import check_pixels as check_pixels

@@ -252,7 +252,7 @@ class TagLoss:
         bins = [0, *(component.bin for component in self.stimulus.components)]
         transform = torch.view_as_real(frame_transform(inverse, len(first))[:, bins]).flatten(1)
         sites = find_sites(net, example, names, self.where)
-        modules = {name: net.get_submodule(name) for name in names}
+        modules = {name: net.get_submodule(name) for name in (*names, *(site.module for site in sites))}
         return _Reading(sites, weights, transform, modules, self.stimulus, self._settings())
 
     def _settings(self) -> tuple[Any, ...]:

@@ -192,14 +192,14 @@ def _follow(name: str, layer: nn.Module, tensor: Tensor, start: int, calls: list
 
 
 def _channel_dim(layer: nn.Module, output: Tensor) -> int:
-    """The dimension of a module's output that counts its filters: the first after the images where there are
-    convolutions or their norms in it, the last where there are linear layers or theirs."""
-    inside = list(layer.modules())
-    if any(isinstance(module, IN_MAPS) for module in inside):
-        return min(1, output.dim() - 1)
-    if any(isinstance(module, nn.Linear | nn.LayerNorm) for module in inside) or output.dim() != 4:
-        return output.dim() - 1
-    return 1
+    """The dimension of a module's output that counts its filters, by the last layer in it that has any: the first after
+    the images of maps, the last of tokens, also of those that a convolution was flattened to."""
+    inside = [module for module in layer.modules() if isinstance(module, (*IN_MAPS, nn.Linear, nn.LayerNorm))]
+    last = inside[-1] if inside else None
+    of_maps = output.dim() == 4 if last is None else isinstance(last, IN_MAPS)
+    if isinstance(last, nn.modules.conv._ConvNd):
+        of_maps = output.dim() == 2 + len(last.kernel_size)
+    return min(1, output.dim() - 1) if of_maps else output.dim() - 1
 
 
 def _consumers(stamp: tuple[int, int], position: int, calls: list[Call]) -> list[tuple[int, Call]]:

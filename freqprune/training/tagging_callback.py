@@ -10,13 +10,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from freqprune.errors import InputError, check_fields
 from freqprune.pruning import Evidence, Judgement, judge, scores
 from freqprune.reports import write_importance
-from freqprune.tagging import Readout, Stimulus, pixels_of, tag
+from freqprune.tagging import Readout, Stimulus, check_pixels, pixels_of, tag
 
 
 class _TagsInTraining(pl.Callback):
@@ -92,7 +93,8 @@ class FrequencyTagging(_TagsInTraining):
         n_images: validation images, the first of the validation loader.
         every_n_epochs: tag every so many epochs, counted from the first; 0 for never.
         images: tag these pixels in [0, 1], ``(n_images, n_channels, height, width)``, at most ``n_images`` of them,
-            instead of validation images: for a training without validation.
+            instead of validation images: for a training without validation. With validation, tags are shown in the
+            epochs that are validated.
         network: attribute of the LightningModule that holds the network; the module itself if left out.
         components: components of the score and the verdict.
         criterion: score written to ``importance.csv``.
@@ -135,11 +137,10 @@ class FrequencyTagging(_TagsInTraining):
         if self.tag_settings["noise_std"] == 0:
             raise InputError("noise_std must be above 0 to judge filters by signal against noise, got 0")
         Judgement(components, important_by, alpha, threshold)
-        if images is not None and (images.dim() != 4 or not len(images) or not images.is_floating_point()):
-            raise InputError(
-                "images must be pixels in [0, 1] of shape (n_images, n_channels, height, width), got "
-                f"{images.dtype} of shape {tuple(images.shape)}"
-            )
+        if images is not None:
+            if not isinstance(images, Tensor):
+                raise InputError(f"images must be a tensor of pixels in [0, 1], got {type(images).__name__}")
+            check_pixels(images)
         self.stimulus = stimulus or Stimulus()
         self.every_n_epochs = every_n_epochs
         self.images = images
@@ -169,22 +170,37 @@ class FrequencyTagging(_TagsInTraining):
                 "FrequencyTagging needs a validation loader, whose images it tags, or images=; pass val_dataloaders, "
                 "images=, or every_n_epochs=0"
             )
+        if self.images is not None and min(self.n_images, len(self.images)) < trainer.world_size:
+            raise InputError(
+                f"{min(self.n_images, len(self.images))} images are too few for {trainer.world_size} processes, which "
+                "take one each at least; give more images="
+            )
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._epoch_start = time.perf_counter()
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Inside the validation stage batches come without augmentation, and this runs before checkpoints are written.
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._epoch_end(trainer, pl_module)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._due(trainer):
+            self._show(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.enable_validation:
-            self._epoch_end(trainer, pl_module)
-
-    def _epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self.every_n_epochs or (trainer.current_epoch + 1) % self.every_n_epochs:
+        if trainer.enable_validation or not self._due(trainer):
             return
+        # What is validated, and saved in the end, is the average where there is one.
+        averages = [one for one in trainer.callbacks if isinstance(one, WeightAveraging)]  # type: ignore[attr-defined]
+        for average in averages:
+            average.on_validation_epoch_start(trainer, pl_module)
+        try:
+            self._show(trainer, pl_module)
+        finally:
+            for average in averages:
+                average.on_validation_epoch_end(trainer, pl_module)
+
+    def _due(self, trainer: pl.Trainer) -> bool:
+        return bool(self.every_n_epochs) and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+
+    def _show(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         start = time.perf_counter()
         mean, std = self._normalization(trainer)
         network = self._network(pl_module)

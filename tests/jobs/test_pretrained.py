@@ -117,3 +117,17 @@ def test_all_that_differs_from_the_networks_own_data_is_told_at_once(folder: Pat
     )
     with pytest.raises(InputError, match=told):
         prune(config("prune", tmp_path / "run", "pretrained=true", "data.image_size=32", "pruning=none", base=base))
+
+
+def test_networks_of_the_package_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    path = assembly.pretrained_path()
+
+    def found(name: str) -> Path:
+        asked.append(name)
+        return path
+
+    monkeypatch.setattr(assembly, "pretrained_path", found)
+    for given in (True, "resnet32_other"):
+        assert assembly.stored_network({"name": None}, None, given).config["name"] == "resnet32"
+    assert asked == ["resnet32_cifar10", "resnet32_other"]

@@ -184,16 +184,13 @@ def test_a_dead_layer_is_no_error_and_has_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("term", ["integration", "balance", "silence"])
-@pytest.mark.parametrize("image", ["black", "one faint pixel"])
-def test_an_image_without_light_pulls_at_nothing(term: str, image: str) -> None:
+def test_a_black_image_pulls_at_nothing(term: str) -> None:
     net, shown = resnet32(pretrained=True).train(), torch.zeros(1, 3, 32, 32)
-    if image != "black":
-        shown[0, :, 16, 16] = 1 / 255
     mean, std = [0.4914, 0.4822, 0.4465], [0.247, 0.2435, 0.2616]
     batch = (shown - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
     loss = TagLoss(**{term: 0.1}, mean=mean, std=std)
     loss(net, batch).backward()
-    assert all(p.grad is None or p.grad.norm() < 20 for p in net.parameters())
+    assert all(p.grad is None or not p.grad.any() for p in net.parameters())
 
 
 @pytest.mark.parametrize("term", ["integration", "balance", "silence"])

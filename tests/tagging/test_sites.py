@@ -144,6 +144,18 @@ class InTheLast(nn.Module):
         return x + self.mlp(self.norm(x))
 
 
+class Turned(nn.Module):
+    """Tokens of a flattened map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
+
+
+class ChannelsLast(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1)
+
+
 @pytest.mark.parametrize(
     ("block", "shape", "dim"),
     [
@@ -152,6 +164,9 @@ class InTheLast(nn.Module):
         (nn.GroupNorm(1, 3), (2, 3, 8, 9), 1),
         (nn.Identity(), (2, 3, 8, 9), 1),
         (InTheLast(), (2, 8, 9, 3), 3),
+        (nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(2), Turned()), (2, 3, 8, 9), 2),
+        (nn.Sequential(nn.Conv2d(3, 5, 3), ChannelsLast(), nn.LayerNorm(5)), (2, 3, 8, 9), 3),
+        (nn.Sequential(nn.Linear(3, 6), nn.Linear(6, 3)), (2, 7, 3), 2),
         (nn.Linear(3, 4), (2, 8, 9, 3), 3),
         (nn.Linear(3, 4), (2, 3), 1),
     ],

@@ -2,6 +2,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -96,6 +97,45 @@ def test_nan_loss_stops_with_advice(tmp_path: Path) -> None:
         InputError, match=r"training loss became (nan|inf) in epoch 0, step \d+: lower the learning rate \(now 1e\+30\)"
     ):
         trainer(tmp_path).fit(module, datamodule=digits())
+
+
+class Weights(pl.Callback):
+    """Those that training goes on with."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.latest = pl_module.net.conv1.weight.detach().clone()
+
+
+def test_the_average_is_tagged_where_nothing_is_validated(images: Tensor, tmp_path: Path) -> None:
+    module, weights = Classifier({"name": "resnet8"}, ema=0.9), Weights()
+    tagging = FrequencyTagging(n_images=2, images=images, network="net")
+    data = digits()
+    trainer(tmp_path, tagging, weights, max_epochs=1, limit_val_batches=0).fit(module, datamodule=data)
+    assert not torch.equal(weights.latest, module.net.conv1.weight)
+    expected = tag(module.net, images[:2], mean=data.mean, std=data.std).snr("conv1", "all")
+    torch.testing.assert_close(tagging.latest["snr"]["conv1"], expected, rtol=1e-3, atol=1e-3)
+
+
+class Counted:
+    """In the place of a loss from the tags: which steps it is asked for."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def due(self, step: int) -> bool:
+        return False
+
+    def __call__(self, net: nn.Module, images: Tensor, step: int) -> Tensor:
+        self.steps.append(step)
+        return images.new_zeros(())
+
+
+def test_steps_of_the_loss_are_those_of_the_whole_training(tmp_path: Path) -> None:
+    module, counted = Classifier({"name": "resnet8"}), Counted()
+    module.tag_loss = counted  # type: ignore[assignment]
+    run = trainer(tmp_path, max_epochs=3, limit_train_batches=2, limit_val_batches=0)
+    run.fit(module, datamodule=digits())
+    assert counted.steps == list(range(6))
 
 
 @pytest.mark.parametrize(
@@ -233,8 +273,10 @@ def test_given_images_are_tagged_where_nothing_is_validated(images: Tensor, tmp_
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"images": torch.zeros(3, 8, 8)}, r"images must be pixels in \[0, 1\] of shape .* .* of shape \(3, 8, 8\)"),
-        ({"images": torch.zeros(1, 3, 8, 8, dtype=torch.uint8)}, r"images must be pixels in .*, got torch.uint8"),
+        ({"images": torch.zeros(3, 8, 8)}, r"images must be floats of shape .*, got torch.float32 \(3, 8, 8\)"),
+        ({"images": torch.zeros(1, 3, 8, 8, dtype=torch.uint8)}, "images must be floats of shape .* got torch.uint8"),
+        ({"images": torch.full((1, 3, 8, 8), 200.0)}, r"images must hold pixels in \[0, 1\], got values from 200"),
+        ({"images": np.zeros((1, 3, 8, 8))}, r"images must be a tensor of pixels in \[0, 1\], got ndarray"),
         ({"n_images": 0}, "n_images must be at least 1"),
         ({"every_n_epochs": -1}, "every_n_epochs must be 0"),
         ({"noise_std": 0.0}, "noise_std must be above 0"),
