@@ -132,6 +132,7 @@ def check_resumable(path: str | Path, model: Mapping[str, Any]) -> int:
 def of_the_dense(kept: Mapping[str, Tensor], earlier: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
     """Filters kept of the dense network, when `kept` counts in a network of which only the `earlier` ones were left.
 
+    >>> import torch
     >>> of_the_dense({"a": torch.tensor([0, 2])}, {"a": [1, 5, 9], "b": [3]})
     {'a': [1, 9], 'b': [3]}
     """

@@ -17,7 +17,7 @@ class Square(nn.Module):
         return x**2 + 0.3 * x**3
 
 
-@pytest.mark.parametrize(("activation", "tolerance"), [(Square(), 1e-14), (nn.ReLU(), 1e-3), (nn.Softplus(), 1e-9)])
+@pytest.mark.parametrize(("activation", "tolerance"), [(Square(), 1e-14), (nn.ReLU(), 4e-3), (nn.Softplus(), 1e-7)])
 def test_time_course_agrees_with_the_torus(activation: nn.Module, tolerance: float) -> None:
     # A polynomial has no high orders, so the two agree to rounding; a rectifier has them, and they fold onto the bins
     # of the recording.
