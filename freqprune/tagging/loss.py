@@ -15,16 +15,14 @@ from freqprune.errors import InputError, at_least, one_of
 from freqprune.networks import device_of, norms_as_in_training
 from freqprune.tagging.inputs import normalizer, pixels_of
 from freqprune.tagging.layers import pick_layers
+from freqprune.tagging.loss_terms import MEASURES, fundamentals, intermodulation
 from freqprune.tagging.recording import Recorder
 from freqprune.tagging.sites import WHERE, Site, find_sites
 from freqprune.tagging.spectrum import frame_transform
 from freqprune.tagging.stimulus import Stimulus
 
 Weights = float | Mapping[str, float]
-TERMS = ("integration", "balance", "silence")
-# Share of a layer's mean answer that its tags have to reach: below it, as in black images, the terms, which do not
-# change with the scale of the answer, would be those of rounding noise, with a gradient as large as that is small.
-FAINT = 1e-3
+TERMS = tuple(MEASURES)
 # Share of the pixels that may lie outside [0, 1].
 OUTSIDE = 0.25
 
@@ -45,11 +43,12 @@ class TagLoss:
     a black image, counts 0.
 
     Args:
-        integration: weight of ``1 - share of the intermodulation``, see `separation`: a positive weight teaches filters
-            to combine the parts, a negative one to keep them apart. A number for all convolutions, or a mapping of
-            layer patterns, such as ``{"layer3.*": 0.1}``; so for all three.
-        balance: weight of the inequality of the parts, see `imbalance`.
-        silence: weight of the spread of the response over filters, see `spread`: a positive weight empties filters.
+        integration: weight of ``1 - share of the intermodulation``, see `freqprune.tagging.loss_terms.separation`: a
+            positive weight teaches filters to combine the parts, a negative one to keep them apart. A number for all
+            convolutions, or a mapping of layer patterns, such as ``{"layer3.*": 0.1}``; so for all three.
+        balance: weight of the inequality of the parts, see `freqprune.tagging.loss_terms.imbalance`.
+        silence: weight of the spread of the response over filters, see `freqprune.tagging.loss_terms.spread`: a
+            positive weight empties filters.
         n_images: images of the batch that are tagged, the first.
         every_n_steps: show tags in every so many steps only, with so many times the weight. What it costs is
             `frames_a_step` further images a step.
@@ -106,13 +105,13 @@ class TagLoss:
             raise InputError(
                 f"a stimulus with control = {self.stimulus.control} has no tags to learn from; use control='none'"
             )
-        if "integration" in self.terms and not (self._mixed and self._fundamentals):
+        if "integration" in self.terms and not (intermodulation(self.stimulus) and fundamentals(self.stimulus)):
             raise InputError(
                 f"integration needs intermodulation: two parts or more and max_order of at least 2, got "
                 f"{len(self.stimulus.tag_freqs)} and {self.stimulus.max_order}"
             )
-        if "balance" in self.terms and len(self._fundamentals) < 2:
-            raise InputError(f"balance needs two parts or more, got {len(self._fundamentals)}")
+        if "balance" in self.terms and len(fundamentals(self.stimulus)) < 2:
+            raise InputError(f"balance needs two parts or more, got {len(self.stimulus.tag_freqs)}")
 
     def __getstate__(self) -> dict[str, Any]:
         # What was found of networks is found again.
@@ -185,53 +184,13 @@ class TagLoss:
             return self._sum(found, reading.weights).to(images.dtype) * self.every_n_steps
 
     def _sum(self, amplitudes: Mapping[str, Tensor], weights: Mapping[str, Mapping[str, float]]) -> Tensor:
-        measures = {"integration": self.separation, "balance": self.imbalance, "silence": self.spread}
         total = next(iter(amplitudes.values())).new_zeros(())
         self.latest = {}
         for term, by_layer in weights.items():
-            values = {layer: measures[term](amplitudes[layer]) for layer in by_layer}
+            values = {layer: MEASURES[term](amplitudes[layer], self.stimulus) for layer in by_layer}
             self.latest[term] = torch.stack([value.detach() for value in values.values()]).mean()
             total = total + sum(by_layer[layer] * value for layer, value in values.items()) / len(values)
         return total
-
-    def separation(self, amplitude: Tensor) -> Tensor:
-        """1 less the share of the intermodulation in a layer's response: of the amplitudes at the fundamentals and at
-        intermodulation components, summed over filters, the share at the fundamentals. 1 for affine filters.
-
-        Of the sums, not filter by filter: a filter that is about to fall silent has a large share of next to nothing.
-
-        Args:
-            amplitude: at 0 Hz and at the components of the stimulus, ``(n_filters, 1 + n_components)``; so for all
-                three.
-        """
-        alone = amplitude[:, self._fundamentals].sum()
-        return _share(alone, alone + amplitude[:, self._mixed].sum(), FAINT * amplitude[:, 0].sum())
-
-    def imbalance(self, amplitude: Tensor) -> Tensor:
-        """How unequally the parts drive a layer's filters: with ``a`` the amplitudes of a filter at the fundamentals of
-        ``n`` parts, ``(n sum(a^2) - sum(a)^2) / (n - 1)`` over ``sum(a)^2``, both summed over filters. For one filter
-        and two parts the square of `TagResponse.part_preference`."""
-        alone = amplitude[:, self._fundamentals]
-        n_parts, total = alone.shape[1], alone.sum(1).square().sum()
-        least = amplitude[:, 0].sum().square() / len(amplitude) * FAINT**2
-        return _share((n_parts * alone.square().sum() - total) / max(1, n_parts - 1), total, least)
-
-    def spread(self, amplitude: Tensor) -> Tensor:
-        """Over how many of its filters a layer's response is spread: with ``a`` a filter's amplitude, the root of its
-        power over all components, ``sum(a)^2 / (n sum(a^2))``: 1 if all answer alike, ``1 / n`` if one does. The
-        Hoyer-square measure (Yang, Wen & Li 2020, DeepHoyer, arXiv 1908.09979) of responses instead of weights; it does
-        not change with their scale, so that no later layer can make up for a smaller one."""
-        power = amplitude[:, 1:].square().sum(1)
-        total = power[power.detach() > 0].sqrt().sum().square()
-        return _share(total, len(power) * power.sum(), amplitude[:, 0].sum().square() * FAINT**2)
-
-    @property
-    def _fundamentals(self) -> list[int]:
-        return [1 + number for number, one in enumerate(self.stimulus.components) if one.order == 1]
-
-    @property
-    def _mixed(self) -> list[int]:
-        return [1 + number for number, one in enumerate(self.stimulus.components) if one.kind == "intermodulation"]
 
     def _look_at(self, net: nn.Module, example: Tensor) -> _Reading:
         """Where the layers with weights are read."""
@@ -297,8 +256,3 @@ def _check_pixels(pixels: Tensor, mean: Sequence[float] | None, std: Sequence[fl
             f"{100 * outside:.0f} % of the values of the images lie outside [0, 1] after undoing the normalisation "
             f"(mean {mean}, std {std}); give the loss the mean and std that the batches are normalised with"
         )
-
-
-def _share(part: Tensor, whole: Tensor, least: Tensor) -> Tensor:
-    """A part of a whole; 0 where the whole is no more than the least that counts."""
-    return part * 0 if whole.detach() <= least.detach() else part / whole
