@@ -20,7 +20,6 @@ from freqprune.errors import InputError
 from freqprune.jobs.config import Common
 from freqprune.jobs.settings import Settings
 from freqprune.networks import (
-    DEFAULT,
     Stored,
     build_model,
     check_answers,
@@ -111,8 +110,10 @@ def stored_network(config: Mapping[str, Any], ckpt: str | None, pretrained: bool
         found = preprocessing(config)
         normalization = {} if found is None else {"mean": list(found.mean), "std": list(found.std)}
         return Stored(net, rebuilt_from(config, net), normalization)
-    name = DEFAULT if pretrained is True else pretrained
-    path = pretrained_path(name) if name else Path(ckpt or "")
+    if pretrained:
+        path = pretrained_path() if pretrained is True else pretrained_path(pretrained)
+    else:
+        path = Path(ckpt or "")
     return load_network(path, None if config["name"] is None else config)
 
 

@@ -30,7 +30,6 @@ from .libraries import class_names as class_names
 from .libraries import preprocessing as preprocessing
 from .libraries import rebuilt_from as rebuilt_from
 from .libraries import trained as trained
-from .model_cards import DEFAULT as DEFAULT
 from .model_cards import Card as Card
 from .model_cards import cards as cards
 from .model_cards import pretrained_path as pretrained_path

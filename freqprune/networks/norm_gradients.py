@@ -46,7 +46,8 @@ def _before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
 def _through_statistics(given: Tensor, eps: float, gradient: Tensor) -> Tensor:
     dims = [dim for dim in range(given.dim()) if dim != 1]
-    variance, mean = torch.var_mean(_full(given), dims, correction=0)
+    full = given.to(torch.promote_types(given.dtype, torch.float32))
+    variance, mean = torch.var_mean(full, dims, correction=0)
     spread = (variance + eps).sqrt()
     # The kernel divides by the standard deviation, as the weight multiplies by it.
     found = torch.ops.aten.native_batch_norm_backward(
@@ -54,7 +55,3 @@ def _through_statistics(given: Tensor, eps: float, gradient: Tensor) -> Tensor:
     )[0]
     assert isinstance(found, Tensor)
     return found
-
-
-def _full(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -72,7 +72,7 @@ class Recorder:
         gradients: what is read keeps its gradient, as far as gradients are enabled.
 
     Raises:
-        InputError: if a site is not reached, or a response is not finite.
+        InputError: if a site is not reached.
     """
 
     def __init__(

@@ -123,7 +123,7 @@ def test_networks_of_the_package_are_found_by_name(monkeypatch: pytest.MonkeyPat
     asked: list[str] = []
     path = assembly.pretrained_path()
 
-    def found(name: str) -> Path:
+    def found(name: str = "resnet32_cifar10") -> Path:
         asked.append(name)
         return path
 
