@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from freqprune.errors import InputError
 from freqprune.training.augment import random_crop_flip
 from freqprune.training.loading import make_loader
+from freqprune.training.resizing import ProgressiveResizing
 from freqprune.training.sources import (
     CIFAR10_MEAN,
     CIFAR10_STD,
@@ -52,6 +53,8 @@ class ImageData(pl.LightningDataModule, ABC):
             flip, those of whole batches at the end.
         eval_size: validation, test and tags see the middle so many pixels of an image, where `transforms` cut training
             images out of the whole; all of it if left out.
+        progressive_resizing: fields of `ProgressiveResizing`: training images are small at first; as they are from the
+            start if left out.
         num_workers: processes that read batches; if left out, one a core where images have to be decoded or
             `transforms` are to be done, none elsewhere.
         limit_train: use the first so many images of the training split only, e.g. for a quick trial.
@@ -69,6 +72,7 @@ class ImageData(pl.LightningDataModule, ABC):
         flip: bool = True,
         transforms: Sequence[Any] | None = None,
         eval_size: int | None = None,
+        progressive_resizing: Mapping[str, Any] | None = None,
         num_workers: int | None = None,
         limit_train: int | None = None,
         limit_test: int | None = None,
@@ -96,6 +100,7 @@ class ImageData(pl.LightningDataModule, ABC):
         self.flip = flip
         self.limit_train, self.limit_test = limit_train, limit_test
         self.transforms, self.eval_size, self.num_workers = Transforms(transforms), eval_size, num_workers
+        self.progressive_resizing = ProgressiveResizing.of(progressive_resizing)
         self.train: Images | None = None
         self.val: Images | None = None
         self.test: Images | None = None
@@ -198,7 +203,11 @@ class ImageData(pl.LightningDataModule, ABC):
             return self.normalize(pixels), labels
         generator, share = self._epoch_generator(self.trainer), (self.trainer.global_rank, self.trainer.world_size)
         pixels = self.normalize(random_crop_flip(pixels, self.crop_padding, self.flip, generator, share))
-        return self.transforms.mix(pixels, labels, generator, share) if self.transforms.mixing else (pixels, labels)
+        if self.transforms.mixing:
+            pixels, labels = self.transforms.mix(pixels, labels, generator, share)
+        if self.progressive_resizing is not None:
+            pixels = self.progressive_resizing(pixels, self.trainer.current_epoch, _epochs(self.trainer))
+        return pixels, labels
 
     def _epoch_generator(self, trainer: pl.Trainer) -> torch.Generator:
         """Randomness of the running epoch: it depends on the seed and the epoch only, so that a resumed run goes on as
@@ -225,6 +234,15 @@ class ImageData(pl.LightningDataModule, ABC):
 
     def test_dataloader(self) -> DataLoader[Any]:
         return self._loader("test", shuffle=False)
+
+
+def _epochs(trainer: pl.Trainer) -> int:
+    """Epochs that training images grow over."""
+    if trainer.max_epochs is None or trainer.max_epochs < 0:
+        raise InputError(
+            "data.progressive_resizing grows images over the epochs of the training: say how many, trainer.max_epochs"
+        )
+    return trainer.max_epochs
 
 
 class CIFAR10Data(ImageData):
