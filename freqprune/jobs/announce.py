@@ -67,7 +67,7 @@ def announce_training(
         if trainer.world_size > 1 or settings.common.compile or trainer.limit_train_batches != 1.0:
             return Forecast()
         found = _pace(settings, net, data, device, trains=True, context=trainer.precision_plugin.forward_context)
-        stages = of_training(found, settings, data, todo)
+        stages = of_training(found, settings, data, todo, done)
         if cut is not None:
             stages |= of_pruning(found, settings, data, cut)
         return Forecast(stages)

@@ -100,7 +100,7 @@ def of_tags(pace: Pace, stimulus: Stimulus, readout: Readout, n_images: int) -> 
     return pace.forward.times(n_images * n_frames).times(*FRAME)
 
 
-def of_epochs(pace: Pace, data: ImageData, epochs: int, cheapest: float = 1.0) -> Span | None:
+def of_epochs(pace: Pace, data: ImageData, epochs: int, cheapest: float = 1.0, done: int = 0) -> Span | None:
     """Seconds of so many epochs of training, each with its validation.
 
     Args:
@@ -108,11 +108,14 @@ def of_epochs(pace: Pace, data: ImageData, epochs: int, cheapest: float = 1.0) -
         data: its images.
         epochs: how many.
         cheapest: share of its time that the network may take, if it was cut.
+        done: epochs before these, of the same training.
     """
     if pace.step is None:
         return None
     n_train, n_val = len(data.split("train")), len(data.split("val")) if data.validates else 0
-    an_epoch = pace.step.times(n_train) + (pace.forward + pace.read).times(n_val)
+    resizing, (height, width) = data.progressive_resizing, data.split("train").pixels.shape[-2:]
+    size = 1.0 if resizing is None else resizing.cost(done + epochs, height, width, done)
+    an_epoch = pace.step.times(n_train * size) + (pace.forward + pace.read).times(n_val)
     return an_epoch.times(epochs * cheapest, epochs)
 
 
@@ -121,14 +124,16 @@ def of_test(pace: Pace, data: ImageData, times: int = 1) -> Span:
     return (pace.forward + pace.read).times(times * len(data.split("test")))
 
 
-def of_training(pace: Pace, settings: Settings, data: ImageData, epochs: int | None) -> dict[str, Span | None]:
-    """Seconds of the stages of a training that has so many epochs to go; None: nobody knows how many."""
+def of_training(
+    pace: Pace, settings: Settings, data: ImageData, epochs: int | None, done: int = 0
+) -> dict[str, Span | None]:
+    """Seconds of the stages of a training that has so many epochs to go, and some done; None: nobody knows how many."""
     showing = settings.showing
     every = showing.every_n_epochs
     tagged = epochs // every if epochs is not None and every else 0
     n_images = min(showing.epoch_images, len(data.split("val")))
     return {
-        "training": None if epochs is None else of_epochs(pace, data, epochs),
+        "training": None if epochs is None else of_epochs(pace, data, epochs, done=done),
         **({"tags": of_tags(pace, settings.stimulus, settings.readout, tagged * n_images)} if tagged else {}),
         "test and report": of_test(pace, data) + TRAINING_PAGES,
     }

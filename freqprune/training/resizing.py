@@ -14,13 +14,13 @@ from freqprune.errors import InputError, check_fields
 
 @dataclass(frozen=True)
 class ProgressiveResizing:
-    """Progressive resizing (Howard 2018, fast.ai), with the settings of MosaicML's Composer: training images are small at
-    first and grow. A convolution of images half as high and wide costs a quarter.
+    """Progressive resizing (Howard 2018, fast.ai), with the settings of MosaicML's Composer: training images are small
+    at first and grow. A convolution of images half as high and wide costs a quarter.
 
     Args:
         initial_scale: side of the first images over their own.
         delay_fraction: share of the epochs that it stays so; then sides grow linearly.
-        finetune_fraction: share of the epochs, the last, with images as they are.
+        finetune_fraction: share of the epochs, the last, with images as they are; the very last one is so in any case.
         size_increment: sides are multiples of so many pixels, or their own.
 
     Raises:
@@ -69,7 +69,7 @@ class ProgressiveResizing:
         """
         # Whole epochs stay whole: 0.7 * 10 is a little less than 7.
         start, end = (round(share * epochs, 6) for share in (self.delay_fraction, 1 - self.finetune_fraction))
-        if epoch >= end:
+        if epoch >= min(end, epochs - 1):
             return 1.0
         if epoch <= start:
             return self.initial_scale
@@ -84,14 +84,14 @@ class ProgressiveResizing:
 
         return (height, width) if scale == 1 else (side(height), side(width))
 
-    def cost(self, epochs: int, height: int, width: int) -> float:
-        """Pixels of all epochs over those of as many with images as they are.
+    def cost(self, epochs: int, height: int, width: int, first: int = 0) -> float:
+        """Pixels of the epochs from `first` on over those of as many with images as they are.
 
         >>> ProgressiveResizing().cost(10, 32, 32)
         0.465625
         """
-        sides = [self.sides(epoch, epochs, height, width) for epoch in range(epochs)]
-        return sum(h * w for h, w in sides) / max(1, epochs * height * width)
+        sides = [self.sides(epoch, epochs, height, width) for epoch in range(first, epochs)]
+        return sum(h * w for h, w in sides) / max(1, len(sides) * height * width)
 
     def __call__(self, images: Tensor, epoch: int, epochs: int) -> Tensor:
         """Resize a batch ``(n_images, n_channels, height, width)`` of floats: bilinear, antialiased."""

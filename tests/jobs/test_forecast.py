@@ -17,6 +17,7 @@ from freqprune.jobs.settings import Settings, read
 from freqprune.networks import build_model
 from freqprune.pruning import Amount, Plan, Recipe, plan_cut
 from freqprune.training import DigitsData, Optimization
+from freqprune.training.resizing import ProgressiveResizing
 from tests.jobs.test_jobs import config
 
 # Of one image: a second forward, three a step, half a second to read.
@@ -50,6 +51,15 @@ def test_training_is_epochs_times_images(data: DigitsData, tmp_path: Path) -> No
     assert of_training(KNOWN, settings(tmp_path, "tagging.spatial=map"), data, 1)["tags"] is None
     assert "tags" not in of_training(KNOWN, settings(tmp_path, "tagging.every_n_epochs=0"), data, 5)
     assert of_training(KNOWN, given, data, None)["training"] is None
+
+
+def test_small_images_cost_less(data: DigitsData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "progressive_resizing", ProgressiveResizing(0.5, 0.5, 0.5))
+    given, n_val = settings(tmp_path, "tagging.every_n_epochs=0"), len(data.split("val"))
+    for done, size in ((0, 0.625), (2, 1.0), (1, 0.75)):
+        found = of_training(KNOWN, given, data, 4 - done, done)["training"]
+        assert found is not None
+        assert found.low == pytest.approx((4 - done) * (96 * 3 * size + n_val * 1.5))
 
 
 def test_a_cut_is_counted_or_left_out(data: DigitsData, planned: tuple[Plan, list[str]], tmp_path: Path) -> None:
