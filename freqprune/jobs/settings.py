@@ -67,9 +67,10 @@ class Course:
 
 @dataclass(frozen=True)
 class Epochs:
-    """How long a cut network is fine-tuned."""
+    """How long a cut network is fine-tuned, and from which weights: its own, or such as are drawn anew."""
 
     epochs: int
+    from_scratch: bool = False
 
     def __post_init__(self) -> None:
         at_least(0, epochs=self.epochs)
@@ -113,6 +114,7 @@ class Settings:
     finetune: Optimization
     distillation: Distillation
     finetune_epochs: int
+    from_scratch: bool
     latency: Latency
     exports: Exports
     data: dict[str, Any]
@@ -165,6 +167,7 @@ def read(cfg: DictConfig) -> Settings:
             "batch "
             "norms itself; use bn_when=auto or bn_when=after"
         )
+    tuned = _build(Epochs, "finetune", values)
     return Settings(
         common=read_common(cfg),
         stimulus=stimulus,
@@ -178,7 +181,8 @@ def read(cfg: DictConfig) -> Settings:
         tag_loss=_build(TagLoss, "tag_loss", values, stimulus=stimulus, where=readout.where),
         finetune=_build(Optimization, "finetune", values),
         distillation=_build(Distillation, "finetune", values),
-        finetune_epochs=_build(Epochs, "finetune", values).epochs,
+        finetune_epochs=tuned.epochs,
+        from_scratch=tuned.from_scratch,
         latency=_build(Latency, "latency", values),
         exports=_build(Exports, "export", values),
         **{name: values[name] for name in FREE},

@@ -31,6 +31,7 @@ from freqprune.processes import from_first
 from freqprune.pruning import Kept, Material, Recipe, Verdict, cut, plan_cut, recalibrate_batch_norm, step_amount
 from freqprune.reports import record, run_figures, save, show, tables, write_page
 from freqprune.tagging import TagResponse, find_folds, in_sight
+from freqprune.tagging.controls import untrained
 from freqprune.training import Classifier, ImageData
 
 
@@ -51,6 +52,11 @@ class Run:
         """Batch sizes to time."""
         recipe = self.settings.recipe
         return self.settings.latency.sizes(recipe is not None and recipe.amount.by_time)
+
+    @property
+    def trained(self) -> str:
+        """Stage that the training of the cut network ends with."""
+        return "from_scratch" if self.settings.from_scratch else "finetuned"
 
     def measure(self, stage: str, net: nn.Module) -> None:
         """Cost and test accuracy of a stage."""
@@ -178,8 +184,8 @@ class Run:
             self.write(small)
         if self.settings.finetune_epochs:
             small = self._finetune(small, net, self.settings.finetune_epochs, "finetune", ckpt_path)
-            self.metrics["finetuned"] = {"test_accuracy": trainers.accuracy_of(self.settings, small, self.data)}
-            log_stage(self.logger, "finetuned", self.metrics["finetuned"])
+            self.metrics[self.trained] = {"test_accuracy": trainers.accuracy_of(self.settings, small, self.data)}
+            log_stage(self.logger, self.trained, self.metrics[self.trained])
             self.write(small)
         self._deploy(net, small)
         return small
@@ -220,7 +226,7 @@ class Run:
         small = load_pruned(pruned).to(self.device).to(memory_format=torch.channels_last)
         self.kept = load_network(pruned).kept
         last = folder / "finetune" / "checkpoints" / "last.ckpt"
-        if "finetuned" in self.metrics:
+        if self.trained in self.metrics:
             if self.first:
                 show(f"{folder} is complete; its fine-tuning is not repeated")
             if "exports" not in self.metrics:
@@ -284,6 +290,9 @@ class Run:
         # A network without some blocks is no longer what its config builds.
         own = hasattr(type(small), "config") and not dropped_blocks(small)
         config = getattr(small, "config", None) if own else None
+        anew = self.settings.from_scratch and name == "finetune"
+        if anew and not config:
+            small = untrained(small, self.settings.common.seed)
         classifier = Classifier(
             dict(config) if config else small,
             num_classes=len(self.data.classes),
@@ -293,7 +302,8 @@ class Run:
             **asdict(self.settings.finetune),
             **asdict(self.settings.distillation),
         )
-        classifier.net.load_state_dict(small.state_dict())
+        if not anew:
+            classifier.net.load_state_dict(small.state_dict())
         trainer = trainers.make_trainer(self.settings, self.out / name, [], epochs)
         dense = (
             ""

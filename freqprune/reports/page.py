@@ -212,6 +212,9 @@ def _what_was_done(settings: Mapping[str, Any], metrics: Mapping[str, Any]) -> l
         ]
     if "finetuned" in metrics:
         done.append(f"The smaller network was fine-tuned for {_count(settings['finetune']['epochs'], 'epoch')}.")
+    if "from_scratch" in metrics:
+        epochs = _count(settings["finetune"]["epochs"], "epoch")
+        done.append(f"One of the same widths was trained from scratch for {epochs}.")
     return done
 
 

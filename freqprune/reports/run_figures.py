@@ -165,7 +165,7 @@ def accuracy_over_cut(lines: Mapping[str, Sequence[Mapping[str, tuple[float, flo
     Args:
         lines: for each method its points: mean and standard deviation (NaN for a single run) by name, in per cent:
             ``cut`` or ``time_cut``, ``dense``, and ``pruned``, ``recalibrated`` (which then stands for ``pruned``) or
-            ``finetuned``.
+            ``finetuned`` (or, in its place, ``from_scratch``).
         over: ``"cut"`` or ``"time_cut"``.
     """
 
@@ -173,7 +173,7 @@ def accuracy_over_cut(lines: Mapping[str, Sequence[Mapping[str, tuple[float, flo
         return point.get("recalibrated", point.get("pruned"))
 
     def after(point: Mapping[str, tuple[float, float]]) -> tuple[float, float] | None:
-        return point.get("finetuned")
+        return point.get("finetuned", point.get("from_scratch"))
 
     everything = [point for points in lines.values() for point in points]
     panels = [

@@ -16,7 +16,7 @@ from torch import Tensor
 from freqprune.pruning import Verdict
 from freqprune.tagging import TagResponse
 
-STAGES = ("dense", "pruned", "recalibrated", "finetuned", "folded", "onnx", "int8")
+STAGES = ("dense", "pruned", "recalibrated", "finetuned", "from_scratch", "folded", "onnx", "int8")
 
 
 def percentages(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -578,6 +578,32 @@ def test_everything_at_once(trained: tuple[Path, dict[str, Any]], tmp_path: Path
     torch.testing.assert_close(net.state_dict(), objects["net"].state_dict())
 
 
+@pytest.mark.parametrize("blocks", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_same_widths_are_trained_from_scratch(
+    blocks: bool, trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    ckpt = trained[0] / "checkpoints" / "last.ckpt"
+    # A rate at which no weight moves: what was drawn is what is left.
+    still = ("finetune.from_scratch=true", "finetune.epochs=1", "finetune.lr=1e-20", "finetune.momentum=0.9")
+    more = ("importance=logit_error", "pruning.blocks=true", "pruning.macs_cut=0.6", "pruning.measured_images=16")
+    cut = more if blocks else ("importance=l2", "pruning.ratio=0.5")
+    metrics, objects = prune(config("prune", tmp_path, f"ckpt={ckpt}", *cut, *still))
+    assert "from_scratch" in metrics
+    assert "finetuned" not in metrics
+    assert ("dropped_blocks" in metrics) is blocks
+    assert "trained from scratch for 1 epoch" in (tmp_path / "report.html").read_text()
+    dense, net = load_network(ckpt).net.state_dict(), objects["net"]
+    kept = objects["kept"]["layer3.0.conv1"] if "layer3.0.conv1" in objects["kept"] else slice(None)
+    drawn, cut_out = net.get_submodule("layer3.0.conv1").weight, dense["layer3.0.conv1.weight"][kept]
+    assert drawn.shape == cut_out.shape
+    assert torch.corrcoef(torch.stack([drawn.flatten(), cut_out.flatten()]))[0, 1].abs() < 0.1
+    assert torch.equal(net.bn1.weight, torch.ones(16))
+    if not blocks:
+        # As a training of this network would begin: drawn by the seed, in the network's own way.
+        assert drawn.std().item() == pytest.approx((2 / (9 * drawn.shape[1])) ** 0.5, rel=0.05)
+    torch.testing.assert_close(load_pruned(tmp_path / "pruned.ckpt").state_dict(), net.state_dict())
+
+
 @pytest.mark.slow
 def test_blocks_go_and_the_rest_is_fine_tuned(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     ckpt = trained[0] / "checkpoints" / "last.ckpt"
