@@ -14,6 +14,7 @@ from torch import nn
 from freqprune.jobs import assembly, trainers
 from freqprune.jobs.announce import announce_pruning
 from freqprune.jobs.config import check_pruning
+from freqprune.jobs.finetuning import check_anew
 from freqprune.jobs.launch import in_all_processes
 from freqprune.jobs.outputs import explore_cut, name_of, plan_of, tell, write_response
 from freqprune.jobs.settings import Settings, read
@@ -70,6 +71,8 @@ def _pruned(
     net = net.to(device).to(memory_format=torch.channels_last).eval()
     run = Run(settings, data, device, first)
     planned = None if settings.recipe is None else plan_cut(net, run.example, settings.recipe)
+    if planned and settings.from_scratch:
+        check_anew(net)
     if settings.common.resume is not None:
         return run.go_on(net, Path(settings.common.resume))
     # After a training it was said before that.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.jobs import assembly, trainers
+from freqprune.jobs.finetuning import LAST, finetune
 from freqprune.jobs.loggers import log_results, log_stage, make_logger
 from freqprune.jobs.outputs import explore_cut, name_of, tell
 from freqprune.jobs.settings import Settings
 from freqprune.networks import (
     OnnxModule,
     cost,
-    dropped_blocks,
     export,
     fold_norms,
     latency_ms,
@@ -31,8 +31,7 @@ from freqprune.processes import from_first
 from freqprune.pruning import Kept, Material, Recipe, Verdict, cut, plan_cut, recalibrate_batch_norm, step_amount
 from freqprune.reports import record, run_figures, save, show, tables, write_page
 from freqprune.tagging import TagResponse, find_folds, in_sight
-from freqprune.tagging.controls import untrained
-from freqprune.training import Classifier, ImageData
+from freqprune.training import ImageData
 
 
 class Run:
@@ -155,7 +154,9 @@ class Run:
             if step + 1 < n_steps:
                 self._recalibrate(small)
                 if self.settings.course.step_epochs:
-                    small = self._finetune(small, net, self.settings.course.step_epochs, f"step{step + 1}")
+                    small = finetune(
+                        self.settings, self.data, small, net, self.settings.course.step_epochs, f"step{step + 1}"
+                    )
         stages = {"pruned": small}
         if self.settings.exports.fold:
             stages["folded"] = self._folded(small)
@@ -183,7 +184,8 @@ class Run:
             log_stage(self.logger, "recalibrated", self.metrics["recalibrated"])
             self.write(small)
         if self.settings.finetune_epochs:
-            small = self._finetune(small, net, self.settings.finetune_epochs, "finetune", ckpt_path)
+            epochs, anew = self.settings.finetune_epochs, self.settings.from_scratch
+            small = finetune(self.settings, self.data, small, net, epochs, LAST, ckpt_path, anew)
             self.metrics[self.trained] = {"test_accuracy": trainers.accuracy_of(self.settings, small, self.data)}
             log_stage(self.logger, self.trained, self.metrics[self.trained])
             self.write(small)
@@ -225,7 +227,7 @@ class Run:
         self.metrics = record.read_json(metrics)
         small = load_pruned(pruned).to(self.device).to(memory_format=torch.channels_last)
         self.kept = load_network(pruned).kept
-        last = folder / "finetune" / "checkpoints" / "last.ckpt"
+        last = folder / LAST / "checkpoints" / "last.ckpt"
         if self.trained in self.metrics:
             if self.first:
                 show(f"{folder} is complete; its fine-tuning is not repeated")
@@ -281,43 +283,3 @@ class Run:
         shown = in_sight(chunks, "means and variances of the batch norms", assembly.bars())
         recalibrate_batch_norm(net, (self.data.normalize(chunk) for chunk in shown), self.device)
         return True
-
-    def _finetune(
-        self, small: nn.Module, teacher: nn.Module, epochs: int, name: str, ckpt_path: Path | None = None
-    ) -> nn.Module:
-        # The same order of images whether or not something was drawn before, as after a resume.
-        assembly.seed(self.settings.common)
-        # A network without some blocks is no longer what its config builds.
-        own = hasattr(type(small), "config") and not dropped_blocks(small)
-        config = getattr(small, "config", None) if own else None
-        anew = self.settings.from_scratch and name == "finetune"
-        if anew and not config:
-            small = untrained(small, self.settings.common.seed)
-        classifier = Classifier(
-            dict(config) if config else small,
-            num_classes=len(self.data.classes),
-            normalization=assembly.normalization_of(self.data),
-            classes=self.data.classes,
-            teacher=teacher,
-            **asdict(self.settings.finetune),
-            **asdict(self.settings.distillation),
-        )
-        if not anew:
-            classifier.net.load_state_dict(small.state_dict())
-        trainer = trainers.make_trainer(self.settings, self.out / name, [], epochs)
-        dense = (
-            ""
-            if self.settings.common.ckpt is not None or self.settings.common.pretrained
-            else f" ckpt={self.out / 'checkpoints' / 'last.ckpt'}"
-        )
-        resumable = (
-            f"; to go on: prune.py with the same settings and resume={self.out}{dense}" if name == "finetune" else ""
-        )
-        trainers.fit(
-            trainer,
-            classifier,
-            self.data,
-            None if ckpt_path is None else str(ckpt_path),
-            f"interrupted while fine-tuning{resumable}",
-        )
-        return classifier.net.eval()

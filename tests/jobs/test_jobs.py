@@ -17,6 +17,7 @@ import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+from torch import nn
 
 from freqprune import load_pruned
 from freqprune.errors import InputError
@@ -602,6 +603,22 @@ def test_the_same_widths_are_trained_from_scratch(
         # As a training of this network would begin: drawn by the seed, in the network's own way.
         assert drawn.std().item() == pytest.approx((2 / (9 * drawn.shape[1])) ** 0.5, rel=0.05)
     torch.testing.assert_close(load_pruned(tmp_path / "pruned.ckpt").state_dict(), net.state_dict())
+
+
+def test_weights_that_cannot_be_drawn_anew_are_refused_at_the_start(tmp_path: Path) -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+            self.net = build_model({"name": "resnet8"})
+
+        def forward(self, images: torch.Tensor) -> Any:
+            return self.net(images) * self.scale
+
+    cfg = config("prune", tmp_path, "importance=l2", "finetune.from_scratch=true", "model=auto")
+    with pytest.raises(InputError, match=r"finetune\.from_scratch cannot .* Own\) has weights but no reset_parameters"):
+        prune(cfg, Own())
+    assert not (tmp_path / "pruned.ckpt").exists()
 
 
 @pytest.mark.slow
