@@ -616,7 +616,9 @@ def test_weights_that_cannot_be_drawn_anew_are_refused_at_the_start(tmp_path: Pa
             return self.net(images) * self.scale
 
     cfg = config("prune", tmp_path, "importance=l2", "finetune.from_scratch=true", "model=auto")
-    with pytest.raises(InputError, match=r"finetune\.from_scratch cannot .* \(Own\) has weights but no reset_parameters"):
+    with pytest.raises(
+        InputError, match=r"finetune\.from_scratch cannot .* \(Own\) has weights but no reset_parameters"
+    ):
         prune(cfg, Own())
     assert not (tmp_path / "pruned.ckpt").exists()
 
