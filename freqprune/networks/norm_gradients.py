@@ -45,13 +45,12 @@ def _before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
 
 def _through_statistics(given: Tensor, eps: float, gradient: Tensor) -> Tensor:
-    dims = [dim for dim in range(given.dim()) if dim != 1]
     full = given.to(torch.promote_types(given.dtype, torch.float32))
-    variance, mean = torch.var_mean(full, dims, correction=0)
-    spread = (variance + eps).sqrt()
+    # The kernel of the norm itself: `torch.var_mean` takes six times as long on channels-last maps.
+    _, mean, inverse = torch.native_batch_norm(full, None, None, None, None, True, 0.0, eps)
     # The kernel divides by the standard deviation, as the weight multiplies by it.
     found = torch.ops.aten.native_batch_norm_backward(
-        gradient, given, spread, None, None, mean, spread.reciprocal(), True, eps, [True, False, False]
+        gradient, given, inverse.reciprocal(), None, None, mean, inverse, True, eps, [True, False, False]
     )[0]
     assert isinstance(found, Tensor)
     return found
