@@ -107,8 +107,11 @@ def trainer(devices: int, **more: Any) -> pl.Trainer:
 
 
 @pytest.mark.slow
-def test_callback_under_ddp_equals_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", [False, True], ids=["validation images", "images of one's own"])
+def test_callback_under_ddp_equals_one_process(own: bool, tmp_path: Path) -> None:
     found = []
+    # An odd number, dealt out to two.
+    given = {"images": images(), "n_images": 5} if own else {"n_images": 4}
     for devices in (1, 2):
         loader = DataLoader(TensorDataset(images()), batch_size=2)
         torch.set_num_threads(1)
@@ -117,7 +120,8 @@ def test_callback_under_ddp_equals_one_process(tmp_path: Path) -> None:
             max_epochs=1,
             use_distributed_sampler=True,
             limit_train_batches=1,
-            callbacks=[FrequencyTagging(n_images=4, network="net", folder=tmp_path / str(devices))],
+            limit_val_batches=0 if own else None,
+            callbacks=[FrequencyTagging(network="net", folder=tmp_path / str(devices), **given)],
         )
         run.fit(Shown(), loader, DataLoader(TensorDataset(images()), batch_size=2))
         with (tmp_path / str(devices) / "importance.csv").open() as file:
