@@ -100,6 +100,7 @@ def test_old_module_names_go_on_working(old: str) -> None:
         module.no_such_name  # noqa: B018
 
 
+@pytest.mark.slow
 def test_old_names_are_found_although_their_folders_lie_about(tmp_path: Path) -> None:
     (tmp_path / "freqprune" / "data" / "__pycache__").mkdir(parents=True)
     code = f"import freqprune; freqprune.__path__.append({str(tmp_path / 'freqprune')!r})\n"
@@ -108,6 +109,7 @@ def test_old_names_are_found_although_their_folders_lie_about(tmp_path: Path) ->
     assert done.stdout.strip() == "CIFAR10Data", done.stderr
 
 
+@pytest.mark.slow
 def test_sweeps_are_gathered_by_the_old_command_too(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "freqprune.sweeps", str(tmp_path / "none")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

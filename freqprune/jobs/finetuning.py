@@ -11,7 +11,7 @@ from freqprune.errors import InputError
 from freqprune.jobs import assembly, trainers
 from freqprune.jobs.settings import Settings
 from freqprune.networks import dropped_blocks
-from freqprune.tagging.controls import untrained
+from freqprune.tagging import untrained
 from freqprune.training import Classifier, ImageData
 
 # Folder of the fine-tuning that a run ends with; an interrupted one goes on from there.

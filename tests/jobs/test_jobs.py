@@ -212,6 +212,7 @@ def test_filters_csv_holds_every_filter_and_component(pruned: tuple[Path, dict[s
     assert row["noise_std"] == "0.02"
 
 
+@pytest.mark.slow
 def test_removes_the_filters_with_the_lowest_snr(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     ckpt = trained[0] / "checkpoints" / "last.ckpt"
     cfg = config(
@@ -520,6 +521,7 @@ def test_public_weights_reach_their_published_accuracy(public_weights: Path, cif
     assert response.snr("layer3.4.conv2", ["f1+f2"]).nanmedian() > 1.5
 
 
+@pytest.mark.slow
 def test_intermodulation_appears_with_the_first_nonlinearity(public_weights: Path, cifar10: Path) -> None:
     from freqprune.tagging.measurement import tag
     from freqprune.training.listed import ImageFolderData
@@ -644,6 +646,7 @@ def test_blocks_go_and_the_rest_is_fine_tuned(trained: tuple[Path, dict[str, Any
     assert isinstance(load_pruned(tmp_path / "b" / "pruned.ckpt").get_submodule(gone[0]), Shortcut)
 
 
+@pytest.mark.slow
 def test_a_cut_by_time_says_what_was_measured(
     trained: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -705,6 +708,7 @@ def test_interrupted_fine_tuning_goes_on_to_the_same_result(
         prune(config("prune", tmp_path / "none", *common, f"resume={tmp_path}"))
 
 
+@pytest.mark.slow
 def test_every_live_parameter_is_fine_tuned(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     seen: list[set[int]] = []
 

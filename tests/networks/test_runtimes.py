@@ -15,6 +15,7 @@ from freqprune.networks.runtimes import runner
 X = torch.rand(2, 3, 8, 8)
 
 
+@pytest.mark.slow
 def test_many_networks_of_one_class_are_all_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     # With the whole graph asked for, PyTorch raises where it would run eagerly.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
