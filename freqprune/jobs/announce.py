@@ -162,9 +162,9 @@ def _pace(
     step = None
     if trains:
         bare = pace.of_training(net, example, settings.optimizer, data.batch_size, **context)
-        step = bare.times(1 + settings.tag_loss.frames_a_step / data.batch_size) + reading
+        step = bare.times(1 + settings.tag_loss.frames_a_step / data.batch_size)
     forward = pace.of_forward(copy.deepcopy(net).to(device).to(memory_format=torch.channels_last), example)
-    return Pace(forward, step, read, pace.of_inversion())
+    return Pace(forward, step, read, pace.of_inversion(), reading)
 
 
 def _about(net: nn.Module, data: ImageData) -> str:
@@ -204,6 +204,8 @@ def _cut_in_words(settings: Settings) -> str:
     made_up = "" if recipe.compensation == "none" else f", made up for by {recipe.compensation.replace('_', ' ')}"
     made_up = made_up.replace("by sequential", "in sequence")
     tuned = f"; fine-tune {_many(settings.finetune_epochs, 'epoch')}" if settings.finetune_epochs else ""
+    if settings.from_scratch:
+        tuned = tuned.replace("fine-tune", "train the same widths from scratch for")
     return f"cut {how_much} by {recipe.criterion}{steps}{made_up}{tuned}"
 
 

@@ -14,7 +14,7 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from pytorch_lightning.utilities import rank_zero_only
-from torch import nn
+from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.jobs.config import Common
@@ -209,3 +209,22 @@ def check_match(net: nn.Module, data: ImageData, stored: Stored) -> None:
             len(other), len(data.classes), *other[0],
         )  # fmt: skip
     check_answers(net, data.normalize(data.pixels("val", 1)).to(device_of(net)))
+
+
+def check_sizes(net: nn.Module, data: ImageData, example: Tensor) -> None:
+    """Run a network on images as they are and in the least size that is trained on.
+
+    Raises:
+        InputError: if it does not run on one of them.
+    """
+    check_answers(net, example)
+    small = data.smallest(example)
+    if small.shape == example.shape:
+        return
+    try:
+        check_answers(net, small)
+    except InputError as error:
+        raise InputError(
+            f"data.progressive_resizing begins with images of {' x '.join(map(str, small.shape[-2:]))}: {error}; raise "
+            "initial_scale, or leave progressive_resizing out for networks of one size"
+        ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from freqprune.networks import dropped_blocks
 from freqprune.tagging import untrained
 from freqprune.training import Classifier, ImageData
 
-# Folder of the fine-tuning that a run ends with; an interrupted one goes on from there.
-LAST = "finetune"
+FINETUNED, FROM_SCRATCH = "finetuned", "from_scratch"
+# Folder of the training that a run ends with, by its stage; an interrupted one goes on from there.
+FOLDERS = {FINETUNED: "finetune", FROM_SCRATCH: "from_scratch"}
 
 
 def check_anew(net: nn.Module) -> None:
@@ -39,7 +41,6 @@ def finetune(
     epochs: int,
     name: str,
     ckpt_path: Path | None = None,
-    anew: bool = False,
 ) -> nn.Module:
     """Train a cut network.
 
@@ -49,26 +50,29 @@ def finetune(
         small: the cut network.
         teacher: the dense one, to learn from if the settings say so.
         epochs: how many.
-        name: folder in that of the run.
+        name: folder in that of the run; that of `FROM_SCRATCH` begins with weights drawn by the seed instead of those
+            of the cut: as networks of this package draw them, in others as PyTorch's layers do.
         ckpt_path: checkpoint of this training to go on from.
-        anew: from weights drawn by the seed, as the network itself draws them, not from those of the cut.
 
     Returns:
         The trained network, in eval mode.
     """
     # The same order of images whether or not something was drawn before, as after a resume.
     assembly.seed(settings.common)
-    # A network without some blocks is no longer what its config builds.
-    own = hasattr(type(small), "config") and not dropped_blocks(small)
-    config = getattr(small, "config", None) if own else None
-    if anew and not config:
+    anew = name == FOLDERS[FROM_SCRATCH]
+    gone = dropped_blocks(small)
+    config = getattr(small, "config", None) if hasattr(type(small), "config") else None
+    # A network without some blocks is no longer what its config builds: only weights drawn anew are built once more.
+    rebuilt = config is not None and (anew or not gone)
+    if anew and not rebuilt:
         small = untrained(small, settings.common.seed)
     classifier = Classifier(
-        dict(config) if config else small,
+        dict(config) if config is not None and rebuilt else small,
         num_classes=len(data.classes),
         normalization=assembly.normalization_of(data),
         classes=data.classes,
         teacher=teacher,
+        blocks=gone if rebuilt else None,
         **asdict(settings.finetune),
         **asdict(settings.distillation),
     )
@@ -77,7 +81,14 @@ def finetune(
     trainer = trainers.make_trainer(settings, settings.out / name, [], epochs)
     stored = settings.common.ckpt is not None or settings.common.pretrained
     dense = "" if stored else f" ckpt={settings.out / 'checkpoints' / 'last.ckpt'}"
-    resumable = f"; to go on: prune.py with the same settings and resume={settings.out}{dense}" if name == LAST else ""
+    resumable = (
+        f"; to go on: prune.py with the same settings and resume={settings.out}{dense}"
+        if name in FOLDERS.values()
+        else ""
+    )
     start = None if ckpt_path is None else str(ckpt_path)
-    trainers.fit(trainer, classifier, data, start, f"interrupted while fine-tuning{resumable}")
+    doing = "training from scratch" if anew else "fine-tuning"
+    # Only weights drawn at random may see small images first.
+    with nullcontext() if anew else data.whole():
+        trainers.fit(trainer, classifier, data, start, f"interrupted while {doing}{resumable}")
     return classifier.net.eval()

@@ -100,7 +100,9 @@ def of_tags(pace: Pace, stimulus: Stimulus, readout: Readout, n_images: int) -> 
     return pace.forward.times(n_images * n_frames).times(*FRAME)
 
 
-def of_epochs(pace: Pace, data: ImageData, epochs: int, cheapest: float = 1.0, done: int = 0) -> Span | None:
+def of_epochs(
+    pace: Pace, data: ImageData, epochs: int, cheapest: float = 1.0, done: int = 0, whole: bool = False
+) -> Span | None:
     """Seconds of so many epochs of training, each with its validation.
 
     Args:
@@ -109,13 +111,14 @@ def of_epochs(pace: Pace, data: ImageData, epochs: int, cheapest: float = 1.0, d
         epochs: how many.
         cheapest: share of its time that the network may take, if it was cut.
         done: epochs before these, of the same training.
+        whole: all of them with images as they are.
     """
     if pace.step is None:
         return None
     n_train, n_val = len(data.split("train")), len(data.split("val")) if data.validates else 0
     resizing, (height, width) = data.progressive_resizing, data.split("train").pixels.shape[-2:]
-    size = 1.0 if resizing is None else resizing.cost(done + epochs, height, width, done)
-    an_epoch = pace.step.times(n_train * size) + (pace.forward + pace.read).times(n_val)
+    size = 1.0 if resizing is None or whole else resizing.cost(done + epochs, height, width, done)
+    an_epoch = pace.step.times(n_train * size) + pace.fed.times(n_train) + (pace.forward + pace.read).times(n_val)
     return an_epoch.times(epochs * cheapest, epochs)
 
 
@@ -164,12 +167,15 @@ def of_pruning(
         found["cut"] = None if one is None else one.times(1, course.steps)
         left = settings.recipe.amount.macs_cut
         cheapest = WITHOUT_AMOUNT if left is None else 1 - left
-        epochs = settings.finetune_epochs + course.step_epochs * (course.steps - 1)
+        last, before = settings.finetune_epochs, course.step_epochs * (course.steps - 1)
+        epochs = last + before
         if epochs:
-            tuned = of_epochs(pace, data, epochs, cheapest)
+            tuned = of_epochs(pace, data, last, cheapest, whole=not settings.from_scratch)
+            steps = of_epochs(pace, data, before, cheapest, whole=True)
+            tuned = None if tuned is None or steps is None else tuned + steps
             if tuned is not None and settings.distillation.distill:
                 tuned = tuned + pace.forward.times(epochs * len(data.split("train")))
-            found["fine-tuning"] = tuned
+            found["training from scratch" if settings.from_scratch else "fine-tuning"] = tuned
         n_tests += bool(course.bn_images) + bool(settings.finetune_epochs)
     found["tests and report"] = of_test(pace, data, n_tests) + pace.forward.times(timed) + PRUNING_PAGES
     return found

@@ -56,15 +56,17 @@ class Pace:
 
     Attributes:
         forward: through the network, in a batch.
-        step: of a training step, with reading; None where nothing is trained.
+        step: of a training step; None where nothing is trained.
         read: until a test image is at hand.
         inversion: of a matrix, over the cube of its rows.
+        fed: until a training image is at hand.
     """
 
     forward: Span
     step: Span | None = None
     read: Span = NOTHING
     inversion: Span = NOTHING
+    fed: Span = NOTHING
 
 
 def of_forward(net: nn.Module, example: Tensor, most: int = 64) -> Span:

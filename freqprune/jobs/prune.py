@@ -73,6 +73,7 @@ def _pruned(
     planned = None if settings.recipe is None else plan_cut(net, run.example, settings.recipe)
     if planned and settings.from_scratch:
         check_anew(net)
+        assembly.check_sizes(net, data, run.example)
     if settings.common.resume is not None:
         return run.go_on(net, Path(settings.common.resume))
     # After a training it was said before that.

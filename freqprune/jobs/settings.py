@@ -74,6 +74,8 @@ class Epochs:
 
     def __post_init__(self) -> None:
         at_least(0, epochs=self.epochs)
+        if self.from_scratch and not self.epochs:
+            raise InputError("from_scratch trains for finetune.epochs, got 0: say how many")
 
 
 # The classes whose fields are the keys of a section.
@@ -168,6 +170,10 @@ def read(cfg: DictConfig) -> Settings:
             "norms itself; use bn_when=auto or bn_when=after"
         )
     tuned = _build(Epochs, "finetune", values)
+    if tuned.from_scratch and recipe is None:
+        raise InputError(
+            "finetune.from_scratch trains the widths of a cut, and pruning=none cuts nothing; cut, or train"
+        )
     return Settings(
         common=read_common(cfg),
         stimulus=stimulus,

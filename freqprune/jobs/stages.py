@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.jobs import assembly, trainers
-from freqprune.jobs.finetuning import LAST, finetune
+from freqprune.jobs.finetuning import FINETUNED, FOLDERS, FROM_SCRATCH, finetune
 from freqprune.jobs.loggers import log_results, log_stage, make_logger
 from freqprune.jobs.outputs import explore_cut, name_of, tell
 from freqprune.jobs.settings import Settings
@@ -55,7 +55,7 @@ class Run:
     @property
     def trained(self) -> str:
         """Stage that the training of the cut network ends with."""
-        return "from_scratch" if self.settings.from_scratch else "finetuned"
+        return FROM_SCRATCH if self.settings.from_scratch else FINETUNED
 
     def measure(self, stage: str, net: nn.Module) -> None:
         """Cost and test accuracy of a stage."""
@@ -184,8 +184,8 @@ class Run:
             log_stage(self.logger, "recalibrated", self.metrics["recalibrated"])
             self.write(small)
         if self.settings.finetune_epochs:
-            epochs, anew = self.settings.finetune_epochs, self.settings.from_scratch
-            small = finetune(self.settings, self.data, small, net, epochs, LAST, ckpt_path, anew)
+            folder, epochs = FOLDERS[self.trained], self.settings.finetune_epochs
+            small = finetune(self.settings, self.data, small, net, epochs, folder, ckpt_path)
             self.metrics[self.trained] = {"test_accuracy": trainers.accuracy_of(self.settings, small, self.data)}
             log_stage(self.logger, self.trained, self.metrics[self.trained])
             self.write(small)
@@ -227,10 +227,17 @@ class Run:
         self.metrics = record.read_json(metrics)
         small = load_pruned(pruned).to(self.device).to(memory_format=torch.channels_last)
         self.kept = load_network(pruned).kept
-        last = folder / LAST / "checkpoints" / "last.ckpt"
+        last = folder / FOLDERS[self.trained] / "checkpoints" / "last.ckpt"
+        other = FINETUNED if self.settings.from_scratch else FROM_SCRATCH
+        if other in self.metrics or (folder / FOLDERS[other]).exists():
+            # Its pruned.ckpt holds the weights of that training by now.
+            raise InputError(
+                f"resume = {folder} is a run with finetune.from_scratch={str(not self.settings.from_scratch).lower()}; "
+                "go on with that, or compare in a run of its own"
+            )
         if self.trained in self.metrics:
             if self.first:
-                show(f"{folder} is complete; its fine-tuning is not repeated")
+                show(f"{folder} is complete; its training is not repeated")
             if "exports" not in self.metrics:
                 self._deploy(net, small)
         else:

@@ -17,11 +17,12 @@ from freqprune.jobs import assembly, trainers
 from freqprune.jobs.advice import advise
 from freqprune.jobs.announce import announce_training
 from freqprune.jobs.config import check_training
+from freqprune.jobs.finetuning import check_anew
 from freqprune.jobs.launch import world_size
 from freqprune.jobs.loggers import log_results
 from freqprune.jobs.outputs import explore_training, figures_of_training, training_criterion
 from freqprune.jobs.settings import Settings, read
-from freqprune.networks import check_answers, check_resumable, device_of
+from freqprune.networks import check_resumable, device_of
 from freqprune.pruning import plan_cut
 from freqprune.reports import record, show, show_folder, write_page
 from freqprune.tagging import TagLoss, pick_layers
@@ -71,12 +72,15 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         **asdict(settings.optimizer),
     )
     example = data.normalize(data.pixels("val", 1))
-    check_answers(classifier.net, example)
+    assembly.check_sizes(classifier.net, data, example)
     if classifier.tag_loss is not None:
         classifier.tag_loss.check(classifier.net, example)
+        classifier.tag_loss.check(classifier.net, data.smallest(example))
     cut = None
     if settings.recipe is not None:
         cut = plan_cut(classifier.net, example, settings.recipe)
+        if settings.from_scratch:
+            check_anew(classifier.net)
     pick_layers(classifier.net, settings.readout.layers)
     tagging = _tagging(settings, data)
     trainer = trainers.make_trainer(settings, out, [tagging])

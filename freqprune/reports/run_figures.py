@@ -176,9 +176,11 @@ def accuracy_over_cut(lines: Mapping[str, Sequence[Mapping[str, tuple[float, flo
         return point.get("finetuned", point.get("from_scratch"))
 
     everything = [point for points in lines.values() for point in points]
+    ways = [way for way in ("finetuned", "from_scratch") if any(way in point for point in everything)]
+    trained = " or ".join(ways).replace("finetuned", "fine-tuned").replace("_", " ")
     panels = [
         (pick, title)
-        for pick, title in ((before, "before fine-tuning"), (after, "fine-tuned"))
+        for pick, title in ((before, "before fine-tuning"), (after, trained))
         if any(pick(point) for point in everything)
     ]
     n_rows = math.ceil(len(lines) / 2)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class ImageData(pl.LightningDataModule, ABC):
         eval_size: validation, test and tags see the middle so many pixels of an image, where `transforms` cut training
             images out of the whole; all of it if left out.
         progressive_resizing: fields of `ProgressiveResizing`: training images are small at first; as they are from the
-            start if left out.
+            start if left out. See `whole` and `smallest`.
         num_workers: processes that read batches; if left out, one a core where images have to be decoded or
             `transforms` are to be done, none elsewhere.
         limit_train: use the first so many images of the training split only, e.g. for a quick trial.
@@ -107,6 +108,19 @@ class ImageData(pl.LightningDataModule, ABC):
         self._whole: Images | None = None
         self.classes: tuple[str, ...] = ()
         self._generator: tuple[tuple[int, int], torch.Generator] | None = None
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside the block training images are as they are, whatever `progressive_resizing` says: for fine-tuning."""
+        kept, self.progressive_resizing = self.progressive_resizing, None
+        try:
+            yield
+        finally:
+            self.progressive_resizing = kept
+
+    def smallest(self, images: Tensor) -> Tensor:
+        """Images ``(n_images, n_channels, height, width)`` in the least size that is trained on."""
+        return images if self.progressive_resizing is None else self.progressive_resizing(images, 0, 2**20)
 
     @property
     def validates(self) -> bool:
@@ -227,6 +241,9 @@ class ImageData(pl.LightningDataModule, ABC):
         return make_loader(self._whole, self.batch_size, self.trainer, True, single, self.num_workers)
 
     def train_dataloader(self) -> DataLoader[Any]:
+        if self.progressive_resizing is not None and self.trainer is not None and self.trainer.state.fn == "fit":
+            # Before the first batch is read.
+            _epochs(self.trainer)
         return self._loader("train", shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -238,9 +255,10 @@ class ImageData(pl.LightningDataModule, ABC):
 
 def _epochs(trainer: pl.Trainer) -> int:
     """Epochs that training images grow over."""
-    if trainer.max_epochs is None or trainer.max_epochs < 0:
+    if trainer.max_epochs is None or trainer.max_epochs < 0 or trainer.max_steps >= 0:
         raise InputError(
-            "data.progressive_resizing grows images over the epochs of the training: say how many, trainer.max_epochs"
+            "data.progressive_resizing grows images over the epochs of the training: say how many, trainer.max_epochs, "
+            f"and leave trainer.max_steps alone; got max_epochs = {trainer.max_epochs}, max_steps = {trainer.max_steps}"
         )
     return trainer.max_epochs
 

@@ -17,6 +17,8 @@ class ProgressiveResizing:
     """Progressive resizing (Howard 2018, fast.ai), with the settings of MosaicML's Composer: training images are small
     at first and grow. A convolution of images half as high and wide costs a quarter.
 
+    For trainings from weights drawn at random; fine-tuning sees images as they are.
+
     Args:
         initial_scale: side of the first images over their own.
         delay_fraction: share of the epochs that it stays so; then sides grow linearly.
@@ -35,18 +37,20 @@ class ProgressiveResizing:
     def __post_init__(self) -> None:
         for name in ("initial_scale", "delay_fraction", "finetune_fraction"):
             low, value = name == "initial_scale", getattr(self, name)
-            if not 0 <= value <= 1 or (low and not value):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 <= value <= 1 or (low and not value):
                 raise InputError(
-                    f"{name} of data.progressive_resizing must lie in {'(' if low else '['}0, 1], got {value}"
+                    f"{name} of data.progressive_resizing must be a number in {'(' if low else '['}0, 1], got {value!r}"
                 )
         if self.delay_fraction + self.finetune_fraction > 1:
             raise InputError(
                 "delay_fraction and finetune_fraction of data.progressive_resizing are shares of the same epochs, "
                 f"together at most 1, got {self.delay_fraction} and {self.finetune_fraction}"
             )
-        if self.size_increment < 1:
+        if type(self.size_increment) is not int or self.size_increment < 1:
             raise InputError(
-                f"size_increment of data.progressive_resizing must be at least 1 pixel, got {self.size_increment}"
+                "size_increment of data.progressive_resizing must be a whole number of pixels, at least 1, got "
+                f"{self.size_increment!r}"
             )
 
     @classmethod

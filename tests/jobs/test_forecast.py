@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,25 @@ def test_small_images_cost_less(data: DigitsData, tmp_path: Path, monkeypatch: p
         found = of_training(KNOWN, given, data, 4 - done, done)["training"]
         assert found is not None
         assert found.low == pytest.approx((4 - done) * (96 * 3 * size + n_val * 1.5))
+
+
+def test_fine_tuning_is_of_whole_images_and_a_training_from_scratch_of_small_ones(
+    data: DigitsData, planned: tuple[Plan, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "progressive_resizing", ProgressiveResizing(0.5, 0.5, 0.5))
+    fed = replace(KNOWN, fed=Span(0.25, 0.25))
+    given = ("importance=l2", "pruning.macs_cut=0.25", "finetune.epochs=4", "pruning.steps=3", "pruning.step_epochs=1")
+    n_val = len(data.split("val"))
+    an_epoch = 96 * 0.25 + n_val * 1.5
+    found = of_pruning(fed, settings(tmp_path, *given), data, planned)["fine-tuning"]
+    assert found is not None
+    assert found.high == pytest.approx(6 * (96 * 3 + an_epoch))
+    found = of_pruning(fed, settings(tmp_path, *given, "finetune.from_scratch=true"), data, planned)[
+        "training from scratch"
+    ]
+    assert found is not None
+    # The steps before it are fine-tuned; images are read whole.
+    assert found.high == pytest.approx(2 * (96 * 3 + an_epoch) + 4 * (96 * 3 * 0.625 + an_epoch))
 
 
 def test_a_cut_is_counted_or_left_out(data: DigitsData, planned: tuple[Plan, list[str]], tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from freqprune.jobs.train import train
 from freqprune.networks.blocks import Shortcut
 from freqprune.networks.checkpoint import load_network
 from freqprune.networks.profiling import count_macs, count_parameters
-from freqprune.networks.registry import build_model
+from freqprune.networks.registry import build_model, register_model
 from freqprune.pruning import importance, tempo
 from freqprune.reports import tables
 from tests.conftest import ROOT
@@ -601,22 +601,52 @@ def test_the_same_widths_are_trained_from_scratch(
     assert drawn.shape == cut_out.shape
     assert torch.corrcoef(torch.stack([drawn.flatten(), cut_out.flatten()]))[0, 1].abs() < 0.1
     assert torch.equal(net.bn1.weight, torch.ones(16))
-    if not blocks:
-        # As a training of this network would begin: drawn by the seed, in the network's own way.
-        assert drawn.std().item() == pytest.approx((2 / (9 * drawn.shape[1])) ** 0.5, rel=0.05)
+    # As a training of this network would begin: drawn by the seed, in the network's own way.
+    assert drawn.std().item() == pytest.approx((2 / (9 * drawn.shape[1])) ** 0.5, rel=0.05)
+    # The same training is not repeated, and another one needs a run of its own.
+    common = ("prune", tmp_path / "again", f"ckpt={ckpt}", *cut, *still, f"resume={tmp_path}")
+    assert prune(config(*common))[0]["from_scratch"] == metrics["from_scratch"]
+    with pytest.raises(InputError, match=r"is a run with finetune\.from_scratch=true; go on with that"):
+        prune(config(*common, "finetune.from_scratch=false"))
     torch.testing.assert_close(load_pruned(tmp_path / "pruned.ckpt").state_dict(), net.state_dict())
 
 
+class Own(nn.Module):
+    """A network with a parameter that nobody can draw anew, for images of one size."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.net = build_model({"name": "resnet8", "num_classes": num_classes})
+
+    def forward(self, images: torch.Tensor) -> Any:
+        assert images.shape[-1] == 32, "another size"
+        return self.net(images) * self.scale
+
+
+@pytest.mark.parametrize(
+    ("job", "settings", "said"),
+    [
+        ("train", ["pruning=filters", "finetune.from_scratch=true"], "has weights but no reset_parameters"),
+        (
+            "train",
+            ["data.progressive_resizing={}"],
+            r"(?s)begins with images of 16 x 16: Own does not run .*initial_scale",
+        ),
+        ("prune", ["pretrained=true", "finetune.from_scratch=true", "finetune.epochs=0"], r"finetune\.epochs, got 0"),
+        ("prune", ["pretrained=true", "finetune.from_scratch=true", "pruning=none"], "pruning=none cuts nothing"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_training(
+    job: str, settings: list[str], said: str, tmp_path: Path
+) -> None:
+    register_model("own32", Own)
+    with pytest.raises(InputError, match=said):
+        {"train": train, "prune": prune}[job](config(job, tmp_path, "model=auto", "model.name=own32", *settings))
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_weights_that_cannot_be_drawn_anew_are_refused_at_the_start(tmp_path: Path) -> None:
-    class Own(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(1))
-            self.net = build_model({"name": "resnet8"})
-
-        def forward(self, images: torch.Tensor) -> Any:
-            return self.net(images) * self.scale
-
     cfg = config("prune", tmp_path, "importance=l2", "finetune.from_scratch=true", "model=auto")
     with pytest.raises(
         InputError, match=r"finetune\.from_scratch cannot .* \(Own\) has weights but no reset_parameters"

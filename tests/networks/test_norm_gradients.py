@@ -35,6 +35,25 @@ def network(norm: type[nn.BatchNorm2d]) -> nn.Sequential:
     return net
 
 
+@pytest.mark.parametrize("n_dims", [1, 2, 3])
+def test_layout_and_precision_change_nothing(n_dims: int) -> None:
+    """The formula of the docstring in float64, against float32 maps of one to three dimensions, channels last."""
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[n_dims - 1](5)
+    norm.running_mean += 0.3
+    norm.running_var *= 2
+    given = torch.randn(7, 5, *[6] * n_dims) + torch.arange(5.0).view(-1, *[1] * n_dims)
+    given = given.movedim(1, -1).contiguous().movedim(-1, 1).requires_grad_()
+    pull = torch.randn_like(given)
+    with norms_as_in_training(norm), evaluating(norm):
+        (found,) = torch.autograd.grad((norm(given) * pull).sum(), given)
+    dims = [0, *range(2, 2 + n_dims)]
+    x, g = given.detach().double(), pull.double()
+    g = g / (norm.running_var.double() + norm.eps).sqrt().view(-1, *[1] * n_dims)
+    z = (x - x.mean(dims, keepdim=True)) / (x.var(dims, correction=0, keepdim=True) + norm.eps).sqrt()
+    expected = g - g.mean(dims, keepdim=True) - z * (g * z).mean(dims, keepdim=True)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_answers_are_those_of_eval_mode_and_gradients_those_of_statistics_that_follow() -> None:
     net, reference, x = network(nn.BatchNorm2d), network(Following), torch.randn(5, 2, 7, 7, dtype=torch.float64)
     names, values = zip(*reference.named_parameters(), strict=True)

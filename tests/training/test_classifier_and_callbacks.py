@@ -45,6 +45,21 @@ def test_learns_and_schedules(tmp_path: Path) -> None:
     assert {id(p) for p in group["params"]} == {id(p) for p in module.net.parameters()}
 
 
+class Stop(pl.Callback):
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step >= 2
+
+
+def test_a_training_without_an_end_needs_a_constant_rate(tmp_path: Path) -> None:
+    run = trainer(tmp_path, Stop(), max_epochs=-1)
+    run.fit(Classifier({"name": "resnet8"}, lr=0.05, schedule="constant"), datamodule=digits())
+    assert run.optimizers[0].param_groups[0]["lr"] == 0.05
+    for settings in ({"schedule": "cosine"}, {"schedule": "constant", "warmup_epochs": 1.0}):
+        module = Classifier({"name": "resnet8"}, **settings)
+        with pytest.raises(InputError, match=r"max_epochs = -1 leaves open; set it or trainer\.max_steps"):
+            trainer(tmp_path, max_epochs=-1).fit(module, datamodule=digits())
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_loss_from_the_tags_in_any_lightning_module(precision: str, tmp_path: Path) -> None:
     """The same training with and without the term: with it the response is spread over fewer filters."""

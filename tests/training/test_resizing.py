@@ -85,10 +85,15 @@ def test_small_images_are_means_of_the_whole_ones() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"initial_scale": 0}, r"initial_scale of data.progressive_resizing must lie in \(0, 1\], got 0"),
-        ({"delay_fraction": -0.1}, r"delay_fraction of .* must lie in \[0, 1\], got -0.1"),
+        ({"initial_scale": 0}, r"initial_scale of data.progressive_resizing must be a number in \(0, 1\], got 0"),
+        ({"initial_scale": "half"}, "must be a number in .* got 'half'"),
+        ({"initial_scale": True}, "must be a number in .* got True"),
+        ({"delay_fraction": -0.1}, r"delay_fraction of .* must be a number in \[0, 1\], got -0.1"),
+        ({"delay_fraction": None}, "must be a number in .* got None"),
+        ({"finetune_fraction": float("nan")}, "must be a number in .* got nan"),
+        ({"size_increment": 2.5}, "a whole number of pixels, at least 1, got 2.5"),
         ({"delay_fraction": 0.6, "finetune_fraction": 0.6}, "together at most 1, got 0.6 and 0.6"),
-        ({"size_increment": 0}, "at least 1 pixel, got 0"),
+        ({"size_increment": 0}, "a whole number of pixels, at least 1, got 0"),
         ({"delay": 0.5}, "delay is no setting; there are initial_scale, delay_fraction"),
         (0.5, "null or a mapping such as"),
     ],
@@ -98,6 +103,15 @@ def test_settings_out_of_range_are_refused(settings: Any, said: str) -> None:
         DigitsData(progressive_resizing=settings, **DATA)
 
 
-def test_epochs_to_grow_over_are_needed() -> None:
-    with pytest.raises(InputError, match=r"say how many, trainer\.max_epochs"):
-        fit(DigitsData(progressive_resizing={}, **DATA), max_epochs=-1, max_steps=4)
+@pytest.mark.parametrize("settings", [{"max_epochs": -1, "max_steps": 4}, {"max_epochs": 9, "max_steps": 4}])
+def test_epochs_to_grow_over_are_needed(settings: dict[str, int]) -> None:
+    with pytest.raises(InputError, match=r"say how many, trainer\.max_epochs, and leave trainer\.max_steps alone"):
+        fit(DigitsData(progressive_resizing={}, **DATA), **settings)
+
+
+def test_fine_tuning_sees_whole_images() -> None:
+    data = DigitsData(progressive_resizing={}, **DATA)
+    with data.whole():
+        assert fit(data, max_epochs=2).trained == {0: {(32, 32)}, 1: {(32, 32)}}
+    assert data.smallest(torch.rand(1, 3, 32, 32)).shape == (1, 3, 16, 16)
+    assert DigitsData(**DATA).smallest(torch.rand(1, 3, 32, 32)).shape == (1, 3, 32, 32)
