@@ -61,7 +61,6 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*The dirpath has changed from.*")
     # The parts of a job are one run of W&B.
     warnings.filterwarnings("ignore", ".*There is a wandb run already in progress.*")
-    warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists and is not empty.*")
 
 
 def bars() -> Progress | None:

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import rank_zero_only
+
+from freqprune.jobs.csv_log import ResumedCSVLogger
 
 METRICS_LINES = "metrics.jsonl"
 
 
-class JSONLinesLogger(CSVLogger):
+class JSONLinesLogger(ResumedCSVLogger):
     """Write ``metrics.csv``, from which the report draws, and beside it ``metrics.jsonl``.
 
     A line holds ``step``, null for a stage of a pruning, ``epoch`` where it is known and whatever was logged; what is

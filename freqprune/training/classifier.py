@@ -224,8 +224,9 @@ class Classifier(pl.LightningModule):
         schedule, warmup_epochs = self.optimization.schedule, self.optimization.warmup_epochs
         if math.isinf(steps) and (schedule != "constant" or warmup_epochs):
             raise InputError(
-                f"schedule = {schedule} with warmup_epochs = {warmup_epochs:g} follows the length of the training, which "
-                "trainer.max_epochs = -1 leaves open; set it or trainer.max_steps, or schedule=constant without warm-up"
+                f"schedule = {schedule} with warmup_epochs = {warmup_epochs:g} follows the length of the training, "
+                "which trainer.max_epochs = -1 leaves open; set it or trainer.max_steps, or schedule=constant without "
+                "warm-up"
             )
         total = 1 if math.isinf(steps) else max(1, int(steps))
         warmup = round(warmup_epochs * total / max(1, self.trainer.max_epochs or 1))

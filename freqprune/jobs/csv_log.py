@@ -1,0 +1,77 @@
+"""A logger of tables that a resumed training goes on with."""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_fabric.loggers.logger import rank_zero_experiment
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities import rank_zero_only
+
+METRICS = "metrics.csv"
+
+
+class ResumedCSVLogger(CSVLogger):
+    """Lightning's ``CSVLogger``, but that a training resumed in its own folder keeps the rows of the epochs before.
+
+    Rows of the epoch of the first new entry and of later ones, left by an interrupted run, go; so a new training, which
+    begins with epoch 0, begins with an empty table. Arguments are those of ``CSVLogger``.
+    """
+
+    _earlier: list[dict[str, str]] | None = None
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """Lightning's writer, which would remove an earlier table as it begins."""
+        if self._experiment is None:
+            path = Path(self.log_dir) / METRICS
+            rows = _rows(path)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists and is not empty.*")
+                writer = super().experiment
+            if rows:
+                writer.metrics_keys = sorted(rows[0])
+                _write(path, rows)
+                self._earlier = rows
+        return self._experiment
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Add an entry to the table.
+
+        Args:
+            metrics: numbers or tensors of one, by name.
+            step: optimizer steps so far.
+        """
+        writer = self.experiment
+        if self._earlier is not None and "epoch" in metrics:
+            kept = [row for row in self._earlier if row.get("epoch") and float(row["epoch"]) < float(metrics["epoch"])]
+            path = Path(self.log_dir) / METRICS
+            if kept:
+                _write(path, kept)
+            else:
+                path.unlink(missing_ok=True)
+                writer.metrics_keys = []
+            self._earlier = None
+        super().log_metrics(dict(metrics), step)
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _write(path: Path, rows: list[dict[str, str]]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, fieldnames=sorted(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    partial.replace(path)

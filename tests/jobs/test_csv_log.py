@@ -1,0 +1,51 @@
+"""The table of a training that is interrupted and resumed in its own folder."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from freqprune.jobs.csv_log import ResumedCSVLogger
+from freqprune.jobs.jsonl import JSONLinesLogger
+
+Logger = type[ResumedCSVLogger]
+
+
+def logger_of(kind: Logger, folder: Path) -> ResumedCSVLogger:
+    made = kind(str(folder), name="", version="")
+    made.log_hyperparams({"lr": 0.1})
+    return made
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("kind", [ResumedCSVLogger, JSONLinesLogger])
+def test_a_resumed_table_goes_on_after_the_epochs_before(kind: Logger, tmp_path: Path) -> None:
+    first = logger_of(kind, tmp_path)
+    for epoch in range(3):
+        first.log_metrics({"epoch": epoch, "loss": 10.0 + epoch}, step=epoch)
+        first.save()
+    # Epoch 2 was interrupted; it is trained again, with something more to say.
+    second = logger_of(kind, tmp_path)
+    assert [row["loss"] for row in rows(tmp_path)] == ["10.0", "11.0", "12.0"]
+    second.log_metrics({"epoch": 2, "loss": 7.0, "accuracy": 0.5}, step=2)
+    second.log_metrics({"epoch": 3, "loss": 6.0}, step=3)
+    second.save()
+    second.save()
+    assert [(row["epoch"], row["loss"], row["accuracy"]) for row in rows(tmp_path)] == [
+        ("0", "10.0", ""),
+        ("1", "11.0", ""),
+        ("2", "7.0", "0.5"),
+        ("3", "6.0", ""),
+    ]
+
+
+def test_a_new_training_begins_with_an_empty_table(tmp_path: Path) -> None:
+    for loss in (1.0, 2.0):
+        logger = logger_of(ResumedCSVLogger, tmp_path)
+        logger.log_metrics({"epoch": 0, f"loss_{loss:.0f}": loss}, step=0)
+        logger.save()
+    assert rows(tmp_path) == [{"epoch": "0", "loss_2": "2.0", "step": "0"}]
