@@ -57,6 +57,9 @@ def announce_training(
     todo = max(0, (trainer.max_epochs or 0) - done) if ends else None
     said = f"train {'until it is stopped' if todo is None else _many(todo, 'epoch')}"
     said += f" after {done}" if done else ""
+    if data.progressive_resizing is not None:
+        sides = data.smallest(data.pixels("val", 1)).shape[-2:]
+        said += f", on images of {' x '.join(map(str, sides))} at first"
     if settings.tag_loss.terms:
         said += f", {' and '.join(settings.tag_loss.terms)} from the tags in the loss"
     if every := settings.showing.every_n_epochs:

@@ -6,11 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
 from freqprune.jobs import pace
-from freqprune.jobs.announce import announce_explaining, announce_pruning
+from freqprune.jobs.announce import announce_explaining, announce_pruning, announce_training
 from freqprune.jobs.explain_settings import Tags
 from freqprune.jobs.forecast import Forecast, of_a_cut, of_explaining, of_pruning, of_training
 from freqprune.jobs.pace import Pace, Span
@@ -205,6 +206,22 @@ def test_a_job_says_what_it_will_do_unless_it_is_quiet(
     (tmp_path / "forecast.json").unlink()
     announce_pruning(given, net, data, example, planned, alone=False)
     assert not (tmp_path / "forecast.json").exists()
+
+
+def test_small_images_and_a_training_from_scratch_are_announced(
+    data: DigitsData,
+    planned: tuple[Plan, list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(data, "progressive_resizing", ProgressiveResizing())
+    given = settings(tmp_path, "pruning.macs_cut=0.5", "finetune.epochs=3", "finetune.from_scratch=true")
+    trainer = pl.Trainer(max_epochs=9, max_steps=-1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    announce_training(given, build_model({"name": "resnet8"}), data, trainer, planned, done=2)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "train 7 epochs after 2, on images of 16 x 16 at first, tagged" in said
+    assert "made up for in sequence; train the same widths from scratch for 3 epochs" in said
 
 
 def test_a_forecast_never_ends_a_job(
