@@ -206,9 +206,8 @@ def _cut_in_words(settings: Settings) -> str:
     steps = f" in {settings.course.steps} steps" if settings.course.steps > 1 else ""
     made_up = "" if recipe.compensation == "none" else f", made up for by {recipe.compensation.replace('_', ' ')}"
     made_up = made_up.replace("by sequential", "in sequence")
-    tuned = f"; fine-tune {_many(settings.finetune_epochs, 'epoch')}" if settings.finetune_epochs else ""
-    if settings.from_scratch:
-        tuned = tuned.replace("fine-tune", "train the same widths from scratch for")
+    how = "train the same widths from scratch for" if settings.from_scratch else "fine-tune"
+    tuned = f"; {how} {_many(settings.finetune_epochs, 'epoch')}" if settings.finetune_epochs else ""
     return f"cut {how_much} by {recipe.criterion}{steps}{made_up}{tuned}"
 
 

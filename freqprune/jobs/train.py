@@ -75,7 +75,8 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     assembly.check_sizes(classifier.net, data, example)
     if classifier.tag_loss is not None:
         classifier.tag_loss.check(classifier.net, example)
-        classifier.tag_loss.check(classifier.net, data.smallest(example))
+        if data.progressive_resizing is not None:
+            classifier.tag_loss.check(classifier.net, data.smallest(example))
     cut = None
     if settings.recipe is not None:
         cut = plan_cut(classifier.net, example, settings.recipe)

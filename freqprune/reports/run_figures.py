@@ -176,8 +176,8 @@ def accuracy_over_cut(lines: Mapping[str, Sequence[Mapping[str, tuple[float, flo
         return point.get("finetuned", point.get("from_scratch"))
 
     everything = [point for points in lines.values() for point in points]
-    ways = [way for way in ("finetuned", "from_scratch") if any(way in point for point in everything)]
-    trained = " or ".join(ways).replace("finetuned", "fine-tuned").replace("_", " ")
+    ways = {"finetuned": "fine-tuned", "from_scratch": "from scratch"}
+    trained = " or ".join(words for way, words in ways.items() if any(way in point for point in everything))
     panels = [
         (pick, title)
         for pick, title in ((before, "before fine-tuning"), (after, trained))
