@@ -99,9 +99,9 @@ def announce_pruning(
     """
 
     def forecast() -> Forecast:
-        if not alone:
-            return Forecast()
         trains = cut is not None and settings.finetune_epochs + settings.course.step_epochs > 0
+        if not alone or (trains and settings.common.compile):
+            return Forecast()
         return Forecast(of_pruning(_pace(settings, net, data, example.device, trains), settings, data, cut))
 
     faster = f"tagging=quick{f', {CUT_FASTER}, fewer finetune.epochs' if cut else ''}"

@@ -35,7 +35,7 @@ class Common:
     resume: str | None
     pretrained: bool | str
     imports: Sequence[str]
-    compile: bool
+    compile: bool | Literal["reduce-overhead", "max-autotune"]
     matmul_precision: str
 
     def __post_init__(self) -> None:

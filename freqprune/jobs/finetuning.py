@@ -11,7 +11,7 @@ from torch import nn
 from freqprune.errors import InputError
 from freqprune.jobs import assembly, trainers
 from freqprune.jobs.settings import Settings
-from freqprune.networks import dropped_blocks
+from freqprune.networks import device_of, dropped_blocks
 from freqprune.tagging import untrained
 from freqprune.training import Classifier, ImageData
 
@@ -55,7 +55,7 @@ def finetune(
         ckpt_path: checkpoint of this training to go on from.
 
     Returns:
-        The trained network, in eval mode.
+        The trained network, in eval mode, where the teacher is.
     """
     # The same order of images whether or not something was drawn before, as after a resume.
     assembly.seed(settings.common)
@@ -90,5 +90,6 @@ def finetune(
     doing = "training from scratch" if anew else "fine-tuning"
     # Only weights drawn at random may see small images first.
     with nullcontext() if anew else data.whole():
-        trainers.fit(trainer, classifier, data, start, f"interrupted while {doing}{resumable}")
-    return classifier.net.eval()
+        advice = f"interrupted while {doing}{resumable}"
+        trainers.fit(trainer, classifier, data, start, advice, settings.common.compile)
+    return classifier.net.to(device_of(teacher)).eval()

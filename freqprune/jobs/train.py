@@ -87,12 +87,10 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     trainer = trainers.make_trainer(settings, out, [tagging])
     if trainer.is_global_zero:
         announce_training(settings, classifier.net, data, trainer, cut, done)
-    if common.compile:
-        classifier.net.compile()
     start = time.perf_counter()
     last = out / "checkpoints" / "last.ckpt"
     advice = f"interrupted; to go on, if an epoch was complete: ckpt_path={last}"
-    trainers.fit(trainer, classifier, data, common.ckpt_path, advice)
+    trainers.fit(trainer, classifier, data, common.ckpt_path, advice, common.compile)
     seconds = time.perf_counter() - start
     validated = {"val_accuracy": trainers.metric(trainer, "val/accuracy")} if data.validates else {}
     metrics = {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import nn
 from freqprune.jobs.launch import place
 from freqprune.jobs.loggers import make_logger
 from freqprune.jobs.settings import Settings
-from freqprune.networks import write_atomically
+from freqprune.networks import device_of, write_atomically
 from freqprune.reports import is_quiet, show
 from freqprune.training import Classifier, ImageData
 
@@ -58,19 +60,46 @@ def make_trainer(
 
 
 def fit(
-    trainer: pl.Trainer, classifier: Classifier, data: ImageData, ckpt_path: str | None, if_interrupted: str
+    trainer: pl.Trainer,
+    classifier: Classifier,
+    data: ImageData,
+    ckpt_path: str | None,
+    if_interrupted: str,
+    compile: bool | str = False,
 ) -> None:
-    """Fit; after Ctrl-C or SIGTERM say `if_interrupted` and exit with the usual status."""
+    """Fit; after Ctrl-C or SIGTERM say `if_interrupted` and exit with the usual status. Networks that are compiled for
+    it, by a mode of ``torch.compile`` or with True its default, are as they were afterwards."""
     # A network that was cut comes in eval mode, and Lightning leaves it there.
     classifier.train()
+    teacher = classifier.teacher
+    nets = [classifier.net] if teacher is None else [classifier.net, teacher]
     try:
-        trainer.fit(classifier, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        with _compiled(nets, compile):
+            trainer.fit(classifier, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     except SIGTERMException:
         _say(if_interrupted)
         raise SystemExit(128 + signal.SIGTERM) from None
     except (KeyboardInterrupt, SystemExit):
         _say(if_interrupted)
         raise
+
+
+@contextmanager
+def _compiled(nets: Sequence[nn.Module], mode: bool | str) -> Iterator[None]:
+    """Inside the block networks run compiled: what is done once afterwards would wait longer than it gains."""
+    if not mode:
+        yield
+        return
+    for net in nets:
+        net.compile(mode=None if mode is True else mode)
+    try:
+        yield
+    finally:
+        for net in nets:
+            # PyTorch has no word for it; copies of a module leave this out, too.
+            net._compiled_call_impl = None
+        # Of the networks that come later in this process all would be compiled, not only the first eight.
+        torch.compiler.reset()
 
 
 def _say(reason: str) -> None:
@@ -100,7 +129,10 @@ def evaluator(settings: Settings) -> pl.Trainer:
 
 def tested(trainer: pl.Trainer, classifier: Classifier, data: ImageData) -> dict[str, float]:
     """``test_accuracy``, and with many classes ``test_top5``."""
+    device = device_of(classifier.net)
     (found,) = trainer.test(classifier, datamodule=data, verbose=False)
+    # Lightning leaves it on the CPU.
+    classifier.net.to(device)
     return {f"test_{name}": float(found[f"test/{name}"]) for name in ("accuracy", "top5") if f"test/{name}" in found}
 
 

@@ -122,6 +122,11 @@ class Classifier(pl.LightningModule):
         # Not saved: weights that balance the classes follow the data.
         self.register_buffer("class_weights", None if weights is None else torch.ones(num_classes), persistent=False)
 
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The network that is learned from, if any."""
+        return self._teacher[0] if self._teacher else None
+
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images ``(n_images, n_channels, height, width)`` to logits ``(n_images, num_classes)``."""
         logits = self.net(images)
