@@ -51,10 +51,10 @@ from torch import Tensor, nn
 from torchvision import io, models
 from torchvision.transforms.v2 import functional
 
-from freqprune import Attribution, attribute, filter_effects, resnet32
+from freqprune import Attribution, attribute, filter_effects, pretrained
 from freqprune.attribution.effects import estimate
 from freqprune.attribution.gates import PIXELS, frames_for
-from freqprune.networks import OnnxModule, export
+from freqprune.networks import HELD_OUT, OnnxModule, export
 from freqprune.tagging import find_sites
 from freqprune.training import ImageFolderData
 
@@ -391,7 +391,7 @@ def imagenet(folder: str, n_images: int, skip: int) -> Subject:
 def cifar(data: ImageFolderData, split: str, n_images: int, skip: int) -> Subject:
     images = data.split(split)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[skip : skip + n_images]
-    net, pixels = resnet32(pretrained=True).eval(), images.pixels[order].float() / 255
+    net, pixels = pretrained(HELD_OUT).eval(), images.pixels[order].float() / 255
     return Subject("cifar", net, fast(net, pixels[:1]), tuple(data.mean), tuple(data.std), pixels, "layer3.4.conv2")
 
 

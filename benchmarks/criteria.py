@@ -17,9 +17,10 @@ from result import publish
 from rich.progress import track
 from torch import nn
 
-from freqprune import Material, cut, resnet32, tag
+from freqprune import Material, cut, pretrained, tag
 from freqprune.jobs.cli import keep_freed_memory
 from freqprune.jobs.settings import read
+from freqprune.networks import HELD_OUT
 from freqprune.pruning import needs
 from freqprune.training import ImageData, ImageFolderData
 
@@ -50,7 +51,7 @@ def main() -> None:
     keep_freed_memory()
     data = ImageFolderData(given.root, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
     data.setup()
-    net = resnet32(pretrained=True)
+    net = pretrained(HELD_OUT)
     train, found = data.split("train"), {}
     found["dense"] = round(accuracy(net, data), 2)
     names = [name for name in given.criteria if name != "common"]

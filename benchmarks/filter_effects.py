@@ -22,8 +22,8 @@ from rich.progress import track
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from freqprune import filter_effects, resnet32
-from freqprune.networks import evaluating, hooked
+from freqprune import filter_effects, pretrained
+from freqprune.networks import HELD_OUT, evaluating, hooked
 from freqprune.tagging import find_sites
 from freqprune.training import ImageFolderData
 
@@ -65,7 +65,7 @@ def main() -> None:
     given = parser.parse_args()
     data = ImageFolderData(given.root, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
     data.setup()
-    net, val = resnet32(pretrained=True).eval(), data.split("val")
+    net, val = pretrained(HELD_OUT).eval(), data.split("val")
     layers = [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d)]
     found: dict[str, Any] = {"reference": given.reference, "seeds": len(given.seeds)}
     means: dict[str, list[float]] = {}

@@ -22,7 +22,7 @@ from torch import nn
 
 from freqprune import Amount, Material, Recipe, Stimulus, build_model, cut, resnet32
 from freqprune.jobs.cli import keep_freed_memory
-from freqprune.networks import Latency, compare, runner
+from freqprune.networks import HELD_OUT, Latency, compare, runner
 
 # The second is asked for the time that the first was measured to save.
 WAYS = {"by_time": [], "by_macs": ["pruning.blocks=false", "pruning.scope=per_mac"]}
@@ -65,9 +65,9 @@ def accuracies(root: str, share: float, batch_size: int, how: list[str], seed: i
     """Test accuracy before and after fine-tuning of one `prune.py` run, and the time it saved; nothing if it cannot."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            sys.executable, str(PRUNE), "pretrained=true", "model=resnet32", "data=image_folder", f"data.root={root}",
-            f"pruning.latency_cut={share}", f"latency.batch_size={batch_size}", f"finetune.epochs={epochs}",
-            f"seed={seed}", f"hydra.run.dir={folder}", "trainer=cpu", "tagging.n_images=10", *how,
+            sys.executable, str(PRUNE), f"pretrained={HELD_OUT}", "model=resnet32", "data=image_folder",
+            f"data.root={root}", f"pruning.latency_cut={share}", f"latency.batch_size={batch_size}",
+            f"finetune.epochs={epochs}", f"seed={seed}", f"hydra.run.dir={folder}", "trainer=cpu", "tagging.n_images=10", *how,
         ]  # fmt: skip
         ran = subprocess.run(command, check=False, capture_output=True, text=True)
         if ran.returncode:

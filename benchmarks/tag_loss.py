@@ -31,9 +31,10 @@ from rich.progress import track
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional
 
-from freqprune import Amount, Material, Recipe, Stimulus, TagLoss, cut, resnet32
+from freqprune import Amount, Material, Recipe, Stimulus, TagLoss, cut, pretrained, resnet32
 from freqprune.jobs.assembly import quiet
 from freqprune.jobs.cli import keep_freed_memory
+from freqprune.networks import HELD_OUT
 from freqprune.pruning import Reconstruction
 from freqprune.training import Classifier, ImageData, ImageFolderData
 
@@ -105,7 +106,7 @@ def trained(data: ImageData, further: bool, loss: str, seed: int, epochs: int) -
     pl.seed_everything(seed, verbose=False)
     tags = TagLoss(**terms, mean=data.mean, std=data.std) if terms else None
     if further:
-        module = Regularised(resnet32(pretrained=True).train(), tag_loss=tags, lr=0.01)
+        module = Regularised(pretrained(HELD_OUT).train(), tag_loss=tags, lr=0.01)
     else:
         module = Regularised({"name": "resnet8"}, tag_loss=tags, lr=0.1, warmup_epochs=1)
     module.lasso = lasso

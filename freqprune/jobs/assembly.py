@@ -20,8 +20,13 @@ from freqprune.errors import InputError
 from freqprune.jobs.config import Common
 from freqprune.jobs.settings import Settings
 from freqprune.networks import (
+    CIFAR10_CLASSES,
+    CIFAR10_TRAIN,
+    DEFAULT,
+    HELD_OUT,
     Stored,
     build_model,
+    cards,
     check_answers,
     device_of,
     load_network,
@@ -114,6 +119,19 @@ def stored_network(config: Mapping[str, Any], ckpt: str | None, pretrained: bool
     else:
         path = Path(ckpt or "")
     return load_network(path, None if config["name"] is None else config)
+
+
+def warn_of_seen_images(pretrained: bool | str, data: ImageData) -> None:
+    """Say so where a network of the package was trained on the images that are held out for validation."""
+    name = DEFAULT if pretrained is True else pretrained
+    if not name or not data.validates or tuple(data.classes) != CIFAR10_CLASSES:
+        return
+    if cards()[name].n_train == CIFAR10_TRAIN:
+        rank_zero_only(log.warning)(
+            "%s was trained on all training images, the %d held out for validation among them: their accuracy is no "
+            "measure to choose by; for that take pretrained=%s, which has not seen them",
+            name, len(data.split("val")), HELD_OUT,
+        )  # fmt: skip
 
 
 def data_settings(settings: Settings) -> dict[str, Any]:

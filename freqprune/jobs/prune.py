@@ -66,6 +66,7 @@ def _pruned(
     assembly.seed(settings.common)
     data = data or assembly.load_data(assembly.data_settings(settings))
     assembly.check_match(net, data, stored)
+    assembly.warn_of_seen_images(settings.common.pretrained, data)
     settings.stimulus.masks(*data.split("val").pixels.shape[-2:])
     device = trainers.chosen_device(settings)
     net = net.to(device).to(memory_format=torch.channels_last).eval()

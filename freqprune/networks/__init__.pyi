@@ -30,6 +30,8 @@ from .libraries import class_names as class_names
 from .libraries import preprocessing as preprocessing
 from .libraries import rebuilt_from as rebuilt_from
 from .libraries import trained as trained
+from .model_cards import DEFAULT as DEFAULT
+from .model_cards import HELD_OUT as HELD_OUT
 from .model_cards import Card as Card
 from .model_cards import cards as cards
 from .model_cards import pretrained_path as pretrained_path
@@ -53,6 +55,7 @@ from .runtimes import compare as compare
 from .runtimes import runner as runner
 from .shipped import CIFAR10 as CIFAR10
 from .shipped import CIFAR10_CLASSES as CIFAR10_CLASSES
+from .shipped import CIFAR10_TRAIN as CIFAR10_TRAIN
 from .shipped import pretrained as pretrained
 from .shipped import resnet32 as resnet32
 from .timing import Times as Times

@@ -10,6 +10,8 @@ from freqprune.errors import InputError, closest
 
 # What `pretrained()` and `pretrained=true` load.
 DEFAULT = "resnet32_cifar10"
+# The one that has not seen the images which `freqprune.training` holds out for validation.
+HELD_OUT = "resnet32_cifar10_45k"
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from freqprune.networks.registry import build_model
 
 # What they take and tell apart.
 CIFAR10 = Preprocessing(32, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "bilinear")
+CIFAR10_TRAIN = 50_000  # images
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 

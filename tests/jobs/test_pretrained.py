@@ -15,7 +15,7 @@ from freqprune.jobs import assembly
 from freqprune.jobs.prune import prune
 from freqprune.jobs.settings import read
 from freqprune.jobs.train import train
-from freqprune.networks import build_model
+from freqprune.networks import CIFAR10_CLASSES, DEFAULT, HELD_OUT, build_model
 from freqprune.networks.checkpoint import Stored, load_network, load_pruned
 from freqprune.training import ImageFolderData
 from tests.jobs.test_jobs import config
@@ -131,3 +131,25 @@ def test_networks_of_the_package_are_found_by_name(monkeypatch: pytest.MonkeyPat
     for given in (True, "resnet32_other"):
         assert assembly.stored_network({"name": None}, None, given).config["name"] == "resnet32"
     assert asked == ["resnet32_cifar10", "resnet32_other"]
+
+
+def test_images_that_a_network_of_the_package_has_seen_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = ImageFolderData(folder, mean=(0.5,) * 3, std=(0.2,) * 3, image_size=32, val_fraction=0.2)
+    data.setup()
+    assembly.warn_of_seen_images(True, data)
+    assert not caplog.records, "other classes, other images"
+    data.classes = CIFAR10_CLASSES
+    for name in (False, HELD_OUT):
+        assembly.warn_of_seen_images(name, data)
+    assert not caplog.records
+    for name in (True, DEFAULT):
+        assembly.warn_of_seen_images(name, data)
+        assert (
+            "resnet32_cifar10 was trained on all training images, the 8 held out for validation among them"
+            in caplog.text
+        )
+        assert "for that take pretrained=resnet32_cifar10_45k" in caplog.text
+        caplog.clear()
+    data.val_fraction = 0.0
+    assembly.warn_of_seen_images(True, data)
+    assert not caplog.records
