@@ -67,7 +67,8 @@ def accuracies(root: str, share: float, batch_size: int, how: list[str], seed: i
         command = [
             sys.executable, str(PRUNE), f"pretrained={HELD_OUT}", "model=resnet32", "data=image_folder",
             f"data.root={root}", f"pruning.latency_cut={share}", f"latency.batch_size={batch_size}",
-            f"finetune.epochs={epochs}", f"seed={seed}", f"hydra.run.dir={folder}", "trainer=cpu", "tagging.n_images=10", *how,
+            f"finetune.epochs={epochs}", f"seed={seed}", f"hydra.run.dir={folder}", "trainer=cpu",
+            "tagging.n_images=10", *how,
         ]  # fmt: skip
         ran = subprocess.run(command, check=False, capture_output=True, text=True)
         if ran.returncode:
