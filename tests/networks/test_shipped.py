@@ -39,10 +39,16 @@ def test_the_files_are_those_of_the_cards() -> None:
     assert {path.stem for path in pretrained_path().parent.glob("*.pt")} == set(cards())
 
 
+@pytest.fixture(scope="module")
+def data(cifar10: Path) -> ImageFolderData:
+    return ImageFolderData(
+        root=str(cifar10), limit_train=10, limit_test=2000, val_fraction=0, mean=CIFAR10.mean, std=CIFAR10.std
+    )
+
+
 @pytest.mark.parametrize("name", cards())
-def test_accuracy_is_what_the_card_says(name: str, cifar10: Path) -> None:
+def test_accuracy_is_what_the_card_says(name: str, data: ImageFolderData) -> None:
     stored = load_network(pretrained_path(name))
-    data = ImageFolderData(root=str(cifar10), limit_train=10, limit_test=2000, val_fraction=0, **stored.normalization)
     images = data.split("test")
     with torch.inference_mode():
         right = sum(
