@@ -67,3 +67,8 @@ def check_file(key: str, path: str | Path) -> None:
         nearby = sorted(str(p) for p in path.parent.glob("*") if p.suffix in (".ckpt", ".pt", ".pth", ".th"))[:3]
         there = f"; in that folder: {', '.join(nearby)}" if nearby else ""
         raise InputError(f"{key} = {path} does not exist{there}")
+
+
+def first_line(error: Exception) -> str:
+    """What an error says in its first line; its name if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -42,9 +42,6 @@ from freqprune.training import CIFAR10Data, ImageData, ImageFolderData
 
 log = logging.getLogger(__name__)
 
-# Share of CIFAR-10's training images that `HELD_OUT` was not trained on.
-UNSEEN = 0.1
-
 
 def quiet() -> None:
     """Silence remarks of Lightning that do not apply here; its real warnings stay."""
@@ -129,13 +126,14 @@ def warn_of_seen_images(pretrained: bool | str, data: ImageData) -> None:
     name = DEFAULT if pretrained is True else pretrained
     if not name or not data.validates or tuple(data.classes) != CIFAR10_CLASSES:
         return
+    unseen = {key: round(1 - card.n_train / CIFAR10_TRAIN, 6) for key, card in cards().items()}
     # The split that it was trained on, or a smaller one by the same seed, of images in the same order.
-    same = data.split_seed == 0 and data.val_fraction <= UNSEEN and isinstance(data, CIFAR10Data | ImageFolderData)
-    if cards()[name].n_train == CIFAR10_TRAIN or not same:
+    same = data.split_seed == 0 and isinstance(data, CIFAR10Data | ImageFolderData)
+    if not same or data.val_fraction > unseen[name]:
         rank_zero_only(log.warning)(
             "%s was trained on images that are held out for validation here, whose accuracy is nothing to choose by; "
             "for that take pretrained=%s with data=cifar10 or image_folder, data.val_fraction=%g, data.split_seed=0",
-            name, HELD_OUT, UNSEEN,
+            name, HELD_OUT, unseen[HELD_OUT],
         )  # fmt: skip
 
 

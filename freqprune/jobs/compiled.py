@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import pytorch_lightning as pl
 import torch
 
-from freqprune.errors import InputError
+from freqprune.errors import InputError, first_line
 from freqprune.training import Classifier
 
 
-class LetGo(pl.Callback):
+class ReleaseGradients(pl.Callback):
     """Gradients lie in the memory of a CUDA graph, which the graphs of a validation take over: none are kept there."""
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -45,7 +45,7 @@ def compiled(classifier: Classifier, trainer: pl.Trainer, mode: bool | str, advi
     from torch._dynamo.exc import TorchDynamoException
 
     if isinstance(mode, str):
-        trainer.callbacks.append(LetGo())  # type: ignore[attr-defined]
+        trainer.callbacks.append(ReleaseGradients())  # type: ignore[attr-defined]
     nets = [net for net in (classifier.net, classifier.teacher) if net is not None]
     # PyTorch has no word for taking it back; copies of a module leave this out, too.
     before = [net._compiled_call_impl for net in nets]
@@ -54,9 +54,8 @@ def compiled(classifier: Classifier, trainer: pl.Trainer, mode: bool | str, advi
             net.compile(mode=None if mode is True else mode)
         yield
     except TorchDynamoException as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"torch.compile cannot take this network here ({reason}): use compile=false; {advice}"
+            f"torch.compile cannot take this network here ({first_line(error)}): use compile=false; {advice}"
         ) from error
     finally:
         for net, call in zip(nets, before, strict=True):

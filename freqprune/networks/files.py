@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from freqprune.errors import InputError, check_file
+from freqprune.errors import InputError, check_file, first_line
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def read(path: str | Path) -> dict[str, Any]:
         struct.error,
         zipfile.BadZipFile,
     ) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise InputError(
             f"ckpt = {path} is truncated, damaged, or no PyTorch checkpoint ({reason}); copy or download it again"
         ) from None

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from freqprune.errors import InputError
+from freqprune.errors import InputError, first_line
 from freqprune.networks.answers import device_of
 from freqprune.networks.hooks import evaluating
 
@@ -81,12 +81,8 @@ def _compile(call: Callable[[], object]) -> None:
             call()
     except (RuntimeError, OSError) as error:
         raise InputError(
-            f"torch.compile cannot take this network here ({_first_line(error)}); use latency.target=eager or onnx"
+            f"torch.compile cannot take this network here ({first_line(error)}); use latency.target=eager or onnx"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class OnnxModule(nn.Module):
@@ -135,7 +131,7 @@ def _in_onnxruntime(net: nn.Module, example: Tensor) -> Callable[[], object]:
         raise
     except Exception as error:  # The exporter has many, of no common kind.
         raise InputError(
-            f"ONNX cannot take this network ({_first_line(error)}); use latency.target=eager or compiled"
+            f"ONNX cannot take this network ({first_line(error)}); use latency.target=eager or compiled"
         ) from error
     finally:
         net.to(where)

@@ -12,7 +12,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from freqprune.errors import InputError
+from freqprune.errors import InputError, first_line
 from freqprune.networks.answers import first
 from freqprune.networks.hooks import evaluating
 
@@ -53,7 +53,7 @@ class Trace:
             try:
                 program = torch.export.export(model, (batch,))
             except Exception as error:
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                reason = first_line(error)
                 raise InputError(
                     f"torch.export cannot follow {type(model).__name__} ({reason}): its operations depend on the "
                     "values "

@@ -13,7 +13,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from freqprune.errors import InputError
 from freqprune.jobs import assembly, trainers
-from freqprune.jobs.compiled import LetGo
+from freqprune.jobs.compiled import ReleaseGradients
 from freqprune.jobs.finetuning import finetune
 from freqprune.jobs.prune import prune
 from freqprune.jobs.settings import read
@@ -85,7 +85,7 @@ def test_networks_are_compiled_while_they_train_only(
         assert _calls(learning) == [None, None]
     assert len(cleared) == 2
     # CUDA graphs keep no gradients over a validation.
-    assert [type(callback) for callback in pretended.callbacks] == [LetGo]
+    assert [type(callback) for callback in pretended.callbacks] == [ReleaseGradients]
 
 
 def test_a_network_that_was_compiled_before_stays_so(learning: Classifier, modes: list[Any]) -> None:
@@ -121,7 +121,7 @@ def test_gradients_go_before_a_validation_and_at_the_end() -> None:
     net = nn.Linear(4, 10)
     trainer: Any = type("Trainer", (), {"state": type("State", (), {"fn": "fit"})})
     module: Any = net
-    for hook in (LetGo().on_validation_start, LetGo().on_train_end):
+    for hook in (ReleaseGradients().on_validation_start, ReleaseGradients().on_train_end):
         net(torch.ones(1, 4)).sum().backward()
         assert net.weight.grad is not None
         hook(trainer, module)
