@@ -14,7 +14,7 @@ from torch import nn
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
-LONGEST = ("test_guide.py", "test_jobs.py", "test_tutorials.py", "test_cli.py", "test_faults.py")
+LONGEST = ("test_guide.py", "test_prune.py", "test_finetuning.py", "test_tutorials.py", "test_cli.py", "test_faults.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,7 +1,8 @@
 """The methods that the benchmark writes itself against answers that are known, and its figures of several runs."""
 
-import importlib.util
+import importlib
 import sys
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -14,19 +15,16 @@ from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    folder = ROOT / "benchmarks"
-    sys.path.insert(0, str(folder))
-    try:
-        spec = importlib.util.spec_from_file_location("benchmark_of_attribution", folder / "attribution.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(folder))
-    return module
+def benchmark() -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a file of the benchmarks, whose folder is no package."""
+    folder = str(ROOT / "benchmarks")
+    before = set(sys.modules)
+    sys.path.insert(0, folder)
+    yield importlib.import_module
+    sys.path.remove(folder)
+    for name in set(sys.modules) - before:
+        if folder in str(getattr(sys.modules[name], "__file__", None)):
+            del sys.modules[name]
 
 
 class Linear:
@@ -45,21 +43,21 @@ class Linear:
         return masks, torch.stack([-torch.logit(self.probability(masks)), torch.zeros(n_masks)], 1)
 
 
-def test_rise_is_the_mean_of_the_masks_that_show_a_tile(benchmark: ModuleType) -> None:
-    found, judge = benchmark.rise(Linear(), 100_000, 0), Linear()
+def test_rise_is_the_mean_of_the_masks_that_show_a_tile(benchmark: Callable[[str], ModuleType]) -> None:
+    found, judge = benchmark("maps").rise(Linear(), 100_000, 0), Linear()
     # Half of all weights, and the other half of a tile's own.
     expected = judge.weights.sum() / 2 + judge.weights / 2
     torch.testing.assert_close(found, expected, rtol=0, atol=8e-4)
     assert float(torch.corrcoef(torch.stack([found, judge.weights]))[0, 1]) > 0.99
 
 
-def test_sobol_indices_of_a_sum(benchmark: ModuleType) -> None:
-    found, judge = benchmark.sobol(Linear(), 66 * 2048, 0), Linear()
+def test_sobol_indices_of_a_sum(benchmark: Callable[[str], ModuleType]) -> None:
+    found, judge = benchmark("maps").sobol(Linear(), 66 * 2048, 0), Linear()
     expected = judge.weights.square() / judge.weights.square().sum()
     torch.testing.assert_close(found, expected, rtol=0.1, atol=2e-4)
 
 
-def test_sobol_indices_are_those_of_salib(benchmark: ModuleType) -> None:
+def test_sobol_indices_are_those_of_salib(benchmark: Callable[[str], ModuleType]) -> None:
     """With tiles that work together, by SALib's own estimator from its own points."""
     sample, analyze = pytest.importorskip("SALib.sample.sobol"), pytest.importorskip("SALib.analyze.sobol")
 
@@ -72,12 +70,12 @@ def test_sobol_indices_are_those_of_salib(benchmark: ModuleType) -> None:
     points = sample.sample(problem, 1024, calc_second_order=False, seed=0)
     answers = judge.probability(torch.from_numpy(points).float()).numpy()
     expected = analyze.analyze(problem, answers, calc_second_order=False, seed=0)["ST"]
-    found = benchmark.sobol(judge, 66 * 2048, 0)
+    found = benchmark("maps").sobol(judge, 66 * 2048, 0)
     np.testing.assert_allclose(found.numpy(), expected, rtol=0.15, atol=1e-3)
     assert set(found.argsort(descending=True)[:2].tolist()) == {3, 40}
 
 
-def test_runs_over_different_images_as_one(benchmark: ModuleType) -> None:
+def test_runs_over_different_images_as_one(benchmark: Callable[[str], ModuleType]) -> None:
     rng = np.random.default_rng(0)
     parts = [rng.random(7), rng.random(12)]
 
@@ -86,12 +84,12 @@ def test_runs_over_different_images_as_one(benchmark: ModuleType) -> None:
         row = {"insertion": mean, "deletion": 0.0, "difference": mean, "se": error, "fidelity": [mean, error]}
         return {"images": len(values), f"{name}.a.1": row, f"{name}: a over b": [mean, error], "torch": "2"}
 
-    found, whole = benchmark.pooled([run(part) for part in parts]), run(np.concatenate(parts))
+    found, whole = benchmark("scoring").pooled([run(part) for part in parts]), run(np.concatenate(parts))
     assert found["images"] == {"cifar": 19}
     assert set(found) == {"images", "cifar.a.1", "cifar: a over b"}
     for name, value in whole["cifar.a.1"].items():
         assert found["cifar.a.1"][name] == pytest.approx(value, abs=1e-4), name
     assert found["cifar: a over b"] == pytest.approx(whole["cifar: a over b"], abs=1e-4)
-    both = benchmark.pooled([run(parts[0]), run(parts[1], "imagenet")])
+    both = benchmark("scoring").pooled([run(parts[0]), run(parts[1], "imagenet")])
     assert both["images"] == {"cifar": 7, "imagenet": 12}
     assert both["imagenet.a.1"]["insertion"] == pytest.approx(parts[1].mean(), abs=1e-4)

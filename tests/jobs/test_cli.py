@@ -14,7 +14,7 @@ import torch
 from freqprune.networks.registry import build_model
 from tests.conftest import ROOT
 from tests.forked import call
-from tests.jobs.test_jobs import SMALL
+from tests.jobs.small import SMALL
 
 EXPLAIN = "freqprune/jobs/as_explain.py"
 

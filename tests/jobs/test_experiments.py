@@ -1,7 +1,8 @@
-"""Experiments that bring their own data, small; and training without validation images."""
+"""Every experiment and every choice of a group, small; and training without validation images."""
 
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,20 @@ from omegaconf import DictConfig
 from PIL import Image
 from torchvision.datasets import CIFAR100
 
+from freqprune.errors import InputError
+from freqprune.jobs.config import check_pruning
 from freqprune.jobs.prune import prune
+from freqprune.jobs.settings import read
 from freqprune.jobs.train import train
 from freqprune.networks.checkpoint import load_network
+from freqprune.pruning import importance
 from freqprune.reports.sweep_jobs import _figures
-from tests.jobs.test_jobs import OWN_DATA, SMALL, check_page, config
+from tests.conftest import ROOT
+from tests.jobs.small import SMALL, check_page, config
 
+# Those that bring settings of their own data.
+OWN_DATA = ("cifar100_resnet56", "imagenet_resnet50")
+EXPERIMENTS = sorted({path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")} - {*OWN_DATA})
 FEW = [item for item in SMALL if not item.startswith(("data", "model"))]
 
 
@@ -97,3 +106,68 @@ def test_all_images_are_trained_on_where_none_are_held_out(tmp_path: Path, caplo
     assert pruned["finished"]
     check_page(tmp_path)
     assert caplog.text.count("data.val_fraction=0: all training images are trained on") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("job", ["train", "prune"])
+def test_every_experiment_runs_small(experiment: str, job: str, tmp_path: Path) -> None:
+    base = [item for item in SMALL if not item.startswith(("model=", "tagging"))]
+    cfg = config(
+        job,
+        tmp_path,
+        f"experiment={experiment}",
+        "model=resnet8",
+        "tagging.n_images=2",
+        "tagging.every_n_epochs=1",
+        base=base,
+    )
+    metrics, objects = train(cfg)
+    assert metrics["epochs"] == 1
+    if cfg.pruning.enabled:
+        prune(cfg, objects["classifier"].net, objects["data"])
+        assert (tmp_path / "pruned.ckpt").exists()
+
+
+def test_the_experiment_has_the_last_word(tmp_path: Path) -> None:
+    assert (
+        config("train", tmp_path, "experiment=quickstart", base=[]).trainer.max_epochs
+        != config("train", tmp_path, base=[]).trainer.max_epochs
+    )
+
+
+@pytest.mark.parametrize("group", ["data", "model", "tagging", "importance", "pruning", "trainer", "logger"])
+def test_every_choice_of_every_group_is_valid(group: str, tmp_path: Path) -> None:
+    from freqprune.jobs.config import plain
+
+    for path in (ROOT / "conf" / group).glob("*.yaml"):
+        if not path.stem.startswith("common"):
+            named = {
+                "image_folder": [f"data.root={tmp_path}"],
+                "torchvision": ["data.name=CIFAR100"],
+                "huggingface": ["data.path=imagefolder"],
+                "webdataset": ["data.train_shards=a", "data.test_shards=b"],
+            }
+            cfg = config(
+                "prune",
+                tmp_path,
+                f"{group}={path.stem}",
+                *named.get(path.stem, []),
+                base=[],
+            )
+            read(cfg)
+            assert plain(cfg[group]) is not None
+
+
+def test_modules_of_the_user_are_imported_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_criteria.py").write_text(
+        "from freqprune import criterion\n\n\n@criterion('mine_alone')\ndef mine(evidence, layer): ...\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.setattr("freqprune.pruning.importance._CRITERIA", dict(importance._CRITERIA))
+    cfg = config("prune", tmp_path, "imports=[my_criteria]", "importance.criterion=mine_alone")
+    check_pruning(cfg, at_hand=True)
+    assert read(cfg).scoring.criterion == "mine_alone"
+    with pytest.raises(InputError, match="there is no module 'my_networks'"):
+        check_pruning(config("prune", tmp_path, "imports=[my_networks]"), at_hand=True)

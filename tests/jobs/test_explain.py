@@ -24,7 +24,7 @@ from freqprune.networks.checkpoint import save_pruned
 from freqprune.networks.libraries import preprocessing
 from freqprune.networks.registry import build_model
 from tests.conftest import ROOT
-from tests.jobs.test_jobs import config
+from tests.jobs.small import config
 from tests.networks.test_libraries import NO_TIMM, cache, cached
 
 __all__ = ["cache"]

@@ -17,7 +17,7 @@ from freqprune.networks.checkpoint import save_pruned
 from freqprune.networks.registry import build_model
 from tests.conftest import ROOT
 from tests.forked import call
-from tests.jobs.test_jobs import SMALL, config
+from tests.jobs.small import SMALL, config
 
 RUN = (
     *SMALL,

@@ -20,7 +20,7 @@ from freqprune.networks import build_model
 from freqprune.pruning import Amount, Plan, Recipe, plan_cut
 from freqprune.training import DigitsData, Optimization
 from freqprune.training.resizing import ProgressiveResizing
-from tests.jobs.test_jobs import config
+from tests.jobs.small import config
 
 # Of one image: a second forward, three a step, half a second to read.
 KNOWN = Pace(Span(1, 1), Span(3, 3), Span(0.5, 0.5), Span(0, 0))

@@ -13,7 +13,7 @@ from freqprune.jobs.launch import world_size
 from freqprune.jobs.launched import launched, run_id
 from freqprune.jobs.settings import read
 from freqprune.jobs.trainers import chosen_device, evaluator
-from tests.jobs.test_jobs import config
+from tests.jobs.small import config
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
 SRUN = {"SLURM_JOB_ID": "17", "SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}

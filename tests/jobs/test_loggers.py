@@ -17,7 +17,7 @@ from freqprune.jobs.settings import Settings, read
 from freqprune.pruning import judge
 from freqprune.reports import save, tables
 from freqprune.tagging import tag
-from tests.jobs.test_jobs import config
+from tests.jobs.small import config
 
 STAGE = {"macs": 2e6, "params": 1e3, "file_bytes": 1e3, "test_accuracy": 0.5}
 

@@ -18,7 +18,7 @@ from freqprune.jobs.train import train
 from freqprune.networks import CIFAR10_CLASSES, DEFAULT, HELD_OUT, build_model
 from freqprune.networks.checkpoint import Stored, load_network, load_pruned
 from freqprune.training import ImageFolderData
-from tests.jobs.test_jobs import config
+from tests.jobs.small import config
 
 NAME = "torchvision/squeezenet1_1"
 MODEL = ("model=auto", f"model.name={NAME}", "model.weights=DEFAULT")

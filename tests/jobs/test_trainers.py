@@ -20,7 +20,7 @@ from freqprune.jobs.settings import read
 from freqprune.jobs.train import train
 from freqprune.networks import build_model, device_of
 from freqprune.training import Classifier
-from tests.jobs.test_jobs import config
+from tests.jobs.small import config
 
 
 class Pretended:

@@ -13,7 +13,7 @@ from zipfile import ZipFile
 import pytest
 
 from tests.conftest import ROOT
-from tests.jobs.test_jobs import SMALL
+from tests.jobs.small import SMALL
 
 LESS = [item for item in SMALL if not item.startswith(("data", "model", "trainer", "finetune"))]
 

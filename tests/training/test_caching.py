@@ -30,7 +30,7 @@ from freqprune.training.ledger import ROW, Ledger
 from freqprune.training.listed import ImageFolderData
 from freqprune.training.listing import Fitting
 from freqprune.training.pixels import MappedPixels, StoredPixels
-from tests.jobs.test_jobs import SMALL, config
+from tests.jobs.small import SMALL, config
 from tests.training.test_data import write_tree
 
 STORED = ("disk", "none")

@@ -32,7 +32,7 @@ from freqprune.training.classifier import Classifier
 from freqprune.training.datamodule import DigitsData
 from tests.conftest import ROOT
 from tests.forked import fresh, in_two_processes
-from tests.jobs.test_jobs import SMALL
+from tests.jobs.small import SMALL
 
 
 def network() -> torch.nn.Module:

@@ -1,0 +1,184 @@
+"""Fine-tuning of a cut network, and training of its widths from scratch."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from freqprune import load_pruned
+from freqprune.errors import InputError
+from freqprune.jobs.prune import prune
+from freqprune.jobs.train import train
+from freqprune.networks.blocks import Shortcut
+from freqprune.networks.checkpoint import load_network
+from freqprune.networks.registry import build_model, register_model
+from tests.jobs.small import config
+
+
+def test_a_pruned_network_resumes_training_its_widths(pruned: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
+    content = torch.load(pruned[0] / "finetune" / "checkpoints" / "last.ckpt", weights_only=True)
+    widths = content["hyper_parameters"]["model"]["widths"]
+    assert widths == {
+        layer: n
+        for layer, n in pruned[1]["kept"].items()
+        if n != content["hyper_parameters"]["model"]["stage_widths"][int(layer[5]) - 1]
+    }
+
+
+@pytest.mark.parametrize("blocks", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_same_widths_are_trained_from_scratch(
+    blocks: bool, trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    ckpt = trained[0] / "checkpoints" / "last.ckpt"
+    # A rate at which no weight moves: what was drawn is what is left.
+    still = ("finetune.from_scratch=true", "finetune.epochs=1", "finetune.lr=1e-20", "finetune.momentum=0.9")
+    more = ("importance=logit_error", "pruning.blocks=true", "pruning.macs_cut=0.6", "pruning.measured_images=16")
+    cut = more if blocks else ("importance=l2", "pruning.ratio=0.5")
+    metrics, objects = prune(config("prune", tmp_path, f"ckpt={ckpt}", *cut, *still))
+    assert "from_scratch" in metrics
+    assert "finetuned" not in metrics
+    assert ("dropped_blocks" in metrics) is blocks
+    assert "trained from scratch for 1 epoch" in (tmp_path / "report.html").read_text()
+    dense, net = load_network(ckpt).net.state_dict(), objects["net"]
+    kept = objects["kept"]["layer3.0.conv1"] if "layer3.0.conv1" in objects["kept"] else slice(None)
+    drawn, cut_out = net.get_submodule("layer3.0.conv1").weight, dense["layer3.0.conv1.weight"][kept]
+    assert drawn.shape == cut_out.shape
+    assert torch.corrcoef(torch.stack([drawn.flatten(), cut_out.flatten()]))[0, 1].abs() < 0.1
+    assert torch.equal(net.bn1.weight, torch.ones(16))
+    # As a training of this network would begin: drawn by the seed, in the network's own way.
+    assert drawn.std().item() == pytest.approx((2 / (9 * drawn.shape[1])) ** 0.5, rel=0.05)
+    # The same training is not repeated, and another one needs a run of its own.
+    common = ("prune", tmp_path / "again", f"ckpt={ckpt}", *cut, *still, f"resume={tmp_path}")
+    assert prune(config(*common))[0]["from_scratch"] == metrics["from_scratch"]
+    with pytest.raises(InputError, match=r"is a run with finetune\.from_scratch=true; go on with that"):
+        prune(config(*common, "finetune.from_scratch=false"))
+    torch.testing.assert_close(load_pruned(tmp_path / "pruned.ckpt").state_dict(), net.state_dict())
+
+
+class Own(nn.Module):
+    """A network with a parameter that nobody can draw anew, for images of one size."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.net = build_model({"name": "resnet8", "num_classes": num_classes})
+
+    def forward(self, images: torch.Tensor) -> Any:
+        assert images.shape[-1] == 32, "another size"
+        return self.net(images) * self.scale
+
+
+@pytest.mark.parametrize(
+    ("job", "settings", "said"),
+    [
+        ("train", ["pruning=filters", "finetune.from_scratch=true"], "has weights but no reset_parameters"),
+        (
+            "train",
+            ["data.progressive_resizing={}"],
+            r"(?s)begins with images of 16 x 16: Own does not run .*initial_scale",
+        ),
+        ("prune", ["pretrained=true", "finetune.from_scratch=true", "finetune.epochs=0"], r"finetune\.epochs, got 0"),
+        ("prune", ["pretrained=true", "finetune.from_scratch=true", "pruning=none"], "pruning=none cuts nothing"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_training(
+    job: str, settings: list[str], said: str, tmp_path: Path
+) -> None:
+    register_model("own32", Own)
+    with pytest.raises(InputError, match=said):
+        {"train": train, "prune": prune}[job](config(job, tmp_path, "model=auto", "model.name=own32", *settings))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_weights_that_cannot_be_drawn_anew_are_refused_at_the_start(tmp_path: Path) -> None:
+    cfg = config("prune", tmp_path, "importance=l2", "finetune.from_scratch=true", "model=auto")
+    with pytest.raises(
+        InputError, match=r"finetune\.from_scratch cannot .* \(Own\) has weights but no reset_parameters"
+    ):
+        prune(cfg, Own())
+    assert not (tmp_path / "pruned.ckpt").exists()
+
+
+@pytest.mark.slow
+def test_blocks_go_and_the_rest_is_fine_tuned(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    ckpt = trained[0] / "checkpoints" / "last.ckpt"
+    more = ("importance=logit_error", "pruning.blocks=true", "pruning.macs_cut=0.6", "pruning.rounds=0",
+            "pruning.calibration_images=32", "pruning.measured_images=16", "finetune.epochs=1")  # fmt: skip
+    metrics, objects = prune(config("prune", tmp_path / "a", f"ckpt={ckpt}", *more))
+    assert 0.6 <= 1 - metrics["pruned"]["macs"] / metrics["dense"]["macs"] < 0.9
+    gone = metrics["dropped_blocks"]
+    assert gone
+    assert not any(name.startswith(f"{block}.") for name in metrics["kept"] for block in gone)
+    net = load_pruned(tmp_path / "a" / "pruned.ckpt")
+    assert all(isinstance(net.get_submodule(block), Shortcut) for block in gone)
+    torch.testing.assert_close(net.state_dict(), objects["net"].state_dict())
+    # What is left can be pruned on.
+    again, _ = prune(
+        config("prune", tmp_path / "b", f"ckpt={tmp_path / 'a' / 'pruned.ckpt'}", "importance=l2", "pruning.ratio=0.2")
+    )
+    assert again["dense"]["macs"] == metrics["pruned"]["macs"]
+    assert isinstance(load_pruned(tmp_path / "b" / "pruned.ckpt").get_submodule(gone[0]), Shortcut)
+
+
+class Bomb(pl.Callback):
+    """Ends a fine-tuning as a killed process would, after its first epoch."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*received KeyboardInterrupt.*")
+def test_interrupted_fine_tuning_goes_on_to_the_same_result(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    common = (
+        f"ckpt={trained[0] / 'checkpoints' / 'last.ckpt'}",
+        "pruning.ratio=0.5",
+        "finetune.epochs=3",
+        "finetune.distill=0.3",
+    )
+    metrics, whole = prune(config("prune", tmp_path / "whole", *common))
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        prune(config("prune", tmp_path / "cut", *common, "+callbacks.bomb={_target_: tests.jobs.test_finetuning.Bomb}"))
+    again, resumed = prune(config("prune", tmp_path / "again", *common, f"resume={tmp_path / 'cut'}"))
+    for name, value in whole["net"].state_dict().items():
+        assert torch.equal(resumed["net"].state_dict()[name], value), name
+    assert again["finetuned"] == metrics["finetuned"]
+    assert (
+        load_network(tmp_path / "again" / "pruned.ckpt").kept == load_network(tmp_path / "whole" / "pruned.ckpt").kept
+    )
+    complete, _ = prune(config("prune", tmp_path / "more", *common, f"resume={tmp_path / 'whole'}"))
+    assert complete == metrics
+    with pytest.raises(InputError, match=r"holds no pruned.ckpt and metrics.json"):
+        prune(config("prune", tmp_path / "none", *common, f"resume={tmp_path}"))
+
+
+@pytest.mark.slow
+def test_every_live_parameter_is_fine_tuned(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    seen: list[set[int]] = []
+
+    class Watch(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            seen.append(
+                {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+                ^ {id(p) for p in pl_module.net.parameters()}
+            )
+
+    Watch.__module__, Watch.__qualname__ = __name__, "Watch"
+    globals()["Watch"] = Watch
+    ckpt = trained[0] / "checkpoints" / "last.ckpt"
+    prune(
+        config(
+            "prune",
+            tmp_path,
+            f"ckpt={ckpt}",
+            "pruning.ratio=0.5",
+            "+callbacks.watch={_target_: tests.jobs.test_finetuning.Watch}",
+        )
+    )
+    assert seen == [set()]

@@ -1,0 +1,298 @@
+"""The pruning from a composed configuration, small: what it writes, keeps and refuses."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from freqprune import load_pruned
+from freqprune.errors import InputError
+from freqprune.jobs.prune import prune
+from freqprune.networks.checkpoint import load_network
+from freqprune.networks.profiling import count_macs, count_parameters
+from freqprune.networks.registry import build_model
+from freqprune.pruning import tempo
+from freqprune.reports import tables
+from tests.jobs.small import check_page, config
+from tests.pruning.test_tempo import ByMacs
+
+
+def test_prune_writes_what_it_says(pruned: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
+    out, metrics, objects = pruned
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    assert set(metrics) == {
+        "network",
+        "dense",
+        "pruned",
+        "recalibrated",
+        "finetuned",
+        "kept",
+        "widths",
+        "remarks",
+        "finished",
+    }
+    assert (
+        set(metrics["dense"])
+        == set(metrics["pruned"])
+        == {"test_accuracy", "macs", "params", "file_bytes", "memory_bytes", "latency_ms"}
+    )
+    assert set(metrics["recalibrated"]) == set(metrics["finetuned"]) == {"test_accuracy"}
+    x = torch.rand(2, 3, 32, 32)
+    assert metrics["dense"]["macs"] == count_macs(build_model({"name": "resnet8"}), x)
+    assert metrics["pruned"]["macs"] <= 0.6 * metrics["dense"]["macs"]
+    net = load_pruned(out / "pruned.ckpt")
+    assert count_macs(net, x) == metrics["pruned"]["macs"]
+    assert count_parameters(net) == metrics["pruned"]["params"]
+    assert {layer: net.get_submodule(layer).out_channels for layer in metrics["kept"]} == metrics["kept"]
+    dense = build_model({"name": "resnet8"})
+    assert {layer: dense.get_submodule(layer).out_channels for layer in metrics["widths"]} == metrics["widths"]
+    assert list(metrics["widths"]) == list(metrics["kept"])
+    # The file holds the fine-tuned weights.
+    torch.testing.assert_close(net(x), objects["net"](x))
+    names = {path.name for path in (out / "figures").iterdir()}
+    assert names == {
+        "stimulus.png",
+        "snr_bins.png",
+        "spectra_layer1.png",
+        f"spectra_layer{min(10, len(objects['response'].layers))}.png",
+        "important_filters.png",
+        "part_preference.png",
+        "integration.png",
+        "kept_per_layer.png",
+        "accuracy_over_cut.png",
+        "accuracy_over_time.png",
+    }
+    check_page(out)
+
+
+def test_filters_csv_holds_every_filter_and_component(pruned: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
+    out, _, objects = pruned
+    with (out / "filters.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    response = objects["response"]
+    n_filters = sum(len(r.amplitude) for r in response.layers.values())
+    assert len(rows) == n_filters * len(response.components("all"))
+    row = next(r for r in rows if (r["layer"], r["filter"], r["component"]) == ("layer1.0.conv1", "3", "f1"))
+    assert float(row["snr"]) == pytest.approx(response.snr("layer1.0.conv1", ["f1"])[3, 0].item(), rel=1e-4)
+    assert row["recorded_at"] == "layer1.0.relu1 (activation)"
+    assert row["noise_std"] == "0.02"
+
+
+@pytest.mark.slow
+def test_removes_the_filters_with_the_lowest_snr(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    ckpt = trained[0] / "checkpoints" / "last.ckpt"
+    cfg = config(
+        "prune",
+        tmp_path,
+        "model=auto",
+        f"ckpt={ckpt}",
+        "pruning.ratio=0.5",
+        "importance=snr",
+        "finetune.epochs=0",
+        "pruning.bn_images=0",
+    )
+    metrics, objects = prune(cfg)
+    assert set(metrics) == {"network", "dense", "pruned", "kept", "widths", "remarks", "finished"}
+    for layer, kept in objects["kept"].items():
+        snr = objects["response"].snr(layer).nan_to_num(0).mean(-1)
+        assert kept.tolist() == sorted(snr.argsort(descending=True)[: len(snr) // 2].tolist())
+
+
+@pytest.mark.slow
+def test_threshold_keeps_what_is_above_it(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    common = (
+        "model=auto",
+        "importance=snr",
+        f"ckpt={trained[0] / 'checkpoints' / 'last.ckpt'}",
+        "finetune.epochs=0",
+        "pruning.bn_images=0",
+    )
+    _, objects = prune(config("prune", tmp_path, *common, "pruning=none"))
+    layers = [f"layer{s}.0.conv1" for s in (1, 2, 3)]
+    snr = {layer: objects["response"].snr(layer).nan_to_num(0).mean(-1) for layer in layers}
+    threshold = torch.cat(list(snr.values())).median().item()
+    metrics, _ = prune(config("prune", tmp_path, *common, f"pruning.threshold={threshold}"))
+    assert metrics["kept"] == {layer: max(1, int((values > threshold).sum())) for layer, values in snr.items()}
+
+
+def test_pruning_none_only_tags_and_tests(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    cfg = config(
+        "prune",
+        tmp_path,
+        "model=auto",
+        f"ckpt={trained[0] / 'checkpoints' / 'last.ckpt'}",
+        "pruning=none",
+        "tagging.per_class=true",
+    )
+    metrics, objects = prune(cfg)
+    with (tmp_path / "layers.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["group"] for row in rows} == {"all", *map(str, range(10))}
+    first = next(row for row in rows if (row["group"], row["layer"], row["filter"]) == ("all", "conv1", "2"))
+    assert float(first["part_preference"]) == pytest.approx(
+        objects["response"].part_preference("conv1")[2].item(), rel=1e-4
+    )
+    assert set(metrics) == {"network", "dense", "finished"}
+    check_page(tmp_path)
+    assert metrics["dense"]["test_accuracy"] == pytest.approx(trained[1]["test_accuracy"])
+    assert not (tmp_path / "pruned.ckpt").exists()
+    assert (tmp_path / "filters.csv").exists()
+
+
+@pytest.mark.slow
+def test_a_pruned_network_can_be_pruned_again(
+    pruned: tuple[Path, dict[str, Any], dict[str, Any]], tmp_path: Path
+) -> None:
+    cfg = config(
+        "prune", tmp_path, "model=auto", f"ckpt={pruned[0] / 'pruned.ckpt'}", "pruning.ratio=0.2", "finetune.epochs=0"
+    )
+    metrics, _ = prune(cfg)
+    assert metrics["dense"]["macs"] == pruned[1]["pruned"]["macs"]
+    # The file still counts in filters of the dense network.
+    first, second = (load_network(folder / "pruned.ckpt").kept for folder in (pruned[0], tmp_path))
+    assert all(set(second[layer]) <= set(first[layer]) for layer in first)
+    assert second != first
+    assert metrics["pruned"]["macs"] < metrics["dense"]["macs"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["pruning.layers='layer9*'"], "matches none of"),
+        (["pruning.layers='*.conv2'"], "share their channels"),
+        (["pruning.ratio=0.001"], "removes nothing"),
+        (["pruning.threshold=1e9"], "would remove every filter"),
+        (["pruning.threshold=1e-9"], "would remove nothing"),
+        (["pruning.macs_cut=0.99"], "cannot be reached"),
+        (["tagging.layers=conv1"], "which tagging.layers leaves out"),
+        (["tagging.noise_std=0"], "compares with noise, but tagging.noise_std = 0"),
+        (["data.mean=[0,0,0]", "data.std=[1,1,1]"], r"trained with mean .* use data.mean=\["),
+        (["model=resnet14"], "holds a resnet8, but model.name = resnet14"),
+        (["ckpt=nowhere.ckpt"], "nowhere.ckpt does not exist"),
+        (["ckpt_path=x"], "has no part in pruning"),
+        (["finetune.momentum=2"], "finetune.momentum must lie"),
+        (["model=resnet8", "model.shortcut=B"], "with shortcut = A, but model.shortcut = B"),
+        (["tagging.gap=40"], "leaves the part 'left'"),
+    ],
+)
+def test_prune_refuses(
+    overrides: list[str], message: str, trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    ckpt = trained[0] / "checkpoints" / "last.ckpt"
+    with pytest.raises(InputError, match=message):
+        prune(config("prune", tmp_path, "model=auto", "importance=snr", f"ckpt={ckpt}", *overrides))
+    assert not (tmp_path / "pruned.ckpt").exists()
+
+
+def test_public_weights_reach_their_published_accuracy(public_weights: Path, cifar10: Path, tmp_path: Path) -> None:
+    base = [
+        "data=image_folder",
+        f"data.root={cifar10}",
+        "data.mean=[0.485,0.456,0.406]",
+        "data.std=[0.229,0.224,0.225]",
+        "data.batch_size=500",
+        "data.limit_test=1000",
+        "model=resnet32",
+        f"ckpt={public_weights}",
+        "pruning=none",
+        "tagging.n_images=4",
+        "trainer=cpu",
+        "latency.n_runs=2",
+    ]
+    metrics, objects = prune(config("prune", tmp_path, base=base))
+    # 92.63 % on all 10,000 images; of 1,000 drawn ones the standard error is 0.8 %.
+    assert metrics["dense"]["test_accuracy"] == pytest.approx(0.9263, abs=0.025)
+    assert (metrics["dense"]["macs"], metrics["dense"]["params"]) == (68_862_592, 464_154)
+    response = objects["response"]
+    # Deep layers combine the halves.
+    assert response.snr("layer3.4.conv2", ["f1+f2"]).nanmedian() > 1.5
+
+
+@pytest.mark.slow
+def test_intermodulation_appears_with_the_first_nonlinearity(public_weights: Path, cifar10: Path) -> None:
+    from freqprune.tagging.measurement import tag
+    from freqprune.training.listed import ImageFolderData
+
+    net = load_network(public_weights, {"name": "resnet32"}).net
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    images = ImageFolderData(cifar10, mean=mean, std=std).pixels("val", 20)
+    before = tag(net, images, layers="conv1", where="convolution", mean=mean, std=std)
+    after = tag(net, images, layers="conv1", where="activation", mean=mean, std=std)
+    # Noise alone: 20 images leave the SNR a standard deviation of 0.58 / sqrt(20) = 0.13; 16 filters x 13 components.
+    assert before.snr("conv1", "intermodulation").mean().item() == pytest.approx(1.0, abs=0.05)
+    assert before.snr("conv1", "intermodulation").max() < 1.7
+    assert before.snr("conv1", "fundamentals").min() > 10
+    assert after.snr("conv1", ["f1+f2"]).nanmedian() > 1.7
+
+
+@pytest.mark.slow
+def test_everything_at_once(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Residual streams, two steps with fine-tuning between, least squares, multiples, distillation, exports."""
+    ckpt = trained[0] / "checkpoints" / "last.ckpt"
+    metrics, objects = prune(
+        config(
+            "prune",
+            tmp_path,
+            f"ckpt={ckpt}",
+            "importance=redundancy",
+            "pruning.macs_cut=0.5",
+            "pruning.streams=true",
+            "pruning.steps=2",
+            "pruning.step_epochs=1",
+            "pruning.compensation=least_squares",
+            "pruning.scope=global",
+            "finetune.distill=0.5",
+            "export.torch_export=true",
+            "export.fold=true",
+            "export.onnx=true",
+            "export.int8=true",
+        )
+    )
+    assert metrics["onnx"]["test_accuracy"] == pytest.approx(metrics["folded"]["test_accuracy"], abs=0.011)
+    assert metrics["int8"]["file_bytes"] < metrics["onnx"]["file_bytes"]
+    assert set(metrics["int8"]["latency_ms"]) == {"1", "4"}
+    assert metrics["exports"]["model.int8.onnx"] > 0.5
+    assert metrics["folded"]["test_accuracy"] == pytest.approx(metrics["finetuned"]["test_accuracy"], abs=0.011)
+    assert metrics["folded"]["params"] < metrics["pruned"]["params"]
+    assert set(metrics["folded"]["latency_ms"]) == set(metrics["dense"]["latency_ms"]) == {"1", "4"}
+    assert 0.5 <= 1 - metrics["pruned"]["macs"] / metrics["dense"]["macs"] < 0.55
+    assert metrics["exports"]["model.pt2"] < 1e-5
+    assert metrics["pruned"]["file_bytes"] < metrics["dense"]["file_bytes"]
+    assert set(metrics["pruned"]["latency_ms"]) == {"1", "4"}
+    assert (tmp_path / "step1" / "metrics.csv").exists()
+    net = load_pruned(tmp_path / "pruned.ckpt")
+    assert {unit: net.get_submodule(unit).out_channels for unit in metrics["kept"]} == metrics["kept"]
+    stored = load_network(tmp_path / "pruned.ckpt")
+    assert {unit: len(indices) for unit, indices in stored.kept.items()} == metrics["kept"]
+    assert all(len(set(indices)) == len(indices) for indices in stored.kept.values())
+    torch.testing.assert_close(net.state_dict(), objects["net"].state_dict())
+
+
+@pytest.mark.slow
+def test_a_cut_by_time_says_what_was_measured(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempo, "Times", ByMacs)
+    monkeypatch.setattr(tempo, "NOISY", 10.0)
+    monkeypatch.setattr(tempo, "LEAST_S", 0.0)
+    ckpt = trained[0] / "checkpoints" / "last.ckpt"
+    more = ("importance=logit_error", "pruning.latency_cut=0.1", "latency.batch_size=3", "pruning.compensation=none",
+            "pruning.calibration_images=32", "pruning.measured_images=16", "finetune.epochs=0",
+            "logger=jsonl")  # fmt: skip
+    metrics, _ = prune(config("prune", tmp_path, f"ckpt={ckpt}", *more))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [next(name for name in line if name != "step").split("/")[0] for line in lines] == [
+        "dense", "pruned", "recalibrated",
+    ]  # fmt: skip
+    assert lines[1]["pruned/test_accuracy"] == metrics["pruned"]["test_accuracy"]
+    assert lines[1]["pruned/macs"] == metrics["pruned"]["macs"]
+    for stage in ("dense", "pruned"):
+        assert list(metrics[stage]["latency_ms"]) == ["1", "3", "4"]
+    found = json.loads((tmp_path / "metrics.json").read_text())["latency"]
+    assert found["asked"] == 0.1
+    assert (found["target"], found["batch_size"]) == ("eager", 3)
+    before, after = (metrics[stage]["latency_ms"]["3"] for stage in ("dense", "pruned"))
+    assert tables.percentages(metrics)["time_cut"] == pytest.approx(100 * (1 - after / before))

@@ -1,0 +1,196 @@
+"""The training from a composed configuration, small: what it writes and what it refuses."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from freqprune.errors import InputError
+from freqprune.jobs.assembly import model_config
+from freqprune.jobs.prune import _network_to_prune
+from freqprune.jobs.settings import read
+from freqprune.jobs.train import train
+from freqprune.networks.registry import build_model
+from tests.jobs.small import check_page, config
+
+
+def test_train_writes_what_it_says(trained: tuple[Path, dict[str, Any]]) -> None:
+    out, metrics = trained
+    assert json.loads((out / "training.json").read_text()) == metrics
+    assert set(metrics) == {"val_accuracy", "test_accuracy", "epochs", "seconds"}
+    assert metrics["epochs"] == 1
+    expected = json.loads((out / "forecast.json").read_text())
+    assert {"training", "tags", "total"} <= expected.keys()
+    assert {"best.ckpt", "last.ckpt"} <= {path.name for path in (out / "checkpoints").iterdir()}
+    with (out / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    logged = {key for row in rows for key, value in row.items() if value}
+    assert {"train/loss", "val/accuracy", "important/layer1.0.conv1", "tagging/share"} <= logged
+    with (out / "importance.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == sum(
+        m.out_channels for m in build_model({"name": "resnet8"}).modules() if isinstance(m, torch.nn.Conv2d)
+    )
+    assert {path.name for path in (out / "figures").iterdir()} == {
+        "important_last_epoch.png",
+        "important_over_epochs.png",
+        "training_curves.png",
+    }
+    check_page(out)
+
+
+@pytest.mark.slow
+def test_resume_continues_to_the_last_epoch(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    last = trained[0] / "checkpoints" / "last.ckpt"
+    metrics, _ = train(config("train", tmp_path, f"ckpt_path={last}", "trainer.max_epochs=2", "logger=jsonl"))
+    assert metrics["epochs"] == 2
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    (found,) = (line["val/accuracy"] for line in lines if "val/accuracy" in line)
+    assert found == pytest.approx(metrics["val_accuracy"])
+    assert {line["epoch"] for line in lines} >= {1}
+    # The report draws from the table.
+    assert (tmp_path / "figures" / "training_curves.png").is_file()
+
+
+def test_a_network_that_has_learned_nothing_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(config("train", tmp_path, "tagging.every_n_epochs=0", "optimizer.lr=1e-9"))
+    assert "hardly better than chance (10.0 % of 10 classes)" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr("freqprune.jobs.trainers.tested", lambda *args: {"test_accuracy": 0.9})
+    train(config("train", tmp_path / "other", "tagging.every_n_epochs=0"))
+    assert "chance" not in caplog.text
+
+
+TERMS = ["integration", *(pytest.param(term, marks=pytest.mark.slow) for term in ("balance", "silence"))]
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_trains_with_a_loss_from_the_tags(
+    term: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    more = [f"tag_loss={term}", "tag_loss.every_n_steps=1", "trainer.max_epochs=2"]
+    metrics, made = train(config("train", tmp_path, *more))
+    assert metrics["epochs"] == 2
+    assert f"{term} from the tags in the loss" in " ".join(capsys.readouterr().out.split())
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    values = [float(row[f"tag_loss/{term}"]) for row in rows if row.get(f"tag_loss/{term}")]
+    assert len(values) == 2
+    assert all(0 < value < 1 for value in values)
+    assert made["classifier"].tag_loss.mean == list(made["data"].mean)
+    assert (
+        "the tags of the loss add 49 images to every step of 32 on the average: tag_loss.every_n_steps=8" in caplog.text
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["tagging.tag_freqs=[6.0,7.3]"], "7.3 Hz is not on a bin"),
+        (["tagging.tag_freqs=[6.0,61.0]"], "Nyquist"),
+        (["tagging.tag_freqs=[6.0,6.0]"], "also the frequency of part 1"),
+        (["tagging.tag_freqs=fast"], "tagging.tag_freqs must be a list"),
+        (["tagging.n_images=2.5"], "tagging.n_images must be a whole number, got 2.5"),
+        (["pruning=filters", "pruning.ratio=half"], "pruning.ratio must be a number or null, got 'half'"),
+        (["compile=maybe"], "compile must be true or false or reduce-overhead or max-autotune, got 'maybe'"),
+        (["+tagging.n_image=3"], "tagging.n_image is not a setting; did you mean"),
+        (["+finetune.lrs=3"], "finetune.lrs is not a setting; did you mean finetune.lr"),
+        (["resume=5"], "resume = 5 goes on with pruning"),
+        (["imports=foo"], r"imports must be a list"),
+        (["~tagging.n_images"], "tagging.n_images is not set; give tagging.n_images=VALUE"),
+        (["~optimizer.lr"], "optimizer.lr is not set"),
+        (["~logger"], "logger is not set"),
+        (["importance.components=abc"], "importance.components: "),
+        (["pruning=filters", "pruning.compensation=sequential", "pruning.bn_when=before"], "does not go with"),
+        (["tagging.where=relu"], "tagging.where must be one of"),
+        (["tagging.average=max"], "tagging.average must be one of"),
+        (["tagging.n_images=0"], "tagging.n_images must be at least 1"),
+        (["tagging.noise_std=2"], "tagging.noise_std must lie"),
+        (["importance.criterion=loudness"], "importance.criterion must be one of"),
+        (["importance.components=f7"], "got 'f7'"),
+        (["importance.alpha=0"], "importance.alpha"),
+        (
+            ["importance.important_by=threshold", "importance.threshold=0"],
+            "importance.threshold must be a positive SNR",
+        ),
+        (["+trainers.max_epochs=3"], "trainers is not a setting; did you mean trainer"),
+        (["pruning=filters", "pruning.ratio=1.0"], "pruning.ratio must lie between"),
+        (["pruning=filters", "pruning.ratio=0.5", "pruning.threshold=3"], "set exactly one"),
+        (["finetune.epochs=-1"], "finetune.epochs must be at least 0"),
+        (["finetune.lr=0"], "finetune.lr must be above 0"),
+        (["optimizer.lr=0"], "optimizer.lr must be above 0"),
+        (["optimizer.name=AdamV"], r"optimizer.name must be one of torch.optim's .*; did you mean Adam"),
+        (["optimizer.arguments=5"], r"optimizer.arguments must be a mapping \({...}\), got 5"),
+        (["optimizer.class_weights=[1,2]"], "class_weights must hold 10 numbers"),
+        (["tag_loss.silence=much"], r"tag_loss.silence must be a number or a mapping \({...}\), got 'much'"),
+        (["tag_loss.every_n_steps=0"], "tag_loss.every_n_steps must be at least 1"),
+        (["tag_loss.balance={layer9.*: 1}"], "layer pattern 'layer9.*' matches none of"),
+        (["+tag_loss.loudness=1"], "tag_loss.loudness is not a setting"),
+        (["data.transforms=[TrivialAugment]"], "no transform 'TrivialAugment'; did you mean TrivialAugmentWide"),
+        (["data.transforms=[{name:RandomErasing,q:1}]"], "RandomErasing does not take"),
+        (["matmul_precision=low"], "matmul_precision must be"),
+        (["seed=-1"], "seed must be at least 0"),
+        (["model.name=resnet33"], "model.name must be one of"),
+        (["model.num_classes=7"], "the data have 10 classes"),
+        (["data.val_fraction=2"], "val_fraction must lie"),
+        (["ckpt_path=none.ckpt"], "none.ckpt does not exist"),
+        (["ckpt=x.ckpt"], "to resume training use ckpt_path=x.ckpt"),
+        (["pruning=filters", "pruning.layers='layer9*'"], "matches none of"),
+        (["tagging.gap=40"], "leaves the part 'left'"),
+        (["tagging.layers='block*'"], "matches none of"),
+        (["data=image_folder", "data.root=nowhere"], "nowhere is not a folder"),
+        (["model=auto", "model.name=torchvision/alexnet"], "AlexNet does not run on images of 3 x 32 x 32"),
+    ],
+)
+def test_train_refuses_before_any_work(overrides: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        train(config("train", tmp_path, *overrides))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_output_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written to"):
+        train(config("train", tmp_path / "file" / "out"))
+
+
+def test_training_checkpoint_of_another_network_does_not_resume(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    last = trained[0] / "checkpoints" / "last.ckpt"
+    with pytest.raises(InputError, match=r"with name = resnet8, but model.name = resnet14"):
+        train(config("train", tmp_path, "model=resnet14", f"ckpt_path={last}"))
+
+
+def test_training_checkpoint_of_something_else_does_not_resume(tmp_path: Path) -> None:
+    torch.save(build_model({"name": "resnet8"}).state_dict(), tmp_path / "w.pt")
+    with pytest.raises(InputError, match="is no training checkpoint"):
+        train(config("train", tmp_path, f"ckpt_path={tmp_path / 'w.pt'}"))
+
+
+def test_training_refuses_what_only_pruning_reads(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="pretrained=true names a network that is trained already"):
+        train(config("train", tmp_path, "pretrained=true"))
+    with pytest.raises(InputError, match=r"needs the dense network: use prune.py with ckpt=x/checkpoints/last\.ckpt"):
+        train(config("train", tmp_path, "resume=x"))
+
+
+def test_the_network_trained_by_default_is_no_setting_of_a_network(tmp_path: Path) -> None:
+    cfg = config("train", tmp_path, "model=auto", "model.name=torchvision/resnet18")
+    assert model_config(read(cfg).model)["name"] == "torchvision/resnet18"
+    assert "fallback" not in model_config(read(cfg).model)
+    torch.save(build_model({"name": "torchvision/resnet18", "num_classes": 10}).state_dict(), tmp_path / "w.pt")
+    cfg = config(
+        "prune",
+        tmp_path,
+        "model=auto",
+        "model.name=torchvision/resnet18",
+        "+model.num_classes=10",
+        f"ckpt={tmp_path / 'w.pt'}",
+    )
+    assert "fallback" not in _network_to_prune(read(cfg)).net.config
