@@ -20,7 +20,7 @@ from result import publish
 from rich.progress import track
 from torch import nn
 
-from freqprune import Amount, Material, Recipe, Stimulus, build_model, cut, resnet32
+from freqprune import Amount, Material, Recipe, Stimulus, build_model, cut, pretrained
 from freqprune.jobs.cli import keep_freed_memory
 from freqprune.networks import HELD_OUT, Latency, compare, runner
 
@@ -35,7 +35,7 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 def network(name: str) -> tuple[nn.Module, int]:
     """A network and the height and width of its images; those of torchvision with random weights."""
     if name == "resnet32":
-        return resnet32(pretrained=True).eval(), 32
+        return pretrained(HELD_OUT).eval(), 32
     torch.manual_seed(0)
     return build_model({"name": f"torchvision/{name}"}).eval(), 224
 

@@ -17,8 +17,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from result import publish
 
-from freqprune import Amount, Material, Recipe, Stimulus, cut, resnet32
+from freqprune import Amount, Material, Recipe, Stimulus, cut, pretrained
 from freqprune.jobs.cli import keep_freed_memory
+from freqprune.networks import HELD_OUT
 from freqprune.processes import shared_work
 
 
@@ -32,7 +33,7 @@ def one_process(rank: int, n_processes: int, n_images: int, folder: str) -> None
     recipe = Recipe(
         Amount(macs_cut=0.5, scope="per_mac"), "logit_error", compensation="sequential", calibrate_on="images"
     )
-    net = resnet32(pretrained=True)
+    net = pretrained(HELD_OUT)
     with shared_work() if n_processes > 1 else nullcontext():
         for count in (n_images // 4, n_images):
             material = Material(pixels[:10], lambda p: (p - 0.5) / 0.25, calibration=pixels[:count])

@@ -22,11 +22,11 @@ class Card:
         n_parameters: of the network.
         macs: multiply-accumulates of one image.
         macs_cut: share of the dense network's MACs that was removed, 0 for a dense one.
-        test_accuracy: on all test images, measured once.
+        test_accuracy: on all test images, in float32.
         n_train: training images.
         epochs: of training, or of fine-tuning after the cut.
         seed: of the one run.
-        commands: that trained it, in order.
+        commands: that train it, in order; what was run in parts is told in the README of the weights.
     """
 
     n_parameters: int
