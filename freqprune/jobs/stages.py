@@ -124,39 +124,44 @@ class Run:
         plan, chosen = plan_cut(net, self.example, recipe)
         widths = {name: plan.unit(name).n_filters for name in chosen}
         whole = plan.macs({})
-        small, ours, notes = net, {name: torch.arange(width) for name, width in widths.items()}, []
+        small, ours = net, {name: torch.arange(width) for name, width in widths.items()}
         scores: dict[str, Tensor] = {}
+        gone: list[str] = []
+        notes: list[str] = []
         for step in range(n_steps):
             counts = {name: len(indices) for name, indices in ours.items()}
             left = (
                 sum(counts.values()) / sum(widths.values())
                 if recipe.amount.ratio is not None
-                else plan.macs(counts) / whole
+                else plan.macs(counts | dict.fromkeys(gone, 0)) / whole
             )
             amount = step_amount(recipe.amount, step, n_steps, left)
-            now = replace(recipe, amount=amount)
-            known = response if step == 0 else None
-            done = cut(small, self._material(), now, self.settings.stimulus, known, assembly.bars())
-            small = done.net.to(memory_format=torch.channels_last)
-            scores = scores or done.scores
-            # Layers of blocks that went are in the network no more.
-            there = dict(small.named_modules())
-            ours = {
-                name: indices[done.kept[name]] if name in done.kept else indices
-                for name, indices in ours.items()
-                if name in there
-            }
-            if done.dropped:
-                self.metrics.setdefault("dropped_blocks", []).extend(done.dropped)
-            if done.promise is not None:
-                self.metrics["latency"] = done.promise.record()
-            notes = done.remarks
+            if amount is None:
+                notes.append(f"step {step + 1} of {n_steps} cut nothing: those before it had cut as much already")
+            else:
+                now = replace(recipe, amount=amount)
+                known = response if step == 0 else None
+                done = cut(small, self._material(), now, self.settings.stimulus, known, assembly.bars())
+                small = done.net.to(memory_format=torch.channels_last)
+                scores, notes = scores or done.scores, done.remarks
+                gone += done.dropped
+                # Layers of blocks that went are in the network no more.
+                there = dict(small.named_modules())
+                ours = {
+                    name: indices[done.kept[name]] if name in done.kept else indices
+                    for name, indices in ours.items()
+                    if name in there
+                }
+                if done.promise is not None:
+                    self.metrics["latency"] = done.promise.record()
             if step + 1 < n_steps:
                 self._recalibrate(small)
                 if self.settings.course.step_epochs:
                     small = finetune(
                         self.settings, self.data, small, net, self.settings.course.step_epochs, f"step{step + 1}"
                     )
+        if gone:
+            self.metrics["dropped_blocks"] = gone
         stages = {"pruned": small}
         if self.settings.exports.fold:
             stages["folded"] = self._folded(small)
@@ -166,7 +171,7 @@ class Run:
         widths = {name: width for name, width in widths.items() if name in ours}
         self.metrics["kept"], self.metrics["widths"] = tables.kept_counts(ours), widths
         title = f"Filters kept by {self.settings.scoring.criterion}"
-        if self.first:
+        if self.first and ours:
             figure = run_figures.kept_per_layer(self.metrics["kept"], widths, title)
             save(figure, self.out / "figures" / "kept_per_layer.png")
         self.metrics["remarks"] = notes

@@ -11,6 +11,8 @@ from freqprune.errors import InputError
 SCOPES = ("global", "per_mac", "per_ms", "layer")
 AUTO = "auto"
 AMOUNTS = ("ratio", "threshold", "macs_cut", "latency_cut", "latency_ms")
+# A share that only rounding makes.
+_NOTHING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,9 @@ class Amount:
         return self.multiple_of
 
 
-def step_amount(amount: Amount, step: int, n_steps: int, left: float) -> Amount:
-    """Amount of one of several steps that together remove `amount`, in equal shares of the dense network.
+def step_amount(amount: Amount, step: int, n_steps: int, left: float) -> Amount | None:
+    """Amount of one of several steps that together remove `amount`, in equal shares of the dense network; None where
+    the steps before it have removed as much already.
 
     Args:
         amount: of all steps together. A threshold is the same in every step.
@@ -113,4 +116,6 @@ def step_amount(amount: Amount, step: int, n_steps: int, left: float) -> Amount:
     if goal is None:
         return amount
     now = 1 - (1 - goal * (step + 1) / n_steps) / left
+    if now < _NOTHING:
+        return None
     return replace(amount, ratio=now) if amount.ratio is not None else replace(amount, macs_cut=now)

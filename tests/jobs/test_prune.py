@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from freqprune import load_pruned
 from freqprune.errors import InputError
@@ -14,7 +15,7 @@ from freqprune.jobs.prune import prune
 from freqprune.networks.checkpoint import load_network
 from freqprune.networks.profiling import count_macs, count_parameters
 from freqprune.networks.registry import build_model
-from freqprune.pruning import tempo
+from freqprune.pruning import cut, tempo
 from freqprune.reports import tables
 from tests.jobs.small import check_page, config
 from tests.pruning.test_tempo import ByMacs
@@ -269,6 +270,40 @@ def test_everything_at_once(trained: tuple[Path, dict[str, Any]], tmp_path: Path
     assert {unit: len(indices) for unit, indices in stored.kept.items()} == metrics["kept"]
     assert all(len(set(indices)) == len(indices) for indices in stored.kept.values())
     torch.testing.assert_close(net.state_dict(), objects["net"].state_dict())
+
+
+def test_a_step_that_went_far_enough_leaves_nothing_to_the_next(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    ckpt = trained[0] / "checkpoints" / "last.ckpt"
+    more = ("importance=l2", "pruning.layers=layer1.0.conv1", "pruning.multiple_of=8", "pruning.macs_cut=0.15",
+            "pruning.steps=2", "finetune.epochs=0")  # fmt: skip
+    metrics, _ = prune(config("prune", tmp_path, f"ckpt={ckpt}", *more))
+    assert metrics["kept"] == {"layer1.0.conv1": 8}
+    assert "step 2 of 2 cut nothing: those before it had cut as much already" in metrics["remarks"]
+
+
+@pytest.mark.slow
+def test_blocks_that_went_count_in_later_steps(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[tuple[float, float]] = []
+
+    def watched(net: nn.Module, material: Any, recipe: Any, *args: Any) -> Any:
+        left.append((count_macs(net, torch.rand(1, 3, 32, 32)), 1 - recipe.amount.macs_cut))
+        return cut(net, material, recipe, *args)
+
+    monkeypatch.setattr("freqprune.jobs.stages.cut", watched)
+    ckpt = trained[0] / "checkpoints" / "last.ckpt"
+    more = ("importance=logit_error", "pruning.blocks=true", "pruning.macs_cut=0.6", "pruning.rounds=0",
+            "pruning.calibration_images=32", "pruning.measured_images=16", "pruning.steps=3",
+            "finetune.epochs=0")  # fmt: skip
+    metrics, _ = prune(config("prune", tmp_path, f"ckpt={ckpt}", *more))
+    assert metrics["dropped_blocks"]
+    assert len(left) > 1
+    # The share of the dense network that each step is to leave: 0.8, 0.6 and 0.4.
+    shares = [macs / metrics["dense"]["macs"] * share for macs, share in left]
+    assert shares == pytest.approx([1 - 0.2 * (step + 1) for step in range(len(left))])
 
 
 @pytest.mark.slow

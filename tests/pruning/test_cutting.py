@@ -108,8 +108,12 @@ def test_steps_add_up(kind: str) -> None:
     left = 1.0
     for step in range(3):
         now = step_amount(Amount(**{kind: 0.6}), step, 3, left)
+        assert now is not None
         left *= 1 - getattr(now, kind)
         assert left == pytest.approx(1 - 0.2 * (step + 1))
+    # What is asked for is gone already, to the last filter or by more.
+    assert step_amount(Amount(**{kind: 0.6}), 1, 3, 0.6) is None
+    assert step_amount(Amount(**{kind: 0.6}), 1, 3, 0.55) is None
     assert step_amount(Amount(threshold=2.0), 1, 3, 0.5) == Amount(threshold=2.0)
 
 
