@@ -6,6 +6,7 @@ done there alone.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,6 +22,17 @@ K = TypeVar("K")
 P = ParamSpec("P")
 
 _SHARING: ContextVar[bool] = ContextVar("sharing", default=False)
+_BESIDE: ContextVar[int | None] = ContextVar("beside", default=None)
+
+
+def expect(processes: int) -> None:
+    """Say how many processes of this job there will be on this machine, also before they are started."""
+    _BESIDE.set(processes)
+
+
+def on_this_machine() -> int:
+    """How many processes of this job there are, or will be, on this machine: as a job or torchrun says, or one."""
+    return _BESIDE.get() or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 @contextmanager

@@ -11,9 +11,9 @@ from torch import nn
 from freqprune.errors import InputError
 from freqprune.jobs import assembly, trainers
 from freqprune.jobs.settings import Settings
-from freqprune.networks import device_of, dropped_blocks
+from freqprune.networks import device_of, dropped_blocks, trained
 from freqprune.tagging import untrained
-from freqprune.training import Classifier, ImageData
+from freqprune.training import Classifier, ImageData, epochs_of
 
 FINETUNED, FROM_SCRATCH = "finetuned", "from_scratch"
 # Folder of the training that a run ends with, by its stage; an interrupted one goes on from there.
@@ -31,6 +31,19 @@ def check_anew(net: nn.Module) -> None:
             untrained(net)
         except InputError as error:
             raise InputError(f"finetune.from_scratch cannot draw the weights of this network anew: {error}") from None
+
+
+def check_finetuning(settings: Settings, data: ImageData) -> None:
+    """Make a trainer as the one that trains a cut network, and compare its settings with the data, before the cut.
+
+    Raises:
+        InputError: for weights of other classes, or images that are to grow over no given number of epochs.
+    """
+    if settings.finetune_epochs or settings.course.step_epochs:
+        settings.finetune.check_classes(len(data.classes), "finetune.")
+        trainer = trainers.make_trainer(settings, settings.out, [], max(1, settings.finetune_epochs), logged=False)
+        if settings.from_scratch and data.progressive_resizing is not None:
+            epochs_of(trainer)
 
 
 def finetune(
@@ -79,7 +92,8 @@ def finetune(
     if not anew:
         classifier.net.load_state_dict(small.state_dict())
     trainer = trainers.make_trainer(settings, settings.out / name, [], epochs)
-    stored = settings.common.ckpt is not None or settings.common.pretrained
+    model = assembly.model_settings(settings.model)
+    stored = settings.common.ckpt is not None or settings.common.pretrained or trained(model)
     dense = "" if stored else f" ckpt={settings.out / 'checkpoints' / 'last.ckpt'}"
     resumable = (
         f"; to go on: prune.py with the same settings and resume={settings.out}{dense}"

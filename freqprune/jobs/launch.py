@@ -12,7 +12,7 @@ from lightning_fabric import Fabric
 
 from freqprune.errors import InputError
 from freqprune.jobs.launched import launched
-from freqprune.processes import rank_and_size, shared_work
+from freqprune.processes import expect, rank_and_size, shared_work
 
 _WHERE = ("accelerator", "devices", "num_nodes")
 
@@ -49,7 +49,8 @@ def place(trainer: Mapping[str, Any]) -> pl.Trainer:
 
 
 def world_size(trainer: Mapping[str, Any]) -> int:
-    """How many processes a Lightning trainer with these settings runs in.
+    """How many processes a Lightning trainer with these settings runs in; `freqprune.processes` is told those of this
+    machine.
 
     Raises:
         InputError: if torchrun or srun have started another number of them; for batch norms over several of them on a
@@ -63,6 +64,7 @@ def world_size(trainer: Mapping[str, Any]) -> int:
             f"trainer=ddp trainer.devices={there.processes // there.machines} trainer.num_nodes={there.machines}, or "
             "start one process without it"
         )
+    expect(made.num_devices)
     size: int = made.world_size
     if size > 1 and trainer.get("sync_batchnorm") and made.strategy.root_device.type == "cpu":
         raise InputError(

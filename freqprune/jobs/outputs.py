@@ -132,6 +132,9 @@ def figures_of_training(tagging: FrequencyTagging, out: Path) -> None:
             response_figures.important_per_layer(tagging.latest["important"], title),
             out / "figures" / "important_last_epoch.png",
         )
+        if not (out / "importance.csv").is_file():
+            # Tagged before the training went on in another folder, and not since.
+            return
         shares = tables.important_shares(out / "importance.csv")
         save(
             run_figures.important_over_epochs(shares, f"Important filters over training, {noise}"),

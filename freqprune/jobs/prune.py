@@ -14,9 +14,10 @@ from torch import nn
 from freqprune.jobs import assembly, trainers
 from freqprune.jobs.announce import announce_pruning
 from freqprune.jobs.config import check_pruning
-from freqprune.jobs.finetuning import check_anew
+from freqprune.jobs.finetuning import check_anew, check_finetuning
 from freqprune.jobs.launch import in_all_processes
 from freqprune.jobs.outputs import explore_cut, name_of, plan_of, tell, write_response
+from freqprune.jobs.resuming import check_same_cut
 from freqprune.jobs.settings import Settings, read
 from freqprune.jobs.stages import Run
 from freqprune.networks import Stored, device_of
@@ -48,6 +49,8 @@ def prune(
     """
     check_pruning(cfg, at_hand=dense is not None)
     settings = read(cfg)
+    if settings.common.resume is not None:
+        check_same_cut(cfg, Path(settings.common.resume))
     assembly.quiet()
     assembly.prepare_output(settings.out)
     with in_all_processes(settings.trainer) as first:
@@ -71,6 +74,8 @@ def _pruned(
     net = net.to(device).to(memory_format=torch.channels_last).eval()
     run = Run(settings, data, device, first)
     planned = None if settings.recipe is None else plan_cut(net, run.example, settings.recipe)
+    if planned:
+        check_finetuning(settings, data)
     if planned and settings.from_scratch:
         check_anew(net)
         assembly.check_sizes(net, data, run.example)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freqprune.errors import InputError
 from freqprune.jobs import assembly, trainers
 from freqprune.jobs.finetuning import FINETUNED, FOLDERS, FROM_SCRATCH, finetune
 from freqprune.jobs.loggers import log_results, log_stage, make_logger
 from freqprune.jobs.outputs import explore_cut, name_of, tell
+from freqprune.jobs.resuming import interrupted
 from freqprune.jobs.settings import Settings
 from freqprune.networks import (
     OnnxModule,
@@ -223,30 +223,19 @@ class Run:
 
     def go_on(self, net: nn.Module, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """Go on with the fine-tuning of an interrupted run, as the unbroken run would have."""
-        pruned, metrics = folder / "pruned.ckpt", folder / "metrics.json"
-        if not pruned.is_file() or not metrics.is_file():
-            raise InputError(
-                f"resume = {folder} holds no pruned.ckpt and metrics.json: that run was interrupted before it had "
-                "pruned; start it again"
-            )
-        self.metrics = record.read_json(metrics)
-        small = load_pruned(pruned).to(self.device).to(memory_format=torch.channels_last)
-        self.kept = load_network(pruned).kept
-        last = folder / FOLDERS[self.trained] / "checkpoints" / "last.ckpt"
-        other = FINETUNED if self.settings.from_scratch else FROM_SCRATCH
-        if other in self.metrics or (folder / FOLDERS[other]).exists():
-            # Its pruned.ckpt holds the weights of that training by now.
-            raise InputError(
-                f"resume = {folder} is a run with finetune.from_scratch={str(not self.settings.from_scratch).lower()}; "
-                "go on with that, or compare in a run of its own"
-            )
+        earlier = interrupted(folder, self.trained, self.settings.finetune_epochs)
+        small = load_pruned(earlier.pruned).to(self.device).to(memory_format=torch.channels_last)
+        self.metrics, self.kept = earlier.metrics, load_network(earlier.pruned).kept
+        if self.first:
+            earlier.hand_over(self.out, self.trained)
+            self.write(small)
         if self.trained in self.metrics:
             if self.first:
                 show(f"{folder} is complete; its training is not repeated")
             if "exports" not in self.metrics:
                 self._deploy(net, small)
         else:
-            small = self.recover(net, small, last if last.is_file() else None)
+            small = self.recover(net, small, earlier.last)
         self.finish()
         self.tell(net, None)
         return self.metrics, {

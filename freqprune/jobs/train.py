@@ -13,11 +13,12 @@ from omegaconf import DictConfig
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities import rank_zero_only
 
+from freqprune.errors import InputError
 from freqprune.jobs import assembly, trainers
 from freqprune.jobs.advice import advise
 from freqprune.jobs.announce import announce_training
 from freqprune.jobs.config import check_training
-from freqprune.jobs.finetuning import check_anew
+from freqprune.jobs.finetuning import check_anew, check_finetuning
 from freqprune.jobs.launch import world_size
 from freqprune.jobs.loggers import log_results
 from freqprune.jobs.outputs import explore_training, figures_of_training, training_criterion
@@ -62,6 +63,12 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     data = assembly.load_data(assembly.data_settings(settings))
     config = assembly.with_classes(config, data)
     done = 0 if common.ckpt_path is None else check_resumable(common.ckpt_path, config)
+    most = settings.trainer.get("max_epochs")
+    if isinstance(most, int) and 0 <= most < done:
+        raise InputError(
+            f"ckpt_path = {common.ckpt_path} has {done} epochs behind it, trainer.max_epochs = {most} asks for fewer "
+            f"in all: say trainer.max_epochs={done} or more"
+        )
     settings.stimulus.masks(*data.split("val").pixels.shape[-2:])
     classifier = Classifier(
         config,
@@ -80,6 +87,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     cut = None
     if settings.recipe is not None:
         cut = plan_cut(classifier.net, example, settings.recipe)
+        check_finetuning(settings, data)
         if settings.from_scratch:
             check_anew(classifier.net)
     pick_layers(classifier.net, settings.readout.layers)
@@ -92,6 +100,9 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     advice = f"interrupted; to go on, if an epoch was complete: ckpt_path={last}"
     trainers.fit(trainer, classifier, data, common.ckpt_path, advice, common.compile)
     seconds = time.perf_counter() - start
+    if data.validates and math.isnan(trainers.metric(trainer, "val/accuracy")):
+        # No epoch was left to train, or none to validate after.
+        trainer.validate(classifier, datamodule=data, verbose=False)
     validated = {"val_accuracy": trainers.metric(trainer, "val/accuracy")} if data.validates else {}
     metrics = {
         **validated,

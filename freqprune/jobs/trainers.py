@@ -32,8 +32,17 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
 
 def make_trainer(
-    settings: Settings, folder: Path, callbacks: list[pl.Callback], max_epochs: int | None = None
+    settings: Settings, folder: Path, callbacks: list[pl.Callback], max_epochs: int | None = None, logged: bool = True
 ) -> pl.Trainer:
+    """The trainer of a job, or of a part of it.
+
+    Args:
+        settings: of the job.
+        folder: where it writes.
+        callbacks: further ones.
+        max_epochs: instead of those of the settings.
+        logged: give it the logger; False for one that is made to see that it can be.
+    """
     arguments = settings.trainer if max_epochs is None else {**settings.trainer, "max_epochs": max_epochs}
     configured = {name: dict(spec) for name, spec in settings.callbacks.items() if spec}
     if settings.data.get("val_fraction") == 0:
@@ -50,7 +59,7 @@ def make_trainer(
     trainer = instantiate(
         arguments,
         callbacks=everything,
-        logger=make_logger(settings, folder) or False,
+        logger=(make_logger(settings, folder) if logged else None) or False,
         default_root_dir=str(folder),
         plugins=[AtomicCheckpoints()],
     )
@@ -73,12 +82,21 @@ def fit(
     try:
         with compiled(classifier, trainer, compile, if_interrupted):
             trainer.fit(classifier, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+            if ckpt_path is not None and classifier.optimization.ema:
+                _average_of(classifier, ckpt_path, trainer.global_step)
     except SIGTERMException:
         _say(if_interrupted)
         raise SystemExit(128 + signal.SIGTERM) from None
     except (KeyboardInterrupt, SystemExit):
         _say(if_interrupted)
         raise
+
+
+def _average_of(classifier: Classifier, ckpt_path: str, steps: int) -> None:
+    """Take the averaged weights of a checkpoint, if no step was left to train: Lightning does so after a step only."""
+    content = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+    if content["global_step"] == steps:
+        classifier.load_state_dict(content["state_dict"])
 
 
 def _say(reason: str) -> None:

@@ -7,6 +7,7 @@ from .blocks import drop_blocks as drop_blocks
 from .blocks import dropped_blocks as dropped_blocks
 from .checkpoint import Stored as Stored
 from .checkpoint import check_resumable as check_resumable
+from .checkpoint import epochs_done as epochs_done
 from .checkpoint import load_network as load_network
 from .checkpoint import load_pruned as load_pruned
 from .checkpoint import of_the_dense as of_the_dense

@@ -126,6 +126,15 @@ def check_resumable(path: str | Path, model: Mapping[str, Any]) -> int:
                 f"ckpt_path = {path} trains a network with {key} = {stored.get(key)}, but model.{key} = "
                 f"{model.get(key)}; resume with the same model"
             )
+    return _epochs_done(content)
+
+
+def epochs_done(path: str | Path) -> int:
+    """Epochs that a training checkpoint has behind it."""
+    return _epochs_done(read(path))
+
+
+def _epochs_done(content: Mapping[str, Any]) -> int:
     return int(content.get("epoch", -1)) + 1
 
 

@@ -3,6 +3,7 @@ from .classifier import Distillation as Distillation
 from .datamodule import CIFAR10Data as CIFAR10Data
 from .datamodule import DigitsData as DigitsData
 from .datamodule import ImageData as ImageData
+from .datamodule import epochs_of as epochs_of
 from .hub_sets import HuggingFaceData as HuggingFaceData
 from .listed import ImageFolderData as ImageFolderData
 from .listed import ListedData as ListedData

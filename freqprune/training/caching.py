@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from freqprune.errors import one_of
+from freqprune.processes import on_this_machine
 from freqprune.training.ledger import checked, open_ledger, read_all, room
 from freqprune.training.listing import Reader
 from freqprune.training.pixels import DecodedPixels, MappedPixels, StoredPixels
@@ -60,8 +60,7 @@ def hold(
 
 def _choose(planned: list[tuple[Reader, Path]]) -> str:
     needed, free = sum(reader.n_bytes for reader, _ in planned), free_memory()
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if free is None or 2 * needed * processes <= free:
+    if free is None or 2 * needed * on_this_machine() <= free:
         chosen = "memory"
     elif room(planned):
         chosen = "disk"

@@ -116,9 +116,8 @@ class Classifier(pl.LightningModule):
                 if num_classes > _FEW
             }
         )
+        self.optimization.check_classes(num_classes)
         weights = self.optimization.class_weights
-        if weights is not None and not isinstance(weights, str) and len(weights) != num_classes:
-            raise InputError(f"class_weights must hold {num_classes} numbers, one a class, got {len(weights)}")
         # Not saved: weights that balance the classes follow the data.
         self.register_buffer("class_weights", None if weights is None else torch.ones(num_classes), persistent=False)
 
@@ -234,9 +233,20 @@ class Classifier(pl.LightningModule):
                 "warm-up"
             )
         total = 1 if math.isinf(steps) else max(1, int(steps))
-        warmup = round(warmup_epochs * total / max(1, self.trainer.max_epochs or 1))
+        warmup = round(warmup_epochs * self._steps_an_epoch()) if warmup_epochs else 0
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.optimization.rate(total, warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _steps_an_epoch(self) -> int:
+        if self.trainer.train_dataloader is None:
+            self.trainer.fit_loop.setup_data()
+        n_batches = self.trainer.num_training_batches
+        if math.isinf(n_batches):
+            raise InputError(
+                f"warmup_epochs = {self.optimization.warmup_epochs:g} needs to know how many batches an epoch has, and "
+                "the loader does not say; set trainer.limit_train_batches, or warmup_epochs = 0"
+            )
+        return math.ceil(n_batches / self.trainer.accumulate_grad_batches)
 
 
 def _plain(optimization: Optimization) -> dict[str, Any]:

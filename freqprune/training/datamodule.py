@@ -220,7 +220,7 @@ class ImageData(pl.LightningDataModule, ABC):
         if self.transforms.mixing:
             pixels, labels = self.transforms.mix(pixels, labels, generator, share)
         if self.progressive_resizing is not None:
-            pixels = self.progressive_resizing(pixels, self.trainer.current_epoch, _epochs(self.trainer))
+            pixels = self.progressive_resizing(pixels, self.trainer.current_epoch, epochs_of(self.trainer))
         return pixels, labels
 
     def _epoch_generator(self, trainer: pl.Trainer) -> torch.Generator:
@@ -243,7 +243,7 @@ class ImageData(pl.LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader[Any]:
         if self.progressive_resizing is not None and self.trainer is not None and self.trainer.state.fn == "fit":
             # Before the first batch is read.
-            _epochs(self.trainer)
+            epochs_of(self.trainer)
         return self._loader("train", shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -253,7 +253,7 @@ class ImageData(pl.LightningDataModule, ABC):
         return self._loader("test", shuffle=False)
 
 
-def _epochs(trainer: pl.Trainer) -> int:
+def epochs_of(trainer: pl.Trainer) -> int:
     """Epochs that training images grow over."""
     if trainer.max_epochs is None or trainer.max_epochs < 0 or trainer.max_steps >= 0:
         raise InputError(

@@ -92,6 +92,12 @@ class Optimization:
                 f"class_weights must be {BALANCED}, null or a list of numbers of at least 0, got {weights!r}"
             )
 
+    def check_classes(self, n_classes: int, group: str = "") -> None:
+        """Raise InputError unless there are as many weights of classes as classes; `group` names the settings."""
+        weights = self.class_weights
+        if weights is not None and not isinstance(weights, str) and len(weights) != n_classes:
+            raise InputError(f"{group}class_weights must hold {n_classes} numbers, one a class, got {len(weights)}")
+
     def optimizer(self, net: nn.Module) -> torch.optim.Optimizer:
         """The optimizer of a network's parameters."""
         kind = _class(self.name)

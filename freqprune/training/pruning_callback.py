@@ -10,6 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -99,6 +100,11 @@ class TagPruning(_TagsInTraining):
             raise InputError(
                 "TagPruning replaces the network, and strategy=ddp_spawn hands weights back to a process with the "
                 "old network; use strategy=ddp"
+            )
+        if any(isinstance(one, WeightAveraging) for one in trainer.callbacks):  # type: ignore[attr-defined]
+            raise InputError(
+                "TagPruning replaces the network, and WeightAveraging (ema= of Classifier and optimizer.ema) would go "
+                "on averaging the old one: use one of them, or prune with prune.py between two runs"
             )
         self._attribute(pl_module)
         loading = pl_module.on_load_checkpoint

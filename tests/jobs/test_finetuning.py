@@ -1,5 +1,6 @@
 """Fine-tuning of a cut network, and training of its widths from scratch."""
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from freqprune.errors import InputError
 from freqprune.jobs.prune import prune
 from freqprune.jobs.train import train
 from freqprune.networks.blocks import Shortcut
-from freqprune.networks.checkpoint import load_network
+from freqprune.networks.checkpoint import epochs_done, load_network
 from freqprune.networks.registry import build_model, register_model
 from tests.jobs.small import config
 
@@ -82,6 +83,27 @@ class Own(nn.Module):
         ),
         ("prune", ["pretrained=true", "finetune.from_scratch=true", "finetune.epochs=0"], r"finetune\.epochs, got 0"),
         ("prune", ["pretrained=true", "finetune.from_scratch=true", "pruning=none"], "pruning=none cuts nothing"),
+        (
+            "prune",
+            ["pretrained=true", "model.name=resnet32", "finetune.class_weights=[1,2]"],
+            r"finetune\.class_weights must hold 10 numbers",
+        ),
+        (
+            "train",
+            ["pruning=filters", "finetune.class_weights=[1,2]", "optimizer.class_weights=null", "model.name=resnet8"],
+            r"finetune\.class_weights must hold 10 numbers, one a class, got 2",
+        ),
+        (
+            "prune",
+            [
+                "pretrained=true",
+                "model.name=resnet32",
+                "finetune.from_scratch=true",
+                "data.progressive_resizing={}",
+                "+trainer.max_steps=5",
+            ],  # fmt: skip
+            r"leave trainer\.max_steps alone",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_the_training(
@@ -91,6 +113,8 @@ def test_what_cannot_be_trained_is_refused_before_the_training(
     with pytest.raises(InputError, match=said):
         {"train": train, "prune": prune}[job](config(job, tmp_path, "model=auto", "model.name=own32", *settings))
     assert not (tmp_path / "checkpoints").exists()
+    assert not (tmp_path / "metrics.json").exists()
+    assert not (tmp_path / "filters.csv").exists()
 
 
 def test_weights_that_cannot_be_drawn_anew_are_refused_at_the_start(tmp_path: Path) -> None:
@@ -124,10 +148,13 @@ def test_blocks_go_and_the_rest_is_fine_tuned(trained: tuple[Path, dict[str, Any
 
 
 class Bomb(pl.Callback):
-    """Ends a fine-tuning as a killed process would, after its first epoch."""
+    """Ends a fine-tuning as a killed process would, after its first epoch, or after so many."""
+
+    def __init__(self, after: int = 1) -> None:
+        self.after = after
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.current_epoch == 1:
+        if trainer.current_epoch == self.after:
             raise KeyboardInterrupt
 
 
@@ -143,9 +170,16 @@ def test_interrupted_fine_tuning_goes_on_to_the_same_result(
         "finetune.distill=0.3",
     )
     metrics, whole = prune(config("prune", tmp_path / "whole", *common))
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        prune(config("prune", tmp_path / "cut", *common, "+callbacks.bomb={_target_: tests.jobs.test_finetuning.Bomb}"))
-    again, resumed = prune(config("prune", tmp_path / "again", *common, f"resume={tmp_path / 'cut'}"))
+    for after, folder, resume in ((1, "cut", []), (1, "same", [f"resume={tmp_path / 'cut'}"]),
+                                  (2, "later", [f"resume={tmp_path / 'same'}"])):  # fmt: skip
+        bomb = f"+callbacks.bomb={{_target_: tests.jobs.test_finetuning.Bomb, after: {after}}}"
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            prune(config("prune", tmp_path / folder, *common, *resume, bomb))
+        last = tmp_path / folder / "finetune" / "checkpoints" / "last.ckpt"
+        assert epochs_done(last) == after
+    again, resumed = prune(config("prune", tmp_path / "again", *common, f"resume={tmp_path / 'later'}"))
+    with (tmp_path / "again" / "finetune" / "metrics.csv").open() as file:
+        assert {row["epoch"] for row in csv.DictReader(file)} == {"0", "1", "2"}
     for name, value in whole["net"].state_dict().items():
         assert torch.equal(resumed["net"].state_dict()[name], value), name
     assert again["finetuned"] == metrics["finetuned"]
@@ -154,6 +188,14 @@ def test_interrupted_fine_tuning_goes_on_to_the_same_result(
     )
     complete, _ = prune(config("prune", tmp_path / "more", *common, f"resume={tmp_path / 'whole'}"))
     assert complete == metrics
+    assert load_network(tmp_path / "more" / "pruned.ckpt").kept == load_network(tmp_path / "whole" / "pruned.ckpt").kept
+    for setting, said in (
+        ("seed=1", "was cut with seed = 0, and this command says 1"),
+        ("importance=l2", r"was cut with importance\.criterion = logit_error, and this command says l2"),
+        ("finetune.epochs=2", r"has 3 epochs of its training behind it, finetune\.epochs = 2"),
+    ):
+        with pytest.raises(InputError, match=said):
+            prune(config("prune", tmp_path / "other", *common, f"resume={tmp_path / 'whole'}", setting))
     with pytest.raises(InputError, match=r"holds no pruned.ckpt and metrics.json"):
         prune(config("prune", tmp_path / "none", *common, f"resume={tmp_path}"))
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,22 @@ def test_training_checkpoint_of_something_else_does_not_resume(tmp_path: Path) -
     torch.save(build_model({"name": "resnet8"}).state_dict(), tmp_path / "w.pt")
     with pytest.raises(InputError, match="is no training checkpoint"):
         train(config("train", tmp_path, f"ckpt_path={tmp_path / 'w.pt'}"))
+
+
+def test_a_training_with_no_epoch_left_is_what_it_was(tmp_path: Path) -> None:
+    common = ("optimizer.ema=0.9", "optimizer.lr=0.05")
+    metrics, objects = train(config("train", tmp_path / "a", *common, "+trainer.check_val_every_n_epoch=2"))
+    # Nobody has validated on the way.
+    assert math.isfinite(metrics["val_accuracy"])
+    last = tmp_path / "a" / "checkpoints" / "last.ckpt"
+    # Elsewhere, where no epoch is tagged.
+    again, resumed = train(config("train", tmp_path / "b", *common, f"ckpt_path={last}"))
+    assert {**again, "seconds": 0} == {**metrics, "seconds": 0}
+    # The average, not what it is the average of.
+    torch.testing.assert_close(resumed["classifier"].state_dict(), objects["classifier"].state_dict())
+    assert (tmp_path / "b" / "report.html").is_file()
+    with pytest.raises(InputError, match=r"has 1 epochs behind it, trainer\.max_epochs = 0 asks for fewer in all"):
+        train(config("train", tmp_path / "c", *common, f"ckpt_path={last}", "trainer.max_epochs=0"))
 
 
 def test_training_refuses_what_only_pruning_reads(tmp_path: Path) -> None:

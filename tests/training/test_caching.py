@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import signal
+from contextvars import Context
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from freqprune.jobs.prune import prune
 from freqprune.jobs.settings import read as read_settings
 from freqprune.jobs.stages import Run
 from freqprune.networks.registry import build_model
+from freqprune.processes import expect
 from freqprune.training import caching, ledger
 from freqprune.training.classifier import Classifier
 from freqprune.training.ledger import ROW, Ledger
@@ -247,6 +249,24 @@ def test_auto_decides_by_the_free_memory_and_says_so(
         assert f"data.cache=auto: the images take 7.37e-05 GB, free memory is 0.000147 GB: data.cache={chosen}" in (
             caplog.text
         )
+
+
+def test_auto_leaves_room_for_the_processes_beside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a job that is going to start them, and of torchrun."""
+    monkeypatch.setattr(caching, "free_memory", lambda: 4 * 96 * 3 * 16 * 16)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    kinds = []
+    for count in (1, 2, 3):
+        kinds.append(Context().run(_pixels_beside, folder, count))
+    assert kinds == [torch.Tensor, torch.Tensor, MappedPixels]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert Context().run(_pixels_beside, folder, None) is MappedPixels
+
+
+def _pixels_beside(folder: Path, count: int | None) -> type:
+    if count is not None:
+        expect(count)
+    return type(ImageFolderData(folder).split("train").pixels)
 
 
 @pytest.mark.parametrize(("n_images", "side"), [(3072, 256), (393_216, 16)])

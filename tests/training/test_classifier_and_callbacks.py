@@ -45,6 +45,23 @@ def test_learns_and_schedules(tmp_path: Path) -> None:
     assert {id(p) for p in group["params"]} == {id(p) for p in module.net.parameters()}
 
 
+@pytest.mark.parametrize("max_epochs", [-1, 100])
+def test_epochs_of_warmup_are_epochs_where_steps_end_the_training(max_epochs: int, tmp_path: Path) -> None:
+    module = Classifier({"name": "resnet8"}, lr=0.05, warmup_epochs=2)
+    rates: list[float] = []
+
+    class Rates(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"] / 0.05)
+
+    trainer(tmp_path, Rates(), max_epochs=max_epochs, max_steps=20).fit(module, datamodule=digits())
+    n_batches = module.trainer.num_training_batches
+    assert 2 * n_batches < 20
+    assert rates[2 * n_batches - 1] == max(rates) == pytest.approx(1)
+    assert rates[n_batches - 1] == pytest.approx(0.5)
+    assert rates[-1] < 0.2
+
+
 class Stop(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         trainer.should_stop = trainer.global_step >= 2

@@ -19,6 +19,7 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from PIL import Image
+from pytorch_lightning.callbacks import EMAWeightAveraging
 from pytorch_lightning.strategies import FSDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -188,6 +189,8 @@ def test_a_strategy_that_splits_the_network_is_refused() -> None:
         pruning.setup(fake, Shown(), "fit")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"strategy=ddp_spawn hands weights back to a process with the old"):
         pruning.setup(trainer(2), Shown(), "fit")
+    with pytest.raises(InputError, match=r"WeightAveraging .* would go on averaging the old one: use one of them"):
+        pruning.setup(pl.Trainer(callbacks=[EMAWeightAveraging()], logger=False), Shown(), "fit")
 
 
 def test_sharing_without_a_group_is_an_error() -> None:

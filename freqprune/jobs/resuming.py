@@ -1,0 +1,104 @@
+"""A pruning that was interrupted while it trained goes on: what its folder must hold, what the new one takes over."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from freqprune.errors import InputError
+from freqprune.jobs.csv_log import METRICS
+from freqprune.jobs.finetuning import FINETUNED, FOLDERS, FROM_SCRATCH
+from freqprune.networks import epochs_done
+from freqprune.pruning import AMOUNTS
+from freqprune.reports import record
+
+# Settings that say what was cut and in which order images come.
+_SAME = ("seed", "importance.criterion", *(f"pruning.{name}" for name in AMOUNTS))
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """A run that had pruned.
+
+    Attributes:
+        folder: of the run.
+        metrics: of its stages so far.
+        last: checkpoint of its training after the last complete epoch; None if there was none.
+    """
+
+    folder: Path
+    metrics: dict[str, Any]
+    last: Path | None
+
+    @property
+    def pruned(self) -> Path:
+        """The file with its pruned network."""
+        return self.folder / "pruned.ckpt"
+
+    def hand_over(self, out: Path, stage: str) -> None:
+        """Put what a training goes on from into the folder of another run, which can be interrupted as well."""
+        old, new = self.folder / FOLDERS[stage], out / FOLDERS[stage]
+        if self.last is None or old.resolve() == new.resolve():
+            return
+        for name in (METRICS, "checkpoints/last.ckpt"):
+            if (old / name).is_file():
+                (new / name).parent.mkdir(parents=True, exist_ok=True)
+                partial = (new / name).with_name(f"{Path(name).name}.partial")
+                shutil.copyfile(old / name, partial)
+                os.replace(partial, new / name)
+
+
+def interrupted(folder: Path, stage: str, epochs: int) -> Interrupted:
+    """Read what a run has left.
+
+    Args:
+        folder: of the run.
+        stage: that its training is to end with.
+        epochs: of this training.
+
+    Raises:
+        InputError: if it had not pruned, trains the other stage or has more epochs behind it.
+    """
+    metrics = record.read_json(folder / record.METRICS)
+    found = Interrupted(folder, metrics, folder / FOLDERS[stage] / "checkpoints" / "last.ckpt")
+    if not found.pruned.is_file() or not metrics:
+        raise InputError(
+            f"resume = {folder} holds no pruned.ckpt and metrics.json: that run was interrupted before it had "
+            "pruned; start it again"
+        )
+    other = FINETUNED if stage == FROM_SCRATCH else FROM_SCRATCH
+    if other in metrics or (folder / FOLDERS[other]).exists():
+        # Its pruned.ckpt holds the weights of that training by now.
+        raise InputError(
+            f"resume = {folder} is a run with finetune.from_scratch={str(other == FROM_SCRATCH).lower()}; "
+            "go on with that, or compare in a run of its own"
+        )
+    if found.last is None or not found.last.is_file():
+        return Interrupted(folder, metrics, None)
+    if (done := epochs_done(found.last)) > epochs:
+        raise InputError(
+            f"resume = {folder} has {done} epochs of its training behind it, finetune.epochs = {epochs} asks for fewer "
+            "in all; give the number of that run"
+        )
+    return found
+
+
+def check_same_cut(cfg: DictConfig, folder: Path) -> None:
+    """Refuse to go on with a run under settings that it was not cut with.
+
+    Raises:
+        InputError: names the first that differs.
+    """
+    before = OmegaConf.create(record.read_json(folder / record.RUN).get("settings", {}))
+    for name in _SAME:
+        given, had = OmegaConf.select(cfg, name), OmegaConf.select(before, name)
+        if before and given != had:
+            raise InputError(
+                f"resume = {folder} was cut with {name} = {had}, and this command says {given}: give the settings of "
+                "that run, which its run.json holds"
+            )
