@@ -84,25 +84,9 @@ class Own(nn.Module):
         ("prune", ["pretrained=true", "finetune.from_scratch=true", "finetune.epochs=0"], r"finetune\.epochs, got 0"),
         ("prune", ["pretrained=true", "finetune.from_scratch=true", "pruning=none"], "pruning=none cuts nothing"),
         (
-            "prune",
-            ["pretrained=true", "model.name=resnet32", "finetune.class_weights=[1,2]"],
-            r"finetune\.class_weights must hold 10 numbers",
-        ),
-        (
             "train",
             ["pruning=filters", "finetune.class_weights=[1,2]", "optimizer.class_weights=null", "model.name=resnet8"],
             r"finetune\.class_weights must hold 10 numbers, one a class, got 2",
-        ),
-        (
-            "prune",
-            [
-                "pretrained=true",
-                "model.name=resnet32",
-                "finetune.from_scratch=true",
-                "data.progressive_resizing={}",
-                "+trainer.max_steps=5",
-            ],  # fmt: skip
-            r"leave trainer\.max_steps alone",
         ),
     ],
 )
@@ -113,6 +97,26 @@ def test_what_cannot_be_trained_is_refused_before_the_training(
     with pytest.raises(InputError, match=said):
         {"train": train, "prune": prune}[job](config(job, tmp_path, "model=auto", "model.name=own32", *settings))
     assert not (tmp_path / "checkpoints").exists()
+    assert not (tmp_path / "metrics.json").exists()
+    assert not (tmp_path / "filters.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["finetune.class_weights=[1,2]"], r"finetune\.class_weights must hold 10 numbers, one a class, got 2"),
+        (
+            ["finetune.from_scratch=true", "data.progressive_resizing={}", "+trainer.max_steps=5"],
+            r"leave trainer\.max_steps alone",
+        ),
+    ],
+)
+def test_what_fine_tuning_refuses_is_refused_before_the_cut(
+    settings: list[str], said: str, trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    ckpt = trained[0] / "checkpoints" / "last.ckpt"
+    with pytest.raises(InputError, match=said):
+        prune(config("prune", tmp_path, f"ckpt={ckpt}", *settings))
     assert not (tmp_path / "metrics.json").exists()
     assert not (tmp_path / "filters.csv").exists()
 
