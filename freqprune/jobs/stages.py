@@ -28,7 +28,17 @@ from freqprune.networks import (
     save_pruned,
 )
 from freqprune.processes import from_first
-from freqprune.pruning import Kept, Material, Recipe, Verdict, cut, plan_cut, recalibrate_batch_norm, step_amount
+from freqprune.pruning import (
+    Cut,
+    Kept,
+    Material,
+    Recipe,
+    Verdict,
+    cut,
+    cut_in_steps,
+    plan_cut,
+    recalibrate_batch_norm,
+)
 from freqprune.reports import record, run_figures, save, show, tables, write_page
 from freqprune.tagging import TagResponse, find_folds, in_sight
 from freqprune.training import ImageData
@@ -120,65 +130,43 @@ class Run:
     ) -> tuple[nn.Module, Kept]:
         """Cut in as many steps as asked for, each after tagging anew; returns the smaller network and its filters
         counted in `net`."""
-        n_steps = self.settings.course.steps
         plan, chosen = plan_cut(net, self.example, recipe)
-        widths = {name: plan.unit(name).n_filters for name in chosen}
-        whole = plan.macs({})
-        small, ours = net, {name: torch.arange(width) for name, width in widths.items()}
-        scores: dict[str, Tensor] = {}
-        gone: list[str] = []
-        notes: list[str] = []
-        for step in range(n_steps):
-            counts = {name: len(indices) for name, indices in ours.items()}
-            left = (
-                sum(counts.values()) / sum(widths.values())
-                if recipe.amount.ratio is not None
-                else plan.macs(counts | dict.fromkeys(gone, 0)) / whole
-            )
-            amount = step_amount(recipe.amount, step, n_steps, left)
-            if amount is None:
-                notes.append(f"step {step + 1} of {n_steps} cut nothing: those before it had cut as much already")
-            else:
-                now = replace(recipe, amount=amount)
-                known = response if step == 0 else None
-                done = cut(small, self._material(), now, self.settings.stimulus, known, assembly.bars())
-                small = done.net.to(memory_format=torch.channels_last)
-                scores, notes = scores or done.scores, done.remarks
-                gone += done.dropped
-                # Layers of blocks that went are in the network no more.
-                there = dict(small.named_modules())
-                ours = {
-                    name: indices[done.kept[name]] if name in done.kept else indices
-                    for name, indices in ours.items()
-                    if name in there
-                }
-                if done.promise is not None:
-                    self.metrics["latency"] = done.promise.record()
-            if step + 1 < n_steps:
-                self._recalibrate(small)
-                if self.settings.course.step_epochs:
-                    small = finetune(
-                        self.settings, self.data, small, net, self.settings.course.step_epochs, f"step{step + 1}"
-                    )
-        if gone:
-            self.metrics["dropped_blocks"] = gone
+        stimulus, course = self.settings.stimulus, self.settings.course
+
+        def cut_once(small: nn.Module, now: Recipe, step: int) -> Cut:
+            known = response if step == 0 else None
+            done = cut(small, self._material(), now, stimulus, known, assembly.bars())
+            return replace(done, net=done.net.to(memory_format=torch.channels_last))
+
+        def between(small: nn.Module, step: int) -> nn.Module:
+            self._recalibrate(small)
+            if not course.step_epochs:
+                return small
+            return finetune(self.settings, self.data, small, net, course.step_epochs, f"step{step + 1}")
+
+        done = cut_in_steps(plan, chosen, recipe, course.steps, cut_once, between)
+        small, ours = done.net, done.kept
+        if done.dropped:
+            self.metrics["dropped_blocks"] = done.dropped
+        if done.promise is not None:
+            self.metrics["latency"] = done.promise.record()
         stages = {"pruned": small}
         if self.settings.exports.fold:
             stages["folded"] = self._folded(small)
         for stage, one in stages.items():
             self.measure(stage, one)
         self.latencies({"dense": net, **stages})
-        widths = {name: width for name, width in widths.items() if name in ours}
+        widths = {name: plan.unit(name).n_filters for name in ours}
         self.metrics["kept"], self.metrics["widths"] = tables.kept_counts(ours), widths
         title = f"Filters kept by {self.settings.scoring.criterion}"
         if self.first and ours:
             figure = run_figures.kept_per_layer(self.metrics["kept"], widths, title)
             save(figure, self.out / "figures" / "kept_per_layer.png")
-        self.metrics["remarks"] = notes
+        self.metrics["remarks"] = done.remarks
         self.kept = of_the_dense(ours, earlier)
         self.write(small)
         if self.first:
-            explore_cut(self.settings, self._title(net), response, verdict, plan, scores, ours)
+            explore_cut(self.settings, self._title(net), response, verdict, plan, done.scores, ours)
         return small, ours
 
     def recover(self, net: nn.Module, small: nn.Module, ckpt_path: Path | None = None) -> nn.Module:

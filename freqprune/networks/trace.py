@@ -3,7 +3,7 @@ together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,6 +89,23 @@ class Trace:
             if target.endswith(".weight") and name in kinds and len(node.args[1].users) == 1:
                 layers[node] = name
         return layers, [name for name in kinds if name not in layers.values()]
+
+    def entering(self, modules: Collection[str]) -> dict[Node, str]:
+        """Operations that read what comes into some modules, by the name of the module."""
+        inside = {
+            node: {path for path, _ in node.meta.get("nn_module_stack", {}).values()} & {*modules}
+            for node in self.nodes
+        }
+        return {
+            node: name
+            for node, names in inside.items()
+            for name in names
+            if any(name not in inside.get(source, ()) for source in node.all_input_nodes if source not in self._weights)
+        }
+
+    @property
+    def _weights(self) -> set[Node]:
+        return {node for node, (kind, _) in self._sources.items() if kind != InputKind.USER_INPUT}
 
     def inputs(self, model: nn.Module) -> dict[Node, Tensor]:
         """Parameters, buffers and constants of a network with these operations, by the node that stands for each."""

@@ -2,7 +2,6 @@ from .adapter import TagImportance as TagImportance
 from .amount import AMOUNTS as AMOUNTS
 from .amount import AUTO as AUTO
 from .amount import Amount as Amount
-from .amount import step_amount as step_amount
 from .compensation import compensate as compensate
 from .compensation import readers_of as readers_of
 from .compensation import recalibrate_batch_norm as recalibrate_batch_norm
@@ -17,6 +16,7 @@ from .evidence import n_measured as n_measured
 from .graph import ChannelGraph as ChannelGraph
 from .importance import Evidence as Evidence
 from .in_sequence import Reconstruction as Reconstruction
+from .in_steps import cut_in_steps as cut_in_steps
 from .moments import input_moments as input_moments
 from .moments import output_gradients as output_gradients
 from .proof import masked_forward as masked_forward
@@ -25,6 +25,7 @@ from .recipe import Material as Material
 from .recipe import Recipe as Recipe
 from .reconstruction import reconstruct as reconstruct
 from .selection import Kept as Kept
+from .selection import NothingToRemoveError as NothingToRemoveError
 from .selection import select as select
 from .surgery import Plan as Plan
 from .verdict import Judgement as Judgement

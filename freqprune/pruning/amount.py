@@ -87,6 +87,20 @@ class Amount:
                 "pruning.threshold is an absolute score; it cannot be combined with pruning.normalize=true"
             )
 
+    def check_blocks(self) -> None:
+        """Raise InputError for an amount that counts filters, of which a residual block is none."""
+        counts = {
+            "ratio": self.ratio,
+            "threshold": self.threshold,
+            "scope": self.scope if self.scope == "layer" else None,
+        }
+        for name, value in counts.items():
+            if value is not None:
+                raise InputError(
+                    f"pruning.{name} = {value} counts filters, of which a residual block is none: with blocks give "
+                    "pruning.macs_cut, latency_cut or latency_ms and another scope than layer, or pruning.blocks=false"
+                )
+
     @property
     def by_time(self) -> bool:
         return self.latency_cut is not None or self.latency_ms is not None

@@ -76,8 +76,9 @@ def answers_without(
         fixed: its parameters and buffers, from `Trace.inputs`.
         batch: network inputs of the size of the trace.
         blocks: the blocks.
-        silenced: input channels (of a linear layer: features) set to zero, by layer.
+        silenced: input channels (of a linear layer: features) set to zero, by layer or parameter-free shortcut.
     """
+    readers = silencing(trace, silenced or {})
     ends = {node for block in blocks for node in block.ends}
     branch = {node for block in blocks for node in block.branch} - ends
 
@@ -85,12 +86,7 @@ def answers_without(
         if node in ends:
             meta = node.meta["val"]
             return torch.zeros(meta.shape, dtype=meta.dtype, device=batch.device)
-        channels = (silenced or {}).get(trace.layers.get(node, ""))
-        if channels is None:
-            return PLAIN
-        x = read(node.args[0]).clone()  # type: ignore[arg-type]
-        x[(..., list(channels)) if node.target is LINEAR else (slice(None), list(channels))] = 0
-        return run(node, lambda of: x if of is node.args[0] else read(of))
+        return without_channels(node, readers[node], read) if node in readers else PLAIN
 
     values: dict[Node, Any] = {trace.entrance: batch}
     for _ in trace.walk(values, fixed, instead, [node for node in trace.nodes if node not in branch]):
@@ -98,6 +94,24 @@ def answers_without(
     answer = values[trace.exit]
     assert isinstance(answer, Tensor)
     return answer
+
+
+def silencing(trace: Trace, silenced: Mapping[str, Sequence[int]]) -> dict[Node, Sequence[int]]:
+    """Operations that read silenced channels, each with the channels; arguments as of `answers_without`."""
+    layers = {node: silenced[name] for node, name in trace.layers.items() if name in silenced}
+    return layers | {node: silenced[name] for node, name in shortcuts_of(trace, silenced).items()}
+
+
+def shortcuts_of(trace: Trace, silenced: Mapping[str, Sequence[int]]) -> dict[Node, str]:
+    """Those of modules without weights, such as `freqprune.networks.IndexShortcut`, by the module's name."""
+    return trace.entering(set(silenced) - set(trace.layers.values()))
+
+
+def without_channels(node: Node, channels: Sequence[int], read: Callable[[Node], Any]) -> Any:
+    """The result of an operation that reads some channels of its first input as zero."""
+    x = read(node.args[0]).clone()  # type: ignore[arg-type]
+    x[(..., list(channels)) if node.target is LINEAR else (slice(None), list(channels))] = 0
+    return run(node, lambda of: x if of is node.args[0] else read(of))
 
 
 def _block(path: str, inside: dict[str, list[Node]], trace: Trace) -> Block | None:

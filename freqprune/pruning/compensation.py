@@ -87,12 +87,14 @@ def compensate(
         rows = outputs.get(layer, torch.arange(len(weight)))
         with torch.no_grad():
             new.weight.copy_(solved[rows].view_as(new.weight))
+            mean = norm.running_mean if isinstance(norm, nn.modules.batchnorm._BatchNorm) else None
+            if reestimated and mean is not None:
+                # The norm's mean holds what was lost; what it does not know of are the new weights.
+                constant = (weight[:, stays].double() - solved) @ moments[layer][:-1, -1][stays]
             if new.bias is not None:
                 new.bias.add_(constant[rows].to(new.bias))
-            elif isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None:
-                if reestimated:
-                    constant = (weight[:, stays] - solved) @ moments[layer][:-1, -1][stays]
-                norm.running_mean.sub_(constant[rows].to(norm.running_mean))
+            elif mean is not None:
+                mean.sub_(constant[rows].to(mean))
             else:
                 remarks.append(
                     f"{layer} has no bias and no batch norm of its own after it: what it lost is made up for without a "

@@ -176,8 +176,9 @@ def _readers(evidence: Evidence, layer: str) -> dict[str, tuple[Tensor, Tensor, 
             raise InputError(
                 f"no moments of {reader!r}, which reads the filters of {layer!r}; take them with input_moments"
             )
-        channels = torch.tensor(evidence.graph.read_channels(layer, range(n_filters))[reader]).view(n_filters, -1)
-        columns = torch.stack([columns_of(modules[reader], row.tolist()) for row in channels])
+        # Filter by filter: a layer may read one of them in several places.
+        channels = [evidence.graph.read_channels(layer, [number])[reader] for number in range(n_filters)]
+        columns = torch.stack([columns_of(modules[reader], one) for one in channels])
         readers[reader] = (
             evidence.model.get_parameter(f"{reader}.weight").detach().flatten(1).cpu(),
             evidence.moments[reader],

@@ -18,7 +18,8 @@ class Sums:
 
     def __init__(self, groups: int, origin: tuple[Tensor, Tensor]) -> None:
         self.groups, self.origin, self.n_samples = groups, origin, 0
-        self.xx = self.xt = self.x = self.t = self.tt = torch.zeros((), dtype=torch.float64)
+        # Of no samples too, they lie where all others do.
+        self.xx = self.xt = self.x = self.t = self.tt = origin[0].new_zeros((), dtype=torch.float64)
 
     def add(self, x: Tensor, t: Tensor) -> None:
         """Add rows of inputs ``(n_samples, groups * n_values)`` and of targets ``(n_samples, groups * n_outputs)``."""

@@ -100,6 +100,8 @@ class Recipe:
                 f"blocks are ranked by the change of the logits, which importance.criterion = {self.criterion} does "
                 f"not compare with; use {' or '.join(BLOCK_CRITERIA)}, or pruning.blocks=false"
             )
+        if self.with_blocks:
+            self.amount.check_blocks()
         if self.with_blocks and self.amount.normalize:
             raise InputError(
                 "pruning.normalize = true divides the scores of each layer by their mean, which leaves nothing to "

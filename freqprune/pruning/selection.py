@@ -16,6 +16,10 @@ Kept = dict[str, Tensor]
 """Filters kept a layer: sorted int64 indices into the dense layer."""
 
 
+class NothingToRemoveError(InputError):
+    """All filters score above a threshold."""
+
+
 def select(
     scores: Mapping[str, Tensor],
     amount: Amount,
@@ -47,6 +51,14 @@ def select(
     for layer, score in scores.items():
         if score.dim() != 1 or not len(score) or not torch.isfinite(score).all():
             raise InputError(f"scores of {layer!r} must be finite and of shape (n_filters,), got {tuple(score.shape)}")
+    if whole:
+        amount.check_blocks()
+    low = min(float(score.min()) for score in scores.values())
+    if amount.scope in ("per_mac", "per_ms") and low < 0:
+        raise InputError(
+            f"pruning.scope = {amount.scope} divides scores by what a filter costs, which turns the order of scores "
+            f"below zero round; the lowest here is {low:.4g}: use pruning.scope=global or layer, or another criterion"
+        )
     if amount.threshold is not None:
         return _above(scores, amount)
     by_cost = amount.scope in ("per_mac", "per_ms")
@@ -127,7 +139,7 @@ def _above(scores: Mapping[str, Tensor], amount: Amount) -> Kept:
             f"{high:.4g}; use a lower one"
         )
     if all(len(kept[layer]) == len(score) for layer, score in scores.items()):
-        raise InputError(
+        raise NothingToRemoveError(
             f"pruning.threshold = {threshold:g} would remove nothing: the scores lie between {low:.4g} and {high:.4g}; "
             "use a higher one"
         )

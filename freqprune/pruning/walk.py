@@ -14,7 +14,7 @@ from torch.fx import Node
 from freqprune.errors import InputError
 from freqprune.networks import LINEAR, Trace, run
 from freqprune.processes import added_up, from_first, own_share
-from freqprune.pruning.blocks import Block, answers_without
+from freqprune.pruning.blocks import Block, answers_without, shortcuts_of, without_channels
 from freqprune.pruning.equations import Sums, solve
 from freqprune.pruning.in_sequence import Reconstruction
 from freqprune.pruning.patches import Geometry, pick
@@ -61,6 +61,8 @@ class Walk:
         # To each layer, from the layer that feeds it and no other: the operations on the way, that layer first.
         refined = [node for node in trace.layers if node not in self.skipped | self.ends] if how.rounds else []
         self.paths = {node: path for node in refined if (path := path_to(trace, self.fixed[0], node))}
+        # Shortcuts without weights, which cannot be zero on silenced channels.
+        self.shortcuts = {node: silenced[name] for node, name in shortcuts_of(trace, silenced).items()}
         self.freed: set[Node] = set()
         self.remarks: list[str] = []
         # Samples that layers lack for as many equations as unknowns.
@@ -80,7 +82,8 @@ class Walk:
     def error_of(self, net: nn.Module) -> float:
         """The same of another network, with the same blocks silenced."""
         pairs, fixed = zip(self.batches, self.dense[self.trace.exit], strict=True), self.trace.inputs(net)
-        answers = ((answers_without(self.trace, fixed, x, self.without), y) for x, y in pairs)
+        muted = {name: self.silenced[name] for name in shortcuts_of(self.trace, self.silenced).values()}
+        answers = ((answers_without(self.trace, fixed, x, self.without, muted), y) for x, y in pairs)
         return self._mean(float((answer - y).double().square().mean()) for answer, y in answers)
 
     def remark_on_samples(self) -> None:
@@ -121,11 +124,17 @@ class Walk:
                 for number in range(self.how.rounds):
                     if self._refine(node, norm, others, self._some(number)):
                         self._solve(node, layer, norm, others)
-        if any(source in self.twin or source in self.touched for source in node.all_input_nodes):
+                # Steps have run these once more; nobody but the next on the way reads them.
+                for one in self.paths.get(node, [])[:-1]:
+                    self.twin.pop(one, None)
+        shifted = any(source in self.twin or source in self.touched for source in node.all_input_nodes)
+        if shifted or node in self.shortcuts:
             self._run_twin(node)
 
     def _run_twin(self, node: Node) -> None:
-        self.twin[node] = [run(node, self._reader(self.twin, self.fixed[1], i)) for i in range(self.n_batches)]
+        readers = (self._reader(self.twin, self.fixed[1], i) for i in range(self.n_batches))
+        gone = self.shortcuts.get(node, ())
+        self.twin[node] = [without_channels(node, gone, read) if gone else run(node, read) for read in readers]
 
     def _reader(self, values: Mapping[Node, list[Any]], fixed: Mapping[Node, Tensor], batch: int) -> Any:
         return lambda node: (
@@ -134,7 +143,7 @@ class Walk:
 
     def _solve(self, node: Node, layer: str, norm: Node | None, others: Sequence[Node]) -> None:
         weight = self.twin_net.get_parameter(f"{layer}.weight")
-        geometry = Geometry() if node.target is LINEAR else Geometry.of_call(weight, node.args[2:])
+        geometry = self._geometry(node, weight)
         n_values = weight[0].numel()
         if n_values > MAX_VALUES:
             self.remarks.append(
@@ -145,7 +154,7 @@ class Walk:
             return
         read: Any = node.args[0]
         parts: list[Sums] = []
-        stays = self._stays(layer, weight, geometry)
+        stays = self._stays(layer, weight, node).flatten()
         # What is gone takes no part in the products.
         columns = None if stays.all() else stays.nonzero().flatten()
         self.n_draws += 1
@@ -161,7 +170,9 @@ class Walk:
             rows = geometry.patches(x, chosen)
             rows = rows if columns is None else rows[:, columns]
             if not parts:
-                origin = from_first(lambda *means: means, rows.mean(0), target.mean(0))
+                means = from_first(lambda *means: means, rows.mean(0), target.mean(0))
+                # As the first process sends them, they lie on its device.
+                origin = means[0].to(rows.device), means[1].to(rows.device)
                 parts = [Sums(geometry.groups, origin) for _ in range(2)]
             parts[number % HELD_OUT == HELD_OUT - 1].add(rows, target)
         for part in parts:
@@ -187,12 +198,12 @@ class Walk:
             twin.copy_((dense if sign < 0 else torch.zeros_like(dense)) + sign * solved[1].to(dense))
             self._touch(name)
 
-    def _stays(self, layer: str, weight: Tensor, geometry: Geometry) -> Tensor:
-        """Columns of the weight that read a channel that is left, ``(n_values,)``."""
+    def _stays(self, layer: str, weight: Tensor, node: Node) -> Tensor:
+        """Weights of a filter that read a channel that is left, in its shape."""
         stays = torch.ones(weight.shape[1:], dtype=torch.bool, device=weight.device)
-        if geometry.groups == 1:
+        if self._geometry(node, weight).groups == 1:
             stays[list(self.silenced.get(layer, ()))] = False
-        return stays.flatten()
+        return stays
 
     def _touch(self, name: str) -> None:
         self.touched.add(self.trace.placeholder(name))
@@ -216,6 +227,8 @@ class Walk:
         own: Any = self.twin_net.get_submodule(feeding).bias
         constant = weight.new_zeros(len(weight)) if own is None else own.detach()
         reader = self.twin_net.get_parameter(f"{self.trace.layers[node]}.weight").detach()
+        # A step must not bring back what the cut has taken from the layer.
+        stays = self._stays(feeding, weight, source).to(weight)
 
         def target(i: int) -> Tensor:
             found: Tensor = self.dense[node][i]
@@ -233,7 +246,7 @@ class Walk:
             return result
 
         segment = Segment(
-            lambda w, c, i: self._times_weight(source, w, some[i]) + self._channelwise(c, source),
+            lambda w, c, i: self._times_weight(source, w * stays, some[i]) + self._channelwise(c, source),
             lambda z, i: between(z, some[i]),
             lambda h, i: self._times_weight(node, reader, some[i], h) * scale,
             [target(i) for i in some],
@@ -253,6 +266,9 @@ class Walk:
         for one in path:
             self._run_twin(one)
         return True
+
+    def _geometry(self, node: Node, weight: Tensor) -> Geometry:
+        return Geometry() if node.target is LINEAR else Geometry.of_call(weight, node.args[2:])
 
     def _times_weight(self, node: Node, weight: Tensor, batch: int, x: Tensor | None = None) -> Tensor:
         """What a layer multiplies with its weight, without its bias; of an input that is given, or of the twin's."""

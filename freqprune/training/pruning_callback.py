@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from freqprune.errors import InputError
 from freqprune.networks import drop_blocks, dropped_blocks, of_the_dense
 from freqprune.processes import shared_work
-from freqprune.pruning import Material, Plan, Recipe, cut
+from freqprune.pruning import Material, NothingToRemoveError, Plan, Recipe, cut
 from freqprune.tagging import Stimulus, normalizer
 from freqprune.training.tagging_callback import _pixels, _TagsInTraining
 
@@ -167,8 +167,14 @@ class TagPruning(_TagsInTraining):
             labelled = None if labels is None else (images, labels)
             normalize = normalizer(images, mean, std, pl_module.device, images.dtype)
             material = Material(images, normalize, mean, std, calibration=images, labelled=labelled)
-            with shared_work():
-                done = cut(net, material, self.recipe, self.stimulus)
+            try:
+                with shared_work():
+                    done = cut(net, material, self.recipe, self.stimulus)
+            except NothingToRemoveError as error:
+                if not self.kept:
+                    raise
+                log.warning("nothing is cut in epoch %d: %s", trainer.current_epoch, error)
+                return
         small = done.net.to(memory_format=torch.channels_last)
         for optimizer in trainer.optimizers:
             carry_over(optimizer, net, small, done.kept, normalize(images[:1]))

@@ -283,6 +283,18 @@ def test_a_step_that_went_far_enough_leaves_nothing_to_the_next(
     assert "step 2 of 2 cut nothing: those before it had cut as much already" in metrics["remarks"]
 
 
+def test_a_threshold_may_leave_nothing_to_later_steps(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    ckpt = trained[0] / "checkpoints" / "last.ckpt"
+    weight = load_network(ckpt).net.get_parameter("layer1.0.conv1.weight").detach()
+    threshold = float(weight.flatten(1).norm(dim=1).median())
+    more = ("importance=l2", "pruning.layers=layer1.0.conv1", f"pruning.threshold={threshold}", "pruning.macs_cut=null",
+            "pruning.steps=2", "finetune.epochs=0")  # fmt: skip
+    metrics, _ = prune(config("prune", tmp_path, f"ckpt={ckpt}", *more))
+    assert metrics["kept"]["layer1.0.conv1"] == 8
+    assert metrics["remarks"][-1] == "step 2 of 2 cut nothing: those before it had cut as much already"
+    assert any(remark.startswith("step 1 of 2: ") for remark in metrics["remarks"])
+
+
 @pytest.mark.slow
 def test_blocks_that_went_count_in_later_steps(
     trained: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

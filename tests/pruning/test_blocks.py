@@ -1,6 +1,7 @@
 """Whole residual blocks: found in any network, proved, made up for, scored, saved."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 from freqprune.errors import InputError
 from freqprune.networks.blocks import ACTIVATION, Shortcut, drop_blocks, dropped_blocks
 from freqprune.networks.checkpoint import load_pruned, save_pruned
-from freqprune.networks.profiling import macs_by_layer
+from freqprune.networks.profiling import count_macs, macs_by_layer
 from freqprune.networks.registry import build_model
 from freqprune.networks.trace import Trace
 from freqprune.pruning.amount import Amount
@@ -168,6 +169,27 @@ def test_networks_without_blocks_are_rebuilt(shortcut: str, tmp_path: Path) -> N
         drop_blocks(again, {"layer4.0": []})
     with pytest.raises(InputError, match=r"no block 'layer1.0' with way"):
         drop_blocks(again, {"layer1.0": ["way"]})
+
+
+def test_a_stream_of_a_block_that_goes_is_cut_all_the_same() -> None:
+    torch.manual_seed(0)
+    net, x = build_model({"name": "resnet14"}).eval(), torch.rand(2, 3, 16, 16)
+    plan = Plan(net, x, blocks=True)
+    kept = {"layer1.1": GONE, "conv1": torch.arange(8), "layer1.1.conv1": torch.arange(3)}
+    # What is in the block goes with it, the stream that it adds to does not.
+    assert set(plan.sensible(kept)) == {"layer1.1", "conv1"}
+    small = plan.apply(kept)
+    assert small.get_submodule("layer1.0.conv2").out_channels == 8
+    widths = {name: len(indices) for name, indices in plan.sensible(kept).items()}
+    assert count_macs(small, x) == plan.macs(widths)
+
+
+@pytest.mark.parametrize("amount", [{"ratio": 0.3}, {"threshold": 0.1}, {"macs_cut": 0.3, "scope": "layer"}])
+def test_amounts_that_count_filters_are_refused_where_blocks_may_go(amount: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"counts filters, of which a residual block is none"):
+        Recipe(Amount(**amount), "logit_error", blocks=True)
+    with pytest.raises(InputError, match=r"counts filters, of which a residual block is none"):
+        select({"a": torch.ones(4), "b": torch.ones(1)}, Amount(**amount), lambda widths: 1.0, whole=["b"])
 
 
 def test_the_layers_after_a_block_make_up_for_it() -> None:

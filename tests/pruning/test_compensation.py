@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
 from freqprune.pruning.compensation import compensate, readers_of
-from freqprune.pruning.criteria import scores
+from freqprune.pruning.criteria import _readers, scores
 from freqprune.pruning.elimination import elimination_errors
 from freqprune.pruning.graph import ChannelGraph
 from freqprune.pruning.importance import Evidence
@@ -195,6 +195,47 @@ def test_compensation_after_batch_norms_were_re_estimated() -> None:
         compensate(plan, small, kept, moments, "least_squares", reestimated=True)
         mean = small.conv2(torch.relu(small.conv1(X))).mean((0, 2, 3))
     torch.testing.assert_close(small.norm.running_mean, mean, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["mean", "least_squares"])
+def test_a_bias_before_a_norm_that_was_re_estimated_moves_with_the_weights_only(method: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4)).eval()
+    plan, kept = Plan(net, X), {"0": torch.tensor([0, 1, 5])}
+    moments = input_moments(net, ["2"], [X], n_positions=None)
+    small = plan.apply(kept)
+    convolutions, norm = nn.Sequential(*list(small.children())[:3]), small.get_submodule("3")
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    with torch.no_grad():
+        norm.running_mean.copy_(convolutions(X).mean((0, 2, 3)))
+        compensate(plan, small, kept, moments, method, reestimated=True)
+        mean = convolutions(X).mean((0, 2, 3))
+    torch.testing.assert_close(norm.running_mean, mean, rtol=1e-4, atol=1e-5)
+
+
+class Twice(nn.Module):
+    """A layer that reads each filter in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.conv2 = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(10, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.conv1(x))
+        return self.conv2(torch.cat([x, nn.functional.max_pool2d(x, 3, 1, 1)], 1))  # type: ignore[no-any-return]
+
+
+def test_all_that_a_filter_is_read_as_goes_with_it() -> None:
+    net = Twice().eval()
+    moments = input_moments(net, ["conv2"], [X], n_positions=None)
+    evidence = Evidence(net, graph=ChannelGraph(net, X), moments=moments)
+    _, _, columns = _readers(evidence, "conv1")["conv2"]
+    for number in range(5):
+        of_filter = torch.zeros(10, 3, 3)
+        of_filter[[number, number + 5]] = 1
+        assert columns[number].sort().values.tolist() == of_filter.flatten().nonzero().flatten().tolist()
 
 
 def test_compensation_in_a_residual_network_with_streams() -> None:

@@ -173,3 +173,10 @@ def test_per_mac_takes_what_is_cheap_to_lose() -> None:
     assert {layer: indices.tolist() for layer, indices in by_ratio.items()} == {"wide": [2], "narrow": [1, 2]}
     with pytest.raises(InputError, match="need the function macs"):
         select(scores, Amount(ratio=0.5, scope="per_mac"))
+
+
+def test_scores_below_zero_are_not_divided_by_costs() -> None:
+    table = {"a": torch.tensor([-20.0, 1.0]), "b": torch.tensor([2.0, 3.0])}
+    with pytest.raises(InputError, match=r"turns the order of scores below zero round; the lowest here is -20"):
+        select(table, Amount(macs_cut=0.3, scope="per_mac"), lambda widths: float(sum(widths.values())))
+    assert kept(Amount(ratio=0.25), table) == {"a": [1], "b": [0, 1]}

@@ -1,0 +1,97 @@
+"""A cut in several steps, each of which counts what those before it have left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from freqprune.pruning.amount import Amount, step_amount
+from freqprune.pruning.cutting import Cut
+from freqprune.pruning.recipe import Recipe
+from freqprune.pruning.selection import Kept, NothingToRemoveError
+from freqprune.pruning.surgery import Plan
+from freqprune.pruning.tempo import Promise
+
+
+@dataclass
+class InSteps:
+    """What is left after some steps.
+
+    Attributes:
+        net: the network.
+        kept: filters of the network before the first step, by unit.
+        scores: of the first step.
+        dropped: blocks that went.
+        remarks: of all steps.
+        promise: what was measured, of a cut by time.
+    """
+
+    net: nn.Module
+    kept: Kept
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    promise: Promise | None = None
+
+    def add(self, done: Cut, which: str = "") -> None:
+        """Take in a step, named `which` in its remarks."""
+        self.net, self.promise = done.net, done.promise
+        self.scores = self.scores or done.scores
+        self.dropped += done.dropped
+        self.remarks += [which + remark for remark in done.remarks]
+        # Layers of blocks that went are in the network no more.
+        there = dict(done.net.named_modules())
+        self.kept = {
+            name: indices[done.kept[name]] if name in done.kept else indices
+            for name, indices in self.kept.items()
+            if name in there
+        }
+
+
+def cut_in_steps(
+    plan: Plan,
+    chosen: list[str],
+    recipe: Recipe,
+    n_steps: int,
+    one: Callable[[nn.Module, Recipe, int], Cut],
+    between: Callable[[nn.Module, int], nn.Module],
+) -> InSteps:
+    """Cut a network until all steps together have removed what is asked for.
+
+    Args:
+        plan: of the network.
+        chosen: its units that may lose filters.
+        recipe: of all steps together.
+        n_steps: how many.
+        one: cuts a network by the recipe of a step, which has the number.
+        between: what is done with the network after a step, but the last.
+    """
+    widths = {name: plan.unit(name).n_filters for name in chosen}
+    found = InSteps(plan.model, {name: torch.arange(width) for name, width in widths.items()})
+    for step in range(n_steps):
+        which = f"step {step + 1} of {n_steps}"
+        amount = step_amount(recipe.amount, step, n_steps, _left(found, plan, widths, recipe.amount))
+        try:
+            done = None if amount is None else one(found.net, replace(recipe, amount=amount), step)
+        except NothingToRemoveError:
+            if step == 0:
+                raise
+            done = None
+        if done is None:
+            found.remarks.append(f"{which} cut nothing: those before it had cut as much already")
+        else:
+            found.add(done, f"{which}: " if n_steps > 1 else "")
+        if step + 1 < n_steps:
+            found.net = between(found.net, step)
+    return found
+
+
+def _left(found: InSteps, plan: Plan, widths: dict[str, int], amount: Amount) -> float:
+    """Share of the filters (of a ratio) or of the MACs that the steps so far have left."""
+    counts = {name: len(indices) for name, indices in found.kept.items()}
+    if amount.ratio is not None:
+        return sum(counts.values()) / sum(widths.values())
+    return plan.macs(counts | dict.fromkeys(found.dropped, 0)) / plan.macs({})
