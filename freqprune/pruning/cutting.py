@@ -131,7 +131,7 @@ def cut(
             kept = select(found, amount, plan.macs, plan.blocks)
     except InputError as error:
         # Layers that were left out may be why an amount cannot be reached.
-        raise InputError("; ".join([str(error), *notes])) from None
+        raise type(error)("; ".join([str(error), *notes])) from None
     # One decides: rounding may differ between processes.
     kept = from_first(plan.sensible, kept)
     small = plan.apply(kept)
