@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,9 @@ from freqprune.tagging import Progress, find_sites, normalizer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,12 @@ class FilterEffects:
         return filters_by_classes(self.effects.mean(0), names, self.layer)
 
 
+def _scales(then: Callable[[Tensor], Tensor], like: Tensor) -> bool:
+    """Whether a function hands on a factor of at least 0, so that it does not matter on which side of it gates are."""
+    values = torch.linspace(-3, 3, 25).to(like)
+    return all(torch.allclose(then(share * values), share * then(values), atol=1e-6) for share in (0.0, 0.5))
+
+
 def filter_effects(
     model: nn.Module,
     images: Tensor,
@@ -112,6 +122,11 @@ def filter_effects(
     images = normalizer(images, mean, std, device_of(model), images.dtype)(images).contiguous()
     check_answers(model, images[:1])
     site = find_sites(model, images[:1], [layer])[0]
+    if site.then is not None and not _scales(site.then, images):
+        log.warning(
+            "the activation after %s is a function that the network calls itself: gates act before it, and a closed "
+            "filter answers with its value at 0; use a module of torch.nn for it to be gated after it", layer
+        )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     n_frames = frames_for(n_filters)
     design = torch.cat([gates(n_filters, n_frames, generator, steepness) for _ in range(forwards // n_frames)])
@@ -128,7 +143,7 @@ def filter_effects(
 
     def answer(share: Tensor, image: Tensor) -> Tensor:
         opened[:], calls[:] = [share], [0]
-        return first(model(image.expand(len(share), *image.shape))).double().cpu()
+        return first(model(image.expand(len(share), *image.shape))).cpu().double()
 
     found = []
     hook: Callable[..., Tensor] = gate

@@ -18,9 +18,9 @@ from freqprune.attribution.scores import Score, read, targets
 from freqprune.attribution.sensitivity import first_order
 from freqprune.attribution.smoothing import smoothed
 from freqprune.errors import InputError, at_least, one_of
-from freqprune.networks import check_answers, device_of, evaluating, first
+from freqprune.networks import check_answers, device_of, dtype_of, evaluating, first
 from freqprune.processes import merged, rank_and_size
-from freqprune.tagging import HALF, Progress, normalizer
+from freqprune.tagging import HALF, Progress, check_pixels, normalizer
 
 # In parts; with more, waves of neighbours are too much alike for effects of one each.
 MOST_OVERLAP = 2.0
@@ -87,13 +87,15 @@ def attribute(
     """
     if images.dim() != 4 or not len(images):
         raise InputError(f"images must be (n_images, n_channels, height, width), got {tuple(images.shape)}")
+    if mean is not None or not images.is_floating_point():
+        check_pixels(images)
     at_least(1, steepness=steepness)
     if not 0 <= overlap <= MOST_OVERLAP:
         raise InputError(f"overlap must lie in [0, {MOST_OVERLAP:g}], got {overlap}")
     if until is not None and not until > 0:
         raise InputError(f"until must be a standard error above 0, got {until}")
     reader = _Reader(model, score, _dtype(half))
-    prepare = normalizer(images, mean, std, device_of(model), torch.float32)
+    prepare = normalizer(images, mean, std, device_of(model), dtype_of(model))
     whole = prepare(images).contiguous()
     check_answers(model, whole[:1])
     faded = prepare(find_baseline(images.float(), baseline)).contiguous()
@@ -157,7 +159,7 @@ class _Reader:
         """Scores of frames of one image, float64 ``(n_frames,)``."""
         output = self.answer(inputs)
         wanted = None if target is None else target.expand(len(inputs))
-        return read(output, self.score, wanted).double().cpu()
+        return read(output, self.score, wanted).cpu().double()
 
     def read_each(self, inputs: Tensor, wanted: Tensor | None) -> Tensor:
         """Score of each image, ``(n_images,)``."""

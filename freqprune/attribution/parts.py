@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError, at_least, one_of
-from freqprune.networks import device_of, evaluating, hooked
+from freqprune.networks import device_of, dtype_of, evaluating, hooked
 
 LAYOUTS = ("grid", "patches", "channels", "slic")
 
@@ -118,7 +118,7 @@ def patches_of(model: nn.Module, image: Tensor) -> tuple[int, int]:
 
     convolutions = [(module, None, look) for module in model.modules() if isinstance(module, nn.Conv2d)]
     with evaluating(model), torch.inference_mode(), hooked(convolutions):
-        model(image.to(device_of(model), torch.float32))
+        model(image.to(device_of(model), dtype_of(model)))
     if not found:
         raise InputError(
             f"parts = patches needs a network of tokens: no convolution of {type(model).__name__} cuts its images into "

@@ -28,6 +28,7 @@ from freqprune.networks import (
     build_model,
     cards,
     check_answers,
+    config_of,
     device_of,
     load_network,
     preprocessing,
@@ -200,7 +201,7 @@ def check_match(net: nn.Module, data: ImageData, stored: Stored) -> None:
         stored: what its file says of it.
     """
     wrong: list[str] = []
-    config = getattr(net, "config", {})
+    config = config_of(net)
     classes = config.get("num_classes")
     if classes is not None and classes != len(data.classes):
         wrong.append(

@@ -24,6 +24,7 @@ from freqprune.networks import (
     CIFAR10_CLASSES,
     Preprocessing,
     Stored,
+    check_answers,
     class_names,
     device_of,
     first,
@@ -31,6 +32,7 @@ from freqprune.networks import (
 )
 from freqprune.processes import rank_and_size
 from freqprune.reports import ExplainPage, record, save, show, show_folder, write_explain_page
+from freqprune.tagging import normalizer
 
 OF_PARTS = (
     "effects", "smoothed", "standard_error", "p_values", "adjusted", "interactions", "interaction_p_values",
@@ -75,6 +77,8 @@ def _explained(
     takes = _preprocessing(asked, stored)
     paths = find_images(asked.photographs)
     pixels = _read(paths, takes)
+    prepare = normalizer(pixels[:1], takes.mean, takes.std, device, torch.float32)
+    check_answers(net, prepare(pixels[:1]).contiguous())
     classes = _classes(asked, net, pixels[:1], stored)
     if is_first:
         announce_explaining(out, net, pixels, tags)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from freqprune.errors import InputError
 from freqprune.jobs import assembly, trainers
 from freqprune.jobs.settings import Settings
-from freqprune.networks import device_of, dropped_blocks, trained
+from freqprune.networks import config_of, device_of, dropped_blocks, trained
 from freqprune.tagging import untrained
 from freqprune.training import Classifier, ImageData, epochs_of
 
@@ -26,11 +27,17 @@ def check_anew(net: nn.Module) -> None:
     Raises:
         InputError: if a module does not say how.
     """
-    if not hasattr(type(net), "config"):
+    if _own_config(net) is None:
         try:
             untrained(net)
         except InputError as error:
             raise InputError(f"finetune.from_scratch cannot draw the weights of this network anew: {error}") from None
+
+
+def _own_config(net: nn.Module) -> dict[str, Any] | None:
+    """The config of a network whose class derives it from what it is now, as the CIFAR ResNets do, widths and all."""
+    derived = isinstance(getattr(type(net), "config", None), property)
+    return (config_of(net) or None) if derived else None
 
 
 def check_finetuning(settings: Settings, data: ImageData) -> None:
@@ -74,7 +81,7 @@ def finetune(
     assembly.seed(settings.common)
     anew = name == FOLDERS[FROM_SCRATCH]
     gone = dropped_blocks(small)
-    config = getattr(small, "config", None) if hasattr(type(small), "config") else None
+    config = _own_config(small)
     # A network without some blocks is no longer what its config builds: only weights drawn anew are built once more.
     rebuilt = config is not None and (anew or not gone)
     if anew and not rebuilt:

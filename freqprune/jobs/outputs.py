@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from freqprune.errors import InputError
 from freqprune.jobs.advice import advise
 from freqprune.jobs.settings import Settings
+from freqprune.networks import config_of
 from freqprune.pruning import Kept, Plan, Verdict, needs
 from freqprune.reports import (
     filters_of,
@@ -149,7 +150,7 @@ def figures_of_training(tagging: FrequencyTagging, out: Path) -> None:
 
 
 def name_of(net: nn.Module) -> str:
-    return str(getattr(net, "config", {}).get("name", type(net).__name__))
+    return str(config_of(net).get("name", type(net).__name__))
 
 
 def tell(settings: Settings, metrics: Mapping[str, Any], title: str, verdict: Verdict | None, device: str) -> None:

@@ -1,5 +1,7 @@
+from .answers import OF_VIEW as OF_VIEW
 from .answers import check_answers as check_answers
 from .answers import device_of as device_of
+from .answers import dtype_of as dtype_of
 from .answers import first as first
 from .blocks import ACTIVATION as ACTIVATION
 from .blocks import Shortcut as Shortcut
@@ -45,6 +47,7 @@ from .profiling import latency_ms as latency_ms
 from .profiling import macs_by_layer as macs_by_layer
 from .profiling import peak_memory as peak_memory
 from .registry import build_model as build_model
+from .registry import config_of as config_of
 from .registry import model_names as model_names
 from .registry import register_model as register_model
 from .resnet import BasicBlock as BasicBlock

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from freqprune.errors import InputError
 from freqprune.networks.hooks import evaluating
 
+# What PyTorch says of a ``view`` over a map whose channels lie last.
+OF_VIEW = "view size is not compatible"
+
 
 def first(output: Any) -> Tensor:
     """The first tensor of a network's output."""
@@ -22,6 +25,11 @@ def first(output: Any) -> Tensor:
 def device_of(model: nn.Module) -> torch.device:
     """Where a network's parameters lie; the CPU for one that has none, such as `OnnxModule`."""
     return next((values.device for values in model.parameters()), torch.device("cpu"))
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Type of a network's parameters; float32 for one that has none."""
+    return next((values.dtype for values in model.parameters()), torch.float32)
 
 
 def check_answers(model: nn.Module, batch: Tensor) -> None:
@@ -41,13 +49,20 @@ def check_answers(model: nn.Module, batch: Tensor) -> None:
             answers = [first(model(batch)) for _ in range(2)]
         except Exception as error:
             raise InputError(
-                f"{name} does not run on images of {size} ({type(error).__name__}: {error}); where it was made for "
-                "larger ones, set data.image_size (of freqprune explain: image_size)"
+                f"{name} does not run on images of {size} ({type(error).__name__}: {error}); {_way_out(str(error))}"
             ) from error
     if not all(answer.isfinite().all() for answer in answers):
         raise InputError(f"{name} answers images with NaN or infinite values")
     if not torch.equal(*answers):
         raise InputError(
             f"{name} answers the same images differently from call to call, also in eval mode: its forward draws at "
-            "random or counts its calls, so that nothing measured of it holds; switch that off for pruning"
+            "random or counts its calls, so that nothing measured of it holds; switch that off"
         )
+
+
+def _way_out(said: str) -> str:
+    if OF_VIEW in said:
+        return "maps lie with their channels last here: write torch.flatten(x, 1) or x.reshape in the place of x.view"
+    if "dtype" in said or "same type" in said:
+        return "give it images of the type of its weights"
+    return "where it was made for images of another size, set it: data.image_size, of freqprune explain image_size"

@@ -15,7 +15,7 @@ from freqprune.networks.blocks import drop_blocks, dropped_blocks
 from freqprune.networks.files import read, write_atomically
 from freqprune.networks.heads import by_new_names
 from freqprune.networks.libraries import WEIGHTS
-from freqprune.networks.registry import build_model, model_names, resize
+from freqprune.networks.registry import build_model, config_of, model_names, resize
 
 PRUNED_FORMAT = "freqprune.pruned/1"
 _PREFIXES = ("module.", "net.", "model.")
@@ -210,8 +210,8 @@ def save_pruned(
     Raises:
         InputError: if there is no config, or it does not rebuild this network.
     """
-    config = model if model is not None else getattr(net, "config", None)
-    if not isinstance(config, Mapping):
+    config = model if model is not None else config_of(net)
+    if not config:
         raise InputError(
             f"{type(net).__name__} has no config to rebuild it from: pass save_pruned(model={{'name': ...}}), a "
             "torchvision/<name> or a name given "

@@ -59,8 +59,8 @@ def build_model(config: Mapping[str, Any]) -> nn.Module:
     The name is one of `model_names`, ``torchvision/<name>`` or ``timm/<name>`` for the classifiers of these libraries,
     with random weights unless ``weights`` (torchvision: ``"DEFAULT"`` or a name of its weights) or ``pretrained=True``
     (timm) says otherwise; these are downloaded and cached by the library. Another ``num_classes`` than the weights were
-    trained for replaces the last layer. A network without a `config` of its own gets this one as an attribute, by which
-    `freqprune.save_pruned` names it.
+    trained for replaces the last layer. Unless a network has a `config` by which it can be built, it gets this one as
+    an attribute (`built_from`, where it has another `config`), by which `freqprune.save_pruned` names it.
 
     >>> sum(p.numel() for p in build_model({"name": "resnet32"}).parameters())
     464154
@@ -76,9 +76,21 @@ def build_model(config: Mapping[str, Any]) -> nn.Module:
         net = builder(**arguments)
     except TypeError as error:
         raise InputError(f"model {name!r} does not take these arguments: {error}") from None
-    if not hasattr(net, "config"):
-        net.config = {"name": name, **arguments}  # type: ignore[assignment]
+    if not config_of(net):
+        given: Any = {"name": name, **arguments}
+        # A network may have something else of that name.
+        setattr(net, "built_from" if hasattr(net, "config") else "config", given)
     return net
+
+
+def config_of(net: nn.Module) -> dict[str, Any]:
+    """What `build_model` builds a network from; empty if nobody knows."""
+    for attribute in ("built_from", "config"):
+        found = getattr(net, attribute, None)
+        name = found.get("name") if isinstance(found, Mapping) else None
+        if isinstance(name, str) and (name in _BUILDERS or name.startswith((TORCHVISION, TIMM))):
+            return dict(found)  # type: ignore[arg-type]
+    return {}
 
 
 def resize(net: nn.Module, state: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from freqprune.tagging.spectrum import snr
+from freqprune.tagging.spectrum import baseline, snr
 
 
 class Average:
@@ -26,17 +26,15 @@ class Average:
         new = {"amplitude": amplitude}
         if self.with_power:
             new["power"] = amplitude.square()
+            new["squared_floor"] = baseline(self._over_positions("power", new["power"]), self.bins).square()
         if self.average == "complex":
             new["complex"] = spectra
         if self.average == "snr":
             new["snr"] = snr(amplitude, self.bins, precision=self.precision)
         for name, value in new.items():
             # An image that leaves a filter silent has no SNR; the others have.
-            total = (
-                self._over_positions(name, value).nansum(0)
-                if name == "snr"
-                else self._over_positions(name, value).sum(0)
-            )
+            over = value if name == "squared_floor" else self._over_positions(name, value)
+            total = over.nansum(0) if name == "snr" else over.sum(0)
             self.sums[name] = self.sums[name] + total if name in self.sums else total
         if "snr" in new:
             defined = self._over_positions("snr", new["snr"]).isfinite().sum(0).double()

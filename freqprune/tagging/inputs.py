@@ -5,15 +5,39 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from freqprune.errors import InputError
+from freqprune.networks import OF_VIEW, evaluating
+
+
+def layout_of(model: nn.Module, images: Tensor) -> torch.memory_format:
+    """Channels last, in which convolutions are faster, where a network runs so; one that takes ``view`` of a map of
+    more than one pixel wants images as they are.
+
+    Args:
+        model: the network, run in eval mode and restored.
+        images: network inputs, one is enough.
+    """
+    with evaluating(model), torch.no_grad():
+        try:
+            model(images.to(memory_format=torch.channels_last))
+        except RuntimeError as error:
+            if OF_VIEW in str(error):
+                return torch.contiguous_format
+            raise
+    return torch.channels_last
 
 
 def normalizer(
-    images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None, device: torch.device, dtype: torch.dtype
+    images: Tensor,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    layout: torch.memory_format = torch.channels_last,
 ) -> Callable[[Tensor], Tensor]:
-    """Function that takes pixels to what the network expects: its device, dtype, normalisation, channels last.
+    """Function that takes pixels to what the network expects: its device, dtype, normalisation, layout.
 
     Raises:
         InputError: for a mean without a standard deviation or the other way round, another number of values than
@@ -34,7 +58,7 @@ def normalizer(
     shift, scale = shift.view(1, -1, 1, 1), scale.view(1, -1, 1, 1)
 
     def prepare(pixels: Tensor) -> Tensor:
-        pixels = pixels.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+        pixels = pixels.to(device=device, dtype=dtype, memory_format=layout)
         return (pixels - shift) / scale
 
     return prepare

@@ -162,7 +162,9 @@ class TagLoss:
             return images.new_zeros(())
         if images.dim() != 4 or not len(images):
             raise InputError(f"images must be (n_images, n_channels, height, width), got {tuple(images.shape)}")
-        prepare = normalizer(images, self.mean, self.std, device_of(net), images.dtype)
+        # As the batch lies: a network that takes views may run on nothing else.
+        layout = torch.contiguous_format if images.is_contiguous() else torch.channels_last
+        prepare = normalizer(images, self.mean, self.std, device_of(net), images.dtype, layout)
         # What augmentation puts around an image, or mixes into it, may lie outside.
         pixels = pixels_of(images[: self.n_images].detach().float(), self.mean, self.std)
         reading = self._found.get(net)
@@ -174,14 +176,16 @@ class TagLoss:
         frames = prepare(self.stimulus.frames(pixels, first).flatten(0, 1))
         with norms_as_in_training(net), Recorder(net, reading.sites, gradients=True) as recorder:
             courses = list(recorder(frames).values())
-            every = torch.cat(courses, 1).unflatten(0, (len(pixels), -1)).movedim(1, -1).double()
-            every = every @ reading.transform.to(frames.device)
+            every = torch.cat(courses, 1).unflatten(0, (len(pixels), -1)).movedim(1, -1)
+            # Apple's accelerator has no float64.
+            every = (every.cpu() if every.device.type == "mps" else every).double()
+            every = every @ reading.transform.to(every.device)
             amplitude = torch.view_as_complex(every.unflatten(-1, (-1, 2))).abs().mean(0)
             found = {
                 site.layer: one
                 for site, one in zip(reading.sites, amplitude.split([c.shape[1] for c in courses]), strict=True)
             }
-            return self._sum(found, reading.weights).to(images.dtype) * self.every_n_steps
+            return self._sum(found, reading.weights).to(images) * self.every_n_steps
 
     def _sum(self, amplitudes: Mapping[str, Tensor], weights: Mapping[str, Mapping[str, float]]) -> Tensor:
         total = next(iter(amplitudes.values())).new_zeros(())

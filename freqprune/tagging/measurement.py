@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from freqprune.errors import InputError
 from freqprune.processes import rank_and_size
 from freqprune.tagging.averages import Average
-from freqprune.tagging.inputs import normalizer
+from freqprune.tagging.inputs import layout_of, normalizer
 from freqprune.tagging.layers import pick_layers
 from freqprune.tagging.readout import HALF, SPATIAL, Readout
 from freqprune.tagging.recording import Recorder
@@ -103,6 +103,8 @@ def tag(
     device = images.device if parameter is None else parameter.device
     precision = torch.float32 if parameter is None else parameter.dtype
     prepare = normalizer(images, mean, std, device, precision)
+    if (layout := layout_of(model, prepare(images[:1]))) != torch.channels_last:
+        prepare = normalizer(images, mean, std, device, precision, layout)
     sites = find_sites(model, prepare(images[:1]), pick_layers(model, layers), where)
     folds = find_folds(model, prepare(images[:1]), sites)
     limit = frames_a_batch or frames_that_fit(images[0].numel(), device)
@@ -136,6 +138,7 @@ def tag(
         if noise_std > 0:
             response.noisy_amplitude = noisy.of(layer).amplitude()
             response.noisy_power = noisy.of(layer).mean("power")
+            response.squared_floor = noisy.of(layer).mean("squared_floor")
             response.noisy_snr = noisy.of(layer).mean("snr") if average == "snr" else None
         found[layer] = response
     return TagResponse(stimulus, noise_std, n_images, average, spatial, precision, found)
@@ -222,6 +225,8 @@ class _Pass:
 
     def _spectra(self, course: Tensor) -> Tensor:
         """Time courses ``(n_images, n_frames, ...)`` to complex spectra ``(n_images, ..., n_freqs)``."""
+        # Apple's accelerator has no float64.
+        course = course.cpu() if course.device.type == "mps" else course
         self.transform = self.transform.to(course.device)
         return torch.view_as_complex((course.movedim(1, -1).double() @ self.transform).unflatten(-1, (-1, 2)))
 

@@ -14,6 +14,7 @@ from freqprune.tagging.sites import Site
 from freqprune.tagging.spectrum import (
     baseline,
     corrected_amplitude,
+    effective_images,
     frequencies,
     is_noise_free,
     power_ratio,
@@ -34,6 +35,8 @@ class LayerResponse:
             holds the mean response.
         noisy_amplitude: noisy pass, averaged over images as `TagResponse.average` says; None without noise.
         noisy_power: noisy pass, mean over images of the squared amplitude; None without noise.
+        squared_floor: noisy pass, mean over images of the squared mean power of the noise bins, ``(n_filters,
+            n_components)``; None without noise.
         noisy_snr: mean over images of each image's SNR, ``(n_filters, n_components)``; only with ``average="snr"``.
     """
 
@@ -42,6 +45,7 @@ class LayerResponse:
     noisy_amplitude: Tensor | None = None
     noisy_power: Tensor | None = None
     noisy_snr: Tensor | None = None
+    squared_floor: Tensor | None = None
 
 
 @dataclass
@@ -169,12 +173,24 @@ class TagResponse:
         return power
 
     def p_values(self, layer: str, which: Sequence[str] | str = "fundamentals") -> Tensor:
-        """p-values of the power at components against the noise bins, ``(n_filters, n_components)``, not adjusted.
+        """p-values of the power at components against the noise bins, ``(n_filters, n_components)``, not adjusted; 1
+        where those hold rounding error only.
+
+        Of images that are not equally noisy in a filter fewer count, see
+        `freqprune.tagging.spectrum.effective_images`.
 
         Raises:
             InputError: for a response that was recorded without noise.
         """
-        return significance(self._noisy_power(layer), self._bins(which), self.n_images)
+        power, bins, squares = self._noisy_power(layer), self._bins(which), self.layers[layer].squared_floor
+        n_images: int | Tensor = self.n_images
+        if squares is not None:
+            every = self.stimulus.components
+            picked = squares[:, [every.index(component) for component in self.components(which)]]
+            n_images = effective_images(power, picked, bins, self.n_images)
+        p_values = significance(power, bins, n_images)
+        spectrum = self._noisy_amplitude(layer)
+        return torch.where(is_noise_free(spectrum, baseline(spectrum, bins), self.precision), 1.0, p_values)
 
     def why_no_snr(self, layer: str, which: Sequence[str] | str = "fundamentals") -> list[str]:
         """One word a filter: ``""`` where the SNR is defined, ``"dead"`` (it answers nothing) or ``"noise-free"``."""

@@ -182,7 +182,36 @@ def corrected_amplitude(
     return spectrum[..., list(bins)] - baseline(spectrum, bins, neighbours, avoid)
 
 
-def significance(power: Tensor, bins: Sequence[int], n_images: int, neighbours: Sequence[int] = NEIGHBOURS) -> Tensor:
+def effective_images(
+    power: Tensor, squared_floor: Tensor, bins: Sequence[int], n_images: int, neighbours: Sequence[int] = NEIGHBOURS
+) -> Tensor:
+    """How many images of equal noise a mean of powers is worth, M for `significance`: fewer than there are where some
+    are noisier than others, as an image that leaves a filter silent adds nothing.
+
+    Satterthwaite's degrees of freedom (1946, Biometrics Bulletin 2, 110-114): ``sum(v) ** 2 / sum(v ** 2)`` of the
+    images' noise powers v, which are estimated by the mean over K noise bins.
+
+    Args:
+        power: squared amplitudes, mean over images, ``(..., n_freqs)``.
+        squared_floor: square of each image's mean power over the noise bins, mean over images, ``(..., n_bins)``.
+        bins: bins to test.
+        n_images: how many there are.
+        neighbours: distances of the noise bins.
+
+    Returns:
+        float64 ``(..., n_bins)``, between 1 and `n_images`.
+    """
+    n_noise = torch.tensor([len(b) for b in noise_bins(bins, power.shape[-1], neighbours)], dtype=torch.float64)
+    floor = baseline(power.double().cpu(), bins, neighbours)
+    # The square of a mean over K exponential powers is 1 + 1 / K times the square of what they are the mean of.
+    squares = squared_floor.double().cpu() * n_noise / (n_noise + 1)
+    worth = n_images * floor.square() / squares.clamp(min=torch.finfo(torch.float64).tiny) - 1 / n_noise
+    return worth.clamp(1, n_images)
+
+
+def significance(
+    power: Tensor, bins: Sequence[int], n_images: int | Tensor, neighbours: Sequence[int] = NEIGHBOURS
+) -> Tensor:
     """p-values of the power ratio r of a bin over the mean of its K noise bins, power summed or averaged over M images.
 
     In Gaussian noise each bin's power is exponential, so r follows F(2 M, 2 K M); for one image ``p = (1 + r / K) **
@@ -191,7 +220,8 @@ def significance(power: Tensor, bins: Sequence[int], n_images: int, neighbours: 
     Args:
         power: squared amplitudes, averaged over images, ``(..., n_freqs)``.
         bins: bins to test.
-        n_images: M, the number of independent spectra averaged.
+        n_images: M, the number of independent spectra of equal noise averaged, or one for each result, see
+            `effective_images`.
         neighbours: distances of the noise bins.
 
     Returns:
@@ -201,7 +231,8 @@ def significance(power: Tensor, bins: Sequence[int], n_images: int, neighbours: 
     floor = baseline(power, bins, neighbours)
     ratio = torch.where(floor > 0, power[..., list(bins)] / floor, 0.0).numpy()
     n_noise = np.array([len(b) for b in noise_bins(bins, power.shape[-1], neighbours)])
-    return torch.from_numpy(np.asarray(scipy.stats.f.sf(ratio, 2 * n_images, 2 * n_images * n_noise)))
+    worth = n_images.numpy() if isinstance(n_images, Tensor) else n_images
+    return torch.from_numpy(np.asarray(scipy.stats.f.sf(ratio, 2 * worth, 2 * worth * n_noise)))
 
 
 def benjamini_hochberg(p_values: Tensor) -> Tensor:

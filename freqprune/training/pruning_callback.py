@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from freqprune.errors import InputError
-from freqprune.networks import drop_blocks, dropped_blocks, of_the_dense
+from freqprune.networks import config_of, drop_blocks, dropped_blocks, of_the_dense
 from freqprune.processes import shared_work
 from freqprune.pruning import Material, NothingToRemoveError, Plan, Recipe, cut
 from freqprune.tagging import Stimulus, normalizer
@@ -139,9 +139,9 @@ class TagPruning(_TagsInTraining):
     def _replace(self, pl_module: pl.LightningModule, small: nn.Module) -> None:
         """Put a smaller network in the place of the old one, and into what checkpoints say of it."""
         setattr(pl_module, self._attribute(pl_module), small)
-        config, gone = getattr(small, "config", None), dropped_blocks(small)
-        if isinstance(config, Mapping) and isinstance(pl_module.hparams.get("model"), Mapping):
-            pl_module.hparams["model"] = dict(config)
+        config, gone = config_of(small), dropped_blocks(small)
+        if config and isinstance(pl_module.hparams.get("model"), Mapping):
+            pl_module.hparams["model"] = config
             if gone:
                 pl_module.hparams["blocks"] = gone
 

@@ -170,10 +170,11 @@ class FrequencyTagging(_TagsInTraining):
                 "FrequencyTagging needs a validation loader, whose images it tags, or images=; pass val_dataloaders, "
                 "images=, or every_n_epochs=0"
             )
-        if self.images is not None and min(self.n_images, len(self.images)) < trainer.world_size:
+        count = self.n_images if self.images is None else min(self.n_images, len(self.images))
+        if self.every_n_epochs and count < trainer.world_size:
             raise InputError(
-                f"{min(self.n_images, len(self.images))} images are too few for {trainer.world_size} processes, which "
-                "take one each at least; give more images="
+                f"{count} images are too few for {trainer.world_size} processes, which take one each at least; give a "
+                "larger n_images=, or more images="
             )
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

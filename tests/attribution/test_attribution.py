@@ -1,5 +1,6 @@
 """Attribution by tags against answers that are known."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -244,3 +245,17 @@ def test_a_network_in_onnx_runtime_is_explained_like_itself(tmp_path: Path) -> N
     export(net, IMAGES[:1], tmp_path, onnx=True)
     found, same = (attribute(one, IMAGES, grid=2, forwards=32) for one in (net, OnnxModule(tmp_path / "model.onnx")))
     torch.testing.assert_close(same.effects, found.effects, rtol=1e-3, atol=1e-4)
+
+
+def test_images_that_are_no_pixels_are_refused() -> None:
+    net = build_model({"name": "resnet8"}).eval()
+    with pytest.raises(InputError, match="divide uint8 pixels by 255"):
+        attribute(net, (255 * IMAGES).byte(), grid=2, forwards=32)
+    with pytest.raises(InputError, match=r"must hold pixels in \[0, 1\], got values from"):
+        attribute(net, (IMAGES - 0.5) / 0.2, grid=2, forwards=32, mean=[0.5] * 3, std=[0.2] * 3)
+
+
+def test_networks_of_other_types_get_images_of_theirs() -> None:
+    net = build_model({"name": "resnet8"}).eval()
+    single, double = (attribute(one, IMAGES, grid=2, forwards=32).effects for one in (net, copy.deepcopy(net).double()))
+    torch.testing.assert_close(single, double, rtol=1e-3, atol=1e-5)

@@ -1,8 +1,11 @@
 """What filters do to classes, against networks that are linear behind them and against leaving filters out."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from freqprune import Amount, Material, Recipe, Stimulus, cut
 from freqprune.attribution.filters import FilterEffects, filter_effects
@@ -159,3 +162,22 @@ def test_filters_refuse(net: nn.Module) -> None:
         filter_effects(net, IMAGES, "second", forwards=20)
     with pytest.raises(InputError, match="the network must return logits"):
         filter_effects(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), IMAGES, "0")
+
+
+class Functional(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.function = nn.Conv2d(3, 4, 3), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.conv(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("function", "said"), [(F.relu, False), (F.leaky_relu, False), (F.gelu, True), (torch.sigmoid, True)]
+)
+def test_gates_before_a_function_of_the_network_are_told(
+    function: Callable[[Tensor], Tensor], said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    filter_effects(Functional(function).eval(), IMAGES[:1], "conv")
+    assert ("gates act before it" in caplog.text) is said

@@ -197,13 +197,14 @@ def test_a_photograph_is_turned_as_its_camera_says(tmp_path: Path) -> None:
 
 
 class Draws(nn.Module):
-    """Answers at random, or with NaN."""
+    """Answers at random, or with NaN, or images of one size."""
 
-    def __init__(self, nan: bool = False, num_classes: int = 2) -> None:
+    def __init__(self, nan: bool = False, num_classes: int = 2, only: int | None = None) -> None:
         super().__init__()
-        self.conv, self.nan = nn.Conv2d(3, num_classes, 1), nan
+        self.conv, self.nan, self.only = nn.Conv2d(3, num_classes, 1), nan, only
 
     def forward(self, x: Tensor) -> Tensor:
+        assert self.only in (None, x.shape[-1]), "another size"
         answer = self.conv(x).mean((2, 3))
         return answer * torch.nan if self.nan else answer + torch.rand(())
 
@@ -263,6 +264,10 @@ OPEN = ["images=a.png", "ckpt=draws.pt", "model.name=draws", "mean=[0,0,0]", "st
         ([*OURS, "baseline=black"], "baseline must be one of mean, grey, blur or an image file, got 'black'"),
         (OPEN, "answers the same images differently from call to call"),
         ([*OPEN, "+model.nan=true"], "answers images with NaN or infinite values"),
+        (
+            [*OPEN, "+model.only=7"],
+            r"Draws does not run on images of 3 x .*another size.*of freqprune explain image_size",
+        ),
         ([*OURS, "score=margin"], "score must be one of logit, probability, log_odds, got 'margin'"),
         ([*OURS, "half=float8"], "half must be one of float16, bfloat16, got 'float8'"),
         ([*OURS, "device=tpu"], "device = tpu cannot be used"),

@@ -1,10 +1,17 @@
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from freqprune.errors import InputError
+from freqprune.jobs.outputs import name_of
+from freqprune.networks import registry
+from freqprune.networks.checkpoint import load_pruned, save_pruned
 from freqprune.networks.profiling import count_macs, count_parameters
-from freqprune.networks.registry import build_model, register_model
+from freqprune.networks.registry import build_model, config_of, register_model
 from freqprune.networks.resnet import CifarResNet, IndexShortcut, padded_index
 
 
@@ -85,3 +92,27 @@ def test_register_model() -> None:
     assert isinstance(build_model({"name": "tiny"}), torch.nn.Identity)
     with pytest.raises(InputError, match="is taken"):
         register_model("tiny", torch.nn.ReLU)
+
+
+@pytest.mark.parametrize("config", [SimpleNamespace(depth=4), {"depth": 4}, {"name": "nobody knows"}])
+def test_a_network_may_have_a_config_of_its_own(
+    config: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_BUILDERS", dict(registry._BUILDERS))
+
+    class Own(nn.Module):
+        def __init__(self, num_classes: int = 10) -> None:
+            super().__init__()
+            self.config, self.net = config, build_model({"name": "resnet8", "num_classes": num_classes})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert self.config is config
+            return self.net(x)  # type: ignore[no-any-return]
+
+    register_model("configured", Own)
+    net = build_model({"name": "configured", "num_classes": 3})
+    assert config_of(net) == {"name": "configured", "num_classes": 3}
+    save_pruned(tmp_path / "pruned.ckpt", net, {})
+    assert config_of(load_pruned(tmp_path / "pruned.ckpt")) == {"name": "configured", "num_classes": 3}
+    assert name_of(net) == "configured"
+    assert config_of(nn.Linear(1, 1)) == {}

@@ -8,7 +8,9 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
+from freqprune.networks.answers import check_answers
 from freqprune.networks.registry import build_model
+from freqprune.tagging.loss import TagLoss
 from freqprune.tagging.measurement import tag
 from freqprune.tagging.recording import Recorder, map_mean
 from freqprune.tagging.response import TagResponse
@@ -211,3 +213,26 @@ def test_half_precision_keeps_the_ranks(half: str, agreement: float) -> None:
         for value in (TagResponse.amplitude, TagResponse.snr):
             ranks = spearmanr(value(full, layer).sum(-1).nan_to_num(0), value(fast, layer).sum(-1).nan_to_num(0))
             assert ranks.statistic > agreement, (layer, value)
+
+
+class Viewed(nn.Module):
+    """Takes a view of maps of more than one pixel, as many networks of two decades do."""
+
+    def __init__(self, flat: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.linear, self.flat = nn.Conv2d(3, 4, 3), nn.Linear(4 * 14 * 14, 5), flat
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.conv(x))
+        return self.linear(torch.flatten(x, 1) if self.flat else x.view(len(x), -1))  # type: ignore[no-any-return]
+
+
+def test_networks_that_take_views_are_tagged(images: Tensor) -> None:
+    found, expected = (tag(Viewed(flat), images, layers=["conv", "linear"]) for flat in (False, True))
+    for layer in ("conv", "linear"):
+        torch.testing.assert_close(found.layers[layer].amplitude, expected.layers[layer].amplitude)
+    loss = TagLoss(silence=1.0, n_images=2, every_n_steps=1)
+    assert loss(Viewed(), images).isfinite()
+    with pytest.raises(InputError, match=r"write torch\.flatten\(x, 1\) or x\.reshape in the place of x\.view"):
+        check_answers(Viewed(), images.to(memory_format=torch.channels_last))

@@ -112,3 +112,24 @@ def test_a_filter_that_answers_at_the_first_bin_only_is_not_dead() -> None:
         stimulus, 0.0, 1, "amplitude", "mean", torch.float64, {"conv": LayerResponse(site, amplitude)}
     )
     assert response.why_no_snr("conv") == ["dead", "noise-free"]
+
+
+def test_images_that_leave_a_filter_silent_are_not_counted() -> None:
+    """Whether one of many black images more or less is shown says nothing of a filter."""
+    net = Affine(nn.ReLU())
+    black = torch.zeros(7, 1, 16, 16, dtype=torch.float64)
+    with torch.no_grad():
+        net.conv.bias.sub_(0.1)
+    alone = tag(net, WHITE, seed=3).p_values("conv", "all")
+    many = tag(net, torch.cat([WHITE, black]), seed=3).p_values("conv", "all")
+    torch.testing.assert_close(many[:2], alone[:2], rtol=1e-3, atol=1e-6)
+
+
+def test_rounding_alone_is_not_significant() -> None:
+    net = Affine()
+    with torch.no_grad():
+        net.conv.weight[3] = 0
+        net.conv.bias[3] = 0.7
+    response = tag(net, WHITE.expand(4, -1, -1, -1))
+    assert (response.p_values("conv", "all")[3] == 1).all()
+    assert (response.p_values("conv")[2] < 1e-6).all()

@@ -177,3 +177,9 @@ def test_filters_are_counted_where_the_channels_are(block: nn.Module, shape: tup
     site = find_sites(net, x, ["0"], "convolution")[0]
     assert site.channel_dim == dim
     assert site.n_filters == net(x).shape[dim]
+
+
+@pytest.mark.parametrize("activation", [nn.PReLU(), nn.Softsign(), nn.LogSigmoid(), nn.RReLU(), nn.Hardshrink()])
+def test_rarer_activations_are_activations(activation: nn.Module, images: Tensor) -> None:
+    (site,) = find_sites(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), activation), images[:1])
+    assert (site.stage, site.module, site.note) == ("activation", "2", "")

@@ -10,11 +10,13 @@ import scipy.stats
 import torch
 from torch import Tensor
 
+from freqprune.tagging.averages import Average
 from freqprune.tagging.components import components
 from freqprune.tagging.spectrum import (
     amplitude_spectrum,
     benjamini_hochberg,
     complex_spectrum,
+    effective_images,
     frame_transform,
     frequencies,
     significance,
@@ -204,3 +206,23 @@ def test_benjamini_hochberg_against_its_definition() -> None:
         running = min(running, flat[order[rank - 1]] * 20 / rank)
         adjusted[order[rank - 1]] = running
     np.testing.assert_allclose(benjamini_hochberg(p).flatten(), adjusted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("noisy", [1, 4, 32])
+@pytest.mark.parametrize("level", [0.05, 0.01])
+def test_false_positive_rate_where_images_are_not_equally_noisy(noisy: int, level: float) -> None:
+    """Filters that only some of 32 images move."""
+    n, n_images = 4000, 32
+    scale = torch.full((n_images, 1, 1), 1e-3, dtype=torch.float64)
+    scale[:noisy] = 1
+    noise = scale * torch.randn(n_images, n, N, dtype=torch.float64, generator=torch.Generator().manual_seed(noisy))
+    average = Average([12], "amplitude", torch.float64, with_power=True)
+    average.update(complex_spectrum(noise))
+    power, squares = average.mean("power"), average.mean("squared_floor")
+    worth = effective_images(power, squares, [12], n_images)
+    assert worth.median() == pytest.approx(noisy, rel=0.15)
+    rate = float((significance(power, [12], worth) < level).double().mean())
+    assert level / 2 < rate < 1.6 * level
+    if noisy == 1:
+        # All counted, there are many too many.
+        assert (significance(power, [12], n_images) < level).double().mean() > 4 * level
