@@ -4,7 +4,7 @@ inputs that it really gets."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,13 @@ from torch.fx import Node
 
 from freqprune.errors import InputError
 from freqprune.networks import LINEAR, Trace, run
-from freqprune.processes import added_up, from_first, own_share
-from freqprune.pruning.blocks import Block, answers_without, shortcuts_of, without_channels
+from freqprune.processes import from_first
+from freqprune.pruning.blocks import Block, answers_without, shortcuts_of
 from freqprune.pruning.equations import Sums, solve
 from freqprune.pruning.in_sequence import Reconstruction
 from freqprune.pruning.patches import Geometry, pick
 from freqprune.pruning.refinement import Segment, gauss_newton
+from freqprune.pruning.side_by_side import SideBySide
 from freqprune.pruning.surroundings import constant_in, goes_into, path_to, scale_of
 
 log = logging.getLogger(__name__)
@@ -30,8 +31,8 @@ STEP_PIXELS = 1200 * 32**2
 MAX_VALUES = 8192
 
 
-class Walk:
-    """The dense network and its twin, taken through their operations together, all batches at each."""
+class Walk(SideBySide):
+    """Takes the dense network and its twin through their operations together, all batches at each."""
 
     def __init__(
         self,
@@ -43,44 +44,21 @@ class Walk:
         how: Reconstruction,
         without: Sequence[Block] = (),
     ) -> None:
-        self.twin_net, self.trace, self.silenced, self.how = twin, trace, silenced, how
-        own = own_share(batches)
-        self.n_all, self.without = len(batches), without
-        # Of all batches, the numbers of those that are this process's.
-        self.numbers, self.batches = [number for number, _ in own], [batch for _, batch in own]
+        super().__init__(dense, twin, trace, silenced, batches)
+        self.how, self.without, self.n_draws = how, without, 0
         self.ends = {node for block in without for node in block.ends}
         self.skipped = {node for block in without for node in block.branch} - self.ends
-        self.n_batches, self.batch_pixels = len(own), batches[0][:, :1].numel()
-        self.n_draws = 0
-        self.fixed = trace.inputs(dense), trace.inputs(twin)
-        self.dense: dict[Node, list[Any]] = {trace.entrance: list(self.batches)}
-        # Results of the twin where they are not the dense network's.
-        self.twin: dict[Node, list[Any]] = {}
-        changed = [f"{name}.weight" for name in silenced]
-        self.touched = {node for node in self.fixed[0] if trace.source(node) in changed}
         # To each layer, from the layer that feeds it and no other: the operations on the way, that layer first.
         refined = [node for node in trace.layers if node not in self.skipped | self.ends] if how.rounds else []
         self.paths = {node: path for node in refined if (path := path_to(trace, self.fixed[0], node))}
-        # Shortcuts without weights, which cannot be zero on silenced channels.
-        self.shortcuts = {node: silenced[name] for node, name in shortcuts_of(trace, silenced).items()}
         self.freed: set[Node] = set()
         self.remarks: list[str] = []
         # Samples that layers lack for as many equations as unknowns.
         self.short: dict[str, int] = {}
 
-    def error(self) -> float:
-        """Mean squared difference of the twin's answers from the dense network's."""
-        pairs = zip(
-            self.twin.get(self.trace.exit, self.dense[self.trace.exit]), self.dense[self.trace.exit], strict=True
-        )
-        return self._mean(float((a - b).double().square().mean()) for a, b in pairs)
-
-    def _mean(self, values: Iterable[float]) -> float:
-        """Mean over the batches of all processes."""
-        return float(added_up(torch.tensor(sum(values), dtype=torch.float64))) / self.n_all
-
     def error_of(self, net: nn.Module) -> float:
-        """The same of another network, with the same blocks silenced."""
+        """Mean squared difference of another network's answers from the dense network's, with the same blocks and
+        shortcuts silenced."""
         pairs, fixed = zip(self.batches, self.dense[self.trace.exit], strict=True), self.trace.inputs(net)
         muted = {name: self.silenced[name] for name in shortcuts_of(self.trace, self.silenced).values()}
         answers = ((answers_without(self.trace, fixed, x, self.without, muted), y) for x, y in pairs)
@@ -130,16 +108,6 @@ class Walk:
         shifted = any(source in self.twin or source in self.touched for source in node.all_input_nodes)
         if shifted or node in self.shortcuts:
             self._run_twin(node)
-
-    def _run_twin(self, node: Node) -> None:
-        readers = (self._reader(self.twin, self.fixed[1], i) for i in range(self.n_batches))
-        gone = self.shortcuts.get(node, ())
-        self.twin[node] = [without_channels(node, gone, read) if gone else run(node, read) for read in readers]
-
-    def _reader(self, values: Mapping[Node, list[Any]], fixed: Mapping[Node, Tensor], batch: int) -> Any:
-        return lambda node: (
-            fixed[node] if node in fixed else values[node][batch] if node in values else self.dense[node][batch]
-        )
 
     def _solve(self, node: Node, layer: str, norm: Node | None, others: Sequence[Node]) -> None:
         weight = self.twin_net.get_parameter(f"{layer}.weight")
@@ -205,9 +173,6 @@ class Walk:
             stays[list(self.silenced.get(layer, ()))] = False
         return stays
 
-    def _touch(self, name: str) -> None:
-        self.touched.add(self.trace.placeholder(name))
-
     def _some(self, number: int) -> list[int]:
         """Batches of this process for one step, `STEP_PIXELS` at most in all and others each time."""
         count = max(1, min(self.n_all, STEP_PIXELS // self.batch_pixels))
@@ -269,49 +234,3 @@ class Walk:
 
     def _geometry(self, node: Node, weight: Tensor) -> Geometry:
         return Geometry() if node.target is LINEAR else Geometry.of_call(weight, node.args[2:])
-
-    def _times_weight(self, node: Node, weight: Tensor, batch: int, x: Tensor | None = None) -> Tensor:
-        """What a layer multiplies with its weight, without its bias; of an input that is given, or of the twin's."""
-        read = self._reader(self.twin, self.fixed[1], batch)
-        rest = node.args[3:]
-        given = read(node.args[0]) if x is None else x
-        product: Tensor = node.target(given, weight, None, *rest)  # type: ignore[operator]
-        return product
-
-    def _energy(self, node: Node, weight: Tensor, some: Sequence[int]) -> Tensor:
-        """Mean square of what each input channel brings to a layer, in a shape that spreads over its weight."""
-        read: Any = node.args[0]
-        everything = self.twin.get(read, self.dense[read])
-        n_dims, channel = everything[0].dim(), 1 if node.target is not LINEAR else -1
-        over = [side for side in range(n_dims) if side != channel % n_dims]
-        total = everything[0].new_zeros(everything[0].shape[channel], dtype=torch.float64)
-        for i in some:
-            total = total + everything[i].square().mean(over)
-        energy = (added_up(total) / int(added_up(torch.tensor(len(some))))).to(weight)
-        if len(energy) != weight.shape[1]:
-            energy = energy.mean().expand(weight.shape[1])
-        return energy.view(1, -1, *[1] * (weight.dim() - 2))
-
-    def _channelwise(self, values: Tensor, node: Node) -> Tensor:
-        """Values of a layer's channels in a shape that spreads over its output."""
-        return values if node.target is LINEAR else values.view(-1, 1, 1)
-
-    def _target_of(self, node: Node) -> tuple[Node | None, list[Node]]:
-        """The batch norm after a layer, and the other terms of the sums its output goes into, where they have
-        shifted."""
-        norm, others = goes_into(node)
-        # A branch that has yet to run will make up for this one.
-        shape = self.dense[node][0].shape
-        return norm, [other for other in others if other in self.twin and self.twin[other][0].shape == shape]
-
-    def _constant_of(self, node: Node, norm: Node | None) -> Tensor | None:
-        """What is added to the products of a layer in the twin: its bias, or what went into the norm's mean."""
-        layer = self.trace.layers[node]
-        bias: Any = self.twin_net.get_submodule(layer).bias
-        if bias is not None:
-            return bias.detach().clone()
-        where = constant_in(self.trace, self.twin_net, layer, norm)
-        if where is None:
-            return None
-        dense, twin = (fixed[self.trace.placeholder(where[0])] for fixed in self.fixed)
-        return where[1] * (twin - dense)
