@@ -15,7 +15,7 @@ from freqprune.attribution.gates import batches, check_frames, frames_for, gates
 from freqprune.attribution.pairs import find_interactions
 from freqprune.errors import InputError, closest
 from freqprune.networks import check_answers, device_of, evaluating, first, hooked
-from freqprune.tagging import Progress, find_sites, normalizer
+from freqprune.tagging import Progress, Site, find_sites, normalizer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,9 +73,13 @@ class FilterEffects:
         return filters_by_classes(self.effects.mean(0), names, self.layer)
 
 
-def _scales(then: Callable[[Tensor], Tensor], like: Tensor) -> bool:
-    """Whether a function hands on a factor of at least 0, so that it does not matter on which side of it gates are."""
-    values = torch.linspace(-3, 3, 25).to(like)
+def _scales(site: Site, like: Tensor) -> bool:
+    """Whether the function that a layer is read after hands on a factor of at least 0, so that it does not matter on
+    which side of it gates are."""
+    then, n = site.then, site.n_filters
+    assert then is not None
+    shape = (-1, n, 1, 1) if site.channel_dim == 1 else (-1, 1, n)
+    values = torch.linspace(-10, 10, 41).to(like)[:, None].expand(-1, n).reshape(shape)
     return all(torch.allclose(then(share * values), share * then(values), atol=1e-6) for share in (0.0, 0.5))
 
 
@@ -122,7 +126,7 @@ def filter_effects(
     images = normalizer(images, mean, std, device_of(model), images.dtype)(images).contiguous()
     check_answers(model, images[:1])
     site = find_sites(model, images[:1], [layer])[0]
-    if site.then is not None and not _scales(site.then, images):
+    if site.then is not None and not _scales(site, images):
         log.warning(
             "the activation after %s is a function that the network calls itself: gates act before it, and a closed "
             "filter answers with its value at 0; use a module of torch.nn for it to be gated after it", layer

@@ -69,8 +69,9 @@ def compensate(
     }
     remarks = []
     for layer, channels in plan.silenced(kept).items():
-        old, new = dense[layer], pruned[layer]
-        if not isinstance(old, nn.Conv2d | nn.Linear):
+        old, new = dense[layer], pruned.get(layer)
+        # Layers of blocks that went are not there.
+        if not isinstance(old, nn.Conv2d | nn.Linear) or new is None:
             continue
         if layer not in moments:
             raise InputError(f"no moments of {layer!r}, which reads removed filters; take them with input_moments")

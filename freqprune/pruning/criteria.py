@@ -13,6 +13,7 @@ from freqprune.attribution import filter_effects
 from freqprune.errors import InputError
 from freqprune.pruning.damage import corrected, logit_errors
 from freqprune.pruning.elimination import elimination_errors
+from freqprune.pruning.graph import ChannelGraph
 from freqprune.pruning.importance import Evidence, criterion, criterion_names, needs, scores
 from freqprune.pruning.moments import columns_of
 from freqprune.tagging import Recorder, find_sites, map_mean
@@ -170,21 +171,34 @@ def _readers(evidence: Evidence, layer: str) -> dict[str, tuple[Tensor, Tensor, 
     assert evidence.moments is not None
     modules = dict(evidence.model.named_modules())
     n_filters = evidence.graph.units[layer].n_filters
+    channels = _channels(evidence.graph, layer, n_filters)
     readers = {}
     for reader in evidence.graph.units[layer].readers:
         if reader not in evidence.moments:
             raise InputError(
                 f"no moments of {reader!r}, which reads the filters of {layer!r}; take them with input_moments"
             )
-        # Filter by filter: a layer may read one of them in several places.
-        channels = [evidence.graph.read_channels(layer, [number])[reader] for number in range(n_filters)]
-        columns = torch.stack([columns_of(modules[reader], one) for one in channels])
+        columns = torch.stack([columns_of(modules[reader], one) for one in channels[reader]])
         readers[reader] = (
             evidence.model.get_parameter(f"{reader}.weight").detach().flatten(1).cpu(),
             evidence.moments[reader],
             columns,
         )
     return readers
+
+
+def _channels(graph: ChannelGraph, layer: str, n_filters: int) -> dict[str, list[list[int]]]:
+    """Input channels, filter by filter, of each layer that reads the filters of `layer`."""
+    together, of_first = graph.read_channels(layer, range(n_filters)), graph.read_channels(layer, [0])
+    if all(channels[: len(of_first[reader])] == of_first[reader] for reader, channels in together.items()):
+        each = {reader: len(channels) // n_filters for reader, channels in together.items()}
+        return {
+            reader: [channels[start : start + each[reader]] for start in range(0, len(channels), each[reader])]
+            for reader, channels in together.items()
+        }
+    # One that reads them in several places is told of all filters once, and then of all of them again.
+    alone = [graph.read_channels(layer, [number]) for number in range(n_filters)]
+    return {reader: [one[reader] for one in alone] for reader in together}
 
 
 def _by_torch_pruning(

@@ -204,8 +204,13 @@ def _overshoot(plan: Plan, kept: Kept, amount: Amount) -> list[str]:
     if amount.macs_cut is None:
         return []
     got = 1 - plan.macs({name: len(indices) for name, indices in kept.items()}) / plan.macs({})
-    if got - amount.macs_cut <= 0.01:
+    if abs(got - amount.macs_cut) <= 0.01:
         return []
+    if got < amount.macs_cut:
+        return [
+            f"{100 * got:.1f} % of the MACs cut instead of {100 * amount.macs_cut:.1f} %: residual streams whose first "
+            "layer goes with its block keep their filters"
+        ]
     return [
         f"{100 * got:.1f} % of the MACs cut instead of {100 * amount.macs_cut:.1f} %: whole blocks of filters allow no "
         "closer cut"

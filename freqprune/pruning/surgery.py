@@ -123,12 +123,12 @@ class Plan:
         return {name: found[name] for name in self.blocks}
 
     def sensible(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A selection without units that go with blocks altogether."""
+        """A selection without units that go with blocks: altogether, or the layer that they are named by."""
         gone = self._layers_gone(self.dropped(kept))
         return {
             name: indices
             for name, indices in kept.items()
-            if name in self.blocks or not {*self.unit(name).members} <= gone
+            if name in self.blocks or not (name in gone or {*self.unit(name).members} <= gone)
         }
 
     def apply(self, kept: Mapping[str, Tensor], check: bool = True, weights: nn.Module | None = None) -> nn.Module:

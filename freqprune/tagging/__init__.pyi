@@ -16,6 +16,7 @@ from .readout import Readout as Readout
 from .recording import Recorder as Recorder
 from .recording import map_mean as map_mean
 from .response import TagResponse as TagResponse
+from .sites import Site as Site
 from .sites import find_folds as find_folds
 from .sites import find_sites as find_sites
 from .spectrum import amplitude_spectrum as amplitude_spectrum

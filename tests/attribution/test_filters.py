@@ -164,6 +164,10 @@ def test_filters_refuse(net: nn.Module) -> None:
         filter_effects(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), IMAGES, "0")
 
 
+def _prelu(x: Tensor) -> Tensor:
+    return F.prelu(x, torch.tensor([0.1, 0.2, 0.3, 0.4]))
+
+
 class Functional(nn.Module):
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -174,7 +178,8 @@ class Functional(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("function", "said"), [(F.relu, False), (F.leaky_relu, False), (F.gelu, True), (torch.sigmoid, True)]
+    ("function", "said"),
+    [(F.relu, False), (F.leaky_relu, False), (F.gelu, True), (torch.sigmoid, True), (F.relu6, True), (_prelu, False)],
 )
 def test_gates_before_a_function_of_the_network_are_told(
     function: Callable[[Tensor], Tensor], said: bool, caplog: pytest.LogCaptureFixture

@@ -17,9 +17,11 @@ from freqprune.networks.registry import build_model
 from freqprune.networks.trace import Trace
 from freqprune.pruning.amount import Amount
 from freqprune.pruning.blocks import find_blocks
+from freqprune.pruning.compensation import compensate
 from freqprune.pruning.cutting import Material, Recipe, cut
 from freqprune.pruning.depth import block_scores
 from freqprune.pruning.in_sequence import Reconstruction
+from freqprune.pruning.moments import input_moments
 from freqprune.pruning.reconstruction import error_without, reconstruct
 from freqprune.pruning.selection import select
 from freqprune.pruning.surgery import Plan
@@ -182,6 +184,25 @@ def test_a_stream_of_a_block_that_goes_is_cut_all_the_same() -> None:
     assert small.get_submodule("layer1.0.conv2").out_channels == 8
     widths = {name: len(indices) for name, indices in plan.sensible(kept).items()}
     assert count_macs(small, x) == plan.macs(widths)
+    # One that is named by a layer of the block stays as it is.
+    net = build_model({"name": "resnet14", "shortcut": "B"}).eval()
+    plan = Plan(net, x, blocks=True)
+    leaders = [name for name in plan.streams if name.startswith("layer2.0.")]
+    assert leaders
+    assert set(plan.sensible({"layer2.0": GONE, leaders[0]: torch.arange(8)})) == {"layer2.0"}
+
+
+@pytest.mark.parametrize("method", ["mean", "least_squares"])
+def test_streams_and_blocks_are_made_up_for_at_once_too(method: str) -> None:
+    torch.manual_seed(0)
+    net, x = build_model({"name": "resnet14", "stage_widths": [4, 8, 8]}).eval(), torch.rand(8, 3, 16, 16)
+    plan, kept = Plan(net, x, blocks=True), {"layer1.1": GONE, "conv1": torch.arange(3)}
+    layers = [name for name in plan.silenced(kept) if not name.endswith("shortcut")]
+    moments = input_moments(net, layers, [x], n_positions=None)
+    small = plan.apply(kept)
+    before = small(x)
+    compensate(plan, small, kept, moments, method)
+    assert not torch.equal(small(x), before)
 
 
 @pytest.mark.parametrize("amount", [{"ratio": 0.3}, {"threshold": 0.1}, {"macs_cut": 0.3, "scope": "layer"}])
