@@ -65,4 +65,4 @@ def _way_out(said: str) -> str:
         return "maps lie with their channels last here: write torch.flatten(x, 1) or x.reshape in the place of x.view"
     if "dtype" in said or "same type" in said:
         return "give it images of the type of its weights"
-    return "where it was made for images of another size, set it: data.image_size, of freqprune explain image_size"
+    return "where it was made for images of another size, set data.image_size (of freqprune explain: image_size)"

@@ -266,7 +266,7 @@ OPEN = ["images=a.png", "ckpt=draws.pt", "model.name=draws", "mean=[0,0,0]", "st
         ([*OPEN, "+model.nan=true"], "answers images with NaN or infinite values"),
         (
             [*OPEN, "+model.only=7"],
-            r"(?s)Draws does not run on images of 3 x .*another size.*of freqprune explain image_size",
+            r"(?s)Draws does not run on images of 3 x .*another size.*of freqprune explain: image_size",
         ),
         ([*OURS, "score=margin"], "score must be one of logit, probability, log_odds, got 'margin'"),
         ([*OURS, "half=float8"], "half must be one of float16, bfloat16, got 'float8'"),
