@@ -100,12 +100,11 @@ class Trace:
             node: name
             for node, names in inside.items()
             for name in names
-            if any(name not in inside.get(source, ()) for source in node.all_input_nodes if source not in self._weights)
+            if any(
+                name not in inside.get(source, ()) and self.source(source) in (None, "")
+                for source in node.all_input_nodes
+            )
         }
-
-    @property
-    def _weights(self) -> set[Node]:
-        return {node for node, (kind, _) in self._sources.items() if kind != InputKind.USER_INPUT}
 
     def inputs(self, model: nn.Module) -> dict[Node, Tensor]:
         """Parameters, buffers and constants of a network with these operations, by the node that stands for each."""

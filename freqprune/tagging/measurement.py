@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
+from freqprune.networks import dtype_of
 from freqprune.processes import rank_and_size
 from freqprune.tagging.averages import Average
 from freqprune.tagging.inputs import layout_of, normalizer
@@ -101,7 +102,7 @@ def tag(
         images, share = images[rank::size], True
     parameter = next(model.parameters(), None)
     device = images.device if parameter is None else parameter.device
-    precision = torch.float32 if parameter is None else parameter.dtype
+    precision = dtype_of(model)
     prepare = normalizer(images, mean, std, device, precision)
     if (layout := layout_of(model, prepare(images[:1]))) != torch.channels_last:
         prepare = normalizer(images, mean, std, device, precision, layout)
