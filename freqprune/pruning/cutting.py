@@ -212,6 +212,6 @@ def _overshoot(plan: Plan, kept: Kept, amount: Amount) -> list[str]:
             "layer goes with its block keep their filters"
         ]
     return [
-        f"{100 * got:.1f} % of the MACs cut instead of {100 * amount.macs_cut:.1f} %: whole blocks of filters allow no "
-        "closer cut"
+        f"{100 * got:.1f} % of the MACs cut instead of {100 * amount.macs_cut:.1f} %: filters that go together "
+        "allow no closer cut"
     ]

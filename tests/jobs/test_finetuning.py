@@ -19,19 +19,9 @@ from freqprune.networks.registry import build_model, register_model
 from tests.jobs.small import config
 
 
-def test_a_pruned_network_resumes_training_its_widths(pruned: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
-    content = torch.load(pruned[0] / "finetune" / "checkpoints" / "last.ckpt", weights_only=True)
-    widths = content["hyper_parameters"]["model"]["widths"]
-    assert widths == {
-        layer: n
-        for layer, n in pruned[1]["kept"].items()
-        if n != content["hyper_parameters"]["model"]["stage_widths"][int(layer[5]) - 1]
-    }
-
-
 @pytest.mark.parametrize("blocks", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_same_widths_are_trained_from_scratch(
-    blocks: bool, trained: tuple[Path, dict[str, Any]], tmp_path: Path
+    blocks: bool, trained: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ckpt = trained[0] / "checkpoints" / "last.ckpt"
     # A rate at which no weight moves: what was drawn is what is left.
@@ -52,6 +42,7 @@ def test_the_same_widths_are_trained_from_scratch(
     # As a training of this network would begin: drawn by the seed, in the network's own way.
     assert drawn.std().item() == pytest.approx((2 / (9 * drawn.shape[1])) ** 0.5, rel=0.05)
     # The same training is not repeated, and another one needs a run of its own.
+    monkeypatch.setattr("freqprune.jobs.stages.finetune", None)
     common = ("prune", tmp_path / "again", f"ckpt={ckpt}", *cut, *still, f"resume={tmp_path}")
     assert prune(config(*common))[0]["from_scratch"] == metrics["from_scratch"]
     with pytest.raises(InputError, match=r"is a run with finetune\.from_scratch=true; go on with that"):

@@ -157,12 +157,22 @@ def test_images_that_a_network_of_the_package_has_seen_are_told(folder: Path, ca
         assert "resnet32_cifar10_45k was trained on images" in told(HELD_OUT, **other)
 
 
-@pytest.mark.parametrize(("pruning", "named"), [("filters", 1), ("none", 0)])
-def test_a_cut_tells_of_them(
-    pruning: str, named: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+MEAN_STD = ("data.mean=[0.4914,0.4822,0.4465]", "data.std=[0.247,0.2435,0.2616]")
+
+
+class BegunError(Exception):
+    """What is done before the work is done."""
+
+
+@pytest.mark.parametrize(("pruning", "named"), [("filters", [DEFAULT]), ("none", [])])
+def test_a_cut_tells_of_them(pruning: str, named: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
+
+    def begun(*_: object, **__: object) -> None:
+        raise BegunError
+
     monkeypatch.setattr(assembly, "warn_of_seen_images", lambda name, data: asked.append(name))
-    base = (*small(folder), "model.num_classes=2", "data.image_size=32", "importance=l2", "pruning.ratio=0.1")
-    prune(config("prune", tmp_path / "run", f"pruning={pruning}", "finetune.epochs=0", base=base))
-    assert len(asked) == named
+    monkeypatch.setattr("freqprune.jobs.prune.announce_pruning", begun)
+    with pytest.raises(BegunError):
+        prune(config("prune", tmp_path, f"pruning={pruning}", f"pretrained={DEFAULT}", "model=auto", *MEAN_STD))
+    assert asked == named

@@ -1,0 +1,98 @@
+"""A cut in several steps: each counts what those before it have left."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from freqprune.networks.profiling import count_macs
+from freqprune.networks.registry import build_model
+from freqprune.pruning.amount import Amount, step_amount
+from freqprune.pruning.cutting import Cut, Material, Recipe, cut, plan_cut
+from freqprune.pruning.in_steps import InSteps, cut_in_steps
+from freqprune.pruning.selection import NothingToRemoveError
+from freqprune.tagging.stimulus import Stimulus
+
+PIXELS = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+MATERIAL = Material(PIXELS, lambda pixels: pixels * 2 - 1, [0.5] * 3, [0.5] * 3, calibration=PIXELS)
+
+
+def in_steps(net: nn.Module, recipe: Recipe, n_steps: int) -> tuple[InSteps, list[Amount], list[nn.Module]]:
+    """The result, the amount of each step, and the networks between them."""
+    asked: list[Amount] = []
+    between: list[nn.Module] = []
+
+    def one(now: nn.Module, how: Recipe, step: int) -> Cut:
+        asked.append(how.amount)
+        return cut(now, MATERIAL, how, Stimulus())
+
+    def after(now: nn.Module, step: int) -> nn.Module:
+        between.append(now)
+        return now
+
+    plan, chosen = plan_cut(net, PIXELS[:1], recipe)
+    return cut_in_steps(plan, chosen, recipe, n_steps, one, after), asked, between
+
+
+@pytest.mark.parametrize("kind", ["ratio", "macs_cut"])
+def test_steps_add_up(kind: str) -> None:
+    left = 1.0
+    for step in range(3):
+        now = step_amount(Amount(**{kind: 0.6}), step, 3, left)
+        assert now is not None
+        left *= 1 - getattr(now, kind)
+        assert left == pytest.approx(1 - 0.2 * (step + 1))
+    # What is asked for is gone already, to the last filter or by more.
+    assert step_amount(Amount(**{kind: 0.6}), 1, 3, 0.6) is None
+    assert step_amount(Amount(**{kind: 0.6}), 1, 3, 0.55) is None
+    assert step_amount(Amount(threshold=2.0), 1, 3, 0.5) == Amount(threshold=2.0)
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    return build_model({"name": "resnet8"}).eval()
+
+
+def test_filters_are_counted_in_the_network_before_the_first_step(net: nn.Module) -> None:
+    recipe = Recipe(Amount(ratio=0.5, scope="layer"), criterion="l2")
+    found, asked, between = in_steps(net, recipe, 2)
+    assert [amount.ratio for amount in asked] == pytest.approx([0.25, 1 / 3])
+    assert len(between) == 1
+    norms = {unit: net.get_submodule(unit).weight.flatten(1).norm(dim=1) for unit in found.kept}
+    for unit, indices in found.kept.items():
+        assert indices.tolist() == sorted(norms[unit].argsort(descending=True)[: len(norms[unit]) // 2].tolist())
+        assert torch.equal(found.net.get_submodule(unit).weight, net.get_submodule(unit).weight[indices])
+    # Scores are those of the first step, of every filter.
+    assert {unit: len(score) for unit, score in found.scores.items()} == {u: len(n) for u, n in norms.items()}
+
+
+def test_a_step_that_went_far_enough_leaves_nothing_to_the_next(net: nn.Module) -> None:
+    found, asked, _ = in_steps(net, Recipe(Amount(macs_cut=0.15, multiple_of=8), "l2", layers="layer1.0.conv1"), 2)
+    assert len(asked) == 1
+    assert {name: len(indices) for name, indices in found.kept.items()} == {"layer1.0.conv1": 8}
+    assert found.remarks == [
+        "step 1 of 2: every layer is at its floor of 8 filters: layer1.0.conv1",
+        "step 1 of 2: 19.3 % of the MACs cut instead of 7.5 %: filters that go together allow no closer cut",
+        "step 2 of 2 cut nothing: those before it had cut as much already",
+    ]
+
+
+def test_a_threshold_may_leave_nothing_to_later_steps(net: nn.Module) -> None:
+    norms = net.get_submodule("layer1.0.conv1").weight.detach().flatten(1).norm(dim=1)
+    amount = Amount(threshold=float(norms.sort().values[7:9].mean()))
+    recipe = Recipe(amount, criterion="l2", layers="layer1.0.conv1")
+    found, asked, _ = in_steps(net, recipe, 2)
+    assert asked == [amount, amount]
+    assert len(found.kept["layer1.0.conv1"]) == 8
+    assert found.remarks[-1] == "step 2 of 2 cut nothing: those before it had cut as much already"
+    with pytest.raises(NothingToRemoveError):
+        in_steps(net, replace(recipe, amount=Amount(threshold=1e-9)), 2)
+
+
+def test_the_macs_of_steps_are_shares_of_the_first_network(net: nn.Module) -> None:
+    found, asked, between = in_steps(net, Recipe(Amount(macs_cut=0.6, scope="per_mac"), "l2"), 3)
+    whole = count_macs(net, PIXELS[:1])
+    left = [count_macs(one, PIXELS[:1]) / whole for one in [*between, found.net]]
+    assert left == pytest.approx([0.8, 0.6, 0.4], abs=0.02)
+    assert 1 - asked[1].macs_cut == pytest.approx(0.6 / left[0])
