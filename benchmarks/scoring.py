@@ -99,7 +99,8 @@ def pooled(runs: list[dict[str, Any]]) -> dict[str, Any]:
     for key in keys:
         having = [run for run in runs if key in run]
         counts = [run["images"] for run in having]
-        found["images"][key.replace(":", ".").split(".")[0]] = sum(counts)
+        subject = key.replace(":", ".").split(".")[0]
+        found["images"][subject] = max(sum(counts), found["images"].get(subject, 0))
         found[key] = _together([run[key] for run in having], counts)
     return found
 

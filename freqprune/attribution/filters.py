@@ -14,8 +14,8 @@ from freqprune.attribution.effects import estimate, strongest
 from freqprune.attribution.gates import batches, check_frames, frames_for, gates
 from freqprune.attribution.pairs import find_interactions
 from freqprune.errors import InputError, closest
-from freqprune.networks import check_answers, device_of, evaluating, first, hooked
-from freqprune.tagging import Progress, Site, find_sites, normalizer
+from freqprune.networks import check_answers, device_of, dtype_of, evaluating, first, hooked
+from freqprune.tagging import Progress, Site, check_pixels, find_sites, normalizer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -123,9 +123,15 @@ def filter_effects(
     n_filters = len(module.weight)
     forwards = frames_for(n_filters) if forwards is None else forwards
     check_frames(n_filters, forwards)
+    if mean is not None or not images.is_floating_point():
+        check_pixels(images)
+    images = images.to(dtype_of(model))
     images = normalizer(images, mean, std, device_of(model), images.dtype)(images).contiguous()
     check_answers(model, images[:1])
     site = find_sites(model, images[:1], [layer])[0]
+    if site.stage == "convolution" and site.note:
+        log.warning("%s: gates act on the layer itself, and a norm behind it turns a closed filter into a constant, "
+                    "where a cut takes both away (%s)", layer, site.note)  # fmt: skip
     if site.then is not None and not _scales(site, images):
         log.warning(
             "the activation after %s is a function that the network calls itself: gates act before it, and a closed "

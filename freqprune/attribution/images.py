@@ -159,7 +159,10 @@ class _Reader:
         """Scores of frames of one image, float64 ``(n_frames,)``."""
         output = self.answer(inputs)
         wanted = None if target is None else target.expand(len(inputs))
-        return read(output, self.score, wanted).cpu().double()
+        found = read(output, self.score, wanted).cpu().double()
+        if len(found) != len(inputs):
+            raise InputError(f"score must return one number an image, ({len(inputs)},), got {tuple(found.shape)}")
+        return found
 
     def read_each(self, inputs: Tensor, wanted: Tensor | None) -> Tensor:
         """Score of each image, ``(n_images,)``."""
@@ -197,7 +200,7 @@ def _fitted(design: Tensor, scores: Tensor, n_frames: int, where: Tensor) -> OfP
         of_all(p_values, 1.0),
         of_all(interactions),
         of_all(p_of_pairs, 1.0),
-        of_all(first_order(design, scores)),
+        of_all(first_order(design, scores, n_frames)),
     )
 
 

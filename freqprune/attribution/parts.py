@@ -57,10 +57,14 @@ def _tiles(images: Tensor, grid: int | tuple[int, int]) -> tuple[Tensor, list[st
 
 def _of_a_mask(images: Tensor, segments: Tensor) -> tuple[Tensor, list[str]]:
     height, width = images.shape[-2:]
-    if segments.is_floating_point() or segments.shape not in ((height, width), (len(images), height, width)):
+    if (
+        segments.is_floating_point()
+        or segments.dtype == torch.bool
+        or segments.shape not in ((height, width), (len(images), height, width))
+    ):
         raise InputError(
             f"segments must be integers of shape ({height}, {width}) or ({len(images)}, {height}, {width}), got "
-            f"{segments.dtype} {tuple(segments.shape)}"
+            f"{segments.dtype} {tuple(segments.shape)}; -1 is no part, so of a mask write mask.long() - 1"
         )
     segments = segments.long().cpu().contiguous()
     if int(segments.max()) < 0:

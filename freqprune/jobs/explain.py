@@ -201,7 +201,12 @@ def _write(
 ) -> None:
     telling = asked.telling
     arrays: dict[str, Any] = {name: getattr(found, name).numpy() for name in (*OF_PARTS, "maps", "parts", "whole")}
-    arrays |= {"baseline": found.baseline.numpy(), "names": np.array(names), "forwards": found.forwards}
+    arrays |= {
+        "baseline": found.baseline.numpy(),
+        "names": np.array(names),
+        "part_names": np.array(found.part_names),
+        "forwards": found.forwards,
+    }
     if found.target is not None:
         arrays["target"] = found.target.numpy()
     np.savez_compressed(out / "attribution.npz", **arrays)

@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional
 from torchvision.transforms.v2.functional import InterpolationMode
 
 from freqprune.errors import InputError
+from freqprune.training import in_bytes
 
 # What a grey .png says of pixels in no part: it has no negative numbers.
 NONE = 255
@@ -44,8 +45,8 @@ def read_images(
     for path in track(paths, description="reading images", transient=True, disable=len(paths) < 100):
         try:
             with Image.open(path) as file:
-                image = ImageOps.exif_transpose(file).convert("L" if n_channels == 1 else "RGB")
-        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+                image = in_bytes(ImageOps.exif_transpose(file), "L" if n_channels == 1 else "RGB")
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise InputError(f"{key}: {path} is not a readable image ({error}); repair it or leave it out") from None
         if image_size is not None:
             size = [image_size, image_size] if resize is None else [resize]

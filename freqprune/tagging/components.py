@@ -5,8 +5,7 @@ A component is n·f1 + m·f2 + ...: a harmonic of one tag or an intermodulation 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from freqprune.errors import InputError, closest
@@ -68,7 +67,8 @@ def components(cycles: Sequence[int], n_times: int, sfreq: float, max_order: int
 
     Combinations that fall on the same bin (after folding at Nyquist) are one component: the one of lowest order names
     it, a harmonic before an intermodulation, a lower coefficient of the later tags before a higher one; the others are
-    its aliases. Combinations that fall on 0 Hz are left out.
+    its aliases. Combinations that fall on 0 Hz or on the Nyquist frequency, where a spectrum is real and its noise
+    another, are left out.
 
     Args:
         cycles: cycles of each tag in the recording.
@@ -83,16 +83,15 @@ def components(cycles: Sequence[int], n_times: int, sfreq: float, max_order: int
     [('f2-f1', 1.5, ()), ('f1', 6.0, ()), ('f2', 7.5, ()), ('2f1', 12.0, ()), ('f1+f2', 13.5, ()), ('2f2', 15.0, ())]
     """
     by_bin: dict[int, list[tuple[int, ...]]] = {}
-    for combination in itertools.product(range(-max_order, max_order + 1), repeat=len(cycles)):
-        order = sum(map(abs, combination))
+    for combination in _combinations(len(cycles), max_order):
         # n·f and -n·f are the same bin: keep the sign under which the frequency, or else the first coefficient, is
         # positive.
         frequency = sum(n * c for n, c in zip(combination, cycles, strict=True))
         sign = frequency or next((n for n in combination if n), 0)
-        if not 1 <= order <= max_order or sign < 0:
+        if sign < 0:
             continue
         where = _folded(combination, cycles, n_times)
-        if where:
+        if where and 2 * where != n_times:
             by_bin.setdefault(where, []).append(combination)
     found = []
     for where, combinations in sorted(by_bin.items()):
@@ -102,6 +101,16 @@ def components(cycles: Sequence[int], n_times: int, sfreq: float, max_order: int
         aliases = tuple(component_name(c) for c in combinations[1:])
         found.append(Component(component_name(first), first, where * sfreq / n_times, where, kind, aliases))
     return found
+
+
+def _combinations(n_tags: int, max_order: int) -> Iterator[tuple[int, ...]]:
+    """Coefficients of all combinations whose absolute values add up to no more than an order."""
+    if n_tags == 0:
+        yield ()
+        return
+    for first in range(-max_order, max_order + 1):
+        for others in _combinations(n_tags - 1, max_order - abs(first)):
+            yield (first, *others)
 
 
 def collision(
@@ -156,7 +165,7 @@ def noise_bins(
     bins: Sequence[int], n_freqs: int, neighbours: Sequence[int] = NEIGHBOURS, avoid: Collection[int] = ()
 ) -> list[list[int]]:
     """Noise bins of each bin: those at the given distances on either side that exist, are not 0 Hz and are not to be
-    avoided.
+    avoided. Nor is the last, that of Nyquist: what is there is real, so that noise has another distribution in it.
 
     Args:
         bins: the bins to be measured.
@@ -176,7 +185,7 @@ def noise_bins(
         [
             b
             for b in sorted(where + sign * d for d in neighbours for sign in (-1, 1))
-            if 0 < b < n_freqs and b not in avoid
+            if 0 < b < n_freqs - 1 and b not in avoid
         ]
         for where in bins
     ]

@@ -45,7 +45,8 @@ def part_masks(layout: str, height: int, width: int, gap: int = 0) -> Tensor:
         layout: ``"halves"``, ``"top_bottom"``, ``"quadrants"`` or ``"centre_surround"``.
         height: image height in pixels.
         width: image width in pixels.
-        gap: pixels left untagged between parts.
+        gap: pixels left untagged between parts; one more where the middle of an even number of pixels is to have an odd
+            gap, or the other way round.
 
     Returns:
         Boolean ``(n_parts, height, width)``; no pixel lies in two parts.
@@ -60,13 +61,14 @@ def part_masks(layout: str, height: int, width: int, gap: int = 0) -> Tensor:
         raise InputError(
             f"parts must be one of {', '.join(LAYOUTS)} or a mask tensor, got {layout!r}{closest(layout, LAYOUTS)}"
         )
-    # Pixel centres in [-1, 1]; the gap is a distance in pixels, half of it on either side of the border.
+    # Pixel centres in [-1, 1]; the gap is a distance in pixels, half of it on either side of the border. Centres that
+    # lie on its edge, where one of gap and size is odd, belong to the gap on both sides, whatever rounding says.
     y, x = torch.meshgrid(
         (torch.arange(height, dtype=torch.float64) + 0.5) * 2 / height - 1,
         (torch.arange(width, dtype=torch.float64) + 0.5) * 2 / width - 1,
         indexing="ij",
     )
-    masks = torch.stack(LAYOUTS[layout][1](y, x, (gap / height, gap / width)))
+    masks = torch.stack(LAYOUTS[layout][1](y, x, ((gap + 1e-6) / height, (gap + 1e-6) / width)))
     for name, mask in zip(LAYOUTS[layout][0], masks, strict=True):
         if not mask.any():
             raise InputError(

@@ -96,12 +96,14 @@ class TagResponse:
 
     def snr_spectrum(self, layer: str) -> Tensor:
         """SNR at every bin from the first with two neighbours on each side, ``(n_filters, n_freqs)``; NaN at the
-        edges."""
+        edges. At components it is that of `snr`, averaged as the response was."""
         response = self.layers[layer]
         spectrum = response.amplitude if response.noisy_amplitude is None else response.noisy_amplitude
         bins = range(3, spectrum.shape[-1] - 2)
         full = torch.full_like(spectrum, torch.nan)
         full[:, list(bins)] = snr(spectrum, list(bins), precision=self.precision)
+        if response.noisy_snr is not None:
+            full[:, [component.bin for component in self.stimulus.components]] = response.noisy_snr.to(full)
         return full
 
     def power_ratio(

@@ -72,6 +72,7 @@ class Stimulus:
         object.__setattr__(self, "tag_freqs", tuple(float(f) for f in self.tag_freqs))
         if self.n_frames < 8 or int(self.n_frames) != self.n_frames:
             raise InputError(f"n_frames must be a whole number of at least 8, got {self.n_frames}")
+        object.__setattr__(self, "n_frames", int(self.n_frames))
         for name, low in (("frame_rate", 0.0), ("depth", 0.0)):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > low):

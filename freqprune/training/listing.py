@@ -24,6 +24,27 @@ _INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resam
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
+def in_bytes(image: Image.Image, mode: str) -> Image.Image:
+    """An image in a mode of 8 bits; one of 16 bits is scaled, where Pillow would cut it off at 255.
+
+    Args:
+        image: any image.
+        mode: ``"RGB"`` or ``"L"``.
+
+    Raises:
+        ValueError: for pixels of 32 bits or floating point, whose white nobody can tell.
+
+    >>> grey = Image.fromarray(np.array([[0, 257 * 40, 65535]], dtype=np.uint16))
+    >>> np.array(in_bytes(grey, "L")).tolist()
+    [[0, 40, 255]]
+    """
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray(np.round(np.asarray(image, dtype=np.float64) / 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are of mode {image.mode}, whose white nobody can tell: save it with 8 or 16 bits")
+    return image if image.mode == mode else image.convert(mode)
+
+
 @dataclass(frozen=True)
 class Fitting:
     """How images are brought to one size.
@@ -208,7 +229,7 @@ class Reader:
     def _read(self, number: int) -> NDArray[np.uint8]:
         try:
             with self.listing.open(number) as image:
-                return self.fitting(image if image.mode == "RGB" else image.convert("RGB"))
+                return self.fitting(in_bytes(image, "RGB"))
         except _UNREADABLE as error:
             raise InputError(
                 f"{self.listing.name(number)} is not a readable image ({error}); repair or remove it"

@@ -186,3 +186,21 @@ def test_gates_before_a_function_of_the_network_are_told(
 ) -> None:
     filter_effects(Functional(function).eval(), IMAGES[:1], "conv")
     assert ("gates act before it" in caplog.text) is said
+
+
+def test_filters_that_are_gated_before_a_norm_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(4, 3),
+    ).eval()  # fmt: skip
+    filter_effects(net, torch.rand(1, 3, 16, 16), "0")
+    assert "0: gates act on the layer itself, and a norm behind it" in caplog.text
+
+
+def test_pixels_are_checked_where_they_are_to_be_normalised() -> None:
+    net = build_model({"name": "resnet8"}).eval()
+    some = {"mean": [0.5] * 3, "std": [0.2] * 3}
+    with pytest.raises(InputError, match="divide uint8 pixels by 255"):
+        filter_effects(net, (255 * torch.rand(1, 3, 16, 16)).byte(), "conv1", **some)
+    with pytest.raises(InputError, match=r"must hold pixels in \[0, 1\]"):
+        filter_effects(net, torch.randn(1, 3, 16, 16), "conv1", **some)

@@ -172,3 +172,14 @@ def test_superpixels_need_scikit_image(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "skimage.segmentation", None)
     with pytest.raises(InputError, match=r"parts = slic needs scikit-image: pip install 'freqprune\[segments\]'"):
         attribute(OfTiles(lambda tiles: tiles[:, 0]), IMAGES, parts="slic")
+
+
+def test_a_boolean_mask_is_not_taken_for_two_parts() -> None:
+    with pytest.raises(InputError, match=r"segments must be integers .* of a mask write mask\.long\(\) - 1"):
+        attribute(build_model({"name": "resnet8"}).eval(), torch.rand(1, 3, 16, 16), segments=torch.ones(16, 16) > 0)
+
+
+def test_a_score_of_another_length_is_refused() -> None:
+    net = build_model({"name": "resnet8"}).eval()
+    with pytest.raises(InputError, match=r"score must return one number an image, \(1,\), got \(10,\)"):
+        attribute(net, torch.rand(1, 3, 16, 16), grid=2, forwards=32, score=lambda output: output[0])

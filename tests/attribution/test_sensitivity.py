@@ -49,7 +49,7 @@ def mean_over_seeds(function: Callable[[Array], Array], n_inputs: int, n_frames:
     found = []
     for seed in range(n_seeds):
         design = gates(n_inputs, n_frames, torch.Generator().manual_seed(seed), steepness=1.0)
-        found.append(first_order(design, torch.from_numpy(function(uniform(design)))))
+        found.append(first_order(design, torch.from_numpy(function(uniform(design))), n_frames))
     return np.asarray(torch.stack(found).mean(0))
 
 
@@ -110,8 +110,41 @@ def test_tiles_of_an_image(steepness: float) -> None:
 
 def test_a_score_that_does_not_vary_has_no_shares() -> None:
     design = gates(4, 16, torch.Generator().manual_seed(0))
-    assert first_order(design, torch.full((16,), 0.3)).tolist() == [0, 0, 0, 0]
+    assert first_order(design, torch.full((16,), 0.3), 16).tolist() == [0, 0, 0, 0]
     # What does nothing is nothing in the mean.
     noise = torch.randn(200, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    shares = torch.stack([first_order(gates(16, 64, torch.Generator().manual_seed(s)), noise[s]) for s in range(200)])
+    shares = torch.stack(
+        [first_order(gates(16, 64, torch.Generator().manual_seed(s)), noise[s], 64) for s in range(200)]
+    )
     assert abs(float(shares.mean())) < 3 * float(shares.std()) / (200 * 16) ** 0.5
+
+
+@pytest.mark.parametrize("steepness", [1.0, 4.0])
+@pytest.mark.parametrize(("n_parts", "n_recordings"), [(16, 1), (64, 1), (64, 2), (196, 1)])
+def test_where_nothing_combines_the_shares_add_up_to_one(n_parts: int, n_recordings: int, steepness: float) -> None:
+    """In recordings as short as they are by default, in which every odd bin has its part."""
+    n_frames, drawn = 4 * n_parts, torch.Generator().manual_seed(0)
+    sums, idle = [], []
+    for _ in range(20):
+        design = torch.cat([gates(n_parts, n_frames, drawn, steepness) for _ in range(n_recordings)])
+        weights = torch.randn(n_parts, generator=drawn, dtype=torch.float64)
+        weights[: n_parts // 2] = 0
+        shares = first_order(design, design @ weights, n_frames)
+        sums.append(float(shares.sum()))
+        idle.append(shares[: n_parts // 2])
+        # Each its own variance.
+        own = (weights * design.std(0)).square()
+        torch.testing.assert_close(shares, own / own.sum(), atol=0.1 if n_parts == 16 else 0.05, rtol=0)
+    assert np.mean(sums) == pytest.approx(1.0, abs=0.05 if n_parts == 16 else 0.03)
+    assert float(torch.cat(idle).mean()) == pytest.approx(0, abs=0.003)
+
+
+def test_what_parts_do_together_is_left_out() -> None:
+    drawn, sums = torch.Generator().manual_seed(0), []
+    for _ in range(20):
+        design = torch.cat([gates(64, 256, drawn, 4.0) for _ in range(2)])
+        centred = design - design.mean(0)
+        added, multiplied = centred[:, :8].sum(1), 3 * (centred[:, 8:16] * centred[:, 16:24]).sum(1)
+        share = added.var() / (added + multiplied).var()
+        sums.append(float(first_order(design, added + multiplied, 256).sum() - share))
+    assert np.mean(sums) == pytest.approx(0, abs=0.03)

@@ -51,7 +51,7 @@ def test_every_combination_is_on_exactly_one_component(max_order: int) -> None:
             continue
         position = (a * 12 + b * 15) % n
         where = min(position, n - position)
-        if where == 0:
+        if where in (0, 120):
             continue
         component = by_bin[where]
         assert component.order <= abs(a) + abs(b)
@@ -93,3 +93,22 @@ def test_find_components() -> None:
 def test_find_components_refuses(names: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         find_components(names, components((12, 15), 240, 120.0, 2))  # type: ignore[arg-type]
+
+
+def test_nyquist_is_neither_read_nor_noise() -> None:
+    """A spectrum is real there, and its noise has a quarter of the power of other bins."""
+    every = components((12, 60), 240, 120.0, 2)
+    assert 120 not in {one.bin for one in every}
+    assert "2f2" not in {one.name for one in every}
+    assert noise_bins([118], 121, avoid={120}) == [[116, 117, 119]]
+
+
+def test_many_parts_are_enumerated_by_their_order() -> None:
+    cycles = (12, 15, 31, 47, 55, 71, 79, 101)
+    found = components(cycles, 2400, 120.0, 4)
+    by_hand = {
+        c for n in range(1, 5) for picked in itertools.combinations_with_replacement(range(8), n) for c in [picked]
+    }
+    # Of every choice of up to four tags, with each sign: far fewer than 9 ** 8.
+    assert len(found) <= sum(2 ** len(picked) for picked in by_hand)
+    assert {component.order for component in found} == {1, 2, 3, 4}

@@ -113,7 +113,7 @@ def test_noise_free_and_dead_are_named() -> None:
 
 @pytest.mark.parametrize("average", ["amplitude", "power", "complex", "snr"])
 def test_results_do_not_depend_on_the_batches(average: str, images: Tensor) -> None:
-    net = build_model({"name": "resnet8"}).double()
+    net, images = build_model({"name": "resnet8", "stage_widths": [4, 8, 8]}).double(), images[:2]
     one = tag(net, images.double(), average=average, frames_a_batch=37)
     other = tag(net, images.double(), average=average, frames_a_batch=2000)
     for layer in one.layers:
@@ -207,7 +207,11 @@ def test_a_filter_that_is_all_but_dead_is_called_so() -> None:
 def test_half_precision_keeps_the_ranks(half: str, agreement: float) -> None:
     torch.manual_seed(0)
     net, images = build_model({"name": "resnet8"}), torch.rand(2, 3, 32, 32)
-    full, fast = tag(net, images), tag(net, images, half=half)
+    full, seen = tag(net, images), set()
+    handle = net.conv1.register_forward_hook(lambda _m, _i, output: seen.add(output.dtype))
+    fast = tag(net, images, half=half)
+    handle.remove()
+    assert getattr(torch, half) in seen
     assert net.conv1.weight.dtype == torch.float32
     for layer in full.layers:
         for value in (TagResponse.amplitude, TagResponse.snr):

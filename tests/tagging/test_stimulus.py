@@ -154,3 +154,17 @@ def test_gap_and_mask_sizes_are_checked(images: Tensor) -> None:
         Stimulus(parts=part_masks("halves", 8, 8)).frames(images)
     with pytest.raises(InputError, match="3 channel means"):
         Stimulus(mode="contrast", pivot=(0.5,)).frames(images)
+
+
+def test_a_whole_number_of_frames_may_be_a_float() -> None:
+    assert Stimulus(tag_freqs=(6.0, 7.5), n_frames=240.0) == Stimulus(tag_freqs=(6.0, 7.5))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("size", "gap", "left_out"), [(32, 0, 0), (32, 1, 2), (32, 2, 2), (224, 1, 2), (33, 1, 1), (33, 2, 3)]
+)
+def test_halves_are_equal_whatever_the_gap(size: int, gap: int, left_out: int) -> None:
+    one, other = part_masks("halves", 4, size, gap)
+    assert one.sum() == other.sum()
+    assert torch.equal(one, other.flip(1))
+    assert int((~(one | other))[0].sum()) == left_out
