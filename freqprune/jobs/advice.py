@@ -19,8 +19,10 @@ SHARED = ("experiment", "data", "tagging", "imports", "trainer")
 WHERE = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes")
 # Of the tags, what only training has a use for.
 IN_TRAINING = ("tagging.epoch_images", "tagging.every_n_epochs")
-AMOUNT = ("pruning", "pruning.ratio", "pruning.threshold", "pruning.macs_cut", "pruning.latency_cut",
+AMOUNT = ("pruning", "pruning.enabled", "pruning.ratio", "pruning.threshold", "pruning.macs_cut", "pruning.latency_cut",
           "pruning.latency_ms")  # fmt: skip
+# What only an amount of time goes with.
+OF_TIME = ("pruning.scope=per_ms", "pruning.multiple_of=auto")
 SHARES = "pruning.macs_cut=0.3,0.5,0.7"
 
 
@@ -93,6 +95,7 @@ def commands(job: str, out: Path, prune: str, overrides: Sequence[str]) -> list[
         ]
     else:
         again = [override for key, override in given.items() if key not in (*AMOUNT, "resume")]
+        again = [override for override in again if override not in OF_TIME]
     brought = given.keys() & {"ckpt", "pretrained", "model.weights", "model.pretrained"}
     if job == "train" or not brought:  # the network was trained here
         own = ("model=", "model.", "optimizer", "trainer.", "ckpt_path", "tag_loss")

@@ -156,8 +156,8 @@ class Run:
         for stage, one in stages.items():
             self.measure(stage, one)
         self.latencies({"dense": net, **stages})
-        widths = {name: plan.unit(name).n_filters for name in ours}
-        self.metrics["kept"], self.metrics["widths"] = tables.kept_counts(ours), widths
+        self.metrics["kept"] = tables.kept_counts(ours)
+        self.metrics["widths"] = widths = {name: done.widths[name] for name in ours}
         title = f"Filters kept by {self.settings.scoring.criterion}"
         if self.first and ours:
             figure = run_figures.kept_per_layer(self.metrics["kept"], widths, title)
@@ -165,8 +165,10 @@ class Run:
         self.metrics["remarks"] = done.remarks
         self.kept = of_the_dense(ours, earlier)
         self.write(small)
+        # The page counts in units of the dense network.
+        known = {name: indices for name, indices in ours.items() if name in plan.graph.units}
         if self.first:
-            explore_cut(self.settings, self._title(net), response, verdict, plan, done.scores, ours)
+            explore_cut(self.settings, self._title(net), response, verdict, plan, done.scores, known)
         return small, ours
 
     def recover(self, net: nn.Module, small: nn.Module, ckpt_path: Path | None = None) -> nn.Module:

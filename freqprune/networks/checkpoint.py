@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
@@ -16,6 +17,7 @@ from freqprune.networks.files import read, write_atomically
 from freqprune.networks.heads import by_new_names
 from freqprune.networks.libraries import WEIGHTS
 from freqprune.networks.registry import build_model, config_of, model_names, resize
+from freqprune.networks.resnet import IndexShortcut
 
 PRUNED_FORMAT = "freqprune.pruned/1"
 _PREFIXES = ("module.", "net.", "model.")
@@ -106,6 +108,7 @@ def load_network(path: str | Path, model: Mapping[str, Any] | None = None) -> St
     drop_blocks(net, said.get("blocks") or {})
     if content.get("format") == PRUNED_FORMAT:
         resize(net, state)
+        _set_shortcuts(net, content.get("shortcuts") or {})
     _load(net, state, path, config)
     extra |= {"normalization": dict(said.get("normalization") or {}), "classes": list(said.get("classes") or ())}
     return Stored(net.eval(), config, **extra)
@@ -220,6 +223,7 @@ def save_pruned(
     twin = build_model(config)
     drop_blocks(twin, dropped_blocks(net))
     resize(twin, net.state_dict())
+    shortcuts = _other_shortcuts(net, twin)
     _load(twin, net.state_dict(), path, config)
     content = {
         "format": PRUNED_FORMAT,
@@ -227,10 +231,34 @@ def save_pruned(
         "state_dict": {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()},
         "kept": {layer: [int(i) for i in indices] for layer, indices in kept.items()},
         "blocks": dropped_blocks(net),
+        "shortcuts": shortcuts,
         "normalization": {key: [float(v) for v in value] for key, value in (normalization or {}).items()},
         "classes": [str(name) for name in classes],
     }
     write_atomically(path, content)
+
+
+def _shortcuts(net: nn.Module) -> dict[str, dict[str, Any]]:
+    """What shortcuts without weights pick: no part of a state dict."""
+    return {
+        name: {"index": module.index.tolist(), "n_in": module.n_in}
+        for name, module in net.named_modules()
+        if isinstance(module, IndexShortcut)
+    }
+
+
+def _other_shortcuts(net: nn.Module, twin: nn.Module) -> dict[str, dict[str, Any]]:
+    """Those of a network that its config does not say."""
+    known = _shortcuts(twin)
+    return {name: one for name, one in _shortcuts(net).items() if known.get(name) != one}
+
+
+def _set_shortcuts(net: nn.Module, given: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, one in given.items():
+        module = net.get_submodule(name)
+        assert isinstance(module, IndexShortcut)
+        module.n_in = int(one["n_in"])
+        module.set_index(torch.tensor(one["index"], dtype=torch.long))
 
 
 def save_weights(path: str | Path, checkpoint: str | Path) -> None:

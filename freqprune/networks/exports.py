@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
+from freqprune.networks.answers import device_of
 from freqprune.networks.hooks import evaluating
 from freqprune.networks.runtimes import OnnxModule
 
@@ -83,7 +84,7 @@ def export(
     Exports(onnx, torch_export, int8=bool(calibration))
     if not (onnx or torch_export):
         return {}
-    device = example.device
+    device = device_of(net)
     net.cpu()
     try:
         with evaluating(net), torch.no_grad():
@@ -142,8 +143,8 @@ def _quantised(net: nn.Module, folder: Path, batches: Sequence[Tensor]) -> float
     finally:
         root.setLevel(level)
     small = OnnxModule(folder / "model.int8.onnx")
-    same = [(small(batch).argmax(1) == net(batch).argmax(1)).float().mean() for batch in batches]
-    return float(torch.stack(same).mean())
+    same = [small(batch).argmax(1) == net(batch).argmax(1) for batch in batches]
+    return float(torch.cat(same).double().mean())
 
 
 def _difference(name: str, found: Tensor, expected: Tensor) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -170,7 +171,8 @@ def latency_ms(
         n_warmup: forwards before those.
         progress: wraps the iteration over the forwards, for a progress bar.
     """
-    for model in models.values():
-        model.eval()
-    times = in_turn([runner(model, example) for model in models.values()], n_runs, n_warmup, progress)
+    with ExitStack() as modes:
+        for model in models.values():
+            modes.enter_context(evaluating(model))
+        times = in_turn([runner(model, example) for model in models.values()], n_runs, n_warmup, progress)
     return {name: statistics.median(found) for name, found in zip(models, times, strict=True)}

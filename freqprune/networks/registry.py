@@ -101,6 +101,9 @@ def resize(net: nn.Module, state: Mapping[str, Any]) -> None:
     """
     attentions = find_heads(net)
     for name, module in net.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            _resize_norm(module, [state.get(f"{name}.{one}") for one in ("weight", "running_mean")])
+            continue
         weight = state.get(f"{name}.weight")
         old = getattr(module, "weight", None)
         if (
@@ -116,16 +119,27 @@ def resize(net: nn.Module, state: Mapping[str, Any]) -> None:
             module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
         elif isinstance(module, nn.Linear):
             module.out_features, module.in_features = weight.shape
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.num_features = len(weight)
-            for buffer in ("running_mean", "running_var"):
-                setattr(module, buffer, torch.zeros(len(weight), dtype=old.dtype))
+        elif isinstance(module, nn.PReLU):
+            module.num_parameters = len(weight)
         else:
             continue
         module.weight = nn.Parameter(torch.empty(weight.shape, dtype=old.dtype))
-        if isinstance(module.bias, Tensor):
+        if isinstance(getattr(module, "bias", None), Tensor):
             module.bias = nn.Parameter(torch.empty(len(weight), dtype=old.dtype))
     for heads in attentions.values():
         left = net.get_submodule(heads.proj).in_features // heads.size  # type: ignore[operator]
         if left != heads.n_heads:
             keep_heads(net.get_submodule(heads.module), heads, range(left))
+
+
+def _resize_norm(module: nn.modules.batchnorm._NormBase, given: list[Any]) -> None:
+    """Give a batch or instance norm as many channels as a tensor of its own has that a state dict holds."""
+    width = next((len(tensor) for tensor in given if isinstance(tensor, Tensor)), module.num_features)
+    if width == module.num_features:
+        return
+    module.num_features = width
+    for name, old in list(module.named_parameters(recurse=False)):
+        setattr(module, name, nn.Parameter(torch.empty(width, dtype=old.dtype)))
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        if buffer.dim() == 1:
+            setattr(module, name, torch.zeros(width, dtype=buffer.dtype))

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.fx.node import map_arg
 from torch.utils.benchmark import Timer
 
 from freqprune.errors import InputError
@@ -192,7 +193,7 @@ class Times:
         few = few.contiguous(memory_format=_format(x))
         some = weight[:n_out, :n_in].contiguous(memory_format=_format(weight))
         b = None if bias is None else bias[:n_out].contiguous()
-        name = f"{node.target} {tuple(few.shape)} {tuple(some.shape)} {b is not None} {rest} {_format(x)}"
+        name = f"{node.target} {tuple(few.shape)} {tuple(some.shape)} {b is not None} {rest} {_format(x)} {x.dtype}"
         return self._time(name, "", lambda: node.target(few, some, b, *rest))  # type: ignore[operator]
 
     def _time(self, what: str, shapes: str, work: Callable[[], Any]) -> float:
@@ -216,8 +217,9 @@ def _format(tensor: Tensor) -> torch.memory_format:
 
 def _shapes(node: Node, read: Callable[[Node], Any]) -> str:
     found = [read(source) for source in node.all_input_nodes]
-    rest = [arg for arg in node.args if not isinstance(arg, Node | list)]
-    return f"{[(tuple(v.shape), str(_format(v))) for v in found if isinstance(v, Tensor)]} {rest}"
+    # Kernel, stride and dimensions too; operands, also in lists, are told by their shapes.
+    rest = map_arg((node.args, node.kwargs), lambda _: None)
+    return f"{[(tuple(v.shape), v.dtype, str(_format(v))) for v in found if isinstance(v, Tensor)]} {rest}"
 
 
 def _at_half(node: Node, read: Callable[[Node], Any], result: Tensor) -> Callable[[], Any] | None:
@@ -246,7 +248,8 @@ def _at_half(node: Node, read: Callable[[Node], Any], result: Tensor) -> Callabl
 def _about(device: torch.device) -> dict[str, Any]:
     """What times hold for."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {"device": kind, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    precision = torch.get_float32_matmul_precision()
+    return {"device": kind, "threads": torch.get_num_threads(), "torch": torch.__version__, "precision": precision}
 
 
 def _processor() -> str:

@@ -48,7 +48,7 @@ class Trace:
         InputError: if the network cannot be traced, or the traced operations compute something else.
     """
 
-    def __init__(self, model: nn.Module, batch: Tensor) -> None:
+    def __init__(self, model: nn.Module, batch: Tensor, instead: str = "pruning.compensation=least_squares") -> None:
         with evaluating(model), torch.no_grad():
             try:
                 program = torch.export.export(model, (batch,))
@@ -56,8 +56,7 @@ class Trace:
                 reason = first_line(error)
                 raise InputError(
                     f"torch.export cannot follow {type(model).__name__} ({reason}): its operations depend on the "
-                    "values "
-                    "of its input; use pruning.compensation=least_squares"
+                    f"values of its input; use {instead}"
                 ) from error
         self._graph = program.graph_module.graph
         _without_writing(self._graph)

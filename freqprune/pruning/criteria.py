@@ -222,7 +222,8 @@ def _by_torch_pruning(
 
 @criterion("group_l2", "graph")
 def group_l2_score(evidence: Evidence, layer: str) -> Tensor:
-    """Mean L2 norm of all weights that go with the filter (DepGraph, Fang et al. 2023), by torch-pruning."""
+    """Squared L2 norm of the weights that go with the filter, mean over the layers that hold some (DepGraph, Fang et
+    al. 2023), by torch-pruning."""
     return _by_torch_pruning(evidence, layer, tp.importance.GroupMagnitudeImportance(p=2, normalizer=None))
 
 
@@ -241,7 +242,8 @@ def lamp_score(evidence: Evidence, layer: str) -> Tensor:
 
 @criterion("fpgm", "graph")
 def fpgm_score(evidence: Evidence, layer: str) -> Tensor:
-    """Distance from the geometric median of the layer's filters (FPGM, He et al. 2019), by torch-pruning."""
+    """Sum of the distances to the other filters, after FPGM (He et al. 2019), by torch-pruning, whose distances are
+    between squared weights, of the layers that read the filters too: not those of the paper."""
     return _by_torch_pruning(evidence, layer, tp.importance.FPGMImportance(normalizer=None))
 
 

@@ -58,6 +58,9 @@ def plan_cut(net: nn.Module, example: Tensor, recipe: Recipe) -> tuple[Plan, lis
     plan = Plan(net, example, blocks=recipe.with_blocks)
     if recipe.blocks and not plan.blocks:
         raise InputError(f"{type(net).__name__} has no residual block that may go as a whole; use pruning.blocks=false")
+    plan.spare_blocks(recipe.layers, recipe.exclude)
+    if recipe.blocks and not plan.blocks:
+        raise InputError("pruning.layers and pruning.exclude spare every residual block; use pruning.blocks=false")
     picked = plan.choose(recipe.layers, recipe.exclude, recipe.streams)
     misread = plan.misread(picked)
     chosen = [name for name in picked if name not in misread]
@@ -120,7 +123,8 @@ def cut(
     if plan.blocks:
         # Only in sequence a cut makes up for whole blocks.
         how = ONE_PASS if recipe.compensation == "sequential" else None
-        found |= block_scores(net, evidence.frames or _some(plan, material, recipe, stimulus), how, progress)
+        batches = evidence.frames or _some(plan, material, recipe, stimulus)
+        found |= block_scores(net, batches, how, progress, among=list(plan.blocks))
     amount, promise = recipe.amount, None
     try:
         if amount.by_time:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ def block_scores(
     images: Sequence[Tensor],
     how: Reconstruction | None = ONE_PASS,
     progress: Progress | None = None,
+    among: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
     """Squared change of the logits that each residual block adds when it goes, the least first: on the scale of
     `logit_error`.
@@ -36,6 +37,7 @@ def block_scores(
         images: batches of network inputs.
         how: how blocks are made up for; None: not at all, as by a cut that does not.
         progress: wraps the iteration over the blocks, for a progress bar.
+        among: names of the blocks that may go; all if left out.
 
     Returns:
         ``(1,)`` for each block, by name, in the order of the network.
@@ -43,6 +45,7 @@ def block_scores(
     batches = equal_batches(images)
     trace = Trace(model, batches[0])
     blocks, fixed = find_blocks(model, trace), trace.inputs(model)
+    blocks = {name: block for name, block in blocks.items() if among is None or name in among}
     gone: list[str] = []
     found: dict[str, Tensor] = {}
     before = last = 0.0

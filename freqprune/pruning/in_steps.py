@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from freqprune.networks import count_macs
 from freqprune.pruning.amount import Amount, step_amount
 from freqprune.pruning.cutting import Cut
 from freqprune.pruning.recipe import Recipe
@@ -22,7 +23,9 @@ class InSteps:
 
     Attributes:
         net: the network.
-        kept: filters of the network before the first step, by unit.
+        kept: filters of the network before the first step, by unit; a layer may become a unit of its own once a block
+            has gone.
+        widths: of these units in that network, in filters.
         scores: of the first step.
         dropped: blocks that went.
         remarks: of all steps.
@@ -31,24 +34,33 @@ class InSteps:
 
     net: nn.Module
     kept: Kept
+    widths: dict[str, int]
     scores: dict[str, Tensor] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     promise: Promise | None = None
 
-    def add(self, done: Cut, which: str = "") -> None:
-        """Take in a step, named `which` in its remarks."""
+    def add(self, done: Cut, plan: Plan, which: str = "") -> None:
+        """Take in a step, named `which` in its remarks; `plan` is of the network before the first one."""
         self.net, self.promise = done.net, done.promise
         self.scores = self.scores or done.scores
         self.dropped += done.dropped
         self.remarks += [which + remark for remark in done.remarks]
         # Layers of blocks that went are in the network no more.
-        there = dict(done.net.named_modules())
+        there, before = dict(done.net.named_modules()), self.kept
+        leads = {member: name for name, unit in plan.graph.units.items() for member in unit.members}
         self.kept = {
             name: indices[done.kept[name]] if name in done.kept else indices
             for name, indices in self.kept.items()
             if name in there
         }
+        for name in done.kept.keys() - before.keys():
+            # What has lost filters with a stream that was led by a block which is gone counts on from there.
+            lead = leads.get(name, name)
+            earlier = before.get(lead)
+            self.kept[name] = done.kept[name] if earlier is None else earlier[done.kept[name]]
+            unit = plan.graph.units.get(lead)
+            self.widths[name] = len(dict(plan.model.named_modules())[name].weight) if unit is None else unit.n_filters
 
 
 def cut_in_steps(
@@ -70,20 +82,24 @@ def cut_in_steps(
         between: what is done with the network after a step, but the last.
     """
     widths = {name: plan.unit(name).n_filters for name in chosen}
-    found = InSteps(plan.model, {name: torch.arange(width) for name, width in widths.items()})
+    found = InSteps(plan.model, {name: torch.arange(width) for name, width in widths.items()}, dict(widths))
     for step in range(n_steps):
         which = f"step {step + 1} of {n_steps}"
         amount = step_amount(recipe.amount, step, n_steps, _left(found, plan, widths, recipe.amount))
         try:
             done = None if amount is None else one(found.net, replace(recipe, amount=amount), step)
         except NothingToRemoveError:
-            if step == 0:
+            # A share of a ratio may be less than what goes at once; the steps that follow catch up.
+            lasting = recipe.amount.ratio is None or step + 1 == n_steps
+            if lasting and all(len(indices) == found.widths[name] for name, indices in found.kept.items()):
                 raise
             done = None
         if done is None:
-            found.remarks.append(f"{which} cut nothing: those before it had cut as much already")
+            later = recipe.amount.ratio is not None and amount is not None and step + 1 < n_steps
+            why = "its share is less than what goes at once" if later else "those before it had cut as much already"
+            found.remarks.append(f"{which} cut nothing: {why}")
         else:
-            found.add(done, f"{which}: " if n_steps > 1 else "")
+            found.add(done, plan, f"{which}: " if n_steps > 1 else "")
         if step + 1 < n_steps:
             found.net = between(found.net, step)
     return found
@@ -91,7 +107,6 @@ def cut_in_steps(
 
 def _left(found: InSteps, plan: Plan, widths: dict[str, int], amount: Amount) -> float:
     """Share of the filters (of a ratio) or of the MACs that the steps so far have left."""
-    counts = {name: len(indices) for name, indices in found.kept.items()}
     if amount.ratio is not None:
-        return sum(counts.values()) / sum(widths.values())
-    return plan.macs(counts | dict.fromkeys(found.dropped, 0)) / plan.macs({})
+        return sum(len(indices) for name, indices in found.kept.items() if name in widths) / sum(widths.values())
+    return count_macs(found.net, plan.example) / count_macs(plan.model, plan.example)

@@ -88,7 +88,7 @@ def select(
         removed = _that_fit(blocks, n_removed)
         if not removed:
             least = min(len(block.filters) for block in blocks)
-            raise InputError(
+            raise NothingToRemoveError(
                 f"pruning.ratio = {amount.ratio} of {total} filters removes nothing; use at least {least / total:.2g}"
             )
         return _without(scores, removed)
@@ -107,7 +107,7 @@ def remarks(kept: Mapping[str, Tensor], widths: Mapping[str, int], amount: Amoun
     >>> remarks({"a": torch.arange(4), "b": torch.arange(1)}, {"a": 4, "b": 4}, Amount(ratio=0.4))
     ['1 of 2 layers lost no filter: a', '1 of 2 layers is at its floor of 1 filter: b']
     """
-    floor = max(amount.min_filters, amount.step)
+    floor = -(-amount.min_filters // amount.step) * amount.step
     whole = [layer for layer, indices in kept.items() if len(indices) == widths[layer]]
     low = [layer for layer, indices in kept.items() if len(indices) <= floor and layer not in whole]
     found = []

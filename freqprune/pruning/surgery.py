@@ -46,7 +46,7 @@ class Plan:
         self.coupled = self.graph.coupled
         self.blocks: dict[str, Block] = {}
         if blocks:
-            self.trace = Trace(model, self.example)
+            self.trace = Trace(model, self.example, "pruning.blocks=false, with pruning.macs_cut for an amount of time")
             self.blocks = find_blocks(model, self.trace)
 
     def unit(self, name: str) -> Unit:
@@ -72,7 +72,7 @@ class Plan:
         Raises:
             InputError: for patterns that match nothing, or layers that cannot be pruned alone.
         """
-        everything = [*self.layers, *(name for name in self.coupled if name not in self.layers)]
+        everything = self._convolutions()
         allowed = [*self.layers, *(self.streams if streams else [])]
         owner = {member: name for name, members in self.streams.items() for member in members} if streams else {}
         wanted = allowed if include is None else match_layers(everything, include)
@@ -93,6 +93,23 @@ class Plan:
         if not picked:
             raise InputError("pruning.layers and pruning.exclude leave no layer to prune")
         return picked
+
+    def spare_blocks(
+        self, include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None
+    ) -> None:
+        """Let no block go that holds a layer which patterns exclude, or an inner layer that they do not pick.
+
+        Raises:
+            InputError: for patterns that match nothing.
+        """
+        spared = set() if exclude is None else set(match_layers(self._convolutions(), exclude))
+        if include is not None:
+            spared |= {*self.layers} - {*match_layers(self._convolutions(), include)}
+        self.blocks = {name: block for name, block in self.blocks.items() if not spared & {*block.layers}}
+
+    def _convolutions(self) -> list[str]:
+        """Layers that patterns may name: those that can lose filters alone, and those that share them."""
+        return [*self.layers, *(name for name in self.coupled if name not in self.layers)]
 
     def _pattern(self) -> str:
         endings = {name.rsplit(".", 1)[-1] for name in self.layers}

@@ -84,7 +84,7 @@ def to_time(
     eager = runner(dense, batch)
     dense_ms = compare(eager, eager, N_PAIRS[0]).dense_ms
     target_ms = dense_ms if how.target == "eager" else compare(time_dense, time_dense, N_PAIRS[0]).dense_ms
-    trace = plan.trace if plan.blocks and how.batch_size == 1 else Trace(dense, batch)
+    trace = plan.trace if plan.blocks and how.batch_size == 1 else Trace(dense, batch, "pruning.macs_cut")
     blocks = plan.blocks_of(trace)
     folder = Path(how.folder) if how.folder is not None else Path.home() / ".cache" / "freqprune"
     times = Times(dense, trace, batch, dense_ms, cache_file(folder, device), progress)

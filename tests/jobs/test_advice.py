@@ -93,6 +93,16 @@ def test_what_is_not_there_is_not_advised(out: Path) -> None:
     assert "every_n_epochs" not in found[1]
 
 
+@pytest.mark.parametrize(
+    "given",
+    [["pruning.latency_cut=0.3", "pruning.multiple_of=auto", "pruning.scope=per_ms"], ["pruning.enabled=false"]],
+)
+def test_shares_of_macs_are_advised_without_what_goes_with_time(given: list[str], out: Path) -> None:
+    for job in ("look", "prune"):
+        sweep = shlex.split(commands(job, out, "python prune.py", ["pretrained=true", *given])[2])
+        assert [word for word in sweep if word.startswith("pruning")] == ["pruning.macs_cut=0.3,0.5,0.7"]
+
+
 @pytest.mark.parametrize("job", ["train", "prune"])
 def test_what_follows_runs_where_the_job_ran(job: str, out: Path) -> None:
     where = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]

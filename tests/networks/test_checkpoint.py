@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import freqprune
 from freqprune.errors import InputError
 from freqprune.networks.checkpoint import load_network, load_pruned, save_pruned
 from freqprune.networks.files import read
-from freqprune.networks.registry import build_model
+from freqprune.networks.registry import build_model, register_model
+from freqprune.networks.resnet import IndexShortcut
 from freqprune.pruning.surgery import Plan
 
 X = torch.rand(2, 3, 32, 32)
@@ -158,3 +160,40 @@ def test_foreign_files(content: dict[str, object], message: str, tmp_path: Path)
     torch.save(content, tmp_path / "x.ckpt")
     with pytest.raises(InputError, match=message):
         load_network(tmp_path / "x.ckpt")
+
+
+class Odd(nn.Module):
+    """Layers that a cut changes and whose sizes are said by other tensors than a weight, or by none."""
+
+    def __init__(self, num_classes: int = 4) -> None:
+        super().__init__()
+        self.stem, self.bare = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8, affine=False)
+        self.conv1, self.norm = nn.Conv2d(8, 6, 3, padding=1), nn.InstanceNorm2d(6, affine=True)
+        self.act, self.conv2 = nn.PReLU(6), nn.Conv2d(6, 8, 3, padding=1)
+        self.batch = nn.BatchNorm2d(8, track_running_stats=False)
+        self.shortcut, self.head = IndexShortcut(range(8), 8, 1), nn.Linear(8, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.bare(self.stem(x)))
+        y = self.batch(self.conv2(self.act(self.norm(self.conv1(x)))))
+        return self.head(torch.relu(y + self.shortcut(x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_every_layer_that_a_cut_changes_is_rebuilt(tmp_path: Path) -> None:
+    register_model("odd", Odd)
+    x = torch.rand(2, 3, 8, 8)
+    net = build_model({"name": "odd"}).train()
+    for _ in range(3):
+        net(x)
+    plan = Plan(net.eval(), x)
+    units = plan.choose(streams=True)
+    assert "conv1" in units
+    stream = next(unit for unit in units if unit != "conv1")
+    kept = {"conv1": torch.tensor([0, 2, 5]), stream: torch.tensor([1, 4, 6, 7])}
+    small = plan.apply(kept)
+    save_pruned(tmp_path / "pruned.ckpt", small, kept)
+    again = load_pruned(tmp_path / "pruned.ckpt")
+    assert again.act.num_parameters == 3
+    assert again.shortcut.index.tolist() == small.shortcut.index.tolist()
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), small(x))

@@ -206,3 +206,30 @@ def test_fits_the_pruners_of_torch_pruning_on_a_regnet() -> None:
         if now.shape == before[layer][kept].shape:
             assert torch.equal(now, before[layer][kept])
     assert net(x).shape == (2, 1000)
+
+
+def test_scores_of_weights_norms_and_gradients_by_hand() -> None:
+    """A unit whose conv, norm and reader torch-pruning's importances go over; each is the mean over these."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3),
+    ).eval()  # fmt: skip
+    nn.init.uniform_(net[1].weight, 0.5, 1.5)
+    images, labels = torch.rand(6, 3, 12, 12), torch.arange(6) % 3
+    evidence = Evidence(net, graph=ChannelGraph(net, images), labelled=[(images, labels)])
+    found = {name: scores(name, evidence, ["0"])["0"] for name in ("bn_scale", "activation", "group_l2", "fpgm")}
+    with torch.no_grad():
+        torch.testing.assert_close(found["bn_scale"].float(), net[1].weight.abs())
+        torch.testing.assert_close(found["activation"].float(), net[:3](images).abs().mean((0, 2, 3)))
+        own, read = net[0].weight.flatten(1), net[3].weight.transpose(0, 1).flatten(1)
+        norms = [own.square().sum(1), net[1].weight.square(), read.square().sum(1)]
+        torch.testing.assert_close(found["group_l2"].float(), torch.stack(norms).mean(0))
+        apart = [torch.cdist(one.square(), one.square()).sum(1) for one in (own, read)]
+        torch.testing.assert_close(found["fpgm"].float(), torch.stack(apart).mean(0))
+    loss = nn.functional.cross_entropy(net(images), labels)
+    (gradient,) = torch.autograd.grad(loss, [net[0].weight])
+    taylor = scores("taylor", evidence, ["0"])["0"]
+    # Most of it is the filter's own.
+    own_taylor = (net[0].weight * gradient).abs().flatten(1).sum(1).detach()
+    assert torch.corrcoef(torch.stack([taylor.float(), own_taylor]))[0, 1] > 0.5

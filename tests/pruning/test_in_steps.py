@@ -12,6 +12,7 @@ from freqprune.pruning.amount import Amount, step_amount
 from freqprune.pruning.cutting import Cut, Material, Recipe, cut, plan_cut
 from freqprune.pruning.in_steps import InSteps, cut_in_steps
 from freqprune.pruning.selection import NothingToRemoveError
+from freqprune.pruning.surgery import Plan
 from freqprune.tagging.stimulus import Stimulus
 
 PIXELS = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -96,3 +97,26 @@ def test_the_macs_of_steps_are_shares_of_the_first_network(net: nn.Module) -> No
     left = [count_macs(one, PIXELS[:1]) / whole for one in [*between, found.net]]
     assert left == pytest.approx([0.8, 0.6, 0.4], abs=0.02)
     assert 1 - asked[1].macs_cut == pytest.approx(0.6 / left[0])
+
+
+def test_shares_of_less_than_a_bundle_wait_for_the_next_step(net: nn.Module) -> None:
+    recipe = Recipe(Amount(ratio=0.5, scope="layer", multiple_of=8), "l2", layers="layer1.0.conv1")
+    found, asked, _ = in_steps(net, recipe, 4)
+    assert len(asked) == 4
+    assert {name: len(indices) for name, indices in found.kept.items()} == {"layer1.0.conv1": 8}
+    assert found.remarks[0] == "step 1 of 4 cut nothing: its share is less than what goes at once"
+    with pytest.raises(NothingToRemoveError, match=r"pruning\.ratio"):
+        in_steps(net, replace(recipe, amount=Amount(ratio=0.1, multiple_of=8)), 2)
+
+
+def test_layers_that_become_units_once_a_block_has_gone_are_counted() -> None:
+    net = build_model({"name": "resnet14", "shortcut": "B"}).eval()
+    plan = Plan(net, PIXELS[:1], blocks=True)
+    lead = next(name for name, members in plan.streams.items() if "layer2.1.conv2" in members)
+    found = InSteps(net, {lead: torch.arange(0, 32, 2)}, {lead: 32})
+    small = plan.apply({"layer2.0": torch.tensor([], dtype=torch.long)})
+    found.add(Cut(small, {"layer2.1.conv2": torch.tensor([0, 3]), "conv1": torch.tensor([5])}, {}, None, []), plan)
+    # Of what the stream had left; of a layer that had lost nothing, as it says.
+    assert {name: indices.tolist() for name, indices in found.kept.items()} == {"layer2.1.conv2": [0, 6], "conv1": [5]}
+    assert found.widths["layer2.1.conv2"] == 32
+    assert found.widths["conv1"] == 16

@@ -260,3 +260,18 @@ def test_networks_of_torchvision(name: str, least: float, tmp_path: Path) -> Non
     save_pruned(tmp_path / "pruned.ckpt", small, kept)
     with torch.no_grad():
         torch.testing.assert_close(load_pruned(tmp_path / "pruned.ckpt")(x), small(x))
+
+
+def test_layers_around_transposed_convolutions_keep_their_filters() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 6, 3), nn.ReLU(),
+        nn.Conv2d(6, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3),
+    ).eval()  # fmt: skip
+    plan = Plan(net, X)
+    assert "2" in plan.coupled
+    chosen = plan.choose()
+    assert "2" not in chosen
+    assert "4" not in chosen
+    assert "0" in chosen
+    small = plan.apply({"0": torch.arange(3), "6": torch.arange(2)})
+    assert plan.macs({"0": 3, "6": 2}) == sum(macs_by_layer(small, X[:1]).values())

@@ -131,6 +131,8 @@ def test_multiples_are_kept_whatever_the_amount() -> None:
         assert len(found["c"]) == 6
         gone = sum(len(score) - len(found[layer]) for layer, score in scores.items())
         assert 0 < gone <= (58 * amount.ratio if amount.ratio else 58)
+        if amount.ratio and amount.scope == "global":
+            assert gone > 58 * amount.ratio - 8
         for layer, indices in found.items():
             # The best of each layer, whatever the block.
             best = scores[layer].argsort(descending=True)[: len(indices)].sort().values
@@ -180,3 +182,9 @@ def test_scores_below_zero_are_not_divided_by_costs() -> None:
     with pytest.raises(InputError, match=r"turns the order of scores below zero round; the lowest here is -20"):
         select(table, Amount(macs_cut=0.3, scope="per_mac"), lambda widths: float(sum(widths.values())))
     assert kept(Amount(ratio=0.25), table) == {"a": [1], "b": [0, 1]}
+
+
+def test_a_floor_is_a_multiple() -> None:
+    amount = Amount(ratio=0.4, min_filters=10, multiple_of=8)
+    found = remarks({"a": torch.arange(16), "b": torch.arange(24)}, {"a": 32, "b": 32}, amount)
+    assert found == ["1 of 2 layers is at its floor of 16 filters: a"]

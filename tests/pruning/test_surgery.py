@@ -28,13 +28,9 @@ from freqprune.pruning.selection import select
 from freqprune.pruning.surgery import Plan
 
 X = torch.rand(2, 3, 32, 32)
-AMOUNTS = [
-    Amount(ratio=0.5),
-    Amount(ratio=0.3, scope="layer"),
-    Amount(macs_cut=0.4),
-    Amount(macs_cut=0.4, scope="layer"),
-    Amount(ratio=0.6, normalize=True),
-]
+# Which indices go is all that amounts differ in here; `test_any_table_ends_in_a_correct_network_or_a_clear_error` has
+# hundreds of them.
+AMOUNTS = [Amount(macs_cut=0.4), Amount(ratio=0.6, normalize=True)]
 
 
 def shaken(net: nn.Module) -> nn.Module:
@@ -105,9 +101,8 @@ def test_masked_equivalence_with_the_residual_stream(name: str, shortcut: str, a
     "name",
     [
         "resnet18",
-        "resnet50",
         "mobilenet_v2",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("vgg11_bn", "densenet121")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet50", "vgg11_bn", "densenet121")),
     ],
 )
 def test_torchvision_networks(name: str, streams: bool, tmp_path: Path) -> None:

@@ -202,8 +202,8 @@ def test_filters_alone_where_there_are_no_blocks(tmp_path: Path, monkeypatch: py
         net, Material(PIXELS[:4], lambda p: p, calibration=PIXELS), recipe(tmp_path, latency_cut=0.3), Stimulus()
     )
     assert done.dropped == []
-    assert count_macs(done.net, PIXELS[:1]) < 0.75 * whole
-    assert isinstance(Plan(net, PIXELS[:1], blocks=True).blocks, dict)
+    assert 0.6 <= count_macs(done.net, PIXELS[:1]) / whole <= 0.7
+    assert Plan(net, PIXELS[:1], blocks=True).blocks == {}
 
 
 @pytest.mark.slow
