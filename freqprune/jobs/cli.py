@@ -33,7 +33,7 @@ usage: freqprune {train,prune,explain,sweep} ...
 
   freqprune train [key=value ...]   train a classifier, tagged at the end of every epoch
   freqprune prune [key=value ...]   tag a trained network, remove filters, make up for them, fine-tune
-  freqprune explain images=FILES    which parts of images the answers of a trained network hang on
+  freqprune explain images=FILES    which parts of images the answers of a trained network depend on
   freqprune sweep FOLDER ...        gather the jobs of sweeps (-m) into one table, figure and report
 
 freqprune prune --help lists the settings, --cfg job all values; -m runs a sweep; --config-dir FOLDER adds your own
@@ -51,6 +51,9 @@ def main() -> None:
         sys.argv = [str(Path(__file__).with_name(f"as_{job}.py")), *words]
         {"train": train, "prune": prune, "explain": explain}[job]()
     elif words[:1] == ["sweep"]:
+        from freqprune.reports import sweep_arguments
+
+        sweep_arguments(words[1:], "freqprune sweep")
         # Figures and tables take seconds to import.
         from freqprune.reports import sweeps
 

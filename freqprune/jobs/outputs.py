@@ -39,7 +39,10 @@ def write_response(
     out: Path, response: TagResponse, verdict: Verdict | None, image: Tensor, classes: Mapping[str, TagResponse]
 ) -> None:
     tables.write_filters(out / "filters.csv", response, verdict)
-    tables.write_layers(out / "layers.csv", {"all": response, **classes})
+    tables.write_layers(
+        out / "layers.csv",
+        {"all": response, **{"class all" if name == "all" else name: one for name, one in classes.items()}},
+    )
     folder, names = out / "figures", list(response.layers)
     save(response_figures.stimulus_figure(response.stimulus, image), folder / "stimulus.png")
     save(response_figures.part_preference_over_depth(response, classes), folder / "part_preference.png")
@@ -157,10 +160,11 @@ def tell(settings: Settings, metrics: Mapping[str, Any], title: str, verdict: Ve
     """Print the table of stages, the important filters, the remarks and where everything lies."""
     show(stage_table(metrics, title))
     threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
+    deployed = [stage for stage in ("onnx", "int8") if stage in metrics]
+    apart = f" ({' and '.join(deployed)} on cpu, with the way there)" if deployed and device != "cpu" else ""
     show(
-        f"latency: median of {settings.latency.n_runs} forwards on {device}{threads}, networks in turn; MACs of "
-        "convolutions and linear layers "
-        "for one image"
+        f"latency: median of {settings.latency.n_runs} forwards on {device}{threads}{apart}, networks in turn; MACs of "
+        "convolutions and linear layers for one image"
     )
     if verdict is not None:
         answering, everything = sum(verdict.counts.values()), sum(len(flags) for flags in verdict.important.values())

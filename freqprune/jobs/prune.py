@@ -55,7 +55,7 @@ def prune(
     assembly.prepare_output(settings.out)
     with in_all_processes(settings.trainer) as first:
         if first:
-            record.write(settings.out, cfg)
+            record.write(settings.out, cfg, [record.METRICS])
         return _pruned(settings, first, dense, data)
 
 
@@ -89,6 +89,7 @@ def _pruned(
     run.metrics["network"] = name_of(net)
     run.measure("dense", net)
     response, verdict = _tagged(settings, net, data)
+    run.metrics["tagged_images"] = response.n_images
     classes = _by_class(settings, net, data)
     if first:
         write_response(settings.out, response, verdict, data.pixels("val", 1)[0], classes)

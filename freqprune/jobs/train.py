@@ -23,7 +23,7 @@ from freqprune.jobs.launch import world_size
 from freqprune.jobs.loggers import log_results
 from freqprune.jobs.outputs import explore_training, figures_of_training, training_criterion
 from freqprune.jobs.settings import Settings, read
-from freqprune.networks import check_resumable, device_of
+from freqprune.networks import build_model, check_resumable, device_of, rebuilt_from
 from freqprune.pruning import plan_cut
 from freqprune.reports import record, show, show_folder, write_page
 from freqprune.tagging import TagLoss, pick_layers
@@ -57,12 +57,14 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     assembly.quiet()
     world_size(settings.trainer)
     out = assembly.prepare_output(settings.out)
-    rank_zero_only(record.write)(out, cfg)
+    rank_zero_only(record.write)(out, cfg, [record.TRAINING, record.METRICS])
     assembly.seed(common)
     config = assembly.model_config(settings.model)
     data = assembly.load_data(assembly.data_settings(settings))
     config = assembly.with_classes(config, data)
-    done = 0 if common.ckpt_path is None else check_resumable(common.ckpt_path, config)
+    # As the network was built, with what its library has added.
+    built = {} if common.ckpt_path is None else rebuilt_from(config, build_model(config))
+    done = 0 if common.ckpt_path is None else check_resumable(common.ckpt_path, built)
     most = settings.trainer.get("max_epochs")
     if isinstance(most, int) and 0 <= most < done:
         raise InputError(
@@ -108,6 +110,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         **validated,
         **_tested(settings, trainer, classifier, data),
         "epochs": trainer.current_epoch,
+        **({"epochs_here": trainer.current_epoch - done} if done else {}),
         "seconds": round(seconds, 2),
     }
     if trainer.is_global_zero:
@@ -119,7 +122,8 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         log_results(trainer.logger, out, last=settings.recipe is None)
         total = sum(int(flags.sum()) for flags in tagging.latest.get("important", {}).values())
         show(
-            f"trained {config['name']} for {metrics['epochs']} epochs in {seconds:.0f} s: "
+            f"trained {config['name']} for {metrics['epochs'] - done} {'further ' if done else ''}epochs in "
+            f"{seconds:.0f} s: "
             + "".join(f"validation {100 * accuracy:.2f} %, " for accuracy in validated.values())
             + f"test {100 * metrics['test_accuracy']:.2f} %"
             + (f"; {total} important filters" if tagging.latest else "")

@@ -13,6 +13,7 @@ from .filters import filters_over_epochs as filters_over_epochs
 from .filters import with_cut as with_cut
 from .page import drawn as drawn
 from .page import write_page as write_page
+from .sweep_command import sweep_arguments as sweep_arguments
 from .sweep_jobs import asked as asked
 from .sweep_jobs import check_goes_on as check_goes_on
 from .sweeps import gather as gather

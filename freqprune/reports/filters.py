@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from freqprune.pruning import Kept, Plan, Verdict
-from freqprune.tagging import Stimulus, TagResponse, find_components
+from freqprune.tagging import Stimulus, TagResponse
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -71,7 +71,8 @@ def filters_of(response: TagResponse, verdict: Verdict | None = None, label: str
     n_shown = min(len(response.freqs), int(1.1 * max(c.bin for c in response.components("all"))) + 1)
     layers = list(response.layers)
     noisy = response.noise_std > 0
-    amplitude = torch.cat([response.amplitude(layer) for layer in layers]).double().numpy()
+    tags = _by_part(response.stimulus)
+    amplitude = torch.cat([response.amplitude(layer, tags) for layer in layers]).double().numpy()
     columns: dict[str, FloatArray] = {}
     if noisy:
         columns["snr"] = _joined([response.snr(layer).mean(-1) for layer in layers])
@@ -97,6 +98,11 @@ def filters_of(response: TagResponse, verdict: Verdict | None = None, label: str
 def _joined(tensors: Sequence[Tensor]) -> FloatArray:
     found: FloatArray = torch.cat(list(tensors)).double().numpy()
     return found
+
+
+def _by_part(stimulus: Stimulus) -> list[str]:
+    """Names of the fundamentals in the order of the parts, whatever that of their frequencies is."""
+    return [f"f{number + 1}" for number in range(len(stimulus.tag_freqs))]
 
 
 def _strongest(amplitude: FloatArray) -> FloatArray:
@@ -127,14 +133,17 @@ def filters_over_epochs(path: Path, stimulus: Stimulus, criterion: str, most: in
 
 
 def _of_an_epoch(rows: Sequence[Mapping[str, str]], label: str, stimulus: Stimulus, criterion: str) -> Filters:
-    def read(kind: str, which: str) -> FloatArray:
-        names = [c.name for c in find_components(which, stimulus.components)]
+    def read(kind: str, names: Sequence[str]) -> FloatArray:
         return np.array([[float(row[f"{kind}_{name}"]) for name in names] for row in rows])
+
+    every = [component.name for component in stimulus.components]
+    mixed = [component.name for component in stimulus.components if component.kind == "intermodulation"]
 
     widths: dict[str, int] = {}
     for row in rows:
         widths[row["layer"]] = widths.get(row["layer"], 0) + 1
-    snr, amplitude = read("snr", "fundamentals").mean(-1), read("amplitude", "fundamentals")
+    tags = _by_part(stimulus)
+    snr, amplitude = read("snr", tags).mean(-1), read("amplitude", tags)
     total = amplitude.sum(-1)
     answers = np.isfinite(snr) & (total > 0)
     over = np.where(answers, total, np.nan)
@@ -143,11 +152,11 @@ def _of_an_epoch(rows: Sequence[Mapping[str, str]], label: str, stimulus: Stimul
         columns["preference"] = (amplitude[:, 0] - amplitude[:, 1]) / over
     else:
         columns["part"] = np.where(answers, _strongest(amplitude), np.nan)
-    columns["integration"] = read("amplitude", "intermodulation").sum(-1) / over
+    columns["integration"] = read("amplitude", mixed).sum(-1) / over
     columns["important"] = np.array([float(row["important"]) for row in rows])
     columns[f"score_{criterion}"] = np.array([float(row["score"]) for row in rows])
     freqs = np.array([c.freq for c in stimulus.components])
-    return Filters(label, widths, columns, freqs, read("snr", "all"))
+    return Filters(label, widths, columns, freqs, read("snr", every))
 
 
 def with_cut(filters: Filters, plan: Plan, criterion: str, scores: Mapping[str, Tensor], kept: Kept) -> Filters:

@@ -17,7 +17,8 @@ from freqprune.reports.tables import percentages, stage_rows
 # Figures in the order of the page: file name without its ending, caption.
 CAPTIONS = {
     "accuracy_over_cut": "Test accuracy over the share of MACs removed.",
-    "accuracy_over_time": "Test accuracy over the share of the time of a forward removed, at the largest batch timed.",
+    "accuracy_over_time": "Test accuracy over the share of the time of a forward removed, at the batch that the "
+    "cut was asked for, or else the largest timed.",
     "training_curves": "Loss and accuracy over training.",
     "kept_per_layer": "Filters kept in each layer that could lose some.",
     "important_filters": "Filters that answer the tags, layer by layer.",
@@ -37,7 +38,8 @@ CAPTIONS = {
 OF_A_SWEEP = {
     "accuracy_over_cut": "Test accuracy over the share of MACs removed: mean over seeds, bars of one standard "
     "deviation.",
-    "accuracy_over_time": "Test accuracy over the share of the time of a forward removed, at the largest batch timed.",
+    "accuracy_over_time": "Test accuracy over the share of the time of a forward removed, at the batch that the "
+    "cut was asked for, or else the largest timed.",
     "kept_over_depth": "Filters kept in each layer, mean over seeds.",
     "part_preference": "Which part drives the filters: median of each layer before pruning, in the first job of each "
     "kind.",
@@ -166,7 +168,11 @@ def _of_a_run(folder: Path) -> dict[str, Any]:
     model = metrics.get("network") or settings["model"].get("name") or "The network"
     title = [model]
     if training:
-        done.append(f"{model} was trained for {_count(training['epochs'], 'epoch')} in {training['seconds']:.0f} s.")
+        here = training.get("epochs_here", training["epochs"])
+        last = "" if here == training["epochs"] else f", the last {here} of them" if here else ", none of them now"
+        done.append(
+            f"{model} was trained for {_count(training['epochs'], 'epoch')}{last} in {training['seconds']:.0f} s."
+        )
         told = {"validation": "val_accuracy", "test": "test_accuracy", "test, among five": "test_top5"}
         rows = [[name, f"{100 * training[key]:.2f}"] for name, key in told.items() if key in training]
         tables.append(
@@ -204,7 +210,10 @@ def _what_was_done(settings: Mapping[str, Any], metrics: Mapping[str, Any]) -> l
     tags = settings["tagging"]
     freqs = " and ".join(f"{freq:g}" for freq in tags["tag_freqs"])
     frames = f"{tags['n_frames']} frames at {tags['frame_rate']:g} frames/s, pixel noise sd {tags['noise_std']:g}"
-    done = [f"It was tagged at {freqs} Hz ({tags['parts']}), {frames}, {_count(tags['n_images'], 'image')}."]
+    done = [
+        f"It was tagged at {freqs} Hz ({tags['parts']}), {frames}, "
+        f"{_count(metrics.get('tagged_images', tags['n_images']), 'image')}."
+    ]
     if "pruned" in metrics:
         done += [
             f"{percentages(metrics)['cut']:.1f} % of the MACs were cut.",

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -63,15 +63,29 @@ def _settings(cfg: DictConfig) -> dict[str, Any]:
     return found
 
 
-def write(out: Path, cfg: DictConfig) -> None:
-    """Write ``run.json``: command, settings, versions, machine."""
+def write(out: Path, cfg: DictConfig, results: Sequence[str] = ()) -> None:
+    """Write ``run.json``: command, settings, versions, machine.
+
+    Args:
+        out: the folder.
+        cfg: the settings.
+        results: files that go if a run with other settings has left them, and this one does not go on from there: they
+            would be taken for its own.
+    """
+    settings = _settings(cfg)
+    resumed, ckpt = (cfg.get(key) for key in ("resume", "ckpt_path"))
+    goes_on = resumed is not None and Path(resumed).resolve() == out.resolve()
+    goes_on = goes_on or (ckpt is not None and out.resolve() in Path(ckpt).resolve().parents)
+    if read_json(out / RUN).get("settings", settings) != settings and not goes_on:
+        for name in results:
+            (out / name).unlink(missing_ok=True)
     command = None
     if HydraConfig.initialized():
         job = HydraConfig.get()
         program = os.environ.get("FREQPRUNE_COMMAND", f"freqprune {job.job.name}")
         command = f"{program} {shlex.join(job.overrides.task)}".strip()
     machine = {"system": platform.platform(terse=True), "processor": platform.machine(), "cores": os.cpu_count()}
-    write_json(out / RUN, {"command": command, "settings": _settings(cfg), "versions": _versions(), "machine": machine})
+    write_json(out / RUN, {"command": command, "settings": settings, "versions": _versions(), "machine": machine})
 
 
 def is_finished(folder: Path) -> bool:

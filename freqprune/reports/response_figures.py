@@ -113,7 +113,7 @@ def snr_bins(response: TagResponse, layer: str, number: int, component: str = "f
     axis.set_xlabel("frequency (Hz)", fontsize=9)
     axis.set_ylabel("amplitude", fontsize=9)
     axis.set_title(
-        f"{layer}, filter {number}: SNR at {picked.name} = {values[bins == picked.bin][0] / level:.1f}",
+        f"{layer}, filter {number}: SNR at {picked.name} = {float(response.snr(layer, [picked.name])[number, 0]):.1f}",
         fontsize=9,
         loc="left",
     )
@@ -232,11 +232,16 @@ def _over_depth(
     for i, layer in enumerate(layers):
         dots = values[layer][values[layer].isfinite()].numpy()
         axis.plot(i + rng.uniform(-0.25, 0.25, len(dots)), dots, ".", color=GREY, markersize=2.5, alpha=0.6)
-    medians = [float(np.median(v[v.isfinite()].numpy())) if v.isfinite().any() else np.nan for v in values.values()]
-    axis.plot(range(len(layers)), medians, "o-", color=BLUE, markersize=4, linewidth=1.2, label="median of the layer")
+    axis.plot(
+        range(len(layers)), _medians(values), "o-", color=BLUE, markersize=4, linewidth=1.2, label="median of the layer"
+    )
     for group, members in (groups or {}).items():
-        line = [float(v[v.isfinite()].median()) if v.isfinite().any() else np.nan for v in members.values()]
-        axis.plot(range(len(layers)), line, linewidth=0.9, alpha=0.8, label=group)
+        line = _medians(members)
+        # Matplotlib would leave out a name with a line in front, and set one with dollars.
+        name = group.replace("$", r"\$")
+        axis.plot(
+            range(len(layers)), line, linewidth=0.9, alpha=0.8, label=f"\u200b{name}" if name[:1] == "_" else name
+        )
     tidy(axis)
     layer_ticks(axis, layers)
     axis.set_ylabel(label, fontsize=9)
@@ -281,3 +286,8 @@ def integration_over_depth(response: TagResponse, classes: Mapping[str, TagRespo
     # A few filters that hardly answer the fundamentals would squeeze all others.
     axis.set_ylim(0, max(0.1, 1.1 * float(np.quantile(finite, 0.98))) if len(finite) else 1)
     return figure
+
+
+def _medians(values: Mapping[str, Tensor]) -> list[float]:
+    """Of the finite values of each layer, NaN where there are none."""
+    return [float(np.median(v[v.isfinite()].numpy())) if v.isfinite().any() else np.nan for v in values.values()]

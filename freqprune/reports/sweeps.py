@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 import sys
@@ -19,6 +18,7 @@ from freqprune.reports.drawing import save
 from freqprune.reports.page import OF_A_SWEEP, SweepPage, write_page
 from freqprune.reports.record import METRICS, RUN, read_json, write_text
 from freqprune.reports.run_figures import accuracy_over_cut, kept_over_depth, medians_over_depth
+from freqprune.reports.sweep_command import sweep_arguments
 from freqprune.reports.sweep_jobs import REPEATED, Job, commands_of, counted_once, read_sweep, told_apart
 from freqprune.reports.tables import STAGES, layer_medians
 from freqprune.reports.terminal import is_quiet, show, show_folder
@@ -282,12 +282,7 @@ def gather(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
 
 def main(arguments: Sequence[str] | None = None, program: str = "python -m freqprune.reports.sweeps") -> None:
     """``freqprune sweep``: gather the sweeps in the folders given."""
-    parser = argparse.ArgumentParser(
-        prog=program, description="Gather the jobs of sweeps into one table, figure and report."
-    )
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="folder of a sweep, such as multirun/prune/<time>")
-    parser.add_argument("--out", metavar="FOLDER", help="where to write; the first folder if left out")
-    given = parser.parse_args(arguments)
+    given = sweep_arguments(arguments, program)
     try:
         gather(given.folders, given.out)
     except InputError as error:

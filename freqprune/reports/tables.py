@@ -131,7 +131,7 @@ def write_importance(
     path: Path, epoch: int, response: TagResponse, score: Mapping[str, Tensor], verdict: Verdict
 ) -> None:
     """Append an epoch's rows to ``importance.csv``; rows of this and later epochs, left by an interrupted run, are
-    replaced.
+    replaced, and those of other filters, which a run with other layers has left, go.
 
     Columns: epoch, layer_index, layer, filter, ``snr_<component>`` and ``amplitude_<component>`` for every component,
         score, important.
@@ -148,6 +148,12 @@ def write_importance(
             if rows and rows[0] == header
             else []
         )
+    # Each epoch has these filters, or is not comparable.
+    filters = {(layer, str(number)) for layer in response.layers for number in range(len(score[layer]))}
+    by_epoch: dict[str, set[tuple[str, str]]] = {}
+    for row in earlier:
+        by_epoch.setdefault(row[0], set()).add((row[2], row[3]))
+    earlier = [row for row in earlier if by_epoch[row[0]] == filters]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", newline="", encoding="utf-8") as file:

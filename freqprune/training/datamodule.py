@@ -241,6 +241,8 @@ class ImageData(pl.LightningDataModule, ABC):
         return make_loader(self._whole, self.batch_size, self.trainer, True, single, self.num_workers)
 
     def train_dataloader(self) -> DataLoader[Any]:
+        # Another training may begin with the epoch that the one before it ended with.
+        self._generator = None
         if self.progressive_resizing is not None and self.trainer is not None and self.trainer.state.fn == "fit":
             # Before the first batch is read.
             epochs_of(self.trainer)

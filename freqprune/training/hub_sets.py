@@ -118,16 +118,17 @@ class HubListing(Listing):
 
     def __init__(self, dataset: Any, image: str, label: str, place: str) -> None:
         self.dataset, self.image, self.place = dataset.select_columns([image]), image, place
-        self.beside = place
+        # Other files, or another part of them, under the same path are other data.
+        self.beside = f"{place} {dataset._fingerprint}"
         self._identity = f"{dataset._fingerprint} {image} {label}"
         found, feature = dataset[label][:], dataset.features[label]
         names = getattr(feature, "names", None)
         self.named = names is not None or isinstance(found[0], str)
+        if not isinstance(found[0], str) and min(found) < 0:
+            raise InputError(f"{place} has images without a label; leave them out, or name another part")
         if names is None:
             names = sorted(set(found)) if isinstance(found[0], str) else range(max(found) + 1)
             found = [names.index(value) for value in found]
-        if min(found) < 0:
-            raise InputError(f"{place} has images without a label; leave them out, or name another part")
         self.labels, self.classes = torch.tensor(found), tuple(map(str, names))
 
     def name(self, number: int) -> str:

@@ -50,7 +50,7 @@ class WebDatasetData(ListedData):
     ) -> None:
         super().__init__(**settings)  # type: ignore[arg-type]
         self.shards = {"train_shards": train_shards, "test_shards": test_shards}
-        self.keys = (image_key,) if image_key else ("jpg", "jpeg", "png", "webp")
+        self.keys = (image_key.lower(),) if image_key else ("jpg", "jpeg", "png", "webp")
         self.label_key, self.n_classes = label_key, n_classes
 
     def beside(self) -> Path:

@@ -18,6 +18,8 @@ from freqprune.errors import InputError, one_of
 from freqprune.training.listed import ListedData
 from freqprune.training.listing import Listing, check_classes
 
+# Sets that no program can download.
+NOT_DOWNLOADED = ("ImageNet", "StanfordCars")
 _FLAG = {"train": True}, {"train": False}
 _TEST = {"split": "train"}, {"split": "test"}
 _VAL = {"split": "train"}, {"split": "val"}
@@ -68,8 +70,8 @@ class TorchvisionData(ListedData):
         from torchvision import datasets
 
         kind = getattr(datasets, self.set_name)
-        # Some sets cannot be downloaded by a program; these take no such argument, or warn of it.
-        asked = {"download": True} if self.download and self.set_name != "ImageNet" else {}
+        # They take no such argument, or refuse it although the folder is there.
+        asked = {"download": True} if self.download and self.set_name not in NOT_DOWNLOADED else {}
         Path(self.root).mkdir(parents=True, exist_ok=True)
         try:
             dataset = kind(str(self.root), **arguments, **asked)

@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from matplotlib.figure import Figure
+from omegaconf import OmegaConf
 from torch import nn
 
 from freqprune.networks.registry import build_model
+from freqprune.pruning.criteria import scores
+from freqprune.pruning.importance import Evidence
 from freqprune.pruning.verdict import judge
 from freqprune.reports import record, response_figures, run_figures, stage_table, tables
 from freqprune.reports.drawing import save
@@ -168,3 +171,39 @@ def test_figures_of_runs_and_sweeps_draw_what_they_are_given() -> None:
     curves = run_figures.training_curves({"train/loss": [(0, 2.0), (1, 1.0)], "val/accuracy": [(0, 0.25)]})
     assert curves.axes[0].lines[0].get_xydata().tolist() == [[1, 2.0], [2, 1.0]]
     assert curves.axes[1].lines[0].get_xydata().tolist() == [[1, 25.0]]
+
+
+def test_rows_of_other_filters_do_not_stay(tmp_path: Path) -> None:
+    net, images = build_model({"name": "resnet8"}), torch.rand(2, 3, 16, 16)
+    path = tmp_path / "importance.csv"
+    for epoch, layers in enumerate((["conv1", "layer1.0.conv1"], ["conv1"], ["conv1"])):
+        response = tag(net, images, layers=layers)
+        table = scores("amplitude", Evidence(net, response), layers)
+        tables.write_importance(path, epoch, response, table, judge(response))
+    assert list(tables.important_shares(path)) == [1, 2]
+    assert tables.rank_agreement(path)[1] == {"conv1": pytest.approx(1.0)}
+
+
+def test_results_of_other_settings_do_not_stay(tmp_path: Path) -> None:
+    settings = {"seed": 0, "output_dir": str(tmp_path), "resume": None, "ckpt_path": None}
+
+    def left(**changed: object) -> bool:
+        (tmp_path / record.METRICS).write_text('{"finished": true}')
+        record.write(tmp_path, OmegaConf.create({**settings, **changed}), [record.METRICS])
+        return (tmp_path / record.METRICS).exists()
+
+    assert left()  # nobody knows of what
+    assert left()
+    assert not left(seed=1)
+    assert left(seed=2, resume=str(tmp_path))
+    assert left(seed=3, ckpt_path=str(tmp_path / "checkpoints" / "last.ckpt"))
+    assert not left(seed=4, resume=str(tmp_path / "other"))
+
+
+def test_lines_of_classes_are_medians_like_the_others(tmp_path: Path) -> None:
+    net, images = build_model({"name": "resnet8"}), torch.rand(2, 3, 16, 16)
+    response = tag(net, images, layers=["conv1", "layer1.0.conv1"])
+    figure = response_figures.part_preference_over_depth(response, {"_a$b": response})
+    lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
+    assert list(lines["\u200b_a\\$b"]) == list(lines["median of the layer"])
+    save(figure, tmp_path / "a.png")

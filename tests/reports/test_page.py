@@ -140,8 +140,7 @@ def test_page_of_a_sweep(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on the path")
-@pytest.mark.parametrize("width", [1280, 500])
-@pytest.mark.parametrize("kind", ["run", "sweep"])
+@pytest.mark.parametrize(("kind", "width"), [("run", 500), ("sweep", 500), ("run", 1280)])
 def test_page_in_a_browser(run: Path, kind: str, width: int) -> None:
     seen, said = in_a_browser(write_page(run, sweep_of(run) if kind == "sweep" else None), width)
     assert seen["images"] == [True, True]

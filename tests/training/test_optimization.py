@@ -125,13 +125,14 @@ def test_an_average_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Mon
 def test_accumulated_and_clipped_by_lightning() -> None:
     """As a step on the whole batch does, where nothing is normalised by the batch."""
     found = []
-    for batch, accumulate in ((32, 1), (16, 2)):
+    for batch, accumulate, clip in ((32, 1, 0.01), (16, 2, 0.01), (32, 1, None)):
         torch.manual_seed(0)
         module = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)), num_classes=10, lr=0.5)
         data = DigitsData(limit_train=64, batch_size=batch, crop_padding=0, flip=False)
-        pl.Trainer(max_epochs=1, accumulate_grad_batches=accumulate, gradient_clip_val=0.01, **QUIET).fit(module, data)
+        pl.Trainer(max_epochs=1, accumulate_grad_batches=accumulate, gradient_clip_val=clip, **QUIET).fit(module, data)
         found.append(module.net[1].weight.detach())
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+    assert (found[2] - found[0]).abs().max() > 1e-3
 
 
 def test_early_stopping_by_lightning() -> None:

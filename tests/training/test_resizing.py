@@ -41,7 +41,7 @@ def fit(data: DigitsData, **settings: Any) -> Sizes:
         callbacks=[seen],
         **settings,
     )
-    trainer.fit(Classifier({"name": "resnet8"}, lr=0.01), data)
+    trainer.fit(Classifier({"name": "resnet8", "stage_widths": [4, 4, 8]}, lr=0.01), data)
     return seen
 
 
