@@ -9,8 +9,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import pytorch_lightning as pl
-import torch
 
 from tests.conftest import ROOT
 from tests.test_house import WINGS
@@ -23,10 +21,10 @@ PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "d
 def test_every_piece_of_code_runs(page: str) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks
-    # What the README leaves to the reader.
-    scope = {"images": torch.rand(2, 3, 32, 32), "pl": pl, "__name__": "page"}
+    scope = {"__name__": "page"}
     for block in blocks:
-        exec(compile(block, page, "exec"), scope)
+        # As much with fewer pixels.
+        exec(compile(block.replace("torch.rand(4, 3, 64, 64)", "torch.rand(1, 3, 32, 32)"), page, "exec"), scope)
 
 
 @pytest.fixture(scope="module")

@@ -43,63 +43,80 @@ def test_errors_are_messages(arguments: list[str], message: str, tmp_path: Path)
     assert "Error executing job" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("script", "arguments", "message"),
-    [
-        ("prune.py", ["ckpt=none.pt"], "error: ckpt = none.pt does not exist; in that folder: there.pt\n"),
-        ("prune.py", ["ckpt=there.pt", "pretrained=true"], "pretrained=true names a network of the package"),
-        ("prune.py", ["pretrained=resnet32_cifar"], "resnet32_cifar does not come with the package; did you"),
-        ("prune.py", ["pretrained=true", "tag_loss=silence"], "tag_loss.silence is a part of the training loss"),
-        ("prune.py", ["pretrained=true", "resume=nowhere"], "resume = nowhere is not a folder"),
-        ("prune.py", ["pretrained=true", "data=image_folder"], "data.root is not set"),
-        ("prune.py", ["pretrained=true", "imports=[nothing_there]"], "there is no module 'nothing_there'"),
-        (
-            "prune.py",
-            ["pretrained=true", "data=image_folder", "data.root=nowhere"],
-            "data.root = nowhere is not a folder",
-        ),
-        ("train.py", ["ckpt_path=none.ckpt"], "ckpt_path = none.ckpt does not exist"),
-        ("train.py", ["pretrained=true"], "leave it out to train"),
-        ("prune.py", ["pretrained=off", "ckpt=5"], "ckpt = 5 does not exist"),
-        ("prune.py", ["pretrained=maybe"], "pretrained = maybe does not come with the package; it is true, false or"),
-        ("prune.py", ["output_dir=null"], "output_dir must be a word, got None"),
-        (EXPLAIN, ["images=there.pt"], "ckpt is not set: give the network to explain"),
-        (EXPLAIN, ["images=there.pt", "ckpt=none.pt"], "ckpt = none.pt does not exist; in that folder: there.pt"),
-        (EXPLAIN, ["images=nowhere", "pretrained=true"], "images = nowhere does not exist"),
-        (EXPLAIN, ["images=there.pt", "pretrained=true", "forward=3"], "did you mean forwards?"),
-    ],
-)
+# Script, arguments, and what is said of them at once.
+AT_ONCE = [
+    ("prune.py", ["ckpt=none.pt"], "error: ckpt = none.pt does not exist; in that folder: there.pt\n"),
+    ("prune.py", ["ckpt=there.pt", "pretrained=true"], "pretrained=true names a network of the package"),
+    ("prune.py", ["pretrained=resnet32_cifar"], "resnet32_cifar does not come with the package; did you"),
+    ("prune.py", ["pretrained=true", "tag_loss=silence"], "tag_loss.silence is a part of the training loss"),
+    ("prune.py", ["pretrained=true", "resume=nowhere"], "resume = nowhere is not a folder"),
+    ("prune.py", ["pretrained=true", "data=image_folder"], "data.root is not set"),
+    ("prune.py", ["pretrained=true", "imports=[nothing_there]"], "there is no module 'nothing_there'"),
+    (
+        "prune.py",
+        ["pretrained=true", "data=image_folder", "data.root=nowhere"],
+        "data.root = nowhere is not a folder",
+    ),
+    ("train.py", ["ckpt_path=none.ckpt"], "ckpt_path = none.ckpt does not exist"),
+    ("train.py", ["pretrained=true"], "leave it out to train"),
+    ("prune.py", ["pretrained=off", "ckpt=5"], "ckpt = 5 does not exist"),
+    ("prune.py", ["pretrained=maybe"], "pretrained = maybe does not come with the package; it is true, false or"),
+    ("prune.py", ["output_dir=null"], "output_dir must be a word, got None"),
+    (EXPLAIN, ["images=there.pt"], "ckpt is not set: give the network to explain"),
+    (EXPLAIN, ["images=there.pt", "ckpt=none.pt"], "ckpt = none.pt does not exist; in that folder: there.pt"),
+    (EXPLAIN, ["images=nowhere", "pretrained=true"], "images = nowhere does not exist"),
+    (EXPLAIN, ["images=there.pt", "pretrained=true", "forward=3"], "did you mean forwards?"),
+    ("train.py", ["--help"], "tagging: "),
+]
+# A process that has imported what the command line does, without torch, and forks one for each case.
+FORKS = """
+import freqprune.jobs.cli, json, os, runpy, sys
+for number, (script, arguments) in enumerate(json.loads(sys.argv[1])):
+    if os.fork() == 0:
+        for stream, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{number}.{name}", os.O_WRONLY | os.O_CREAT), stream)
+        sys.argv, status = [script, *arguments], 0
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            status = end.code or 0
+        print(json.dumps([status, "torch" in sys.modules]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.fixture(scope="module")
+def at_once(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, bool, str, str]]:
+    """Of each of `AT_ONCE` the exit status, whether torch was imported, and what went to stdout and stderr."""
+    folder = tmp_path_factory.mktemp("at_once")
+    (folder / "there.pt").touch()
+    asked = json.dumps([[str(ROOT / script), arguments] for script, arguments, _ in AT_ONCE])
+    here = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", FORKS, asked], cwd=folder, check=True, env=here)
+    found = []
+    for number in range(len(AT_ONCE)):
+        out, err = ((folder / f"{number}.{name}").read_text() for name in ("out", "err"))
+        *said, last = out.splitlines()
+        found.append((*json.loads(last), "\n".join(said), err))
+    return found
+
+
+@pytest.mark.parametrize("number", range(len(AT_ONCE)), ids=[" ".join(words) for _, words, _ in AT_ONCE])
 def test_what_is_not_there_is_said_before_torch_is_imported(
-    script: str, arguments: list[str], message: str, tmp_path: Path
+    number: int, at_once: list[tuple[int, bool, str, str]]
 ) -> None:
-    (tmp_path / "there.pt").touch()
-    path = str(ROOT / script)
-    code = (
-        f"import sys, runpy; sys.argv = [{path!r}, *{arguments!r}]\n"
-        f"try: runpy.run_path({path!r}, run_name='__main__')\nexcept SystemExit as end: print(end.code)\n"
-        "print('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.stdout.split() == ["2", "False"], done.stderr
-    assert message in done.stderr
-    assert done.stderr.startswith("error: ")
-
-
-def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
-    script = str(ROOT / "train.py")
-    code = (
-        f"import sys, runpy; sys.argv = [{script!r}, '--help']\n"
-        f"try: runpy.run_path({script!r}, run_name='__main__')\nexcept SystemExit: pass\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code + "print('torch' in sys.modules)"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert done.stdout.strip().endswith("False"), done.stderr
-    assert "tagging: " in done.stdout
+    status, torch_imported, out, err = at_once[number]
+    _, words, message = AT_ONCE[number]
+    assert not torch_imported
+    if words == ["--help"]:
+        assert status == 0
+        assert message in out
+    else:
+        assert status == 2
+        assert out == ""
+        assert message in err
+        assert err.startswith("error: ")
 
 
 @pytest.mark.slow

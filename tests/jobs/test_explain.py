@@ -60,7 +60,7 @@ def test_explain_writes_what_it_says(images: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(found.effects, expected.effects)
     with np.load(tmp_path / "attribution.npz") as file:
         assert file["names"].tolist() == names
-        assert {*OF_PARTS, "maps", "parts", "target", "whole", "baseline", "names", "forwards"} == {*file}
+        assert {*OF_PARTS, "maps", "parts", "target", "whole", "baseline", "names", "part_names", "forwards"} == {*file}
         for name in (*OF_PARTS, "maps", "parts", "target", "whole", "baseline"):
             assert np.array_equal(file[name], getattr(found, name).numpy())
         assert file["forwards"] == 32

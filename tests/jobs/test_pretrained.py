@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from PIL import Image
 from torchvision import models
@@ -18,6 +19,7 @@ from freqprune.jobs.train import train
 from freqprune.networks import CIFAR10_CLASSES, DEFAULT, HELD_OUT, build_model
 from freqprune.networks.checkpoint import Stored, load_network, load_pruned
 from freqprune.training import ImageFolderData
+from freqprune.training.classifier import Classifier
 from tests.jobs.small import config
 
 NAME = "torchvision/squeezenet1_1"
@@ -176,3 +178,22 @@ def test_a_cut_tells_of_them(pruning: str, named: list[str], tmp_path: Path, mon
     with pytest.raises(BegunError):
         prune(config("prune", tmp_path, f"pruning={pruning}", f"pretrained={DEFAULT}", "model=auto", *MEAN_STD))
     assert asked == named
+
+
+def test_a_training_from_weights_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint says how many classes the weights tell apart, the command does not."""
+    classifier = Classifier({"name": NAME, "weights": "DEFAULT"}, num_classes=1000, normalization={}, classes=[])
+    saving = pl.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
+    saving.strategy.connect(classifier)
+    saving.save_checkpoint(tmp_path / "last.ckpt")
+
+    def begun(*_: object, **__: object) -> None:
+        raise BegunError
+
+    monkeypatch.setattr("freqprune.jobs.train.Classifier", begun)
+    monkeypatch.setattr(assembly, "with_classes", lambda given, data: dict(given))
+    more = (f"ckpt_path={tmp_path / 'last.ckpt'}", "data.image_size=32")
+    with pytest.raises(BegunError):
+        train(config("train", tmp_path / "run", *more, base=small(folder)))
+    with pytest.raises(InputError, match=r"trains a network with dropout"):
+        train(config("train", tmp_path / "run", *more, "+model.dropout=0.3", base=small(folder)))

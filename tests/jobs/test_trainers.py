@@ -148,7 +148,13 @@ def test_a_fine_tuned_network_lies_where_its_teacher_does(tmp_path: Path, monkey
 
 
 def test_training_and_fine_tuning_are_compiled(modes: list[Any], tmp_path: Path) -> None:
-    more = ("compile=true", "optimizer.ema=0.9", "tag_loss=silence", "tag_loss.every_n_steps=1")
+    more = (
+        "compile=true",
+        "optimizer.ema=0.9",
+        "tag_loss=silence",
+        "tag_loss.every_n_steps=1",
+        "tagging.every_n_epochs=0",
+    )
     metrics, _ = train(config("train", tmp_path / "run", *more))
     assert metrics["epochs"] == 1
     assert modes == [None]
