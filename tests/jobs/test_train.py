@@ -183,7 +183,7 @@ def test_a_training_with_no_epoch_left_is_what_it_was(tmp_path: Path) -> None:
     # Elsewhere, where no epoch is tagged.
     again, resumed = train(config("train", tmp_path / "b", *common, f"ckpt_path={last}"))
     assert {**again, "seconds": 0} == {**metrics, "seconds": 0, "epochs_here": 0}
-    assert "trained for 1 epoch, none of them now, in" in (tmp_path / "b" / "report.html").read_text()
+    assert "trained for 1 epoch, none of them now in" in (tmp_path / "b" / "report.html").read_text()
     # The average, not what it is the average of.
     torch.testing.assert_close(resumed["classifier"].state_dict(), objects["classifier"].state_dict())
     assert (tmp_path / "b" / "report.html").is_file()
