@@ -2,7 +2,6 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,126 +10,14 @@ from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
 from freqprune.pruning.compensation import compensate, readers_of
 from freqprune.pruning.criteria import _readers, scores
-from freqprune.pruning.elimination import elimination_errors
 from freqprune.pruning.graph import ChannelGraph
 from freqprune.pruning.importance import Evidence
 from freqprune.pruning.moments import (
-    columns_of,
     input_moments,
-    least_squares,
-    mean_response,
     output_gradients,
 )
 from freqprune.pruning.surgery import Plan
-
-X = torch.rand(6, 3, 10, 10)
-
-
-class Chain(nn.Module):
-    """Two convolutions with what a reader can have after it: a bias, a batch norm, or neither."""
-
-    def __init__(self, ending: str = "norm", **second: object) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
-        self.conv2 = nn.Conv2d(8, 5, 3, bias=ending == "bias", **second)  # type: ignore[arg-type]
-        self.norm = nn.BatchNorm2d(5) if ending == "norm" else nn.Identity()
-        self.linear = nn.Linear(5, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.conv2(torch.relu(self.conv1(x))))
-        return self.linear(torch.relu(x).mean((2, 3)))
-
-
-def patches(net: Chain, x: Tensor) -> np.ndarray:
-    """Rows of what conv2 multiplies with its weights and a 1, by unfold."""
-    conv = net.conv2
-    with torch.no_grad():
-        rows = nn.functional.unfold(
-            torch.relu(net.conv1(x)), conv.kernel_size, conv.dilation, conv.padding, conv.stride
-        )
-    flat = rows.transpose(1, 2).flatten(0, 1).double().numpy()
-    return np.hstack([flat, np.ones((len(flat), 1))])
-
-
-@pytest.mark.parametrize("second", [{}, {"padding": 1, "stride": 2}, {"dilation": 2, "padding": (2, 1)}], ids=str)
-def test_moments_are_those_of_the_patches(second: dict[str, object]) -> None:
-    net = Chain(**second).eval()
-    rows = patches(net, X)
-    found = input_moments(net, ["conv2"], X.split(4), n_positions=None)["conv2"]
-    np.testing.assert_allclose(found.numpy(), rows.T @ rows / len(rows), rtol=1e-4, atol=1e-6)
-    # Random positions estimate the same.
-    some = input_moments(net, ["conv2"], [X] * 60, n_positions=8)["conv2"]
-    assert abs(some - found).max() < 0.1 * found.abs().max()
-    assert torch.equal(some, input_moments(net, ["conv2"], [X] * 60, n_positions=8)["conv2"])
-
-
-def test_moments_of_a_linear_layer() -> None:
-    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval()
-    x = torch.rand(50, 3, 2, 2)
-    rows = torch.cat([x.flatten(1), torch.ones(50, 1)], 1).double()
-    torch.testing.assert_close(input_moments(net, ["1"], [x])["1"], rows.T @ rows / 50, rtol=1e-5, atol=1e-6)
-
-
-def test_moments_refuse_what_they_cannot_take() -> None:
-    grouped = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
-    with pytest.raises(InputError, match="without groups"):
-        input_moments(grouped, ["0"], [])
-    with pytest.raises(InputError, match="no batch was given"):
-        input_moments(Chain(), ["conv2"], [])
-    with pytest.raises(InputError, match=r"reads 9000 values, at most 8192 .*pruning.exclude"):
-        input_moments(nn.Sequential(nn.Linear(9000, 1)), ["0"], [])
-
-
-def test_least_squares_is_that_of_numpy() -> None:
-    net = Chain(padding=1).eval()
-    rows = patches(net, X)
-    weight = net.conv2.weight.detach().flatten(1)
-    kept = columns_of(net.conv2, [0, 2, 3, 7])
-    moments = torch.from_numpy(rows.T @ rows / len(rows))
-    found, constant = least_squares(weight, moments, kept, ridge=0)
-    expected, *_ = np.linalg.lstsq(rows[:, [*kept.tolist(), -1]], rows[:, :-1] @ weight.double().numpy().T, rcond=None)
-    np.testing.assert_allclose(found.numpy(), expected[:-1].T, rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(constant.numpy(), expected[-1], rtol=1e-5, atol=1e-7)
-    without, zero = least_squares(weight, moments, kept, constant=False, ridge=0)
-    expected, *_ = np.linalg.lstsq(rows[:, kept.tolist()], rows[:, :-1] @ weight.double().numpy().T, rcond=None)
-    np.testing.assert_allclose(without.numpy(), expected.T, rtol=1e-5, atol=1e-7)
-    assert not zero.any()
-
-
-def test_mean_response_by_hand() -> None:
-    rows = patches(Chain(), X)
-    weight = Chain().conv2.weight.detach().flatten(1)
-    removed = columns_of(Chain().conv2, [1, 4])
-    found = mean_response(weight, torch.from_numpy(rows.T @ rows / len(rows)), removed)
-    np.testing.assert_allclose(
-        found.numpy(), (rows[:, removed.tolist()] @ weight.double().numpy()[:, removed.tolist()].T).mean(0), rtol=1e-6
-    )
-
-
-def test_elimination_follows_brute_force() -> None:
-    """At every step the filter whose loss a refit by lstsq makes up for best, and its error."""
-    net = Chain().eval()
-    rows = patches(net, X)
-    weight = net.conv2.weight.detach().flatten(1).double()
-    target = rows[:, :-1] @ weight.numpy().T
-    columns = torch.stack([columns_of(net.conv2, [c]) for c in range(8)])
-    found = elimination_errors({"conv2": (weight, torch.from_numpy(rows.T @ rows / len(rows)), columns)}, ridge=0)
-
-    def error(left: list[int]) -> float:
-        inputs = rows[:, [*columns[left].flatten().tolist(), -1]]
-        fit, *_ = np.linalg.lstsq(inputs, target, rcond=None)
-        return float(((inputs @ fit - target) ** 2).mean(0).sum())
-
-    variance = float(target.var(0).sum())
-    left, before, worst = list(range(8)), 0.0, 0.0
-    for _ in range(7):
-        costs = {c: error([d for d in left if d != c]) for c in left}
-        gone = min(costs, key=costs.__getitem__)
-        worst = max(worst, (costs[gone] - before) / variance)
-        assert float(found[gone]) == pytest.approx(worst, rel=1e-4)
-        left.remove(gone)
-        before = costs[gone]
+from tests.pruning.test_moments import Chain, X
 
 
 def test_a_double_is_redundant_and_nothing_is_lost_without_it() -> None:
@@ -269,40 +156,6 @@ def test_readers_are_layers_with_weights() -> None:
     graph = ChannelGraph(build_model({"name": "resnet8"}), torch.rand(1, 3, 8, 8))
     assert readers_of(graph, ["conv1"]) == ["layer1.0.conv1", "layer2.0.conv1"]
     assert copy.deepcopy(graph.units["conv1"]).members == ("conv1", "layer1.0.conv2")
-
-
-@pytest.mark.parametrize("layer", ["conv2", "linear"])
-def test_output_gradients_against_those_of_every_logit(layer: str) -> None:
-    """Random sums of logits come to the sum over them, computed logit by logit."""
-    net = Chain().eval().requires_grad_(False)
-    x = X[:3]
-    module = net.get_submodule(layer)
-    expected = torch.zeros(module.weight.shape[0], module.weight.shape[0], dtype=torch.float64)
-    caught: list[torch.Tensor] = []
-    handle = module.register_forward_hook(lambda module, args, output: caught.append(output))
-    for image in x:
-        caught.clear()
-        logits = net(image[None].requires_grad_(True))[0]
-        for value in logits:
-            (g,) = torch.autograd.grad(value, caught[-1], retain_graph=True)
-            g = g[0].flatten(1).double() if g.dim() == 4 else g.T.double()
-            assert g.shape[0] == len(expected)
-            expected += g @ g.T / len(x)
-    handle.remove()
-    found = output_gradients(net, [layer], [x.repeat(300, 1, 1, 1)] * 5)[layer]
-    assert float((found - expected).norm() / expected.norm()) < 0.05
-    assert not any(parameter.requires_grad for parameter in net.parameters())
-
-
-def test_gradients_that_do_not_arrive_are_said() -> None:
-    net = Chain().eval()
-    net.unused = torch.nn.Conv2d(3, 3, 1)
-    with pytest.raises(InputError, match="no gradients of unused: the forward does not reach them"):
-        output_gradients(net, ["unused"], [X[:1]])
-    with pytest.raises(InputError, match="no batch was given"):
-        output_gradients(net, ["conv2"], [])
-    with pytest.raises(InputError, match="must return logits"):
-        output_gradients(net.conv1, [""], [X[:1]])
 
 
 def test_logit_redundancy_spares_what_the_answer_depends_on() -> None:

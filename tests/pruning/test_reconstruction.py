@@ -14,116 +14,15 @@ from torchvision.models import mobilenet_v2, resnet18
 
 from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
-from freqprune.networks.trace import Trace, equal_batches, run
+from freqprune.networks.trace import equal_batches
 from freqprune.pruning import walk
 from freqprune.pruning.in_sequence import Reconstruction
 from freqprune.pruning.reconstruction import mute, reconstruct
 from freqprune.pruning.refinement import Segment
 from freqprune.pruning.surgery import Plan
+from tests.pruning.doubled import concatenated, depthwise, double, images, residual, settled
 
 EXACT = Reconstruction(positions=10_000, ridge=1e-9, rounds=0)
-
-
-def images(n_images: int = 24, size: int = 12, seed: int = 0) -> Tensor:
-    return torch.rand(n_images, 3, size, size, generator=torch.Generator().manual_seed(seed))
-
-
-def double(layer: nn.Module, norm: nn.BatchNorm2d | None = None) -> None:
-    """The second half of a layer's filters: copies of the first, each times its own factor."""
-    half = len(layer.weight) // 2  # type: ignore[arg-type, index]
-    factors = torch.linspace(0.5, 2, half)
-    with torch.no_grad():
-        for name, tensor in [*layer.named_parameters(), *([] if norm is None else norm.named_parameters())]:
-            if norm is None or tensor is not layer.weight:
-                scale = factors.view(-1, *[1] * (tensor.dim() - 1))
-                tensor[half:] = tensor[:half] * (scale if name in ("weight", "bias") else 1)
-        if norm is not None:
-            layer.weight[half:] = layer.weight[:half]  # type: ignore[index, operator]
-
-
-class Residual(nn.Module):
-    """A block whose shortcut is the identity or a convolution, after another that shifts what it reads."""
-
-    def __init__(self, projected: bool) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.conv1, self.bn1 = nn.Conv2d(8, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
-        self.conv2, self.bn2 = nn.Conv2d(12, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.shortcut = nn.Conv2d(8, 8, 1) if projected else nn.Identity()
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.stem(x))
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y)) + self.shortcut(x)
-        return self.head(F.relu(y).mean((2, 3)))  # type: ignore[no-any-return]
-
-
-class Concatenated(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.a = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1)
-        self.b, self.head = nn.Conv2d(14, 6, 3, padding=1), nn.Linear(20, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.stem(x))
-        x = torch.cat([x, F.relu(self.a(x))], 1)
-        x = torch.cat([x, F.relu(self.b(x))], 1)
-        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
-
-
-class Depthwise(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.expand, self.norm = nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8)
-        self.depthwise, self.project = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 6, 1)
-        self.head = nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.expand(x)))
-        return self.head(F.relu(self.project(F.relu(self.depthwise(x)))).mean((2, 3)))  # type: ignore[no-any-return]
-
-
-def settled(net: nn.Module) -> nn.Module:
-    """With statistics and scales that no batch norm starts with."""
-    torch.manual_seed(1)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.uniform_(-0.3, 0.3)  # type: ignore[union-attr]
-            module.running_var.uniform_(0.3, 2)  # type: ignore[union-attr]
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.bias, -0.3, 0.3)
-    return net.eval()
-
-
-def copied(norm: nn.BatchNorm2d) -> None:
-    half = norm.num_features // 2
-    for tensor in (norm.running_mean, norm.running_var):
-        tensor[half:] = tensor[:half]  # type: ignore[index]
-
-
-def residual(projected: bool) -> tuple[nn.Module, str, int]:
-    net = settled(Residual(projected))
-    double(net.conv1, net.bn1)
-    copied(net.bn1)
-    return net, "conv1", 6
-
-
-def concatenated() -> tuple[nn.Module, str, int]:
-    net = settled(Concatenated())
-    double(net.a)
-    return net, "a", 4
-
-
-def depthwise() -> tuple[nn.Module, str, int]:
-    net = settled(Depthwise())
-    double(net.expand, net.norm)
-    copied(net.norm)
-    with torch.no_grad():
-        # Kernels copied as they are: the factors are those of what comes in; a bias would not scale with it.
-        net.depthwise.weight[4:] = net.depthwise.weight[:4]
-        net.depthwise.bias.zero_()
-    return net, "expand", 4
 
 
 @pytest.mark.parametrize(
@@ -344,41 +243,3 @@ def test_settings_out_of_range(settings: dict[str, object], message: str) -> Non
 def test_images_are_needed() -> None:
     with pytest.raises(InputError, match="needs calibration images"):
         reconstruct(Draws().eval(), {"b": [0]}, [])
-
-
-class WritesInPlace(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.relu = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.a(x)
-        y = self.b(self.relu(x))
-        y += x
-        return self.relu(y).mean((2, 3))  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize("net", [WritesInPlace, lambda: Residual(True), Concatenated, lambda: resnet18(num_classes=3)])
-def test_operations_give_what_the_network_gives_and_write_into_nothing(net: Callable[[], nn.Module]) -> None:
-    model, x = settled(net()), images(2, 32)
-    trace = Trace(model, x)
-    values: dict[object, Tensor] = {trace.entrance: x.clone(), **trace.inputs(model)}
-    for node in trace.nodes:
-        before = {key: value.clone() for key, value in values.items() if isinstance(value, Tensor)}
-        values[node] = run(node, values.__getitem__)
-        assert all(torch.equal(values[key], value) for key, value in before.items())
-    torch.testing.assert_close(values[trace.exit], model(x))
-    assert set(trace.layers.values()) == {
-        name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)
-    }
-    assert trace.weights_made == []
-
-
-@pytest.mark.parametrize(
-    ("shape", "size", "sizes"),
-    [((13, 1), 4, [4, 4, 4]), ((7, 1), 4, [3, 3]), ((3, 1), 4, [3]), ((8, 3, 256, 256), None, [4, 4])],
-)
-def test_equal_batches_leave_out_few_images_and_hold_few_pixels(
-    shape: tuple[int, ...], size: int | None, sizes: list[int]
-) -> None:
-    assert [len(batch) for batch in equal_batches([torch.zeros(shape)], size)] == sizes

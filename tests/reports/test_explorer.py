@@ -1,8 +1,6 @@
 """The explorer: what goes into the page against NumPy and real cuts, what its script keeps against `select`, and the
 page in a browser."""
 
-import base64
-import csv
 import html
 import json
 import re
@@ -16,162 +14,20 @@ import pytest
 import torch
 from torch import nn
 
-from freqprune import Amount, InputError, Plan, Stimulus, build_model, select, tag
-from freqprune.networks import count_macs
-from freqprune.pruning import Evidence, Verdict, judge, scores
-from freqprune.reports import filters_of, filters_over_epochs, trial_of, with_cut, write_explorer, write_importance
+from freqprune import Amount, InputError, Plan, build_model, select, tag
+from freqprune.reports import filters_of, trial_of, write_explorer
 from freqprune.reports.explorer import SCRIPTS
 from freqprune.reports.filters import Filters
 from freqprune.reports.trial import Trial, Unit
 from freqprune.tagging import TagResponse
 from tests.conftest import ROOT
+from tests.reports.conftest import STIMULUS
 from tests.reports.test_page import BROWSER
 
 CUT = ROOT / "freqprune" / "reports" / "templates" / "explorer" / "cut.js"
-STIMULUS = Stimulus(tag_freqs=(6.0, 7.5))
+
+
 NODE = shutil.which("node")
-
-
-@pytest.fixture(scope="module")
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    return build_model({"name": "resnet8"}).eval()
-
-
-@pytest.fixture(scope="module")
-def pixels() -> torch.Tensor:
-    coarse = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-    return nn.functional.interpolate(coarse, size=(16, 16), mode="bilinear")
-
-
-@pytest.fixture(scope="module")
-def response(net: nn.Module, pixels: torch.Tensor) -> TagResponse:
-    return tag(net, pixels, STIMULUS)
-
-
-@pytest.fixture(scope="module")
-def plan(net: nn.Module, pixels: torch.Tensor) -> Plan:
-    return Plan(net, pixels[:1])
-
-
-@pytest.fixture(scope="module")
-def explored(response: TagResponse, plan: Plan) -> tuple[Filters, Trial]:
-    """As `prune.py` writes it for a cut by SNR."""
-    found = scores("snr", Evidence(plan.model, response), plan.layers)
-    amount = Amount(macs_cut=0.4, scope="per_mac")
-    kept = select(found, amount, plan.macs)
-    filters = with_cut(filters_of(response, judge(response), "dense"), plan, "snr", found, kept)
-    return filters, trial_of(plan, response, "snr", found, amount)
-
-
-def unpacked(text: str, kind: str) -> np.ndarray[Any, Any]:
-    return np.frombuffer(base64.b64decode(text), kind)
-
-
-def test_columns_and_spectra_by_numpy(response: TagResponse) -> None:
-    found = filters_of(response, Verdict({k: torch.ones(len(v.amplitude)) > 0 for k, v in response.layers.items()}))
-    clean = np.concatenate([one.amplitude.double().numpy() for one in response.layers.values()])
-    noisy = np.concatenate([one.noisy_amplitude.double().numpy() for one in response.layers.values()])
-    # 240 frames at 120 a second: bins of 0.5 Hz, tags in bins 12 and 15.
-    first, second = clean[:, 12], clean[:, 15]
-    mixed = [abs(12 * n + 15 * m) for n in range(-4, 5) for m in range(1, 5) if n and abs(n) + m <= 4]
-    around = [noisy[:, [b - 2, b - 1, b + 1, b + 2]].mean(1) for b in (12, 15)]
-    with np.errstate(invalid="ignore"):  # a dead filter: 0 / 0 in every column
-        preference, integration = (first - second) / (first + second), clean[:, mixed].sum(1) / (first + second)
-        snr = (noisy[:, 12] / around[0] + noisy[:, 15] / around[1]) / 2
-        spectrum = noisy[:, 12] / around[0]
-    np.testing.assert_allclose(found.columns["amplitude"], first + second)
-    np.testing.assert_allclose(found.columns["preference"], preference, atol=1e-7)
-    np.testing.assert_allclose(found.columns["integration"], integration, rtol=1e-5)
-    np.testing.assert_allclose(found.columns["snr"], snr, rtol=1e-5)
-    assert found.columns["important"].tolist() == [1.0] * len(clean)
-    # Up to 4 x 7.5 Hz, bin 60, and a tenth beyond.
-    assert found.freqs[[0, 12, -1]].tolist() == [0, 6, 33]
-    np.testing.assert_allclose(found.spectra[:, 12], spectrum, rtol=1e-5)
-
-
-def test_numbers_survive_the_packing(explored: tuple[Filters, Trial]) -> None:
-    filters, trial = explored
-    packed = filters.packed()
-    for name, values in filters.columns.items():
-        np.testing.assert_allclose(unpacked(packed["columns"][name], "<f4"), values, rtol=1e-6)
-    upper = unpacked(packed["spectra"], "<u2").astype("<u4") << 16
-    np.testing.assert_allclose(upper.view("<f4").reshape(filters.spectra.shape), filters.spectra, rtol=2**-8)
-    for name, found in trial.scores.items():
-        for unit, text in zip(trial.units, trial.packed()["scores"][name], strict=True):
-            assert unpacked(text, "<f8").tolist() == found[unit.name].tolist()
-
-
-def test_without_noise_amplitudes_stand_for_snr(net: nn.Module, pixels: torch.Tensor) -> None:
-    response = tag(net, pixels[:1], STIMULUS, noise_std=0)
-    found = filters_of(response)
-    assert "snr" not in found.columns
-    np.testing.assert_array_equal(found.spectra[:16], response.layers["conv1"].amplitude[:, : len(found.freqs)])
-    assert "snr" not in trial_of(Plan(net, pixels[:1]), response).scores
-
-
-def test_four_parts_name_the_strongest(net: nn.Module, pixels: torch.Tensor) -> None:
-    four = Stimulus(tag_freqs=(8.5, 15.5, 19.0, 20.5), parts="quadrants", max_order=2)
-    response = tag(net, pixels[:1], four, noise_std=0, layers=["conv1"])
-    amplitude = response.amplitude("conv1").numpy()
-    assert filters_of(response).columns["part"].tolist() == amplitude.argmax(1).tolist()
-
-
-def test_epochs_are_those_of_the_file(response: TagResponse, tmp_path: Path) -> None:
-    path, verdict = tmp_path / "importance.csv", judge(response)
-    found = scores("snr", Evidence(nn.Module(), response), list(response.layers))
-    for epoch in range(5):
-        write_importance(path, epoch, response, found, verdict)
-    epochs = filters_over_epochs(path, STIMULUS, "snr", most=3)
-    assert [one.label for one in epochs] == ["epoch 1", "epoch 3", "epoch 5"]
-    whole = filters_of(response, verdict)
-    assert dict(epochs[0].widths) == dict(whole.widths)
-    for name, values in whole.columns.items():
-        np.testing.assert_allclose(epochs[1].columns[name], values, rtol=1e-4, atol=1e-5, err_msg=name)
-    with path.open(newline="") as file:
-        row = list(csv.DictReader(file))[20]
-    place = [c.name for c in STIMULUS.components].index("f1+f2")
-    assert epochs[0].spectra[20, place] == float(row["snr_f1+f2"])
-    assert epochs[0].freqs[place] == 13.5
-
-
-def test_kept_filters_are_marked_in_every_layer_of_a_unit(response: TagResponse, plan: Plan) -> None:
-    stream = next(iter(plan.streams))
-    n_filters = plan.unit(stream).n_filters
-    kept = {stream: torch.tensor([0, 2])}
-    found = with_cut(filters_of(response), plan, "l2", {stream: torch.arange(n_filters).double()}, kept)
-    start = 0
-    for layer, width in found.widths.items():
-        flags, score = (found.columns[name][start : start + width] for name in ("kept", "score_l2"))
-        if layer in plan.streams[stream]:
-            assert np.flatnonzero(flags).tolist() == [0, 2]
-            assert score.tolist() == list(range(width))
-        else:
-            assert np.isnan(flags).all()
-        start += width
-
-
-@pytest.mark.parametrize("streams", [False, True])
-def test_macs_of_the_table_are_those_of_the_smaller_network(plan: Plan, streams: bool) -> None:
-    rng = np.random.default_rng(0)
-    names = plan.choose(streams=streams)
-    found = {name: torch.rand(plan.unit(name).n_filters) for name in names}
-    trial = trial_of(plan, None, "random", found)
-    assert trial.macs_left({}) == pytest.approx(count_macs(plan.model, plan.example), rel=1e-12)
-    for _ in range(3):
-        widths = {name: int(rng.integers(1, len(found[name]) + 1)) for name in names}
-        smaller = plan.apply({name: torch.arange(width) for name, width in widths.items()})
-        assert trial.macs_left(widths) == pytest.approx(count_macs(smaller, plan.example), rel=1e-9)
-
-
-def test_a_trial_of_a_cut_by_time_counts_macs(plan: Plan) -> None:
-    amount = Amount(latency_cut=0.4, scope="per_ms", multiple_of="auto")
-    packed = trial_of(
-        plan, None, "random", {name: torch.rand(plan.unit(name).n_filters) for name in plan.choose()}, amount
-    )
-    assert packed.packed()["amount"] == {
-        "scope": "per_mac", "normalize": False, "min_filters": 1, "multiple_of": 1, "macs_cut": None, "threshold": None,
-    }  # fmt: skip
 
 
 def test_what_cannot_be_tried_or_shown_is_said(

@@ -1,0 +1,49 @@
+"""The operations of a network, one by one."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet18
+
+from freqprune.networks.trace import Trace, equal_batches, run
+from tests.pruning.doubled import Concatenated, Residual, images, settled
+
+
+class WritesInPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.relu = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        y = self.b(self.relu(x))
+        y += x
+        return self.relu(y).mean((2, 3))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("net", [WritesInPlace, lambda: Residual(True), Concatenated, lambda: resnet18(num_classes=3)])
+def test_operations_give_what_the_network_gives_and_write_into_nothing(net: Callable[[], nn.Module]) -> None:
+    model, x = settled(net()), images(2, 32)
+    trace = Trace(model, x)
+    values: dict[object, Tensor] = {trace.entrance: x.clone(), **trace.inputs(model)}
+    for node in trace.nodes:
+        before = {key: value.clone() for key, value in values.items() if isinstance(value, Tensor)}
+        values[node] = run(node, values.__getitem__)
+        assert all(torch.equal(values[key], value) for key, value in before.items())
+    torch.testing.assert_close(values[trace.exit], model(x))
+    assert set(trace.layers.values()) == {
+        name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)
+    }
+    assert trace.weights_made == []
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "sizes"),
+    [((13, 1), 4, [4, 4, 4]), ((7, 1), 4, [3, 3]), ((3, 1), 4, [3]), ((8, 3, 256, 256), None, [4, 4])],
+)
+def test_equal_batches_leave_out_few_images_and_hold_few_pixels(
+    shape: tuple[int, ...], size: int | None, sizes: list[int]
+) -> None:
+    assert [len(batch) for batch in equal_batches([torch.zeros(shape)], size)] == sizes
