@@ -130,8 +130,10 @@ def filter_effects(
     check_answers(model, images[:1])
     site = find_sites(model, images[:1], [layer])[0]
     if site.stage == "convolution" and site.note:
-        log.warning("%s: gates act on the layer itself, and a norm behind it turns a closed filter into a constant, "
-                    "where a cut takes both away (%s)", layer, site.note)  # fmt: skip
+        log.warning(
+            "%s: gates act on the layer itself, and a norm behind it turns a closed filter into a constant, where a cut "
+            "takes both away (%s)", layer, site.note
+        )  # fmt: skip
     if site.then is not None and not _scales(site, images):
         log.warning(
             "the activation after %s is a function that the network calls itself: gates act before it, and a closed "

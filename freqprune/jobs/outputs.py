@@ -39,10 +39,9 @@ def write_response(
     out: Path, response: TagResponse, verdict: Verdict | None, image: Tensor, classes: Mapping[str, TagResponse]
 ) -> None:
     tables.write_filters(out / "filters.csv", response, verdict)
-    tables.write_layers(
-        out / "layers.csv",
-        {"all": response, **{"class all" if name == "all" else name: one for name, one in classes.items()}},
-    )
+    # A class may be called so, too.
+    of_classes = {"class all" if name == "all" else name: one for name, one in classes.items()}
+    tables.write_layers(out / "layers.csv", {"all": response, **of_classes})
     folder, names = out / "figures", list(response.layers)
     save(response_figures.stimulus_figure(response.stimulus, image), folder / "stimulus.png")
     save(response_figures.part_preference_over_depth(response, classes), folder / "part_preference.png")

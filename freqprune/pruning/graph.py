@@ -191,7 +191,7 @@ class ChannelGraph:
         """The unit that a layer leads, if it leads one."""
         names = self._names
         group = channel_group(self._graph, module, [0], layer)
-        turned = [names[d.target.module] for d, _ in group if getattr(d.target.module, "transposed", False)]
+        turned = [names.get(d.target.module, "") for d, _ in group if getattr(d.target.module, "transposed", False)]
         if turned:
             # Their weights have inputs first: neither scores nor what a cut makes up for are written for that.
             self.coupled[layer] = turned

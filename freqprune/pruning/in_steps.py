@@ -29,6 +29,7 @@ class InSteps:
         scores: of the first step.
         dropped: blocks that went.
         remarks: of all steps.
+        led: filters that units had left when the layer that named them went.
         promise: what was measured, of a cut by time.
     """
 
@@ -39,6 +40,7 @@ class InSteps:
     dropped: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     promise: Promise | None = None
+    led: Kept = field(default_factory=dict)
 
     def add(self, done: Cut, plan: Plan, which: str = "") -> None:
         """Take in a step, named `which` in its remarks; `plan` is of the network before the first one."""
@@ -54,10 +56,11 @@ class InSteps:
             for name, indices in self.kept.items()
             if name in there
         }
-        for name in done.kept.keys() - before.keys():
+        self.led |= {name: indices for name, indices in before.items() if name not in there}
+        for name in [name for name in done.kept if name not in before]:
             # What has lost filters with a stream that was led by a block which is gone counts on from there.
             lead = leads.get(name, name)
-            earlier = before.get(lead)
+            earlier = before.get(lead, self.led.get(lead))
             self.kept[name] = done.kept[name] if earlier is None else earlier[done.kept[name]]
             unit = plan.graph.units.get(lead)
             self.widths[name] = len(dict(plan.model.named_modules())[name].weight) if unit is None else unit.n_filters

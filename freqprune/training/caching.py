@@ -104,7 +104,8 @@ def _in_memory(reader: Reader) -> Tensor:
 def _stem(place: Path, split: str, reader: Reader, beside: bool) -> Path:
     """Path of a split's files without their ending; others for other sizes, and for other data in the same folder."""
     owner = reader.listing.beside if beside else str(Path(reader.listing.place).absolute())
-    said = json.dumps([owner, vars(reader.fitting)])
+    version = [reader.listing.version] if reader.listing.version else []
+    said = json.dumps([owner, vars(reader.fitting), *version])
     return place / f"{split}-{hashlib.sha256(said.encode()).hexdigest()[:10]}"
 
 

@@ -119,7 +119,7 @@ class HubListing(Listing):
     def __init__(self, dataset: Any, image: str, label: str, place: str) -> None:
         self.dataset, self.image, self.place = dataset.select_columns([image]), image, place
         # Other files, or another part of them, under the same path are other data.
-        self.beside = f"{place} {dataset._fingerprint}"
+        self.beside, self.version = place, dataset._fingerprint
         self._identity = f"{dataset._fingerprint} {image} {label}"
         found, feature = dataset[label][:], dataset.features[label]
         names = getattr(feature, "names", None)

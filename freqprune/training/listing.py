@@ -91,11 +91,13 @@ class Listing(ABC):
     Attributes:
         place: where they lie, for messages.
         beside: what tells them from other data whose files of bytes lie in the same folder; nothing if there are none.
+        version: what tells them from other data of the same place; nothing if there are none.
         labels: int64 ``(n_images,)``.
     """
 
     place: str
     beside: str = ""
+    version: str = ""
     labels: Tensor
 
     def __len__(self) -> int:

@@ -119,4 +119,10 @@ def test_layers_that_become_units_once_a_block_has_gone_are_counted() -> None:
     # Of what the stream had left; of a layer that had lost nothing, as it says.
     assert {name: indices.tolist() for name, indices in found.kept.items()} == {"layer2.1.conv2": [0, 6], "conv1": [5]}
     assert found.widths["layer2.1.conv2"] == 32
+    # Also where it is cut only in a later step than the one in which the block went.
+    later = InSteps(net, {lead: torch.arange(0, 32, 2)}, {lead: 32})
+    later.add(Cut(small, {}, {}, None, []), plan)
+    assert later.kept == {}
+    later.add(Cut(small, {"layer2.1.conv2": torch.tensor([0, 3])}, {}, None, []), plan)
+    assert later.kept["layer2.1.conv2"].tolist() == [0, 6]
     assert found.widths["conv1"] == 16

@@ -20,7 +20,7 @@ from freqprune.pruning.in_sequence import Reconstruction
 from freqprune.pruning.reconstruction import mute, reconstruct
 from freqprune.pruning.refinement import Segment
 from freqprune.pruning.surgery import Plan
-from tests.pruning.doubled import concatenated, depthwise, double, images, residual, settled
+from tests.pruning.doubled import Residual, concatenated, depthwise, double, images, residual, settled
 
 EXACT = Reconstruction(positions=10_000, ridge=1e-9, rounds=0)
 

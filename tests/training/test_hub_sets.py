@@ -70,3 +70,10 @@ def test_a_class_that_is_missing_in_test(folder: Path) -> None:
     assert meant.classes == ("class0", "class1")
     with pytest.raises(InputError, match=r"data.n_classes = 3, but imagefolder has 2 classes; leave it out"):
         by_hub(folder, n_classes=3).setup()
+
+
+def test_other_data_under_one_path_have_files_of_their_own(folder: Path, tmp_path: Path) -> None:
+    other = write_tree(tmp_path / "others", per_class=9)
+    for images, n_files in ((folder, 2), (other, 4), (folder, 4)):
+        by_hub(images, cache="disk", cache_dir=tmp_path / "bytes").setup()
+        assert len(list((tmp_path / "bytes").glob("*.pixels"))) == n_files
