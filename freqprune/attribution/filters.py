@@ -131,8 +131,8 @@ def filter_effects(
     site = find_sites(model, images[:1], [layer])[0]
     if site.stage == "convolution" and site.note:
         log.warning(
-            "%s: gates act on the layer itself, and a norm behind it turns a closed filter into a constant, where a cut "
-            "takes both away (%s)", layer, site.note
+            "%s: gates act on the layer itself, and a norm behind it turns a closed filter into a constant, where a "
+            "cut takes both away (%s)", layer, site.note
         )  # fmt: skip
     if site.then is not None and not _scales(site, images):
         log.warning(
