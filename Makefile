@@ -53,7 +53,7 @@ docs: install-dev
 tutorials: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python docs/_site/tutorials.py
 
-# Which networks of torchvision and timm can be cut; about 25 minutes on one core.
+# Which networks of torchvision and timm can be cut; about 50 minutes on one core.
 coverage: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py --json coverage.json --markdown coverage.md
 

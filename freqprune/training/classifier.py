@@ -198,6 +198,25 @@ class Classifier(pl.LightningModule):
                 f"{self.hparams['lr']:g}) or add warm-up; the checkpoints of earlier epochs are intact"
             )
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # What follows an epoch, such as tagging, is of one network.
+        if self.trainer.is_last_batch:
+            self._take_statistics_of_the_first()
+
+    def on_validation_epoch_start(self) -> None:
+        self._take_statistics_of_the_first()
+
+    def on_train_end(self) -> None:
+        self._take_statistics_of_the_first()
+
+    def _take_statistics_of_the_first(self) -> None:
+        """Statistics of batch norms as the first of several processes has them, which checkpoints hold; each has its
+        own otherwise, of the images that it saw last."""
+        if self.trainer.world_size == 1 or not torch.distributed.is_initialized():
+            return
+        for buffer in self.net.buffers():
+            torch.distributed.broadcast(buffer, src=0)
+
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate("val", self.val_accuracy, batch)
 

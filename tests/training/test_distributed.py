@@ -171,6 +171,41 @@ def test_processes_prune_while_they_train(tmp_path: Path) -> None:
         assert a.shape == c.shape
 
 
+def trained_together(rank: int, folder: str, port: int, ema: float) -> None:
+    """A process of a training whose batch norms see other images than those of the other one."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(2)
+    x, y = torch.rand(12, 3, 16, 16, generator=generator), torch.arange(12) % 10
+    torch.manual_seed(0)
+    classifier = Classifier({"name": "resnet8", "stage_widths": [4, 4, 8]}, lr=0.05, ema=ema)
+    seen: list[torch.Tensor] = []
+
+    class Validated(pl.Callback):
+        def on_validation_batch_start(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+            seen.append(torch.cat([buffer.double().flatten() for buffer in module.net.buffers()]))
+
+    run = trainer(2, strategy="ddp", max_epochs=2, use_distributed_sampler=True, callbacks=[Validated()])
+    loader = DataLoader(TensorDataset(x, y), batch_size=3)
+    run.fit(classifier, loader, loader)
+    torch.save({"net": classifier.net.state_dict(), "seen": torch.stack(seen)}, Path(folder) / f"{rank}.pt")
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_processes_end_with_one_network(ema: float, tmp_path: Path) -> None:
+    """Its batch norms too, and at every validation: the accuracy is that of the network which is saved."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    in_two_processes(trained_together, str(tmp_path), port, ema)
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert torch.equal(one["seen"], other["seen"])
+    assert len(one["seen"]) > 2
+    assert not torch.equal(one["seen"][0], one["seen"][-1])
+    for key, value in one["net"].items():
+        assert torch.equal(value, other["net"][key]), key
+
+
 def test_a_strategy_that_splits_the_network_is_refused() -> None:
     pruning = TagPruning(Recipe(Amount(ratio=0.3), "l2"), [0], network="net")
     fake = SimpleNamespace(world_size=2, strategy=FSDPStrategy())
