@@ -124,7 +124,9 @@ def filters_over_epochs(path: Path, stimulus: Stimulus, criterion: str, most: in
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             by_epoch.setdefault(int(row["epoch"]), []).append(row)
-    epochs = list(by_epoch)
+    # One page shows the same filters at all times: those of the last, where others were read or pruned before.
+    filters = {epoch: [(row["layer"], row["filter"]) for row in rows] for epoch, rows in by_epoch.items()}
+    epochs = [epoch for epoch in by_epoch if filters[epoch] == filters[max(by_epoch)]]
     chosen = np.linspace(0, len(epochs) - 1, min(most, len(epochs))).round().astype(int)
     return [
         _of_an_epoch(by_epoch[epoch], f"epoch {epoch + 1}", stimulus, criterion)

@@ -72,10 +72,10 @@ def agreement_over_epochs(agreement: Mapping[int, Mapping[str, float]], title: s
 def _over_epochs(
     values: Mapping[int, Mapping[str, float]], label: str, title: str, unit: float, low: float, high: float
 ) -> Figure:
-    """Layers downwards, epochs to the right, the value as colour."""
+    """Layers downwards, epochs to the right, the value as colour; nothing where an epoch lacks a layer."""
     epochs = sorted(values)
-    layers = list(values[epochs[0]])
-    grid = np.array([[values[epoch][layer] for epoch in epochs] for layer in layers])
+    layers = list(dict.fromkeys(layer for epoch in epochs for layer in values[epoch]))
+    grid = np.array([[values[epoch].get(layer, np.nan) for epoch in epochs] for layer in layers])
     figure = Figure(figsize=(max(4.5, 0.3 * len(epochs) + 3), max(3.0, 0.18 * len(layers) + 1.2)), layout="constrained")
     axis = _coloured(figure, unit * grid, [name.removeprefix("net.") for name in layers], label, title, low, high)
     step = math.ceil(len(epochs) / 12)

@@ -131,7 +131,7 @@ def write_importance(
     path: Path, epoch: int, response: TagResponse, score: Mapping[str, Tensor], verdict: Verdict
 ) -> None:
     """Append an epoch's rows to ``importance.csv``; rows of this and later epochs, left by an interrupted run, are
-    replaced, and those of other filters, which a run with other layers has left, go.
+    replaced.
 
     Columns: epoch, layer_index, layer, filter, ``snr_<component>`` and ``amplitude_<component>`` for every component,
         score, important.
@@ -148,12 +148,6 @@ def write_importance(
             if rows and rows[0] == header
             else []
         )
-    # Each epoch has these filters, or is not comparable.
-    filters = {(layer, str(number)) for layer in response.layers for number in range(len(score[layer]))}
-    by_epoch: dict[str, set[tuple[str, str]]] = {}
-    for row in earlier:
-        by_epoch.setdefault(row[0], set()).add((row[2], row[3]))
-    earlier = [row for row in earlier if by_epoch[row[0]] == filters]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", newline="", encoding="utf-8") as file:
@@ -188,7 +182,8 @@ def rank_agreement(path: Path, column: str = "score") -> dict[int, dict[str, flo
         column: ``"score"``, or the SNR or amplitude at a component, such as ``"amplitude_f1"``.
 
     Returns:
-        By epoch and layer; NaN where all filters of a layer score the same. A filter without an SNR counts as 0.
+        By epoch and layer of the last epoch; NaN where all filters of a layer score the same, or it had others then or
+        none: pruned on the way, or not read. A filter without an SNR counts as 0.
     """
     values: dict[int, dict[str, list[float]]] = {}
     with path.open(newline="", encoding="utf-8") as file:
@@ -200,10 +195,11 @@ def rank_agreement(path: Path, column: str = "score") -> dict[int, dict[str, flo
     last = values[max(values)]
 
     def correlation(now: list[float], final: list[float]) -> float:
-        return float("nan") if min(len(set(now)), len(set(final))) < 2 else float(spearmanr(now, final).statistic)
+        told = len(now) == len(final) and min(len(set(now)), len(set(final))) > 1
+        return float(spearmanr(now, final).statistic) if told else float("nan")
 
     return {
-        epoch: {layer: correlation(layers[layer], last[layer]) for layer in last}
+        epoch: {layer: correlation(layers.get(layer, []), last[layer]) for layer in last}
         for epoch, layers in sorted(values.items())
     }
 

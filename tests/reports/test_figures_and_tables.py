@@ -1,6 +1,7 @@
 """Figures hold what they should: drawn values, labels that do not overlap, marks told apart without colour."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from freqprune.networks.registry import build_model
 from freqprune.pruning.criteria import scores
 from freqprune.pruning.importance import Evidence
 from freqprune.pruning.verdict import judge
-from freqprune.reports import record, response_figures, run_figures, stage_table, tables
+from freqprune.reports import filters_over_epochs, record, response_figures, run_figures, stage_table, tables
 from freqprune.reports.drawing import save
 from freqprune.tagging.measurement import tag
 from freqprune.tagging.response import TagResponse
@@ -173,15 +174,23 @@ def test_figures_of_runs_and_sweeps_draw_what_they_are_given() -> None:
     assert curves.axes[1].lines[0].get_xydata().tolist() == [[1, 25.0]]
 
 
-def test_rows_of_other_filters_do_not_stay(tmp_path: Path) -> None:
-    net, images = build_model({"name": "resnet8"}), torch.rand(2, 3, 16, 16)
-    path = tmp_path / "importance.csv"
-    for epoch, layers in enumerate((["conv1", "layer1.0.conv1"], ["conv1"], ["conv1"])):
+def test_epochs_with_other_filters_are_kept_and_not_compared(tmp_path: Path) -> None:
+    """As where layers were pruned on the way, or a training goes on with others being read."""
+    images, path = torch.rand(2, 3, 16, 16), tmp_path / "importance.csv"
+    for epoch, (width, layers) in enumerate(((8, ["conv1", "layer1.0.conv1"]), (8, ["conv1"]), (4, ["conv1"]))):
+        net = build_model({"name": "resnet8", "stage_widths": [width, 8, 8]})
         response = tag(net, images, layers=layers)
-        table = scores("amplitude", Evidence(net, response), layers)
-        tables.write_importance(path, epoch, response, table, judge(response))
-    assert list(tables.important_shares(path)) == [1, 2]
-    assert tables.rank_agreement(path)[1] == {"conv1": pytest.approx(1.0)}
+        tables.write_importance(
+            path, epoch, response, scores("amplitude", Evidence(net, response), layers), judge(response)
+        )
+        assert list(tables.important_shares(path)) == list(range(epoch + 1))
+        found = tables.rank_agreement(path)
+        assert found[epoch]["conv1"] == pytest.approx(1.0)
+        assert [label.label for label in filters_over_epochs(path, Stimulus(tag_freqs=(6.0, 7.5)), "amplitude")] == [
+            f"epoch {epoch + 1}"
+        ]
+        run_figures.important_over_epochs(tables.important_shares(path))
+    assert math.isnan(found[1]["conv1"])
 
 
 def test_results_of_other_settings_do_not_stay(tmp_path: Path) -> None:
