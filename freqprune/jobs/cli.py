@@ -53,11 +53,14 @@ def main() -> None:
     elif words[:1] == ["sweep"]:
         from freqprune.reports import sweep_arguments
 
-        sweep_arguments(words[1:], "freqprune sweep")
+        given = sweep_arguments(words[1:], "freqprune sweep")
         # Figures and tables take seconds to import.
-        from freqprune.reports import sweeps
+        from freqprune.reports import gather
 
-        sweeps.main(words[1:], "freqprune sweep")
+        try:
+            gather(given.folders, given.out)
+        except InputError as error:
+            fail(str(error))
     elif words in (["--help"], ["-h"]):
         print(USAGE)
     else:

@@ -63,7 +63,8 @@ class InSteps:
             earlier = before.get(lead, self.led.get(lead))
             self.kept[name] = done.kept[name] if earlier is None else earlier[done.kept[name]]
             unit = plan.graph.units.get(lead)
-            self.widths[name] = len(dict(plan.model.named_modules())[name].weight) if unit is None else unit.n_filters
+            channels = len(plan.model.get_parameter(f"{name}.weight"))
+            self.widths[name] = channels if unit is None else unit.n_filters
 
 
 def cut_in_steps(

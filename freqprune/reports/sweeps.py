@@ -280,9 +280,9 @@ def gather(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
     return out
 
 
-def main(arguments: Sequence[str] | None = None, program: str = "python -m freqprune.reports.sweeps") -> None:
-    """``freqprune sweep``: gather the sweeps in the folders given."""
-    given = sweep_arguments(arguments, program)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``python -m freqprune.reports.sweeps``: gather the sweeps in the folders given."""
+    given = sweep_arguments(arguments, "python -m freqprune.reports.sweeps")
     try:
         gather(given.folders, given.out)
     except InputError as error:

@@ -21,24 +21,13 @@ from freqprune.pruning.importance import Evidence
 from freqprune.pruning.proof import masked_forward
 from freqprune.pruning.selection import select
 from freqprune.pruning.surgery import Plan
+from tests.shaken import shaken
 
 X = torch.rand(2, 3, 32, 32)
-
 
 # Which indices go is all that amounts differ in here; `test_any_table_ends_in_a_correct_network_or_a_clear_error` has
 # hundreds of them.
 AMOUNTS = [Amount(macs_cut=0.4), Amount(ratio=0.6, normalize=True)]
-
-
-def shaken(net: nn.Module) -> nn.Module:
-    """Eval mode with batch norms that are not the identity, so that a wrong channel shows."""
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias)
-            nn.init.normal_(module.running_mean)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return net.eval()
 
 
 def masked(net: nn.Module, kept: dict[str, Tensor], read: dict[str, str]) -> nn.Module:

@@ -6,6 +6,7 @@ from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
 from freqprune.tagging.recording import Recorder, every_position, map_mean
 from freqprune.tagging.sites import find_folds, find_sites
+from tests.shaken import shaken
 
 
 def test_reads_what_the_network_computes(images: Tensor) -> None:
@@ -111,15 +112,6 @@ def test_works_inside_inference_mode(images: Tensor) -> None:
         with Recorder(net, sites) as recorder:
             assert recorder(images)["0"].min() >= 0
     assert sites[0].module == "1"
-
-
-def shaken(net: nn.Module) -> nn.Module:
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias)
-            nn.init.normal_(module.running_mean)
-    return net.eval()
 
 
 @pytest.mark.parametrize("where", ["convolution", "norm", "activation"])
