@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 
@@ -42,12 +43,12 @@ def launched() -> Launched | None:
 
 
 def run_id() -> str:
-    """Name of a run folder: the time, or where something else has started several processes a name that is the same in
-    all of them, which do not look at the clock in the same second."""
+    """Name of a run folder: the time in milliseconds, which runs that are started together do not share, or where
+    something else has started several processes of one run a name that is the same in all of them."""
     there = launched()
     if there is not None and there.processes > 1 and there.key is not None:
         return there.key
-    return time.strftime("%Y-%m-%d_%H-%M-%S")
+    return datetime.now().isoformat("_", "milliseconds").replace(":", "-").replace(".", "-")
 
 
 def _of_torchrun(machines: int) -> str | None:

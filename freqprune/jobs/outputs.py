@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
@@ -155,14 +154,16 @@ def name_of(net: nn.Module) -> str:
     return str(config_of(net).get("name", type(net).__name__))
 
 
-def tell(settings: Settings, metrics: Mapping[str, Any], title: str, verdict: Verdict | None, device: str) -> None:
+def tell(settings: Settings, metrics: Mapping[str, Any], title: str, verdict: Verdict | None) -> None:
     """Print the table of stages, the important filters, the remarks and where everything lies."""
     show(stage_table(metrics, title))
-    threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
+    # Runs of earlier versions did not keep where.
+    device = metrics.get("timed_on", "the machine of their run")
     deployed = [stage for stage in ("onnx", "int8") if stage in metrics]
-    apart = f" ({' and '.join(deployed)} on cpu, with the way there)" if deployed and device != "cpu" else ""
+    elsewhere = deployed and not device.startswith("cpu")
+    apart = f" ({' and '.join(deployed)} on cpu, with the way there)" if elsewhere else ""
     show(
-        f"latency: median of {settings.latency.n_runs} forwards on {device}{threads}{apart}, networks in turn; MACs of "
+        f"latency: median of {settings.latency.n_runs} forwards on {device}{apart}, networks in turn; MACs of "
         "convolutions and linear layers for one image"
     )
     if verdict is not None:

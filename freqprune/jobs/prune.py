@@ -100,7 +100,7 @@ def _pruned(
         run.latencies({"dense": net})
         run.finish()
         if first:
-            tell(settings, run.metrics, title, verdict, device.type)
+            tell(settings, run.metrics, title, verdict)
         return run.metrics, {"response": response, "verdict": verdict, "kept": {}, "net": net}
     small, kept = run.shrink(net, stored.kept, settings.recipe, response, verdict)
     small = run.recover(net, small)

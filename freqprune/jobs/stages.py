@@ -79,6 +79,9 @@ class Run:
         """Time the networks in turn, at every batch size."""
         for stage in nets:
             self.metrics[stage]["latency_ms"] = {}
+        # A run that goes on elsewhere does not time them again.
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        self.metrics["timed_on"] = f"{self.device.type}{threads}"
         for size in self.sizes:
             ready = {stage: net.to(self.device) for stage, net in nets.items()}
             n_runs, bars = self.settings.latency.n_runs, assembly.bars()
@@ -237,7 +240,7 @@ class Run:
 
     def tell(self, net: nn.Module, verdict: Verdict | None) -> None:
         if self.first:
-            tell(self.settings, self.metrics, self._title(net), verdict, self.device.type)
+            tell(self.settings, self.metrics, self._title(net), verdict)
 
     def _title(self, net: nn.Module) -> str:
         share = tables.percentages(self.metrics)["cut"]

@@ -49,6 +49,9 @@ def make_trainer(
         arguments = {**arguments, "limit_val_batches": 0}
         # What follows a validation metric would wait for it for ever.
         configured = {name: spec for name, spec in configured.items() if "val/" not in str(spec.get("monitor"))}
+    if not configured.get("progress"):
+        # Lightning would make a bar of its own.
+        arguments = {"enable_progress_bar": False, **arguments}
     if is_quiet():
         configured.pop("progress", None)
         arguments = {**arguments, "enable_progress_bar": False}

@@ -21,7 +21,6 @@ SMALL = (
     "model=resnet8",
     "trainer=cpu",
     "trainer.max_epochs=1",
-    "+trainer.enable_progress_bar=false",
     "callbacks.progress=null",
     "tagging.n_images=2",
     "tagging.epoch_images=4",

@@ -1,6 +1,7 @@
 """Fine-tuning of a cut network, and training of its widths from scratch."""
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ class Bomb(pl.Callback):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*received KeyboardInterrupt.*")
 def test_interrupted_fine_tuning_goes_on_to_the_same_result(
-    trained: tuple[Path, dict[str, Any]], tmp_path: Path
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = (
         f"ckpt={trained[0] / 'checkpoints' / 'last.ckpt'}",
@@ -183,6 +184,12 @@ def test_interrupted_fine_tuning_goes_on_to_the_same_result(
     )
     complete, _ = prune(config("prune", tmp_path / "more", *common, f"resume={tmp_path / 'whole'}"))
     assert complete == metrics
+    # Times are not measured again: the table says where they were.
+    kept = tmp_path / "whole" / "metrics.json"
+    kept.write_text(json.dumps({**json.loads(kept.read_text()), "timed_on": "cuda"}))
+    capsys.readouterr()
+    prune(config("prune", tmp_path / "elsewhere", *common, f"resume={tmp_path / 'whole'}"))
+    assert "forwards on cuda, networks in turn" in " ".join(capsys.readouterr().out.split())
     assert load_network(tmp_path / "more" / "pruned.ckpt").kept == load_network(tmp_path / "whole" / "pruned.ckpt").kept
     for setting, said in (
         ("seed=1", "was cut with seed = 0, and this command says 1"),

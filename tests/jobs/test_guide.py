@@ -38,7 +38,7 @@ def smaller(line: str) -> list[str]:
     if words[1] not in SMALLER:
         return [str(ROOT / words[1]), *words[2:]]
     more = [item for item in SMALLER[words[1]] if not ("image_folder" in line and item.startswith("data.limit"))]
-    quiet = ["callbacks.progress=null", "+trainer.enable_progress_bar=false"]
+    quiet = ["callbacks.progress=null"]
     return [str(ROOT / words[1]), *words[2:], *more, *quiet]
 
 

@@ -35,7 +35,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_run_folder_has_one_name_in_all_processes(told: Any, tmp_path: Path) -> None:
     told()
     assert launched() is None
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", run_id())
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d-\d{3}", run_id())
     told(**SRUN)
     assert run_id() == "17.3"
     # Of its own folder of processes torchrun tells each the file for its errors.

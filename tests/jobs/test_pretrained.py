@@ -48,7 +48,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def small(folder: Path) -> tuple[str, ...]:
     base = ("data=image_folder", f"data.root={folder}", "data.batch_size=8", "trainer=cpu", "trainer.max_epochs=1")
-    quiet = ("+trainer.enable_progress_bar=false", "callbacks.progress=null", "tagging.n_images=1", "latency.n_runs=1")
+    quiet = ("callbacks.progress=null", "tagging.n_images=1", "latency.n_runs=1")
     return (*base, *quiet, "latency.batch_sizes=[1]", "pruning.calibration_images=32", "pruning.rounds=0", *MODEL)
 
 

@@ -128,6 +128,15 @@ def test_gradients_go_before_a_validation_and_at_the_end() -> None:
         assert net.weight.grad is None
 
 
+def test_there_is_no_bar_where_none_is_asked_for(tmp_path: Path) -> None:
+    settings = read(config("prune", tmp_path))
+    assert settings.callbacks["progress"] is None
+    for trainer in (trainers.make_trainer(settings, tmp_path, []), trainers.evaluator(settings)):
+        assert trainer.progress_bar_callback is None
+    settings = read(config("prune", tmp_path, "+trainer.enable_progress_bar=true"))
+    assert trainers.make_trainer(settings, tmp_path, []).progress_bar_callback is not None
+
+
 @pytest.mark.parametrize("job", [train, prune])
 def test_graphs_of_one_step_do_not_gather_gradients(job: Callable[..., Any], tmp_path: Path) -> None:
     more = ("trainer.accumulate_grad_batches=2", "pretrained=true" if job is prune else "seed=0")
