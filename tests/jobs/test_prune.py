@@ -27,6 +27,7 @@ def test_prune_writes_what_it_says(pruned: tuple[Path, dict[str, Any], dict[str,
     assert set(metrics) == {
         "network",
         "tagged_images",
+        "timed_on",
         "dense",
         "pruned",
         "recalibrated",
@@ -97,7 +98,17 @@ def test_removes_the_filters_with_the_lowest_snr(trained: tuple[Path, dict[str, 
         "pruning.bn_images=0",
     )
     metrics, objects = prune(cfg)
-    assert set(metrics) == {"network", "tagged_images", "dense", "pruned", "kept", "widths", "remarks", "finished"}
+    assert set(metrics) == {
+        "network",
+        "tagged_images",
+        "timed_on",
+        "dense",
+        "pruned",
+        "kept",
+        "widths",
+        "remarks",
+        "finished",
+    }
     for layer, kept in objects["kept"].items():
         snr = objects["response"].snr(layer).nan_to_num(0).mean(-1)
         assert kept.tolist() == sorted(snr.argsort(descending=True)[: len(snr) // 2].tolist())
@@ -137,7 +148,7 @@ def test_pruning_none_only_tags_and_tests(trained: tuple[Path, dict[str, Any]], 
     assert float(first["part_preference"]) == pytest.approx(
         objects["response"].part_preference("conv1")[2].item(), rel=1e-4
     )
-    assert set(metrics) == {"network", "tagged_images", "dense", "finished"}
+    assert set(metrics) == {"network", "tagged_images", "timed_on", "dense", "finished"}
     assert metrics["tagged_images"] == objects["response"].n_images
     check_page(tmp_path)
     assert metrics["dense"]["test_accuracy"] == pytest.approx(trained[1]["test_accuracy"])
