@@ -114,7 +114,7 @@ def attribute(
     scores: list[Tensor] = []
     with evaluating(model), torch.inference_mode():
         wanted = reader.targets(whole, target)
-        ends = [reader.read_each(inputs, wanted) for inputs in (whole, faded)]
+        ends = [reader.read_each(inputs, wanted) for inputs in (whole, _closed(whole, faded, numbers))]
         for number, recording in progress(recordings) if progress is not None else recordings:
             if number in found:
                 continue  # sure enough before its last recording
@@ -168,6 +168,13 @@ class _Reader:
         """Score of each image, ``(n_images,)``."""
         each: Any = [None] * len(inputs) if wanted is None else wanted
         return torch.cat([self.read(one[None], at) for one, at in zip(inputs, each, strict=True)]).float()
+
+
+def _closed(whole: Tensor, faded: Tensor, numbers: Tensor) -> Tensor:
+    """Images with every part at its baseline; what is in no part stays, as in the frames."""
+    if numbers.dim() == 4:
+        return faded
+    return torch.where((numbers < 0)[:, None].to(whole.device), whole, faded)
 
 
 def _frames(whole: Tensor, faded: Tensor, numbers: Tensor, design: Tensor) -> Iterator[Tensor]:

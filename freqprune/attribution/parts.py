@@ -41,18 +41,22 @@ def find_parts(
         return numbers, [f"channel {number + 1}" for number in range(images.shape[1])]
     if parts == "slic":
         return _superpixels(images, n_segments)
-    return _tiles(images, patches_of(model, images[:1]) if parts == "patches" else grid)
-
-
-def _tiles(images: Tensor, grid: int | tuple[int, int]) -> tuple[Tensor, list[str]]:
+    if parts == "patches":
+        return _tiled(images, *patches_of(model, images[:1]))
     height, width = images.shape[-2:]
     rows, columns = (grid, grid) if isinstance(grid, int) else grid
     at_least(1, grid=min(rows, columns))
     if rows > height or columns > width:
         raise InputError(f"grid = {rows} x {columns} tiles do not fit into images of {height} x {width} pixels")
-    row, column = (torch.arange(size) * count // size for size, count in ((height, rows), (width, columns)))
-    names = [f"row {one + 1}, column {other + 1}" for one in range(rows) for other in range(columns)]
-    return (row[:, None] * columns + column).expand(len(images), height, width), names
+    return _tiled(images, *(torch.arange(size) * count // size for size, count in ((height, rows), (width, columns))))
+
+
+def _tiled(images: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, list[str]]:
+    """Parts by the row and the column that each row and column of pixels is in, -1 for none."""
+    n_rows, n_columns = int(row.max()) + 1, int(column.max()) + 1
+    numbers = torch.where((row < 0)[:, None] | (column < 0), -1, row[:, None] * n_columns + column)
+    names = [f"row {one + 1}, column {other + 1}" for one in range(n_rows) for other in range(n_columns)]
+    return numbers.expand(len(images), len(row), len(column)), names
 
 
 def _of_a_mask(images: Tensor, segments: Tensor) -> tuple[Tensor, list[str]]:
@@ -106,19 +110,25 @@ def places(numbers: Tensor, n_parts: int) -> Tensor:
     return sums / count[:, None] / distance
 
 
-def patches_of(model: nn.Module, image: Tensor) -> tuple[int, int]:
-    """Rows and columns of the patches into which a network of tokens cuts its images: those of the convolution that
-    reads them in steps of its own size.
+def patches_of(model: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
+    """The patches into which a network of tokens cuts its images, those of the convolution that reads them in steps of
+    its own size: the row of patches that each row of pixels is in, ``(height,)``, and the column of each column,
+    ``(width,)``; -1 for the rest of an image that is no multiple of a patch.
 
     Raises:
         InputError: for a network that has none.
     """
-    found: list[tuple[int, int]] = []
+    found: list[tuple[Tensor, Tensor]] = []
 
     def look(module: nn.Module, args: Any, output: Tensor) -> None:
         assert isinstance(module, nn.Conv2d)
         if args[0].shape == image.shape and module.kernel_size == module.stride and module.stride != (1, 1):
-            found.append((output.shape[-2], output.shape[-1]))
+            row, column = (
+                (torch.arange(size) + (module.padding[axis] if isinstance(module.padding, tuple) else 0))
+                // module.kernel_size[axis]
+                for axis, size in enumerate(image.shape[-2:])
+            )
+            found.append((row.where(row < output.shape[-2], -1), column.where(column < output.shape[-1], -1)))
 
     convolutions = [(module, None, look) for module in model.modules() if isinstance(module, nn.Conv2d)]
     with evaluating(model), torch.inference_mode(), hooked(convolutions):

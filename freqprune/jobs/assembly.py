@@ -80,7 +80,8 @@ def prepare_output(out: Path) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".writable"
         probe.write_text("")
-        probe.unlink()
+        # Of several processes each tries.
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(
             f"output_dir = {out} cannot be written to ({error.strerror}); choose another with hydra.run.dir=FOLDER"

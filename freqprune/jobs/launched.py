@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -48,13 +47,17 @@ def run_id() -> str:
     there = launched()
     if there is not None and there.processes > 1 and there.key is not None:
         return there.key
-    return datetime.now().isoformat("_", "milliseconds").replace(":", "-").replace(".", "-")
+    return _written(datetime.now())
+
+
+def _written(moment: datetime) -> str:
+    return moment.isoformat("_", "milliseconds").replace(":", "-").replace(".", "-")
 
 
 def _of_torchrun(machines: int) -> str | None:
     """On one machine the time at which it made the folder of its processes, on several the name they meet by."""
     errors = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if machines == 1 and errors:
-        return time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(Path(errors).parents[1].stat().st_mtime))
+        return _written(datetime.fromtimestamp(Path(errors).parents[1].stat().st_mtime))
     name = os.environ["TORCHELASTIC_RUN_ID"]
     return None if name == "none" else name

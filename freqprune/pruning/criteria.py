@@ -70,6 +70,7 @@ def corrected_amplitude_score(evidence: Evidence, layer: str) -> Tensor:
 def integration_score(evidence: Evidence, layer: str) -> Tensor:
     """Intermodulation over fundamentals: how much a filter combines the parts, whatever its gain; 0 for a dead
     filter."""
+    evidence.tags().components("intermodulation")  # an error where there are none
     return evidence.tags().integration(layer).nan_to_num(nan=0.0)
 
 

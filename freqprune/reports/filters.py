@@ -80,7 +80,8 @@ def filters_of(response: TagResponse, verdict: Verdict | None = None, label: str
     if len(response.stimulus.tag_freqs) == 2:
         columns["preference"] = _joined([response.part_preference(layer) for layer in layers])
     else:
-        columns["part"] = _strongest(amplitude)
+        rounding = _joined([response.rounding(layer) for layer in layers])
+        columns["part"] = np.where(amplitude.sum(-1) > rounding, amplitude.argmax(-1), np.nan)
     columns["integration"] = _joined([response.integration(layer) for layer in layers])
     if verdict is not None:
         columns["important"] = _joined([verdict.important[layer] for layer in layers])
@@ -103,11 +104,6 @@ def _joined(tensors: Sequence[Tensor]) -> FloatArray:
 def _by_part(stimulus: Stimulus) -> list[str]:
     """Names of the fundamentals in the order of the parts, whatever that of their frequencies is."""
     return [f"f{number + 1}" for number in range(len(stimulus.tag_freqs))]
-
-
-def _strongest(amplitude: FloatArray) -> FloatArray:
-    """Number of the largest of each row; NaN for a row of zeros."""
-    return np.where(amplitude.max(-1) > 0, amplitude.argmax(-1), np.nan)
 
 
 def filters_over_epochs(path: Path, stimulus: Stimulus, criterion: str, most: int = 24) -> list[Filters]:
@@ -153,8 +149,8 @@ def _of_an_epoch(rows: Sequence[Mapping[str, str]], label: str, stimulus: Stimul
     if len(stimulus.tag_freqs) == 2:
         columns["preference"] = (amplitude[:, 0] - amplitude[:, 1]) / over
     else:
-        columns["part"] = np.where(answers, _strongest(amplitude), np.nan)
-    columns["integration"] = read("amplitude", mixed).sum(-1) / over
+        columns["part"] = np.where(answers, amplitude.argmax(-1), np.nan)
+    columns["integration"] = read("amplitude", mixed).sum(-1) / over if mixed else np.full(len(rows), np.nan)
     columns["important"] = np.array([float(row["important"]) for row in rows])
     columns[f"score_{criterion}"] = np.array([float(row["score"]) for row in rows])
     freqs = np.array([c.freq for c in stimulus.components])

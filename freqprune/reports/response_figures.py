@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from freqprune.reports.drawing import BLUE, GREEN, GREY, ORANGE, PALE, PURPLE, RED, counts_per_layer, layer_ticks, tidy
-from freqprune.tagging import NEIGHBOURS, Component, Stimulus, TagResponse, amplitude_spectrum, frequencies
+from freqprune.tagging import Component, Stimulus, TagResponse, amplitude_spectrum, frequencies, noise_bins
 
 PART_COLOURS = (RED, GREEN, ORANGE, PURPLE)
 PART_MARKERS = ("o", "s", "D", "P")
@@ -99,7 +99,7 @@ def snr_bins(response: TagResponse, layer: str, number: int, component: str = "f
     amplitude = recorded.amplitude if recorded.noisy_amplitude is None else recorded.noisy_amplitude
     bins = np.arange(max(1, picked.bin - around), min(amplitude.shape[-1], picked.bin + around + 1))
     values = amplitude[number, bins].numpy()
-    is_noise = np.isin(np.abs(bins - picked.bin), NEIGHBOURS)
+    is_noise = np.isin(bins, noise_bins([picked.bin], amplitude.shape[-1])[0])
     other = {c.bin: c for c in response.components("all") if c.bin != picked.bin}
     colours = [
         _style(picked)[0] if b == picked.bin else "#444444" if noise else _style(other[b])[0] if b in other else PALE

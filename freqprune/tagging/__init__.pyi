@@ -1,6 +1,7 @@
 from .components import NEIGHBOURS as NEIGHBOURS
 from .components import Component as Component
 from .components import find_components as find_components
+from .components import noise_bins as noise_bins
 from .controls import untrained as untrained
 from .inputs import normalizer as normalizer
 from .inputs import pixels_of as pixels_of

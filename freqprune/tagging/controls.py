@@ -43,7 +43,8 @@ def untrained(model: nn.Module, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for name, module in fresh.named_modules():
-            if next(module.parameters(recurse=False), None) is None:
+            # Norms without weights have statistics of what they have seen.
+            if next(module.parameters(recurse=False), None) is None and not hasattr(module, "reset_running_stats"):
                 continue
             reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
             if reset is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from freqprune.errors import InputError
-from freqprune.tagging.components import Component, find_components
+from freqprune.tagging.components import NEIGHBOURS, Component, find_components
 from freqprune.tagging.sites import Site
 from freqprune.tagging.spectrum import (
     baseline,
@@ -91,19 +91,21 @@ class TagResponse:
         if response.noisy_snr is not None:
             every = self.stimulus.components
             return response.noisy_snr[:, [every.index(c) for c in picked]]
-        spectrum = response.amplitude if response.noisy_amplitude is None else response.noisy_amplitude
-        return snr(spectrum, [c.bin for c in picked], precision=self.precision)
+        if response.noisy_amplitude is None:
+            # The bins beside a component hold responses of higher orders there, or rounding.
+            return response.amplitude.new_full((len(response.amplitude), len(picked)), torch.nan)
+        return snr(response.noisy_amplitude, [c.bin for c in picked], precision=self.precision)
 
     def snr_spectrum(self, layer: str) -> Tensor:
-        """SNR at every bin from the first with two neighbours on each side, ``(n_filters, n_freqs)``; NaN at the
-        edges. At components it is that of `snr`, averaged as the response was."""
+        """SNR at every bin with two noise bins on each side, ``(n_filters, n_freqs)``; NaN at the edges, and everywhere
+        without noise. At components it is that of `snr`, averaged as the response was."""
         response = self.layers[layer]
-        spectrum = response.amplitude if response.noisy_amplitude is None else response.noisy_amplitude
-        bins = range(3, spectrum.shape[-1] - 2)
-        full = torch.full_like(spectrum, torch.nan)
-        full[:, list(bins)] = snr(spectrum, list(bins), precision=self.precision)
-        if response.noisy_snr is not None:
-            full[:, [component.bin for component in self.stimulus.components]] = response.noisy_snr.to(full)
+        full = torch.full_like(response.amplitude, torch.nan)
+        if response.noisy_amplitude is None:
+            return full
+        bins = list(range(max(NEIGHBOURS) + 1, full.shape[-1] - 1 - max(NEIGHBOURS)))
+        full[:, bins] = snr(response.noisy_amplitude, bins, precision=self.precision)
+        full[:, self._bins("all")] = self.snr(layer, "all").to(full)
         return full
 
     def power_ratio(
@@ -137,18 +139,21 @@ class TagResponse:
             ``(n_filters,)``.
         """
         a, b = self.amplitude(layer, [f"f{first + 1}", f"f{second + 1}"]).unbind(-1)
-        return torch.where(a + b > self._rounding(layer), (a - b) / (a + b), torch.nan)
+        return torch.where(a + b > self.rounding(layer), (a - b) / (a + b), torch.nan)
 
     def integration(self, layer: str) -> Tensor:
         """How much a filter combines the parts: clean amplitude summed over intermodulation components, over that at
         the fundamentals.
 
-        0 for an affine filter; NaN for a filter that does not answer the fundamentals. ``(n_filters,)``.
+        0 for an affine filter; NaN for a filter that does not answer the fundamentals, and for all where the stimulus
+        has no intermodulation components, as with one part or ``max_order=1``. ``(n_filters,)``.
         """
         fundamentals = self.amplitude(layer, "fundamentals").sum(-1)
         bins = [c.bin for c in self.stimulus.components if c.kind == "intermodulation"]
+        if not bins:
+            return torch.full_like(fundamentals, torch.nan)
         mixed = self.layers[layer].amplitude[:, bins].sum(-1)
-        return torch.where(fundamentals > self._rounding(layer), mixed / fundamentals, torch.nan)
+        return torch.where(fundamentals > self.rounding(layer), mixed / fundamentals, torch.nan)
 
     def _bins(self, which: Sequence[str] | str) -> list[int]:
         return [c.bin for c in self.components(which)]
@@ -157,8 +162,8 @@ class TagResponse:
     def _predicted(self) -> set[int]:
         return {c.bin for c in self.stimulus.components}
 
-    def _rounding(self, layer: str) -> Tensor:
-        """What rounding alone can leave in an amplitude of each filter."""
+    def rounding(self, layer: str) -> Tensor:
+        """What rounding alone can leave in an amplitude of each filter, ``(n_filters,)``."""
         relative = 1e-12 if self.precision == torch.float64 else 1e-6
         return relative * self.layers[layer].amplitude.amax(-1)
 
@@ -196,12 +201,13 @@ class TagResponse:
 
     def why_no_snr(self, layer: str, which: Sequence[str] | str = "fundamentals") -> list[str]:
         """One word a filter: ``""`` where the SNR is defined, ``"dead"`` (it answers nothing) or ``"noise-free"``."""
-        response = self.layers[layer]
-        spectrum = response.amplitude if response.noisy_amplitude is None else response.noisy_amplitude
-        floor = baseline(spectrum, [c.bin for c in self.components(which)])
-        undefined = is_noise_free(spectrum, floor, self.precision).any(-1)
+        response, bins = self.layers[layer], self._bins(which)
+        undefined = torch.ones(len(response.amplitude), dtype=torch.bool)
+        if response.noisy_amplitude is not None:
+            floor = baseline(response.noisy_amplitude, bins)
+            undefined = is_noise_free(response.noisy_amplitude, floor, self.precision).any(-1)
         # A filter that the tags themselves move by no more than rounding answers nothing, whatever its mean.
-        dead = response.amplitude[:, 1:].amax(-1) <= self._rounding(layer)
+        dead = response.amplitude[:, 1:].amax(-1) <= self.rounding(layer)
         return [
             "" if not u else "dead" if d else "noise-free"
             for u, d in zip(undefined.tolist(), dead.tolist(), strict=True)

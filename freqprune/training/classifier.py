@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,15 +10,19 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging
+from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
 from freqprune.errors import InputError, check_fields
 from freqprune.networks import build_model, drop_blocks, rebuilt_from
 from freqprune.tagging import TagLoss
-from freqprune.training.optimization import Optimization
+from freqprune.training.averaging import MovingAverage
+from freqprune.training.optimization import Optimization, set_step
+
+log = logging.getLogger(__name__)
 
 # With more classes than so many the share of images whose class is among the first five answers is measured too.
 _FEW = 10
@@ -139,7 +144,7 @@ class Classifier(pl.LightningModule):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         ema = self.optimization.ema
-        return [EMAWeightAveraging(decay=ema)] if ema else []
+        return [MovingAverage(ema, self.trainer.strategy.root_device)] if ema else []
 
     def on_fit_start(self) -> None:
         if isinstance(self.class_weights, Tensor):
@@ -161,9 +166,12 @@ class Classifier(pl.LightningModule):
         if not isinstance(self.class_weights, Tensor):
             loss: Tensor = self.loss(logits, labels)
             return loss
-        return nn.functional.cross_entropy(
-            logits, labels, self.class_weights, label_smoothing=self.optimization.label_smoothing
+        # Over the weights of the images' classes, also where an image has shares of two, which PyTorch would not do.
+        counts = labels @ self.class_weights if labels.is_floating_point() else self.class_weights[labels]
+        total = nn.functional.cross_entropy(
+            logits, labels, self.class_weights, reduction="sum", label_smoothing=self.optimization.label_smoothing
         )
+        return total / counts.sum().clamp(min=torch.finfo(total.dtype).tiny)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
@@ -197,6 +205,21 @@ class Classifier(pl.LightningModule):
                 "learning rate (now "
                 f"{self.hparams['lr']:g}) or add warm-up; the checkpoints of earlier epochs are intact"
             )
+
+    def on_train_start(self) -> None:
+        trainer, done = self.trainer, self.trainer.current_epoch
+        if not done or trainer.max_steps >= 0 or self.optimization.schedule == "constant":
+            return
+        # Steps of an epoch are others with batches of another size, or in another number of processes.
+        steps = self._steps_an_epoch()
+        if not steps * done <= trainer.global_step <= steps * (done + 1):
+            rank_zero_only(log.warning)(
+                "an epoch has %d steps here and had %d before: the learning rate goes on where it was after %d epochs",
+                steps, round(trainer.global_step / done), done,
+            )  # fmt: skip
+            scheduler = self.lr_schedulers()
+            assert isinstance(scheduler, LambdaLR)
+            set_step(scheduler, steps * done)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         # What follows an epoch, such as tagging, is of one network.
@@ -253,7 +276,7 @@ class Classifier(pl.LightningModule):
             )
         total = 1 if math.isinf(steps) else max(1, int(steps))
         warmup = round(warmup_epochs * self._steps_an_epoch()) if warmup_epochs else 0
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.optimization.rate(total, warmup))
+        scheduler = LambdaLR(optimizer, self.optimization.rate(total, warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _steps_an_epoch(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from freqprune.errors import InputError
+from freqprune.networks import epochs_done
 from freqprune.training.pixels import DecodedPixels, StoredPixels, cores
 from freqprune.training.sources import Images, picked
 from freqprune.training.transforms import Transforms
@@ -62,6 +64,15 @@ def _fits(images: Images, device: torch.device) -> bool:
     return images.pixels.numel() <= torch.cuda.mem_get_info(device)[0] // 4
 
 
+def _epochs_behind(trainer: pl.Trainer | None) -> int:
+    """Epochs that a training has done; until Lightning has restored it, by its checkpoint."""
+    if trainer is None or trainer.state.fn != "fit":
+        return 0
+    path = trainer.ckpt_path
+    stored = epochs_done(path) if isinstance(path, str | Path) and Path(path).is_file() else 0
+    return max(trainer.current_epoch, stored)
+
+
 def _as_is(batch: Any) -> Any:
     return batch
 
@@ -99,6 +110,8 @@ def make_loader(
     sampler: _Epochs | None = None
     if shuffle:
         sampler = _Epochs(data, *ranks, shuffle=True, seed=seed)
+        # Workers read the first batches before Lightning says with which epoch a resumed training goes on.
+        sampler.set_epoch(_epochs_behind(trainer))
         n_here = len(sampler)
     stored, work = isinstance(images.pixels, StoredPixels), transforms is not None
     if not stored and not work:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from freqprune.errors import InputError, closest, one_of
 
@@ -183,3 +184,13 @@ def _class(name: str) -> type[Any]:
 
 def _is_optimizer(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+
+
+def set_step(scheduler: LambdaLR, step: int) -> None:
+    """Let a schedule go on with a step, as if it had come there."""
+    scheduler.last_epoch = step
+    scheduler._last_lr = [
+        base * rate(step) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, lr in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = lr

@@ -128,13 +128,15 @@ def test_recordings_follow_from_the_error_asked_for() -> None:
 
 
 def test_segments_and_what_is_in_none() -> None:
-    net = OfTiles(lambda tiles: tiles[:, 0] + 2 * tiles[:, 5])
+    net = OfTiles(lambda tiles: tiles[:, 0] + 2 * tiles[:, 5] + 3 * tiles[:, 15])
     segments = torch.full((16, 16), -1)
     segments[:4, :4], segments[4:8, 4:8] = 0, 1
     found = attribute(net, IMAGES, 0, segments=segments, forwards=64, baseline="grey")
     expected = torch.tensor([1.0, 2.0]) * (tiles_of(IMAGES)[:, [0, 5]] - 0.5)
     torch.testing.assert_close(found.effects, expected.double(), rtol=1e-3, atol=1e-5)
     assert found.maps[0, 15, 15] == 0
+    # What is in no part stays as it is where all parts are at their baselines: of a linear model nothing is left over.
+    torch.testing.assert_close(found.whole - found.baseline, expected.sum(1))
     each = segments.expand(3, -1, -1).clone()
     assert torch.equal(attribute(net, IMAGES, 0, segments=each, forwards=64, baseline="grey").effects, found.effects)
 

@@ -46,7 +46,8 @@ def test_patches_of_a_network_of_tokens() -> None:
         image_size=16, patch_size=8, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=16, num_classes=3
     ).eval()
     nn.init.normal_(net.heads.head.weight)
-    assert patches_of(net, IMAGES[:1]) == (2, 2)
+    row, column = patches_of(net, IMAGES[:1])
+    assert row.tolist() == column.tolist() == [0] * 8 + [1] * 8
     found, tiles = (
         attribute(net, IMAGES, forwards=32, **more) for more in ({"parts": "patches"}, {"parts": "grid", "grid": 2})
     )
@@ -55,6 +56,17 @@ def test_patches_of_a_network_of_tokens() -> None:
     # Overlapping windows are no patches.
     with pytest.raises(InputError, match="no convolution of CifarResNet cuts its images into patches"):
         attribute(build_model({"name": "resnet8"}), IMAGES, parts="patches")
+
+
+def test_what_is_beside_the_patches_is_in_none() -> None:
+    stem = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    row, column = patches_of(stem, torch.rand(1, 3, 30, 32))
+    assert row.tolist() == [pixel // 4 for pixel in range(28)] + [-1, -1]
+    assert column.tolist() == [pixel // 4 for pixel in range(32)]
+    found = attribute(stem, torch.rand(1, 3, 30, 32), 0, parts="patches", forwards=256)
+    assert len(found.part_names) == 56
+    assert (found.parts[0, 28:] == -1).all()
+    assert found.parts[0, 27, 31] == 55
 
 
 def test_superpixels() -> None:

@@ -40,9 +40,9 @@ def test_a_run_folder_has_one_name_in_all_processes(told: Any, tmp_path: Path) -
     assert run_id() == "17.3"
     # Of its own folder of processes torchrun tells each the file for its errors.
     (tmp_path / "attempt_0" / "1").mkdir(parents=True)
-    os.utime(tmp_path / "attempt_0", (1e9, 1e9))
+    os.utime(tmp_path / "attempt_0", (1e9 + 0.25, 1e9 + 0.25))
     told(**TORCHRUN, TORCHELASTIC_ERROR_FILE=str(tmp_path / "attempt_0" / "1" / "error.json"))
-    assert run_id() == time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(1e9))
+    assert run_id() == time.strftime("%Y-%m-%d_%H-%M-%S-250", time.localtime(1e9))
     told(**{**TORCHRUN, "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "cut"})
     assert run_id() == "cut"
 

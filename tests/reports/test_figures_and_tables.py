@@ -216,3 +216,16 @@ def test_lines_of_classes_are_medians_like_the_others(tmp_path: Path) -> None:
     lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
     assert list(lines["\u200b_a\\$b"]) == list(lines["median of the layer"])
     save(figure, tmp_path / "a.png")
+
+
+def test_the_bins_of_an_snr_are_those_that_it_is_made_of() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU())
+    # Beside the second tag lies the bin of Nyquist, which is no noise bin.
+    response = tag(net, torch.rand(1, 3, 16, 16), Stimulus(tag_freqs=(16.5, 59.0), max_order=2))
+    figure = response_figures.snr_bins(response, "0", 0, "f2")
+    noisy = response.layers["0"].noisy_amplitude
+    assert noisy is not None
+    (level,) = {float(y) for y in figure.axes[0].lines[0].get_ydata()}
+    assert level == pytest.approx(float(noisy[0, [116, 117, 119]].mean()))
+    assert float(noisy[0, 118]) / level == pytest.approx(float(response.snr("0", ["f2"])[0, 0]))

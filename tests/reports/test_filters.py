@@ -73,6 +73,16 @@ def test_four_parts_name_the_strongest(net: nn.Module, pixels: torch.Tensor) -> 
     assert filters_of(response).columns["part"].tolist() == amplitude.argmax(1).tolist()
 
 
+def test_a_filter_that_never_changes_has_no_part_that_drives_it(pixels: torch.Tensor) -> None:
+    four = Stimulus(tag_freqs=(8.5, 15.5, 19.0, 20.5), parts="quadrants", max_order=2)
+    net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU())
+    with torch.no_grad():
+        net[0].weight[0].zero_()
+        net[0].bias[0] = 0.3
+    found = filters_of(tag(net, pixels[:1], four)).columns["part"]
+    assert np.isnan(found).tolist() == [True, False]
+
+
 def test_epochs_are_those_of_the_file(response: TagResponse, tmp_path: Path) -> None:
     path, verdict = tmp_path / "importance.csv", judge(response)
     found = scores("snr", Evidence(nn.Module(), response), list(response.layers))
@@ -139,10 +149,11 @@ def test_parts_are_told_by_their_number_whatever_their_frequencies(tmp_path: Pat
     verdict = judge(response, by="threshold", threshold=2.0)
     table = scores("amplitude", Evidence(net, response), list(response.layers))
     write_importance(tmp_path / "importance.csv", 0, response, table, verdict)
-    # One order holds no intermodulation.
+    # One order holds no intermodulation: nothing is known of how far filters combine the parts.
     (epoch,) = filters_over_epochs(tmp_path / "importance.csv", swapped, "amplitude")
     np.testing.assert_allclose(epoch.columns["preference"], expected, atol=1e-3)
-    assert np.nanmax(epoch.columns["integration"]) == 0
+    assert np.isnan(epoch.columns["integration"]).all()
+    assert np.isnan(filters_of(response).columns["integration"]).all()
     four = Stimulus(parts="quadrants", tag_freqs=(20.5, 19.0, 15.5, 8.5), max_order=2)
     by_four = tag(net, pixels, four)
     amplitude = torch.cat([by_four.amplitude(layer, ["f1", "f2", "f3", "f4"]) for layer in by_four.layers])

@@ -71,6 +71,14 @@ def test_untrained_networks_are_fresh_and_leave_the_trained_one_alone() -> None:
     assert not fresh.training
 
 
+def test_norms_without_weights_forget_what_they_have_seen() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, affine=False), nn.ReLU())
+    net(torch.rand(4, 3, 8, 8))
+    fresh = untrained(net)
+    assert torch.equal(fresh.get_buffer("1.running_mean"), torch.zeros(8))
+    assert not torch.equal(net.get_buffer("1.running_mean"), torch.zeros(8))
+
+
 def test_refusals() -> None:
     class Own(nn.Module):
         def __init__(self) -> None:

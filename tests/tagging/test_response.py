@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from freqprune.errors import InputError
+from freqprune.pruning.criteria import scores
+from freqprune.pruning.importance import Evidence
 from freqprune.tagging.measurement import tag
 from freqprune.tagging.response import LayerResponse, TagResponse
 from freqprune.tagging.sites import find_sites
@@ -80,6 +82,23 @@ def test_measures_of_a_response_leave_predicted_bins_out() -> None:
     for measure in (quiet.z_score, quiet.corrected_amplitude, quiet.power_ratio):
         with pytest.raises(InputError, match="noise_std above 0"):
             measure("conv")
+
+
+def test_without_noise_there_is_no_snr_also_beside_responses_of_higher_orders() -> None:
+    four = Stimulus(tag_freqs=(8.5, 15.5, 19.0, 20.5), parts="quadrants", max_order=2)
+    quiet = tag(Affine(nn.ReLU()), WHITE, four, noise_std=0.0)
+    # 2 f3 - f1 - f4, of the fourth order, lies in a noise bin of f1.
+    assert quiet.layers["conv"].amplitude[2, 18] > 1e-4
+    assert quiet.snr("conv").isnan().all()
+    assert quiet.snr_spectrum("conv").isnan().all()
+    assert "" not in quiet.why_no_snr("conv")
+
+
+def test_there_is_no_integration_where_no_intermodulation_is_read() -> None:
+    response = tag(Affine(nn.ReLU()), WHITE, Stimulus(max_order=1))
+    assert response.integration("conv").isnan().all()
+    with pytest.raises(InputError, match="picks none; raise max_order"):
+        scores("integration", Evidence(Affine(), response), ["conv"])
 
 
 def test_map_amplitude_does_not_cancel() -> None:

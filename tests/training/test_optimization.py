@@ -104,6 +104,18 @@ def test_the_average_of_the_weights_is_what_is_validated_and_left(tmp_path: Path
     assert torch.equal(saved, module.net.conv1.weight)
 
 
+def test_an_average_leaves_indices_as_they_are(tmp_path: Path) -> None:
+    module = Classifier(SMALL, ema=0.9)
+    before = {name: buffer.clone() for name, buffer in module.net.named_buffers() if not buffer.is_floating_point()}
+    assert any(name.endswith("shortcut.index") for name in before)
+    pl.Trainer(default_root_dir=tmp_path, max_epochs=1, **QUIET).fit(module, datamodule=digits())
+    for name, buffer in module.net.named_buffers():
+        if name.endswith("index"):
+            assert torch.equal(buffer, before[name]), name
+        elif name.endswith("num_batches_tracked"):
+            assert buffer == module.trainer.global_step
+
+
 def test_an_average_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The schedule is that of two epochs, also where the first run stops before.
     monkeypatch.setattr(pl.Trainer, "estimated_stepping_batches", 8)
@@ -161,6 +173,19 @@ def test_weights_of_classes_weigh_the_loss() -> None:
     logits, labels = torch.randn(4, 10), torch.tensor([0, 1, 1, 5])
     each = -logits.log_softmax(1)[range(4), labels]
     torch.testing.assert_close(module._loss(logits, labels), (each[0] + 3 * each[1] + 3 * each[2]) / 7)
+
+
+def test_weights_of_classes_are_relative_also_of_mixed_images() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(6, 10), torch.randint(10, (6,))
+    mixed = 0.3 * nn.functional.one_hot(labels, 10).float() + 0.7 * nn.functional.one_hot(labels.flip(0), 10).float()
+    plain, alike = Classifier(SMALL), Classifier(SMALL, class_weights=[5.0] * 10)
+    alike.class_weights = torch.full((10,), 5.0)
+    for wanted in (labels, mixed):
+        torch.testing.assert_close(alike._loss(logits, wanted), plain._loss(logits, wanted))
+    only = Classifier(SMALL, class_weights=[0.0] * 9 + [1.0])
+    only.class_weights = torch.tensor([0.0] * 9 + [1.0])
+    assert only._loss(logits, torch.zeros(6, dtype=torch.long)) == 0
 
 
 def test_top_five_where_there_are_many_classes() -> None:

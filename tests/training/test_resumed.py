@@ -1,0 +1,65 @@
+"""Trainings that go on after an interruption, under the same circumstances or others."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from freqprune.training.classifier import Classifier
+from freqprune.training.datamodule import DigitsData
+from tests.training.small import trainer
+
+
+class Seen(pl.Callback):
+    """Learning rates and labels of every epoch; ends after `stop` of them and leaves a checkpoint."""
+
+    def __init__(self, folder: Path, stop: int | None = None) -> None:
+        self.file, self.stop = folder / "last.ckpt", stop
+        self.rates: dict[int, list[float]] = {}
+        self.labels: dict[int, list[Tensor]] = {}
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.rates.setdefault(trainer.current_epoch, []).append(trainer.optimizers[0].param_groups[0]["lr"])
+        self.labels.setdefault(trainer.current_epoch, []).append(batch[1].clone())
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.stop == trainer.current_epoch + 1:
+            trainer.save_checkpoint(self.file)
+            trainer.should_stop = True
+
+
+def trained(seen: Seen, folder: Path, batch_size: int = 16, ckpt: Path | None = None, **data: Any) -> None:
+    pl.seed_everything(0, verbose=False)
+    module = Classifier({"name": "resnet8", "stage_widths": [4, 4, 8]}, lr=0.1)
+    digits = DigitsData(limit_train=128, limit_test=50, flip=False, batch_size=batch_size, **data)
+    run = trainer(folder, seen, max_epochs=4)
+    run.fit(module, datamodule=digits, ckpt_path=ckpt, weights_only=True)
+
+
+@pytest.mark.parametrize("batch_size", [32, 8])
+def test_the_learning_rate_is_that_of_the_epoch_with_batches_of_another_size(
+    batch_size: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, resumed, whole = Seen(tmp_path, stop=2), Seen(tmp_path), Seen(tmp_path)
+    trained(first, tmp_path)
+    assert "goes on where it was" not in caplog.text
+    trained(resumed, tmp_path, batch_size, first.file)
+    assert f"an epoch has {128 // batch_size} steps here and had 8 before" in caplog.text
+    trained(whole, tmp_path, batch_size)
+    for epoch in (2, 3):
+        assert resumed.rates[epoch] == pytest.approx(whole.rates[epoch])
+
+
+def test_workers_read_the_images_of_the_epoch_that_a_training_goes_on_with(tmp_path: Path) -> None:
+    jitter = {"num_workers": 1, "transforms": [{"name": "ColorJitter", "brightness": 0.5}]}
+    whole, first, resumed = Seen(tmp_path), Seen(tmp_path, stop=1), Seen(tmp_path)
+    trained(whole, tmp_path, **jitter)
+    trained(first, tmp_path, **jitter)
+    trained(resumed, tmp_path, ckpt=first.file, **jitter)
+    assert resumed.labels.keys() == {1, 2, 3}
+    for epoch, labels in resumed.labels.items():
+        assert torch.equal(torch.cat(labels), torch.cat(whole.labels[epoch])), epoch
+    assert not torch.equal(torch.cat(whole.labels[0]), torch.cat(whole.labels[1]))
