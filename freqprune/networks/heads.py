@@ -145,8 +145,13 @@ class HeadAttention(nn.Module):
         """As `torch.nn.MultiheadAttention`: ``(n_images, n_tokens, width)`` if `batch_first`.
 
         Raises:
-            InputError: if the weights of the attention are asked for.
+            InputError: if the weights of the attention are asked for, or for one sequence without a batch.
         """
+        if query.dim() != 3:
+            raise InputError(
+                f"query must be of three dimensions, a batch of sequences, got {tuple(query.shape)}; give one sequence "
+                "as a batch of one"
+            )
         if need_weights:
             raise InputError(
                 "need_weights = True asks for the weights of the attention, which HeadAttention does not make; pass "

@@ -45,16 +45,18 @@ def hooked(
 
 @contextmanager
 def replaced(model: nn.Module, stand_ins: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Other modules in the place of the named ones inside the block, the old ones back after it, also after an
-    error."""
-    places = []
-    for name in stand_ins:
-        parent, _, child = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        places.append((owner, child, owner._modules[child]))
+    """Other modules in the place of the named ones inside the block, wherever these are, the old ones back after it,
+    also after an error."""
+    new = {model.get_submodule(name): module for name, module in stand_ins.items()}
+    places = [
+        (owner, child, old)
+        for owner in model.modules()
+        for child, old in owner._modules.items()
+        if old is not None and old in new
+    ]
     try:
-        for (owner, child, _), new in zip(places, stand_ins.values(), strict=True):
-            owner._modules[child] = new
+        for owner, child, old in places:
+            owner._modules[child] = new[old]
         yield
     finally:
         for owner, child, old in places:

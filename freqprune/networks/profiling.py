@@ -42,13 +42,20 @@ def macs_by_layer(model: nn.Module, example: Tensor) -> dict[str, int]:
             parameter.requires_grad_(True)
     prefix = type(model).__name__ + "."
     counts = counter.get_flop_counts()
-    leaves = {name for name, module in model.named_modules() if isinstance(module, nn.modules.conv._ConvNd | nn.Linear)}
-    # A fused multiply-add is two operations.
-    return {
-        name.removeprefix(prefix): sum(operations.values()) // 2
-        for name, operations in counts.items()
-        if name.removeprefix(prefix) in leaves
+    # A module may be there under several names, of which the counter takes any.
+    names = {module: name for name, module in model.named_modules()}
+    leaves = {
+        name: names[module]
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.modules.conv._ConvNd | nn.Linear)
     }
+    found: dict[str, int] = {}
+    for name, operations in counts.items():
+        leaf = leaves.get(name.removeprefix(prefix))
+        if leaf is not None:
+            # A fused multiply-add is two operations.
+            found[leaf] = found.get(leaf, 0) + sum(operations.values()) // 2
+    return found
 
 
 def count_macs(model: nn.Module, example: Tensor) -> int:

@@ -168,7 +168,8 @@ class Trace:
         """Raise InputError, with a way out, unless the network gives the answer that its operations gave."""
         with evaluating(model), torch.no_grad():
             expected = first(model(batch))
-        if not torch.allclose(answer, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+        least = max(1e-3, 4 * torch.finfo(expected.dtype).eps)
+        if not torch.allclose(answer, expected, rtol=least, atol=least * float(expected.abs().max())):
             raise InputError(
                 f"the operations that torch.export finds in {type(model).__name__} compute something else than it "
                 f"does; {way_out}"

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from freqprune.errors import InputError, one_of
+from freqprune.networks import Trace
 from freqprune.pruning.graph import ChannelGraph
 from freqprune.pruning.moments import columns_of, least_squares, mean_response
 from freqprune.pruning.surgery import Plan
+from freqprune.pruning.surroundings import goes_into
 from freqprune.tagging import find_folds
 
 METHODS = ("none", "mean", "least_squares", "sequential")
@@ -61,9 +63,10 @@ def compensate(
     if method == "none":
         return []
     dense, pruned = dict(plan.model.named_modules()), dict(small.named_modules())
-    followers = dict(find_folds(plan.model, plan.example, []))
+    followers = _norms_after(plan)
+    # A cut leaves the filters in their order, whatever that of the numbers is.
     outputs = {
-        member: torch.tensor(plan.unit(name).channels(indices.tolist()))
+        member: torch.tensor(plan.unit(name).channels(sorted(indices.tolist())))
         for name, indices in kept.items()
         for member in plan.unit(name).members
     }
@@ -102,6 +105,23 @@ def compensate(
                     "constant"
                 )
     return remarks
+
+
+def _norms_after(plan: Plan) -> dict[str, str]:
+    """The batch norm that reads each layer's output, by name; where the network can be followed those inside other
+    modules too."""
+    try:
+        trace = plan.trace if plan.blocks else Trace(plan.model, plan.example)
+    except InputError:
+        return dict(find_folds(plan.model, plan.example, []))
+    found = {}
+    for node, layer in trace.layers.items():
+        norm, _ = goes_into(node)
+        mean: Any = None if norm is None else norm.args[3]
+        name = trace.source(mean)
+        if name is not None and len(mean.users) == 1:
+            found[layer] = name.rpartition(".")[0]
+    return found
 
 
 def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any], device: torch.device | None = None) -> None:

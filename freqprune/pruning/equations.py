@@ -24,9 +24,9 @@ class Sums:
     def add(self, x: Tensor, t: Tensor) -> None:
         """Add rows of inputs ``(n_samples, groups * n_values)`` and of targets ``(n_samples, groups * n_outputs)``."""
         self.n_samples += len(x)
-        # Float32 products of what is small beside its mean would hold nothing but rounding.
+        # Float32 products of what is small beside its mean would hold nothing but rounding, half ones anyway.
         x, t = (
-            (v - zero).view(len(v), self.groups, -1).transpose(0, 1)
+            (v - zero).to(torch.promote_types(v.dtype, torch.float32)).view(len(v), self.groups, -1).transpose(0, 1)
             for v, zero in zip((x, t), self.origin, strict=True)
         )
         self.xx = self.xx + (x.mT @ x).double()

@@ -82,8 +82,9 @@ def counted_moments(
         least = -(-SAMPLES_A_VALUE * n_values // n_inputs)
         wanted = None if n_positions is None else max(n_positions, least)
         rows = geometry.patches(x, pick(geometry.n_positions(x.shape), wanted, generator))
+        # Float32 products of a batch, also where the network runs in half precision, summed over batches in float64.
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-        # Float32 products of a batch, summed over batches in float64.
         total = (rows.T @ rows).double().cpu()
         sums[name] = sums[name] + total if name in sums else total
         counts[name] = counts.get(name, 0) + len(rows)
@@ -135,7 +136,8 @@ def output_gradients(
         InputError: if a layer is not reached, or the network returns no logits.
     """
     modules = dict(model.named_modules())
-    outputs: dict[str, Tensor] = {}
+    # Of a layer that runs more than once, all of them.
+    outputs: list[tuple[str, Tensor]] = []
     sums: dict[str, Tensor] = {}
     batches = list(batches)
     n_inputs = sum(map(len, batches))
@@ -143,7 +145,7 @@ def output_gradients(
 
     def hook(name: str) -> Callable[..., Tensor]:
         def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            outputs[name] = output
+            outputs.append((name, output))
             # What follows may write in place.
             return output.clone()
 
@@ -157,14 +159,15 @@ def output_gradients(
             logits = model(batch.detach().requires_grad_(True))
             if not isinstance(logits, Tensor) or logits.dim() != 2:
                 raise InputError("the network must return logits, (n_images, n_classes), to take gradients of")
-            missing = [name for name in layers if name not in outputs]
+            missing = sorted(set(layers) - {name for name, _ in outputs})
             if missing:
                 raise InputError(f"no gradients of {', '.join(missing)}: the forward does not reach them")
             direction = torch.randn(logits.shape, generator=generator).to(logits)
-            gradients = torch.autograd.grad((logits * direction).sum(), list(outputs.values()))
-            for name, gradient in zip(outputs, gradients, strict=True):
+            gradients = torch.autograd.grad((logits * direction).sum(), [output for _, output in outputs])
+            for (name, _), gradient in zip(outputs, gradients, strict=True):
                 # Channels of a convolution come second, features of a linear layer last.
                 g = (gradient.movedim(1, -1) if isinstance(modules[name], nn.Conv2d) else gradient).flatten(0, -2)
+                g = g.to(torch.promote_types(g.dtype, torch.float32))
                 total = (g.T @ g).double().cpu()
                 sums[name] = sums[name] + total if name in sums else total
     if not n_inputs:

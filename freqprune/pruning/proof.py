@@ -53,8 +53,10 @@ def prove(
             trace.check(model, example, answers_without(trace, fixed, example, ()), "use pruning.blocks=false")
             expected = answers_without(trace, fixed, example, blocks, silenced)
     for big, little in zip(_tensors(expected), _tensors(found), strict=trace is None):
+        # Half precision has fewer digits than that.
+        least = max(1e-3, 4 * torch.finfo(big.dtype).eps) if big.is_floating_point() else 0.0
         close = big.shape == little.shape and torch.allclose(
-            big, little, rtol=1e-3, atol=1e-3 * float(big.abs().max().clamp(min=1e-6))
+            big, little, rtol=least, atol=least * float(big.abs().max().clamp(min=1e-6))
         )
         if not close:
             raise InputError(

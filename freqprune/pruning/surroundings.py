@@ -35,11 +35,16 @@ def path_to(trace: Trace, fixed: Container[Node], node: Node) -> list[Node]:
 
 
 def goes_into(node: Node) -> tuple[Node | None, list[Node]]:
-    """The batch norm after a layer, and the other terms of the sums that its output goes into."""
+    """The batch norm after a layer, and the other terms of the sums that its output goes into.
+
+    A norm by the statistics of its batch, which is no fixed scale and shift, ends the way.
+    """
     norm, end, others = None, node, []
     while len(end.users) == 1:
         user = next(iter(end.users))
         if user.target is BATCH_NORM and end is node and user.args[0] is node:
+            if user.args[3] is None or user.args[4] is None:
+                break
             norm = user
         elif user.target in SUMS and not user.kwargs:
             first, second = user.args[:2]

@@ -58,6 +58,11 @@ def test_weights_of_the_attention_are_refused() -> None:
         both(batch_first=True)[1](X, X, X, need_weights=True)
 
 
+def test_one_sequence_without_a_batch_is_refused() -> None:
+    with pytest.raises(InputError, match="give one sequence as a batch of one"):
+        both(batch_first=True)[1](X[0], X[0], X[0])
+
+
 def test_what_it_cannot_stand_for_stays() -> None:
     layers = nn.ModuleList(
         [nn.MultiheadAttention(12, 3, kdim=5), nn.MultiheadAttention(12, 3, add_bias_kv=True),

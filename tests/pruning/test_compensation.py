@@ -101,6 +101,43 @@ def test_a_bias_before_a_norm_that_was_re_estimated_moves_with_the_weights_only(
     torch.testing.assert_close(norm.running_mean, mean, rtol=1e-4, atol=1e-5)
 
 
+class NormAct(nn.BatchNorm2d):
+    """A batch norm that other modules follow within it, as timm's do."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.drop, self.act = nn.Identity(), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.1, 1e-5)
+        return self.act(self.drop(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("method", ["mean", "least_squares"])
+def test_the_constant_goes_into_a_norm_with_modules_of_its_own(method: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3, bias=False), NormAct(4)).eval()
+    plan, kept = Plan(net, X), {"0": torch.tensor([0, 1, 5])}
+    small = plan.apply(kept)
+    assert not compensate(plan, small, kept, input_moments(net, ["2"], [X], n_positions=None), method)
+    with torch.no_grad():
+        before, after = (two[:3](X).mean((0, 2, 3)) - two[3].running_mean for two in (net, small))
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
+
+
+def test_rows_stay_in_the_order_of_the_filters() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+    moments = input_moments(net, ["2", "4"], [X], n_positions=None)
+    answers = []
+    for order in ([1, 3], [3, 1]):
+        plan, kept = Plan(net, X), {"0": torch.tensor([0, 2]), "2": torch.tensor(order)}
+        small = plan.apply(kept)
+        compensate(plan, small, kept, moments, "least_squares")
+        answers.append(small(X))
+    torch.testing.assert_close(answers[1], answers[0])
+
+
 class Twice(nn.Module):
     """A layer that reads each filter in two places."""
 

@@ -148,6 +148,37 @@ def test_output_gradients_against_those_of_every_logit(layer: str) -> None:
     assert not any(parameter.requires_grad for parameter in net.parameters())
 
 
+def test_gradients_of_a_layer_that_runs_twice_are_those_of_both() -> None:
+    class AtTwoSizes(nn.Module):
+        def __init__(self, one: nn.Module, other: nn.Module) -> None:
+            super().__init__()
+            self.one, self.other = one, other
+
+        def forward(self, x: Tensor) -> Tensor:
+            smaller = nn.functional.avg_pool2d(x, 2)
+            return self.one(x).mean((2, 3)) + self.other(smaller).square().mean((2, 3))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    head = nn.Conv2d(3, 4, 3)
+    twin = nn.Conv2d(3, 4, 3)
+    twin.load_state_dict(head.state_dict())
+    apart = output_gradients(AtTwoSizes(head, twin), ["one", "other"], [X[:3]])
+    both = output_gradients(AtTwoSizes(head, head), ["one"], [X[:3]])
+    torch.testing.assert_close(both["one"], apart["one"] + apart["other"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_moments_of_a_network_in_half_precision(dtype: torch.dtype) -> None:
+    net, x = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval(), 40 * X
+    with torch.no_grad():
+        net[0].weight.abs_()
+    expected = input_moments(net, ["2"], [x], n_positions=None)["2"]
+    # The sum over positions is beyond what half precision holds.
+    assert float(expected[0, 0]) * x[:, 0].numel() > 65_504
+    found = input_moments(net.to(dtype), ["2"], [x.to(dtype)], n_positions=None)["2"]
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+
+
 def test_gradients_that_do_not_arrive_are_said() -> None:
     net = Chain().eval()
     net.unused = torch.nn.Conv2d(3, 3, 1)

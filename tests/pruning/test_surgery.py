@@ -9,6 +9,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
+from freqprune.networks.hooks import replaced
 from freqprune.networks.profiling import count_macs, count_parameters, latency_ms, macs_by_layer
 from freqprune.networks.registry import build_model
 from freqprune.networks.resnet import IndexShortcut
@@ -181,6 +182,23 @@ def test_profile_of_a_layer_by_hand() -> None:
     x = torch.zeros(4, 3, 8, 8)
     assert macs_by_layer(net, x) == {"0": 8 * 3 * 9 * 64, "2": 8 * 9 * 36, "4": 8 * 36 * 5}
     assert count_parameters(net) == 8 * 27 + 8 + 8 * 9 + 8 + 8 * 36 * 5 + 5
+
+
+def test_a_layer_of_two_names_counts_and_is_replaced_in_both_places() -> None:
+    class Holds(nn.Module):
+        def __init__(self, conv: nn.Module) -> None:
+            super().__init__()
+            self.conv = conv
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x)  # type: ignore[no-any-return]
+
+    shared, x = nn.Conv2d(3, 3, 3, padding=1), torch.rand(1, 3, 8, 8)
+    net = nn.Sequential(Holds(shared), Holds(shared))
+    assert macs_by_layer(net, x) == {"0.conv": 2 * 3 * 3 * 9 * 64}
+    with replaced(net, {"0.conv": nn.Identity()}):
+        assert torch.equal(net(x), x)
+    assert not torch.equal(net(x), x)
 
 
 def test_latency_measures_every_network() -> None:

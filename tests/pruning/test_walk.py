@@ -50,6 +50,22 @@ def test_steps_still_help_in_a_chain() -> None:
     assert errors[1] < 0.95 * errors[0]
 
 
+def test_norms_by_the_statistics_of_the_batch_are_no_fixed_scale() -> None:
+    torch.manual_seed(0)
+
+    def block(n_in: int, n_out: int) -> list[nn.Module]:
+        return [nn.Conv2d(n_in, n_out, 3, bias=False), nn.BatchNorm2d(n_out, track_running_stats=False), nn.ReLU()]
+
+    net = nn.Sequential(
+        *block(3, 8), *block(8, 8), *block(8, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+    ).eval()
+    plan, kept, x = Plan(net, images()), {"0": torch.arange(4), "3": torch.arange(4)}, images()
+    with torch.no_grad():
+        twin, _ = reconstruct(net, plan.silenced(kept), [x], Reconstruction(rounds=3))
+        cut, made_up = ((plan.apply(kept, weights=weights)(x) - net(x)).square().mean() for weights in (None, twin))
+    assert made_up < cut
+
+
 @pytest.mark.parametrize("shortcut", ["A", "B"])
 @pytest.mark.parametrize("blocks", [[], ["layer2.1"]])
 def test_streams_through_shortcuts_stay_cut(shortcut: str, blocks: list[str]) -> None:
