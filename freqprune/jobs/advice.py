@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -23,17 +24,24 @@ AMOUNT = ("pruning", "pruning.enabled", "pruning.ratio", "pruning.threshold", "p
           "pruning.latency_ms")  # fmt: skip
 # What only an amount of time goes with.
 OF_TIME = ("pruning.scope=per_ms", "pruning.multiple_of=auto")
+# A network that comes trained, and may be trained further.
+OF_A_LIBRARY = frozenset({"model.weights", "model.pretrained"})
 SHARES = "pruning.macs_cut=0.3,0.5,0.7"
 
 
-def advise(job: str, out: Path) -> None:
+def advise(job: str, out: Path, of_weights: Mapping[str, Any]) -> None:
     """Print three commands that would follow a job: ``"train"``, ``"look"`` (tagged and not pruned) or ``"prune"``.
 
     Nothing in a sweep, whose table follows, and nothing for a job that was called from Python.
+
+    Args:
+        job: which.
+        out: its folder.
+        of_weights: settings of the data that the weights of a library brought.
     """
     program = os.environ.get("FREQPRUNE_COMMAND", "python prune.py")
     prune = f"{program.split()[0]} {'prune.py' if program.endswith('.py') else 'prune'}"
-    _show(lambda overrides: commands(job, out, prune, overrides))
+    _show(lambda overrides: commands(job, out, prune, overrides, of_weights))
 
 
 def advise_explaining(out: Path) -> None:
@@ -48,6 +56,11 @@ def _show(following: Callable[[Sequence[str]], list[str]]) -> None:
     show("next, for example:")
     for command in following(HydraConfig.get().overrides.task):
         show(f"  {command}")
+
+
+def typed_out(of_weights: Mapping[str, Any]) -> list[str]:
+    """Settings of the data as they are typed."""
+    return [f"data.{key}={str(value).replace(' ', '')}" for key, value in of_weights.items() if value is not None]
 
 
 def after_explaining(out: Path, overrides: Sequence[str]) -> list[str]:
@@ -74,7 +87,9 @@ def after_explaining(out: Path, overrides: Sequence[str]) -> list[str]:
     ]
 
 
-def commands(job: str, out: Path, prune: str, overrides: Sequence[str]) -> list[str]:
+def commands(
+    job: str, out: Path, prune: str, overrides: Sequence[str], of_weights: Mapping[str, Any] | None = None
+) -> list[str]:
     """Three commands that would follow a job.
 
     Args:
@@ -82,6 +97,7 @@ def commands(job: str, out: Path, prune: str, overrides: Sequence[str]) -> list[
         out: its folder.
         prune: how the program that prunes is called.
         overrides: ``key=value`` as the job got them.
+        of_weights: settings of the data that the weights of a library brought.
     """
     # Without tags there is nothing to explore.
     page = "explore.html" if job != "prune" and (out / "explore.html").is_file() else "report.html"
@@ -96,11 +112,13 @@ def commands(job: str, out: Path, prune: str, overrides: Sequence[str]) -> list[
     else:
         again = [override for key, override in given.items() if key not in (*AMOUNT, "resume")]
         again = [override for override in again if override not in OF_TIME]
-    brought = given.keys() & {"ckpt", "pretrained", "model.weights", "model.pretrained"}
-    if job == "train" or not brought:  # the network was trained here
+    brought, last = given.keys() & {"ckpt", "pretrained", *OF_A_LIBRARY}, out / "checkpoints" / "last.ckpt"
+    trained_here = job == "train" or not brought or (brought <= OF_A_LIBRARY and last.is_file())
+    if trained_here:
         own = ("model=", "model.", "optimizer", "trainer.", "ckpt_path", "tag_loss")
         again = [one for one in again if one.startswith(WHERE) or not one.startswith(own)]
-        again.append(f"ckpt={out / 'checkpoints' / 'last.ckpt'}")
+        again += [one for one in typed_out(of_weights or {}) if one.split("=")[0] not in given]
+        again.append(f"ckpt={last}")
 
     def call(*more: str, sweep: bool = False) -> str:
         return f"{prune} {'-m ' if sweep else ''}{shlex.join([*again, *more])}"

@@ -141,16 +141,21 @@ def warn_of_seen_images(pretrained: bool | str, data: ImageData) -> None:
 
 def data_settings(settings: Settings) -> dict[str, Any]:
     """Settings of the data, with what the network's trained weights take where nothing else is set."""
+    return {**settings.data, **settings_of_weights(settings)}
+
+
+def settings_of_weights(settings: Settings) -> dict[str, Any]:
+    """Settings of the data that the network's trained weights bring, which a checkpoint does not know of."""
     found = preprocessing(model_settings(settings.model))
     if found is None:
-        return settings.data
+        return {}
     given = settings.data
     own = {key: value for key, value in asdict(found).items() if key in given and given[key] is None}
     # Each of these pairs is set as a whole, or left.
     for first, second in (("mean", "std"), ("image_size", "resize")):
         if not {first, second} <= own.keys():
             own = {key: value for key, value in own.items() if key not in (first, second)}
-    return {**given, **own}
+    return own
 
 
 def with_classes(config: Mapping[str, Any], data: ImageData) -> dict[str, Any]:

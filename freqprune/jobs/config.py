@@ -124,6 +124,10 @@ def _keys(cfg: DictConfig, prefix: str = "") -> list[str]:
     return found
 
 
+# Precisions in which Lightning converts the weights.
+WHOLE = ("64-true", "64", "16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
+
+
 def names_trained(cfg: DictConfig) -> str | None:
     """The setting that names trained weights of torchvision or timm, if there is one."""
     model = cfg.get("model")
@@ -163,6 +167,8 @@ def check_training(cfg: DictConfig) -> None:
             f"resume = {common.resume} goes on with pruning and needs the dense network: "
             f"use prune.py with ckpt={trained} as well"
         )
+    if cfg.pruning.get("enabled"):
+        _check_precision(cfg)
     _check(cfg, common)
 
 
@@ -191,6 +197,7 @@ def check_pruning(cfg: DictConfig, at_hand: bool = False) -> None:
             f"{terms[0]} is a part of the training loss, and the network to prune is trained already; say "
             "tag_loss=none here, and give the loss to train.py"
         )
+    _check_precision(cfg)
     _check(cfg, common)
 
 
@@ -215,6 +222,15 @@ def check_one_network(
         raise InputError(
             f"ckpt is not set: give the network {what_for}, ckpt=FILE, pretrained=true for the package's ResNet-32, or "
             "model.name=torchvision/<name> model.weights=DEFAULT"
+        )
+
+
+def _check_precision(cfg: DictConfig) -> None:
+    precision = str(cfg.trainer.get("precision", "32-true"))
+    if precision in WHOLE:
+        raise InputError(
+            f"trainer.precision = {precision} turns the network itself into that type, which a cut does not go with; "
+            "use bf16-mixed or 16-mixed, which leave its weights as they are, or 32-true"
         )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from freqprune.errors import InputError
 from freqprune.jobs import assembly, trainers
+from freqprune.jobs.advice import typed_out
 from freqprune.jobs.settings import Settings
 from freqprune.networks import config_of, device_of, dropped_blocks, trained
 from freqprune.tagging import untrained
@@ -99,14 +100,7 @@ def finetune(
     if not anew:
         classifier.net.load_state_dict(small.state_dict())
     trainer = trainers.make_trainer(settings, settings.out / name, [], epochs)
-    model = assembly.model_settings(settings.model)
-    stored = settings.common.ckpt is not None or settings.common.pretrained or trained(model)
-    dense = "" if stored else f" ckpt={settings.out / 'checkpoints' / 'last.ckpt'}"
-    resumable = (
-        f"; to go on: prune.py with the same settings and resume={settings.out}{dense}"
-        if name in FOLDERS.values()
-        else ""
-    )
+    resumable = _how_to_go_on(settings) if name in FOLDERS.values() else ""
     start = None if ckpt_path is None else str(ckpt_path)
     doing = "training from scratch" if anew else "fine-tuning"
     # Only weights drawn at random may see small images first.
@@ -114,3 +108,15 @@ def finetune(
         advice = f"interrupted while {doing}{resumable}"
         trainers.fit(trainer, classifier, data, start, advice, settings.common.compile)
     return classifier.net.to(device_of(teacher)).eval()
+
+
+def _how_to_go_on(settings: Settings) -> str:
+    """With an interrupted training of the cut network; where the dense one was trained in the same run, with that."""
+    last = settings.out / "checkpoints" / "last.ckpt"
+    if settings.common.ckpt is not None or settings.common.pretrained or not last.is_file():
+        return f"; to go on: prune.py with the same settings and resume={settings.out}"
+    further = " ".join(
+        [f"importance.criterion={settings.scoring.criterion}", *typed_out(assembly.settings_of_weights(settings))]
+    )
+    without = " but those of model.*" if trained(assembly.model_settings(settings.model)) else ""
+    return f"; to go on: prune.py with the same settings{without} and resume={settings.out} ckpt={last} {further}"

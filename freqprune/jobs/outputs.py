@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.jobs.advice import advise
+from freqprune.jobs.assembly import settings_of_weights
 from freqprune.jobs.settings import Settings
 from freqprune.networks import config_of
 from freqprune.pruning import Kept, Plan, Verdict, needs
@@ -176,4 +177,4 @@ def tell(settings: Settings, metrics: Mapping[str, Any], title: str, verdict: Ve
     for remark in metrics.get("remarks", []):
         show(f"note: {remark}")
     show_folder(settings.out)
-    advise("look" if settings.recipe is None else "prune", settings.out)
+    advise("look" if settings.recipe is None else "prune", settings.out, settings_of_weights(settings))

@@ -62,6 +62,8 @@ class Course:
     def __post_init__(self) -> None:
         at_least(1, steps=self.steps, calibration_images=self.calibration_images)
         at_least(0, step_epochs=self.step_epochs, bn_images=self.bn_images)
+        if self.bn_images == 1:
+            raise InputError("bn_images must be 0, to leave batch norms as they are, or at least 2, got 1")
         one_of(("auto", "before", "after"), bn_when=self.bn_when)
 
 

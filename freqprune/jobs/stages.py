@@ -273,7 +273,10 @@ class Run:
             return False
         images = self.data.split("train")
         count = min(course.bn_images, len(images))
-        chunks = [chunk for chunk in images.pixels[:count].split(self.data.batch_size) if len(chunk) > 1]
+        # The statistics of one image are none.
+        chunks = [chunk for chunk in images.pixels[:count].split(max(2, self.data.batch_size)) if len(chunk) > 1]
+        if not chunks:
+            return False
         shown = in_sight(chunks, "means and variances of the batch norms", assembly.bars())
         recalibrate_batch_norm(net, (self.data.normalize(chunk) for chunk in shown), self.device)
         return True

@@ -136,7 +136,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
             )  # fmt: skip
         if settings.recipe is None:
             show_folder(out)
-            advise("train", out)
+            advise("train", out, assembly.settings_of_weights(settings))
     return metrics, {"data": data, "classifier": classifier, "trainer": trainer, "tagging": tagging}
 
 

@@ -194,6 +194,8 @@ def _made_up_for(
         return plan.apply(kept, weights=twin), notes
     if material.bn_images is not None:
         images = [batch for batch in material.bn_images.split(128) if len(batch) > 1]
+        if not images:
+            raise InputError(f"bn_images must be at least 2, got {len(material.bn_images)}; None re-estimates no norms")
         recalibrate_batch_norm(small, [material.normalize(batch.to(plan.example.device)) for batch in images])
     reestimated = material.bn_images is not None
     return small, compensate(plan, small, kept, evidence.moments or {}, recipe.compensation, reestimated=reestimated)

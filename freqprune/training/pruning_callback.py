@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,14 +13,14 @@ from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from freqprune.errors import InputError
 from freqprune.networks import config_of, drop_blocks, dropped_blocks, of_the_dense
 from freqprune.processes import shared_work
-from freqprune.pruning import Material, NothingToRemoveError, Plan, Recipe, cut
-from freqprune.tagging import Stimulus, normalizer
-from freqprune.training.tagging_callback import _pixels, _TagsInTraining
+from freqprune.pruning import Material, NothingToRemoveError, Plan, Recipe, cut, needs, plan_cut
+from freqprune.tagging import Stimulus, layout_of, normalizer
+from freqprune.training.carrying import carry_over
+from freqprune.training.tagging_callback import _TagsInTraining
 
 log = logging.getLogger(__name__)
 
@@ -67,17 +66,21 @@ class TagPruning(_TagsInTraining):
         self.kept: list[dict[str, list[int]]] = []
         # After each cut, the blocks that the network has lost by then, see `drop_blocks`.
         self.dropped: list[dict[str, list[str]]] = []
+        # Of an image, for tracing the network before there are any.
+        self.shape: list[int] | None = None
+        self._made: nn.Module | None = None
 
     @property
     def state_key(self) -> str:
         return "TagPruning"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"kept": self.kept, "dropped": self.dropped}
+        return {"kept": self.kept, "dropped": self.dropped, "shape": self.shape}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.kept = state_dict["kept"]
         self.dropped = state_dict.get("dropped", [{} for _ in self.kept])
+        self.shape = state_dict.get("shape")
 
     @property
     def kept_of_dense(self) -> dict[str, list[int]]:
@@ -89,8 +92,25 @@ class TagPruning(_TagsInTraining):
         return {name: indices for name, indices in found.items() if not name.startswith(gone)}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
+        if stage == "fit":
+            self._check_trainer(trainer)
+        self._attribute(pl_module)
+        loading = pl_module.on_load_checkpoint
+
+        def rebuild_first(checkpoint: dict[str, Any]) -> None:
+            # The weights of a run that was cut are those of the smaller network.
+            state = checkpoint.get("callbacks", {}).get(self.state_key)
+            if state is not None:
+                self._rebuild(pl_module, state)
+            loading(checkpoint)
+
+        # Callbacks are restored only after the weights, and only to train; this method of the module is called before.
+        pl_module.on_load_checkpoint = rebuild_first  # type: ignore[method-assign]
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        pl_module.__dict__.pop("on_load_checkpoint", None)
+
+    def _check_trainer(self, trainer: pl.Trainer) -> None:
         if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
             raise InputError(
                 f"TagPruning replaces the network, of which {type(trainer.strategy).__name__} keeps a part in each of "
@@ -106,39 +126,31 @@ class TagPruning(_TagsInTraining):
                 "TagPruning replaces the network, and WeightAveraging (ema= of Classifier and optimizer.ema) would go "
                 "on averaging the old one: use one of them, or prune with prune.py between two runs"
             )
-        self._attribute(pl_module)
-        loading = pl_module.on_load_checkpoint
 
-        def rebuild_first(checkpoint: dict[str, Any]) -> None:
-            # The weights of a run that was cut are those of the smaller network.
-            state = checkpoint.get("callbacks", {}).get(self.state_key, {"kept": []})
-            self._rebuild(pl_module, state["kept"], state.get("dropped", [{} for _ in state["kept"]]))
-            loading(checkpoint)
-
-        # Callbacks are restored only after the weights; this method of the module is called before them.
-        pl_module.on_load_checkpoint = rebuild_first  # type: ignore[method-assign]
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        pl_module.__dict__.pop("on_load_checkpoint", None)
-
-    def _rebuild(
-        self,
-        pl_module: pl.LightningModule,
-        cuts: Sequence[Mapping[str, list[int]]],
-        dropped: Sequence[Mapping[str, list[str]]],
-    ) -> None:
-        example = self._example(pl_module)
-        for kept, gone in zip(cuts, dropped, strict=True):
+    def _rebuild(self, pl_module: pl.LightningModule, state: Mapping[str, Any]) -> None:
+        """Cut a network as that of a checkpoint was, but for the cuts that it has behind it."""
+        cuts = state["kept"]
+        dropped = state.get("dropped", [{} for _ in cuts])
+        done = len(self.kept) if self._made is self._net(pl_module) else 0
+        if self.kept[:done] != cuts[:done]:
+            raise InputError(
+                f"{type(pl_module).__name__} has been cut otherwise than the network of the checkpoint, or further: "
+                "load it into a module that has not been cut"
+            )
+        for kept, gone in zip(cuts[done:], dropped[done:], strict=True):
+            example = self._example(pl_module, state.get("shape"))
             small = Plan(self._net(pl_module), example).apply(
                 {name: torch.tensor(indices) for name, indices in kept.items()}, check=False
             )
             there = dropped_blocks(small)
             drop_blocks(small, {name: left for name, left in gone.items() if name not in there})
             self._replace(pl_module, small)
+        self.load_state_dict(dict(state))
 
     def _replace(self, pl_module: pl.LightningModule, small: nn.Module) -> None:
         """Put a smaller network in the place of the old one, and into what checkpoints say of it."""
         setattr(pl_module, self._attribute(pl_module), small)
+        self._made = small
         config, gone = config_of(small), dropped_blocks(small)
         if config and isinstance(pl_module.hparams.get("model"), Mapping):
             pl_module.hparams["model"] = config
@@ -149,24 +161,46 @@ class TagPruning(_TagsInTraining):
         if not trainer.enable_validation:
             raise InputError("TagPruning needs a validation loader: it tags validation images; pass val_dataloaders")
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse what the first cut would refuse, before epochs are lost."""
+        if not any(epoch >= trainer.current_epoch for epoch in self.epochs):
+            return
+        with isolate_rng():
+            images, material, _ = self._material(trainer, pl_module)
+        self.stimulus.masks(*images.shape[-2:])
+        if "labels" in needs(self.recipe.criterion) and not material.labelled:
+            raise InputError(
+                f"importance.criterion = {self.recipe.criterion} reads labelled images, and the validation batches "
+                "hold no labels: let them be (images, labels), or use another criterion"
+            )
+        plan_cut(self._net(pl_module), material.normalize(images[:1]), self.recipe)
+
+    def _material(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> tuple[Tensor, Material, torch.memory_format]:
+        """Pixels of validation images, what a cut is made with, and how the network wants its images to lie."""
+        mean, std = self._normalization(trainer)
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        stage, trainer.state.stage = trainer.state.stage, pl.trainer.states.RunningStage.VALIDATING
+        try:
+            # In the validation stage batches come without augmentation.
+            raw, labels = self._validation_images(trainer)
+        finally:
+            trainer.state.stage = stage
+        images = _of_all(self._pixels(raw, mean, std), trainer)
+        labels = None if labels is None else _of_all(labels, trainer)
+        normalize = normalizer(images, mean, std, pl_module.device, images.dtype)
+        if (layout := layout_of(self._net(pl_module), normalize(images[:1]))) != torch.channels_last:
+            normalize = normalizer(images, mean, std, pl_module.device, images.dtype, layout)
+        labelled = None if labels is None else (images, labels)
+        return images, Material(images, normalize, mean, std, calibration=images, labelled=labelled), layout
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.current_epoch not in self.epochs:
             return
         net = self._net(pl_module)
-        mean, std = self._normalization(trainer)
         with isolate_rng():
-            trainer.fit_loop.epoch_loop.val_loop.setup_data()
-            stage, trainer.state.stage = trainer.state.stage, pl.trainer.states.RunningStage.VALIDATING
-            try:
-                # In the validation stage batches come without augmentation.
-                raw, labels = self._validation_images(trainer)
-            finally:
-                trainer.state.stage = stage
-            images = _of_all(_pixels(raw, mean, std), trainer)
-            labels = None if labels is None else _of_all(labels, trainer)
-            labelled = None if labels is None else (images, labels)
-            normalize = normalizer(images, mean, std, pl_module.device, images.dtype)
-            material = Material(images, normalize, mean, std, calibration=images, labelled=labelled)
+            images, material, layout = self._material(trainer, pl_module)
             try:
                 with shared_work():
                     done = cut(net, material, self.recipe, self.stimulus)
@@ -175,10 +209,12 @@ class TagPruning(_TagsInTraining):
                     raise
                 log.warning("nothing is cut in epoch %d: %s", trainer.current_epoch, error)
                 return
-        small = done.net.to(memory_format=torch.channels_last)
+        example = material.normalize(images[:1])
+        small = done.net.to(memory_format=layout)
         for optimizer in trainer.optimizers:
-            carry_over(optimizer, net, small, done.kept, normalize(images[:1]))
+            carry_over(optimizer, net, small, done.kept, example)
         self._replace(pl_module, small)
+        self.shape = list(images.shape[1:])
         if isinstance(trainer.strategy, DDPStrategy):
             # Its view of the gradients is of the parameters that are gone.
             trainer.strategy.model = pl_module
@@ -211,14 +247,14 @@ class TagPruning(_TagsInTraining):
         assert isinstance(net, nn.Module)
         return net
 
-    def _example(self, pl_module: pl.LightningModule) -> Tensor:
-        """Input for tracing before any data are loaded: the module's own example, or the size of its first layer and 32
-        x 32 pixels."""
+    def _example(self, pl_module: pl.LightningModule, shape: Sequence[int] | None) -> Tensor:
+        """Input for tracing before any data are loaded: the module's own example, or of a shape that is known; of a
+        checkpoint of an earlier version, the size of its first layer and 32 x 32 pixels."""
         example = getattr(pl_module, "example_input_array", None)
         if isinstance(example, Tensor):
             return example
         first = next(m for m in self._net(pl_module).modules() if isinstance(m, nn.modules.conv._ConvNd))
-        return torch.zeros(1, first.in_channels, 32, 32, device=first.weight.device)
+        return torch.zeros(1, *(shape or (first.in_channels, 32, 32)), device=first.weight.device)
 
 
 def _of_all(values: Tensor, trainer: pl.Trainer) -> Tensor:
@@ -229,49 +265,3 @@ def _of_all(values: Tensor, trainer: pl.Trainer) -> Tensor:
     dist.all_gather_object(shares, values.cpu())
     longest = max(map(len, shares))
     return torch.stack([share[i] for i in range(longest) for share in shares if i < len(share)]).to(values.device)
-
-
-def carry_over(
-    optimizer: Optimizer, dense: nn.Module, small: nn.Module, kept: Mapping[str, Tensor], example: Tensor
-) -> None:
-    """Let an optimizer go on with the parameters of the pruned network, in place; kept filters keep their state, e.g.
-    momentum, and parameters of blocks that went are let go.
-
-    Args:
-        optimizer: holds parameters of `dense`, and maybe others, which stay.
-        dense: network before the cut.
-        small: network after it.
-        kept: filters kept of each unit.
-        example: network input.
-    """
-    names = {parameter: name for name, parameter in dense.named_parameters()}
-    new = dict(small.named_parameters())
-    plan = Plan(dense, example)
-    state: dict[Tensor, dict[str, Any]] = {}
-    keys = {
-        key
-        for parameter in names
-        for key, value in optimizer.state.get(parameter, {}).items()
-        if isinstance(value, Tensor) and value.dim()
-    }
-    for key in sorted(keys):
-        # The state goes through the same surgery, in the place of the weights it belongs to.
-        carrier = copy.deepcopy(dense)
-        with torch.no_grad():
-            for parameter, name in names.items():
-                value = optimizer.state.get(parameter, {}).get(key)
-                target = carrier.get_parameter(name)
-                target.copy_(value) if isinstance(value, Tensor) and value.shape == target.shape else target.zero_()
-        plan.model = carrier
-        for name, value in plan.apply(kept, check=False).named_parameters():
-            if name in new:
-                state.setdefault(new[name], {})[key] = value.detach().clone()
-    for parameter, name in names.items():
-        for key, value in optimizer.state.pop(parameter, {}).items():
-            if name in new and not (isinstance(value, Tensor) and value.dim()):
-                state.setdefault(new[name], {})[key] = value
-    optimizer.state.update(state)
-    for group in optimizer.param_groups:
-        group["params"] = [
-            new[names[p]] if p in names else p for p in group["params"] if p not in names or names[p] in new
-        ]

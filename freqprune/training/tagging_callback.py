@@ -15,9 +15,9 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from freqprune.errors import InputError, check_fields
-from freqprune.pruning import Evidence, Judgement, judge, scores
+from freqprune.pruning import Evidence, Judgement, judge, needs, scores
 from freqprune.reports import write_importance
-from freqprune.tagging import Readout, Stimulus, check_pixels, pixels_of, tag
+from freqprune.tagging import Readout, Stimulus, check_pixels, find_components, pick_layers, pixels_of, tag
 
 
 class _TagsInTraining(pl.Callback):
@@ -65,7 +65,7 @@ class _TagsInTraining(pl.Callback):
         labels: list[Tensor] = []
         for batch in loader:
             moved = trainer.strategy.batch_to_device(batch)
-            found.append(_images_of(moved))
+            found.append(self._images_of(moved))
             label = (
                 moved.get("label", moved.get("labels"))
                 if isinstance(moved, Mapping)
@@ -78,6 +78,34 @@ class _TagsInTraining(pl.Callback):
             if sum(map(len, found)) >= wanted:
                 break
         return torch.cat(found)[:wanted], torch.cat(labels)[:wanted] if len(labels) == len(found) else None
+
+    def _images_of(self, batch: Any) -> Tensor:
+        images = (
+            batch.get("image", batch.get("images"))
+            if isinstance(batch, Mapping)
+            else batch[0]
+            if isinstance(batch, list | tuple)
+            else batch
+        )
+        if not isinstance(images, Tensor) or images.dim() != 4:
+            raise InputError(
+                f"{type(self).__name__} expects validation batches (images, ...), {{'image': images, ...}} or images "
+                "of shape (n_images, n_channels, height, width)"
+            )
+        return images.float()
+
+    def _pixels(self, images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
+        """Undo the normalisation; rounding that leaves [0, 1] by less than 1e-3 is clipped, more means that mean and
+        std are wrong."""
+        images = pixels_of(images, mean, std)
+        low, high = images.amin().item(), images.amax().item()
+        if low < -1e-3 or high > 1 + 1e-3:
+            raise InputError(
+                f"validation images hold values from {low:.3g} to {high:.3g} after undoing the normalisation (mean "
+                f"{mean}, std {std}), expected pixels in [0, 1]; give {type(self).__name__} the mean and std that the "
+                "batches are normalised with"
+            )
+        return images.clamp(0, 1)
 
 
 class FrequencyTagging(_TagsInTraining):
@@ -142,6 +170,11 @@ class FrequencyTagging(_TagsInTraining):
                 raise InputError(f"images must be a tensor of pixels in [0, 1], got {type(images).__name__}")
             check_pixels(images)
         self.stimulus = stimulus or Stimulus()
+        if not needs(criterion) <= {"tags", "noise"}:
+            raise InputError(
+                f"criterion = {criterion} reads more than the tags, which a training does not give; use snr"
+            )
+        find_components(components, self.stimulus.components)
         self.every_n_epochs = every_n_epochs
         self.images = images
         self.components, self.criterion = components, criterion
@@ -170,6 +203,8 @@ class FrequencyTagging(_TagsInTraining):
                 "FrequencyTagging needs a validation loader, whose images it tags, or images=; pass val_dataloaders, "
                 "images=, or every_n_epochs=0"
             )
+        if self.every_n_epochs:
+            pick_layers(self._network(pl_module), self.tag_settings["layers"])
         count = self.n_images if self.images is None else min(self.n_images, len(self.images))
         if self.every_n_epochs and count < trainer.world_size:
             raise InputError(
@@ -210,7 +245,7 @@ class FrequencyTagging(_TagsInTraining):
             # Lightning's sampler deals the images out in turn: image i of this process is number rank + i * world_size
             # of all.
             if self.images is None:
-                images = _pixels(self._validation_images(trainer)[0], mean, std)
+                images = self._pixels(self._validation_images(trainer)[0], mean, std)
             else:
                 images = self.images[: self.n_images][trainer.global_rank :: trainer.world_size].to(pl_module.device)
             numbers = [trainer.global_rank + i * trainer.world_size for i in range(len(images))]
@@ -243,33 +278,3 @@ class FrequencyTagging(_TagsInTraining):
 
 def _is_pair(batch: Any) -> bool:
     return isinstance(batch, list | tuple) and len(batch) > 1
-
-
-def _images_of(batch: Any) -> Tensor:
-    images = (
-        batch.get("image", batch.get("images"))
-        if isinstance(batch, Mapping)
-        else batch[0]
-        if isinstance(batch, list | tuple)
-        else batch
-    )
-    if not isinstance(images, Tensor) or images.dim() != 4:
-        raise InputError(
-            "FrequencyTagging expects validation batches (images, ...), {'image': images, ...} or images of shape "
-            "(n_images, n_channels, height, width)"
-        )
-    return images.float()
-
-
-def _pixels(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
-    """Undo the normalisation; rounding that leaves [0, 1] by less than 1e-3 is clipped, more means that mean and std
-    are wrong."""
-    images = pixels_of(images, mean, std)
-    low, high = images.amin().item(), images.amax().item()
-    if low < -1e-3 or high > 1 + 1e-3:
-        raise InputError(
-            f"validation images hold values from {low:.3g} to {high:.3g} after undoing the normalisation (mean {mean}, "
-            f"std {std}), expected pixels "
-            "in [0, 1]; give FrequencyTagging the mean and std that the batches are normalised with"
-        )
-    return images.clamp(0, 1)

@@ -103,6 +103,32 @@ def test_shares_of_macs_are_advised_without_what_goes_with_time(given: list[str]
         assert [word for word in sweep if word.startswith("pruning")] == ["pruning.macs_cut=0.3,0.5,0.7"]
 
 
+OF_WEIGHTS = {"mean": [0.5, 0.5, 0.25], "std": [0.2, 0.2, 0.2], "image_size": 48, "resize": None}
+
+
+@pytest.mark.parametrize("job", ["train", "look", "prune"])
+def test_a_library_network_that_was_trained_further_is_not_that_of_the_library(job: str, out: Path) -> None:
+    given = ["data=image_folder", "data.root=photos", "model=auto", "model.name=timm/resnet18", "model.pretrained=true",
+             "model.num_classes=3", "data.image_size=64"]  # fmt: skip
+    found = [
+        one for one in commands(job, out, "python prune.py", given, OF_WEIGHTS) if one.startswith("python prune.py")
+    ]
+    assert found
+    for one in found:
+        words = shlex.split(one)
+        assert f"ckpt={out / 'checkpoints' / 'last.ckpt'}" in words
+        assert not any(word.startswith("model") for word in words)
+        # What the weights brought, and the checkpoint does not know of; what was asked for goes before it.
+        assert {"data.mean=[0.5,0.5,0.25]", "data.std=[0.2,0.2,0.2]", "data.image_size=64"} <= set(words)
+        assert not {"data.image_size=48", "data.resize=None"} & set(words)
+    if job != "train":
+        # Pruned as it comes, it has no checkpoint.
+        (out / "checkpoints" / "last.ckpt").unlink()
+        found = commands(job, out, "python prune.py", given, OF_WEIGHTS)
+        assert "model.pretrained=true" in found[2]
+        assert "data.mean" not in found[2]
+
+
 @pytest.mark.parametrize("job", ["train", "prune"])
 def test_what_follows_runs_where_the_job_ran(job: str, out: Path) -> None:
     where = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]

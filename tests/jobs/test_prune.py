@@ -189,6 +189,8 @@ def test_a_pruned_network_can_be_pruned_again(
         (["pruning.layers='*.conv2'"], "share their channels"),
         (["pruning.threshold=1e9"], "would remove every filter"),
         (["tagging.layers=conv1"], "which tagging.layers leaves out"),
+        (["trainer.precision=bf16-true"], "trainer.precision = bf16-true turns the network itself into that type"),
+        (["pruning.bn_images=1"], "bn_images must be 0, to leave batch norms as they are, or at least 2, got 1"),
         (["tagging.noise_std=0"], "compares with noise, but tagging.noise_std = 0"),
         (["data.mean=[0,0,0]", "data.std=[1,1,1]"], r"trained with mean .* use data.mean=\["),
         (["model=resnet14"], "holds a resnet8, but model.name = resnet14"),

@@ -14,7 +14,7 @@ from torch._dynamo.exc import TorchDynamoException
 from freqprune.errors import InputError
 from freqprune.jobs import assembly, trainers
 from freqprune.jobs.compiled import ReleaseGradients
-from freqprune.jobs.finetuning import finetune
+from freqprune.jobs.finetuning import _how_to_go_on, finetune
 from freqprune.jobs.prune import prune
 from freqprune.jobs.settings import read
 from freqprune.jobs.train import train
@@ -187,3 +187,14 @@ def test_everything_on_an_accelerator(more: tuple[str, ...], tmp_path: Path) -> 
     metrics, made = prune(config("prune", tmp_path / "cut", f"ckpt={ckpt}", "pruning.macs_cut=0.3", *there))
     assert metrics["finished"]
     assert device_of(made["net"]).type == "cuda"
+
+
+def test_how_an_interrupted_fine_tuning_goes_on_depends_on_where_the_dense_network_is(tmp_path: Path) -> None:
+    given = read(config("prune", tmp_path / "given", "pretrained=true"))
+    assert _how_to_go_on(given) == f"; to go on: prune.py with the same settings and resume={tmp_path / 'given'}"
+    # train.py has another criterion by default, and the resumed run is to be told.
+    trained = read(config("train", tmp_path / "trained", "pruning=filters"))
+    (tmp_path / "trained" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "trained" / "checkpoints" / "last.ckpt").touch()
+    found = _how_to_go_on(trained)
+    assert f"ckpt={tmp_path / 'trained' / 'checkpoints' / 'last.ckpt'} importance.criterion=snr" in found

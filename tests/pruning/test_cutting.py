@@ -18,8 +18,9 @@ from freqprune.pruning.amount import Amount
 from freqprune.pruning.cutting import Material, Recipe, cut
 from freqprune.pruning.surgery import Plan
 from freqprune.tagging.stimulus import Stimulus
+from freqprune.training.carrying import carry_over
 from freqprune.training.classifier import Classifier
-from freqprune.training.pruning_callback import TagPruning, carry_over
+from freqprune.training.pruning_callback import TagPruning
 
 PIXELS = torch.rand(6, 3, 16, 16)
 

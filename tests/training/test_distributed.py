@@ -263,7 +263,8 @@ def test_training_on_two_processes_is_that_of_one_with_the_same_global_batch(tmp
 def test_a_share_that_is_less_than_a_batch_is_trained_on() -> None:
     """Two processes and 48 images: each has 24, which is no batch of 32, and not none."""
     data = DigitsData(batch_size=32, limit_train=48)
-    fake = SimpleNamespace(world_size=2, global_rank=0, num_devices=2)
+    fake = SimpleNamespace(world_size=2, global_rank=0, num_devices=2, current_epoch=0, ckpt_path=None)
+    fake.state = SimpleNamespace(fn="fit")
     fake.strategy = SimpleNamespace(root_device=torch.device("cpu"))
     data.trainer = fake  # type: ignore[assignment]
     assert [len(labels) for _, labels in data.train_dataloader()] == [24]

@@ -1,0 +1,150 @@
+"""Pruning while a module of one's own trains: what is refused before epochs are lost, and what a checkpoint needs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from freqprune.errors import InputError
+from freqprune.pruning.amount import Amount
+from freqprune.pruning.recipe import Recipe
+from freqprune.pruning.surgery import Plan
+from freqprune.training.carrying import carry_over
+from freqprune.training.pruning_callback import TagPruning
+from freqprune.training.tagging_callback import FrequencyTagging
+from tests.training.small import trainer
+
+RECIPE = Recipe(Amount(ratio=0.25, scope="layer"), criterion="amplitude")
+WITHOUT_A_CALLBACK = "ignore:.*callbacks used to create the checkpoint.*"
+
+
+class Flat(nn.Module):
+    """Runs on images of one size only, and views its maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 6, 3, stride=2)
+        self.linear = nn.Linear(6 * 12 * 12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.conv2(torch.relu(self.conv1(x))))
+        return self.linear(x.view(len(x), -1))  # type: ignore[no-any-return]
+
+
+class Own(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.n_steps = Flat(), 0
+
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
+        self.n_steps += 1
+        return self.net(batch[0]).square().mean()
+
+    def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
+        self.log("val/loss", self.net(batch[0]).square().mean())
+
+    def test_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
+        self.log("test/loss", self.net(batch[0]).square().mean())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+
+
+def loader(scale: float = 1.0, labels: bool = True) -> DataLoader[Any]:
+    images = torch.rand(16, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * scale
+    return DataLoader(TensorDataset(images, *([torch.arange(16) % 10] if labels else [])), 8)
+
+
+def cutting(recipe: Recipe = RECIPE, epochs: tuple[int, ...] = (1,)) -> TagPruning:
+    return TagPruning(recipe, epochs, n_images=4)
+
+
+@pytest.mark.filterwarnings(WITHOUT_A_CALLBACK)
+def test_a_network_of_one_image_size_resumes_and_is_tested_from_its_checkpoint(tmp_path: Path) -> None:
+    first = Own()
+    run = trainer(tmp_path, cutting(), max_epochs=2)
+    run.fit(first, loader(), loader())
+    assert first.net.conv1.out_channels == 3
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    expected = run.test(first, loader(), verbose=False)
+    # In another process, with a module that has not been cut.
+    tested = trainer(tmp_path, cutting()).test(
+        Own(), loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True, verbose=False
+    )
+    assert tested == expected
+    resumed = Own()
+    trainer(tmp_path, cutting(), max_epochs=3).fit(
+        resumed, loader(), loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True
+    )
+    assert resumed.n_steps == 2
+    assert resumed.net.conv1.out_channels == 3
+    # In the same one, the module is cut already.
+    run.fit_loop.max_epochs = 3
+    run.fit(first, loader(), loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert first.n_steps == 4 + 2
+    for name, value in first.net.state_dict().items():
+        assert torch.equal(resumed.net.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given", "message"),
+    [
+        (RECIPE, {"scale": 3.0}, "after undoing the normalisation .* give TagPruning the mean and std"),
+        (Recipe(Amount(ratio=0.25), criterion="l2", layers="layr*"), {}, "layr"),
+        (
+            Recipe(Amount(ratio=0.25), criterion="taylor"),
+            {"labels": False},
+            r"no labels: let them be \(images, labels\)",
+        ),
+    ],
+)
+def test_what_the_cut_would_refuse_is_refused_before_the_first_epoch(
+    recipe: Recipe, given: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    module = Own()
+    with pytest.raises(InputError, match=message):
+        trainer(tmp_path, cutting(recipe), max_epochs=2).fit(module, loader(**given), loader(**given))
+    assert module.n_steps == 0
+
+
+@pytest.mark.parametrize("kind", ["Adam", "Adafactor"])
+def test_state_of_another_shape_or_of_some_parameters_only_is_not_made_up(kind: str) -> None:
+    torch.manual_seed(0)
+    net, x = Flat(), torch.rand(2, 1, 28, 28)
+    optimizer = getattr(torch.optim, kind)(net.parameters(), lr=0.01)
+    net.conv1.requires_grad_(False)
+    net(x).square().mean().backward()
+    optimizer.step()
+    kept = {"conv2": torch.tensor([0, 2, 5])}
+    small = Plan(net, x).apply(kept)
+    carry_over(optimizer, net, small, kept, x)
+    assert small.conv1.weight not in optimizer.state
+    if kind == "Adam":
+        assert optimizer.state[small.conv2.weight]["exp_avg"].shape == small.conv2.weight.shape
+        assert optimizer.state[small.conv2.weight]["step"] == 1
+    else:
+        assert small.conv2.weight not in optimizer.state
+    before = small.conv1.weight.detach().clone()
+    small.requires_grad_(True)
+    small(x).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(small.conv1.weight, before)
+
+
+def test_tags_that_cannot_be_shown_are_refused_before_the_first_epoch(tmp_path: Path) -> None:
+    for wrong, message in (
+        ({"criterion": "snrr"}, "did you mean snr"),
+        ({"criterion": "taylor"}, "criterion = taylor reads more than the tags"),
+        ({"components": "f3"}, "components must name"),
+    ):
+        with pytest.raises(InputError, match=message):
+            FrequencyTagging(every_n_epochs=10, **wrong)
+    module = Own()
+    with pytest.raises(InputError, match="layr"):
+        trainer(tmp_path, FrequencyTagging(every_n_epochs=10, layers="layr*")).fit(module, loader(), loader())
+    assert module.n_steps == 0
