@@ -60,7 +60,8 @@ def _show(following: Callable[[Sequence[str]], list[str]]) -> None:
 
 def typed_out(of_weights: Mapping[str, Any]) -> list[str]:
     """Settings of the data as they are typed."""
-    return [f"data.{key}={str(value).replace(' ', '')}" for key, value in of_weights.items() if value is not None]
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in of_weights.items()}
+    return [f"data.{key}={str(value).replace(' ', '')}" for key, value in plain.items() if value is not None]
 
 
 def after_explaining(out: Path, overrides: Sequence[str]) -> list[str]:

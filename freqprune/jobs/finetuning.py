@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -115,8 +116,7 @@ def _how_to_go_on(settings: Settings) -> str:
     last = settings.out / "checkpoints" / "last.ckpt"
     if settings.common.ckpt is not None or settings.common.pretrained or not last.is_file():
         return f"; to go on: prune.py with the same settings and resume={settings.out}"
-    further = " ".join(
-        [f"importance.criterion={settings.scoring.criterion}", *typed_out(assembly.settings_of_weights(settings))]
-    )
+    criterion = f"importance.criterion={settings.scoring.criterion}"
+    further = shlex.join([f"ckpt={last}", criterion, *typed_out(assembly.settings_of_weights(settings))])
     without = " but those of model.*" if trained(assembly.model_settings(settings.model)) else ""
-    return f"; to go on: prune.py with the same settings{without} and resume={settings.out} ckpt={last} {further}"
+    return f"; to go on: prune.py with the same settings{without} and resume={settings.out} {further}"

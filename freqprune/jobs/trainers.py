@@ -49,9 +49,6 @@ def make_trainer(
         arguments = {**arguments, "limit_val_batches": 0}
         # What follows a validation metric would wait for it for ever.
         configured = {name: spec for name, spec in configured.items() if "val/" not in str(spec.get("monitor"))}
-    if not configured.get("progress"):
-        # Lightning would make a bar of its own.
-        arguments = {"enable_progress_bar": False, **arguments}
     if is_quiet():
         configured.pop("progress", None)
         arguments = {**arguments, "enable_progress_bar": False}
@@ -59,6 +56,9 @@ def make_trainer(
         if "dirpath" in spec:
             spec["dirpath"] = str(folder / "checkpoints")
     everything = [*callbacks, *(instantiate(spec) for spec in configured.values())]
+    if not any(isinstance(one, pl.callbacks.ProgressBar) for one in everything):
+        # Lightning would make a bar of its own.
+        arguments = {"enable_progress_bar": False, **arguments}
     trainer = instantiate(
         arguments,
         callbacks=everything,

@@ -168,7 +168,7 @@ class Trace:
         """Raise InputError, with a way out, unless the network gives the answer that its operations gave."""
         with evaluating(model), torch.no_grad():
             expected = first(model(batch))
-        least = max(1e-3, 4 * torch.finfo(expected.dtype).eps)
+        least = max(1e-3, 4 * torch.finfo(expected.dtype).eps) if expected.is_floating_point() else 1e-3
         if not torch.allclose(answer, expected, rtol=least, atol=least * float(expected.abs().max())):
             raise InputError(
                 f"the operations that torch.export finds in {type(model).__name__} compute something else than it "

@@ -80,7 +80,8 @@ def compensate(
             raise InputError(f"no moments of {layer!r}, which reads removed filters; take them with input_moments")
         weight = old.weight.detach().flatten(1).cpu()
         norm = pruned.get(followers.get(layer, ""))
-        has_constant = new.bias is not None or layer in followers
+        mean = norm.running_mean if isinstance(norm, nn.modules.batchnorm._BatchNorm) else None
+        has_constant = new.bias is not None or mean is not None
         removed = columns_of(old, sorted(set(channels)))
         stays = torch.ones(weight.shape[1], dtype=torch.bool)
         stays[removed] = False
@@ -91,7 +92,6 @@ def compensate(
         rows = outputs.get(layer, torch.arange(len(weight)))
         with torch.no_grad():
             new.weight.copy_(solved[rows].view_as(new.weight))
-            mean = norm.running_mean if isinstance(norm, nn.modules.batchnorm._BatchNorm) else None
             if reestimated and mean is not None:
                 # The norm's mean holds what was lost; what it does not know of are the new weights.
                 constant = (weight[:, stays].double() - solved) @ moments[layer][:-1, -1][stays]
@@ -116,7 +116,9 @@ def _norms_after(plan: Plan) -> dict[str, str]:
         return dict(find_folds(plan.model, plan.example, []))
     found = {}
     for node, layer in trace.layers.items():
-        norm, _ = goes_into(node)
+        # Of a linear layer over tokens the norm has a mean of each token.
+        over_tokens = isinstance(plan.model.get_submodule(layer), nn.Linear) and node.meta["val"].dim() != 2
+        norm = None if over_tokens else goes_into(node)[0]
         mean: Any = None if norm is None else norm.args[3]
         name = trace.source(mean)
         if name is not None and len(mean.users) == 1:

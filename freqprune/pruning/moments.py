@@ -145,7 +145,8 @@ def output_gradients(
 
     def hook(name: str) -> Callable[..., Tensor]:
         def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            outputs.append((name, output))
+            if output.requires_grad:
+                outputs.append((name, output))
             # What follows may write in place.
             return output.clone()
 
@@ -163,7 +164,10 @@ def output_gradients(
             if missing:
                 raise InputError(f"no gradients of {', '.join(missing)}: the forward does not reach them")
             direction = torch.randn(logits.shape, generator=generator).to(logits)
-            gradients = torch.autograd.grad((logits * direction).sum(), [output for _, output in outputs])
+            # A run may lead to no logit.
+            gradients = torch.autograd.grad(
+                (logits * direction).sum(), [output for _, output in outputs], materialize_grads=True
+            )
             for (name, _), gradient in zip(outputs, gradients, strict=True):
                 # Channels of a convolution come second, features of a linear layer last.
                 g = (gradient.movedim(1, -1) if isinstance(modules[name], nn.Conv2d) else gradient).flatten(0, -2)

@@ -54,7 +54,7 @@ def prove(
             expected = answers_without(trace, fixed, example, blocks, silenced)
     for big, little in zip(_tensors(expected), _tensors(found), strict=trace is None):
         # Half precision has fewer digits than that.
-        least = max(1e-3, 4 * torch.finfo(big.dtype).eps) if big.is_floating_point() else 0.0
+        least = max(1e-3, 4 * torch.finfo(big.dtype).eps) if big.is_floating_point() else 1e-3
         close = big.shape == little.shape and torch.allclose(
             big, little, rtol=least, atol=least * float(big.abs().max().clamp(min=1e-6))
         )

@@ -108,6 +108,7 @@ class Classifier(pl.LightningModule):
                 "blocks": {name: list(left) for name, left in (blocks or {}).items()},
             }
         )
+        self._schedule: LambdaLR | None = None
         self.loss = nn.CrossEntropyLoss(label_smoothing=self.optimization.label_smoothing)
         self.train_accuracy, self.val_accuracy, self.test_accuracy = (
             # Checking the labels would make an accelerator wait in every step.
@@ -207,19 +208,19 @@ class Classifier(pl.LightningModule):
             )
 
     def on_train_start(self) -> None:
-        trainer, done = self.trainer, self.trainer.current_epoch
-        if not done or trainer.max_steps >= 0 or self.optimization.schedule == "constant":
+        trainer, done, made = self.trainer, self.trainer.current_epoch, self._schedule
+        if made is None or made is not self.lr_schedulers() or trainer.max_steps >= 0:
+            return
+        if not (done and made.last_epoch) or trainer.fit_loop.restarted_mid_epoch:
             return
         # Steps of an epoch are others with batches of another size, or in another number of processes.
         steps = self._steps_an_epoch()
-        if not steps * done <= trainer.global_step <= steps * (done + 1):
+        if made.last_epoch != steps * done:
             rank_zero_only(log.warning)(
-                "an epoch has %d steps here and had %d before: the learning rate goes on where it was after %d epochs",
-                steps, round(trainer.global_step / done), done,
+                "an epoch has %d steps here and had %d before: the learning rate goes on where it is after %d epochs",
+                steps, round(made.last_epoch / done), done,
             )  # fmt: skip
-            scheduler = self.lr_schedulers()
-            assert isinstance(scheduler, LambdaLR)
-            set_step(scheduler, steps * done)
+            set_step(made, steps * done)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         # What follows an epoch, such as tagging, is of one network.
@@ -277,6 +278,8 @@ class Classifier(pl.LightningModule):
         total = 1 if math.isinf(steps) else max(1, int(steps))
         warmup = round(warmup_epochs * self._steps_an_epoch()) if warmup_epochs else 0
         scheduler = LambdaLR(optimizer, self.optimization.rate(total, warmup))
+        # What is constant from the first step on goes on as it is.
+        self._schedule = scheduler if schedule != "constant" or warmup else None
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _steps_an_epoch(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,7 +11,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from freqprune.errors import InputError
-from freqprune.networks import epochs_done
 from freqprune.training.pixels import DecodedPixels, StoredPixels, cores
 from freqprune.training.sources import Images, picked
 from freqprune.training.transforms import Transforms
@@ -65,12 +63,14 @@ def _fits(images: Images, device: torch.device) -> bool:
 
 
 def _epochs_behind(trainer: pl.Trainer | None) -> int:
-    """Epochs that a training has done; until Lightning has restored it, by its checkpoint."""
+    """Epochs that a training has done; until Lightning has restored it, by the checkpoint that it holds meanwhile."""
     if trainer is None or trainer.state.fn != "fit":
         return 0
-    path = trainer.ckpt_path
-    stored = epochs_done(path) if isinstance(path, str | Path) and Path(path).is_file() else 0
-    return max(trainer.current_epoch, stored)
+    held = getattr(getattr(trainer, "_checkpoint_connector", None), "_loaded_checkpoint", None) or {}
+    try:
+        return int(held["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
+    except KeyError:
+        return int(trainer.current_epoch)
 
 
 def _as_is(batch: Any) -> Any:

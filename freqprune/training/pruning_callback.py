@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from freqprune.errors import InputError
 from freqprune.networks import config_of, drop_blocks, dropped_blocks, of_the_dense
 from freqprune.processes import shared_work
-from freqprune.pruning import Material, NothingToRemoveError, Plan, Recipe, cut, needs, plan_cut
+from freqprune.pruning import Material, NothingToRemoveError, Plan, Recipe, check_components, cut, needs, plan_cut
 from freqprune.tagging import Stimulus, layout_of, normalizer
 from freqprune.training.carrying import carry_over
 from freqprune.training.tagging_callback import _TagsInTraining
@@ -94,17 +94,19 @@ class TagPruning(_TagsInTraining):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             self._check_trainer(trainer)
-        self._attribute(pl_module)
+            if self._made is not self._net(pl_module):
+                # Another module than that of an earlier fit has no cuts behind it.
+                self.kept, self.dropped, self.shape = [], [], None
         loading = pl_module.on_load_checkpoint
 
         def rebuild_first(checkpoint: dict[str, Any]) -> None:
             # The weights of a run that was cut are those of the smaller network.
             state = checkpoint.get("callbacks", {}).get(self.state_key)
-            if state is not None:
+            if state is not None and not self._fits(pl_module, checkpoint["state_dict"]):
                 self._rebuild(pl_module, state)
             loading(checkpoint)
 
-        # Callbacks are restored only after the weights, and only to train; this method of the module is called before.
+        # Callbacks are restored only after the weights; this method of the module is called before them.
         pl_module.on_load_checkpoint = rebuild_first  # type: ignore[method-assign]
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -126,6 +128,12 @@ class TagPruning(_TagsInTraining):
                 "TagPruning replaces the network, and WeightAveraging (ema= of Classifier and optimizer.ema) would go "
                 "on averaging the old one: use one of them, or prune with prune.py between two runs"
             )
+
+    def _fits(self, pl_module: pl.LightningModule, stored: Mapping[str, Tensor]) -> bool:
+        """Whether the network has the weights of a checkpoint already, by their shapes."""
+        prefix = f"{self._attribute(pl_module)}."
+        here = {f"{prefix}{name}": value.shape for name, value in self._net(pl_module).state_dict().items()}
+        return here == {name: value.shape for name, value in stored.items() if name.startswith(prefix)}
 
     def _rebuild(self, pl_module: pl.LightningModule, state: Mapping[str, Any]) -> None:
         """Cut a network as that of a checkpoint was, but for the cuts that it has behind it."""
@@ -168,6 +176,7 @@ class TagPruning(_TagsInTraining):
         with isolate_rng():
             images, material, _ = self._material(trainer, pl_module)
         self.stimulus.masks(*images.shape[-2:])
+        check_components(self.recipe.criterion, self.stimulus)
         if "labels" in needs(self.recipe.criterion) and not material.labelled:
             raise InputError(
                 f"importance.criterion = {self.recipe.criterion} reads labelled images, and the validation batches "

@@ -15,7 +15,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from freqprune.errors import InputError, check_fields
-from freqprune.pruning import Evidence, Judgement, judge, needs, scores
+from freqprune.pruning import Evidence, Judgement, check_components, judge, needs, scores
 from freqprune.reports import write_importance
 from freqprune.tagging import Readout, Stimulus, check_pixels, find_components, pick_layers, pixels_of, tag
 
@@ -174,6 +174,7 @@ class FrequencyTagging(_TagsInTraining):
             raise InputError(
                 f"criterion = {criterion} reads more than the tags, which a training does not give; use snr"
             )
+        check_components(criterion, self.stimulus)
         find_components(components, self.stimulus.components)
         self.every_n_epochs = every_n_epochs
         self.images = images

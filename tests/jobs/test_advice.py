@@ -103,7 +103,8 @@ def test_shares_of_macs_are_advised_without_what_goes_with_time(given: list[str]
         assert [word for word in sweep if word.startswith("pruning")] == ["pruning.macs_cut=0.3,0.5,0.7"]
 
 
-OF_WEIGHTS = {"mean": [0.5, 0.5, 0.25], "std": [0.2, 0.2, 0.2], "image_size": 48, "resize": None}
+# As the preprocessing of a library has them.
+OF_WEIGHTS = {"mean": (0.5, 0.5, 0.25), "std": (0.2, 0.2, 0.2), "image_size": 48, "resize": None}
 
 
 @pytest.mark.parametrize("job", ["train", "look", "prune"])
@@ -121,6 +122,9 @@ def test_a_library_network_that_was_trained_further_is_not_that_of_the_library(j
         # What the weights brought, and the checkpoint does not know of; what was asked for goes before it.
         assert {"data.mean=[0.5,0.5,0.25]", "data.std=[0.2,0.2,0.2]", "data.image_size=64"} <= set(words)
         assert not {"data.image_size=48", "data.resize=None"} & set(words)
+        typed = [word.replace("0.3,0.5,0.7", "0.3") for word in words[2:] if word != "-m"]
+        with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
+            assert compose("prune", [*typed, f"output_dir={out}"]).data.mean == [0.5, 0.5, 0.25]
     if job != "train":
         # Pruned as it comes, it has no checkpoint.
         (out / "checkpoints" / "last.ckpt").unlink()

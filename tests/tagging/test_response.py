@@ -97,7 +97,7 @@ def test_without_noise_there_is_no_snr_also_beside_responses_of_higher_orders() 
 def test_there_is_no_integration_where_no_intermodulation_is_read() -> None:
     response = tag(Affine(nn.ReLU()), WHITE, Stimulus(max_order=1))
     assert response.integration("conv").isnan().all()
-    with pytest.raises(InputError, match="picks none; raise max_order"):
+    with pytest.raises(InputError, match="reads intermodulation components, and the stimulus has none"):
         scores("integration", Evidence(Affine(), response), ["conv"])
 
 

@@ -13,6 +13,7 @@ from freqprune.errors import InputError
 from freqprune.pruning.amount import Amount
 from freqprune.pruning.recipe import Recipe
 from freqprune.pruning.surgery import Plan
+from freqprune.tagging.stimulus import Stimulus
 from freqprune.training.carrying import carry_over
 from freqprune.training.pruning_callback import TagPruning
 from freqprune.training.tagging_callback import FrequencyTagging
@@ -61,7 +62,7 @@ def loader(scale: float = 1.0, labels: bool = True) -> DataLoader[Any]:
 
 
 def cutting(recipe: Recipe = RECIPE, epochs: tuple[int, ...] = (1,)) -> TagPruning:
-    return TagPruning(recipe, epochs, n_images=4)
+    return TagPruning(recipe, epochs, n_images=4, stimulus=Stimulus(max_order=1))
 
 
 @pytest.mark.filterwarnings(WITHOUT_A_CALLBACK)
@@ -77,6 +78,11 @@ def test_a_network_of_one_image_size_resumes_and_is_tested_from_its_checkpoint(t
         Own(), loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True, verbose=False
     )
     assert tested == expected
+    # Another callback finds the module cut already.
+    tested = trainer(tmp_path, cutting()).test(
+        first, loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True, verbose=False
+    )
+    assert tested == expected
     resumed = Own()
     trainer(tmp_path, cutting(), max_epochs=3).fit(
         resumed, loader(), loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True
@@ -89,6 +95,14 @@ def test_a_network_of_one_image_size_resumes_and_is_tested_from_its_checkpoint(t
     assert first.n_steps == 4 + 2
     for name, value in first.net.state_dict().items():
         assert torch.equal(resumed.net.state_dict()[name], value), name
+
+
+def test_a_second_module_begins_without_the_cuts_of_the_first(tmp_path: Path) -> None:
+    callback = cutting()
+    for _ in range(2):
+        trainer(tmp_path, callback, max_epochs=2).fit(Own(), loader(), loader())
+        assert len(callback.kept) == 1
+    assert {name: len(kept) for name, kept in callback.kept_of_dense.items()} == {"conv1": 3, "conv2": 5}
 
 
 @pytest.mark.parametrize(
@@ -141,6 +155,7 @@ def test_tags_that_cannot_be_shown_are_refused_before_the_first_epoch(tmp_path: 
         ({"criterion": "snrr"}, "did you mean snr"),
         ({"criterion": "taylor"}, "criterion = taylor reads more than the tags"),
         ({"components": "f3"}, "components must name"),
+        ({"criterion": "integration", "stimulus": Stimulus(max_order=1)}, "reads intermodulation components"),
     ):
         with pytest.raises(InputError, match=message):
             FrequencyTagging(every_n_epochs=10, **wrong)

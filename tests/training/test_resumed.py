@@ -39,18 +39,23 @@ def trained(seen: Seen, folder: Path, batch_size: int = 16, ckpt: Path | None = 
     run.fit(module, datamodule=digits, ckpt_path=ckpt, weights_only=True)
 
 
-@pytest.mark.parametrize("batch_size", [32, 8])
+@pytest.mark.parametrize(("batch_size", "stop"), [(32, 2), (32, 1), (8, 2)])
 def test_the_learning_rate_is_that_of_the_epoch_with_batches_of_another_size(
-    batch_size: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    batch_size: int, stop: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first, resumed, whole = Seen(tmp_path, stop=2), Seen(tmp_path), Seen(tmp_path)
+    first, resumed, whole = Seen(tmp_path, stop=stop), Seen(tmp_path, stop=3), Seen(tmp_path)
     trained(first, tmp_path)
-    assert "goes on where it was" not in caplog.text
+    assert "goes on where it is" not in caplog.text
     trained(resumed, tmp_path, batch_size, first.file)
     assert f"an epoch has {128 // batch_size} steps here and had 8 before" in caplog.text
+    caplog.clear()
+    again = Seen(tmp_path)
+    trained(again, tmp_path, batch_size, resumed.file)
+    # Once told, it is so.
+    assert "goes on where it is" not in caplog.text
     trained(whole, tmp_path, batch_size)
-    for epoch in (2, 3):
-        assert resumed.rates[epoch] == pytest.approx(whole.rates[epoch])
+    for epoch, rates in {**resumed.rates, **again.rates}.items():
+        assert rates == pytest.approx(whole.rates[epoch])
 
 
 def test_workers_read_the_images_of_the_epoch_that_a_training_goes_on_with(tmp_path: Path) -> None:
