@@ -208,7 +208,9 @@ class Classifier(pl.LightningModule):
             )
 
     def on_train_start(self) -> None:
-        trainer, done, made = self.trainer, self.trainer.current_epoch, self._schedule
+        trainer, done = self.trainer, self.trainer.current_epoch
+        # Not kept: a module with it could not be pickled.
+        made, self._schedule = self._schedule, None
         if made is None or made is not self.lr_schedulers() or trainer.max_steps >= 0:
             return
         if not (done and made.last_epoch) or trainer.fit_loop.restarted_mid_epoch:
