@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.jobs import pace
+from freqprune.jobs import pace, trainers
 from freqprune.jobs.explain_settings import Tags
 from freqprune.jobs.forecast import Forecast, of_explaining, of_pruning, of_training
 from freqprune.jobs.outputs import name_of
@@ -149,8 +149,7 @@ def _announce(
         log.warning("how long this takes cannot be said (%s: %s)", type(error).__name__, error)
         return
     if words := str(found):
-        threads = f", {_many(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
-        show(f"{words} on {device.type}{threads}")
+        show(f"{words} on {trainers.said_of(device)}")
         if found.total.low > LONG_S and faster:
             show(f"for a quicker look: {faster}")
         record.write_json(out / record.FORECAST, found.record())

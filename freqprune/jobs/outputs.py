@@ -14,7 +14,7 @@ from freqprune.jobs.advice import advise
 from freqprune.jobs.assembly import settings_of_weights
 from freqprune.jobs.settings import Settings
 from freqprune.networks import config_of
-from freqprune.pruning import Kept, Plan, Verdict, needs
+from freqprune.pruning import OF_TAGS, Kept, Plan, Verdict, needs
 from freqprune.reports import (
     filters_of,
     filters_over_epochs,
@@ -119,7 +119,7 @@ def explore_cut(
 def training_criterion(settings: Settings) -> str:
     """What ranks filters over training: scores that need more than tags are for pruning, the SNR stands for them."""
     criterion = settings.scoring.criterion
-    return criterion if needs(criterion) <= {"tags", "noise"} else "snr"
+    return criterion if needs(criterion) <= OF_TAGS else "snr"
 
 
 def figures_of_training(tagging: FrequencyTagging, out: Path) -> None:

@@ -80,8 +80,7 @@ class Run:
         for stage in nets:
             self.metrics[stage]["latency_ms"] = {}
         # A run that goes on elsewhere does not time them again.
-        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
-        self.metrics["timed_on"] = f"{self.device.type}{threads}"
+        self.metrics["timed_on"] = trainers.said_of(self.device)
         for size in self.sizes:
             ready = {stage: net.to(self.device) for stage, net in nets.items()}
             n_runs, bars = self.settings.latency.n_runs, assembly.bars()

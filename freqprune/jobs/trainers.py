@@ -148,3 +148,9 @@ def metric(trainer: pl.Trainer, name: str) -> float:
 def chosen_device(settings: Settings) -> torch.device:
     """The device that the trainer gives this process."""
     return place(settings.trainer).strategy.root_device
+
+
+def said_of(device: torch.device) -> str:
+    """A device as tables and forecasts name it, with the threads of a processor."""
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} {'thread' if threads == 1 else 'threads'}" if device.type == "cpu" else device.type

@@ -74,3 +74,4 @@ from .trace import Trace as Trace
 from .trace import equal_batches as equal_batches
 from .trace import images_at_once as images_at_once
 from .trace import run as run
+from .trace import same_answer as same_answer

@@ -5,6 +5,7 @@ from .amount import Amount as Amount
 from .compensation import compensate as compensate
 from .compensation import readers_of as readers_of
 from .compensation import recalibrate_batch_norm as recalibrate_batch_norm
+from .criteria import OF_TAGS as OF_TAGS
 from .criteria import check_components as check_components
 from .criteria import criterion as criterion
 from .criteria import criterion_names as criterion_names

@@ -14,12 +14,12 @@ from freqprune.errors import InputError
 from freqprune.pruning.damage import corrected, logit_errors
 from freqprune.pruning.elimination import elimination_errors
 from freqprune.pruning.graph import ChannelGraph
-from freqprune.pruning.importance import Evidence, criterion, criterion_names, needs, scores
+from freqprune.pruning.importance import OF_TAGS, Evidence, check_components, criterion, criterion_names, needs, scores
 from freqprune.pruning.moments import columns_of
-from freqprune.tagging import Recorder, Stimulus, find_sites, map_mean
+from freqprune.tagging import Recorder, find_sites, map_mean
 
 # Who asks for a criterion by name asks here, where those of the package are known.
-__all__ = ["criterion", "criterion_names", "needs", "scores"]
+__all__ = ["OF_TAGS", "check_components", "criterion", "criterion_names", "needs", "scores"]
 
 
 def _defined_snr(evidence: Evidence, layer: str) -> Tensor:
@@ -66,26 +66,14 @@ def corrected_amplitude_score(evidence: Evidence, layer: str) -> Tensor:
     return evidence.tags().corrected_amplitude(layer, "harmonics")
 
 
-def check_components(name: str, stimulus: Stimulus) -> None:
-    """Raise InputError where a criterion reads how parts combine and a stimulus has nothing of it."""
-    if name in ("integration", "intermodulation") and not any(
-        component.kind == "intermodulation" for component in stimulus.components
-    ):
-        raise InputError(
-            f"importance.criterion = {name} reads intermodulation components, and the stimulus has none; give it two "
-            "parts or more and max_order of at least 2, or use another criterion"
-        )
-
-
-@criterion("integration", "tags")
+@criterion("integration", "intermodulation")
 def integration_score(evidence: Evidence, layer: str) -> Tensor:
     """Intermodulation over fundamentals: how much a filter combines the parts, whatever its gain; 0 for a dead
     filter."""
-    check_components("integration", evidence.tags().stimulus)
     return evidence.tags().integration(layer).nan_to_num(nan=0.0)
 
 
-@criterion("intermodulation", "tags")
+@criterion("intermodulation", "intermodulation")
 def intermodulation_score(evidence: Evidence, layer: str) -> Tensor:
     """Sum of the clean amplitudes at all intermodulation components, whatever components are chosen: how much a filter
     integrates."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from freqprune.errors import InputError, closest
 from freqprune.networks import Trace, equal_batches
 from freqprune.pruning.graph import ChannelGraph
-from freqprune.tagging import TagResponse
+from freqprune.tagging import Stimulus, TagResponse
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,9 @@ class Evidence:
 
 Criterion = Callable[[Evidence, str], Tensor]
 
-NEEDS = ("tags", "noise", "graph", "moments", "gradients", "labels", "frames")
+# Of these a response to the tags has all.
+OF_TAGS = frozenset({"tags", "noise", "intermodulation"})
+NEEDS = ("tags", "noise", "intermodulation", "graph", "moments", "gradients", "labels", "frames")
 
 
 @dataclass(frozen=True)
@@ -124,15 +126,15 @@ def criterion(name: str, *needs: str) -> Callable[[Criterion], Criterion]:
     Args:
         name: the name.
         needs: what it reads of the `Evidence` beside the network: ``"tags"`` (the response), ``"noise"`` (a response
-            measured with noise), ``"graph"``, ``"moments"``, ``"gradients"`` (of the logits), ``"labels"``,
-            ``"frames"``.
+            measured with noise), ``"intermodulation"`` (one to parts that combine), ``"graph"``, ``"moments"``,
+            ``"gradients"`` (of the logits), ``"labels"``, ``"frames"``.
     """
     unknown = sorted(set(needs) - set(NEEDS))
     if unknown:
         raise InputError(f"criterion {name!r} needs {unknown[0]!r}, expected some of {', '.join(NEEDS)}")
 
     def register(score: Criterion) -> Criterion:
-        implied = {"tags"} if "noise" in needs else set()
+        implied = {"tags"} if {"noise", "intermodulation"} & set(needs) else set()
         implied |= {"graph"} if {"moments", "gradients"} & set(needs) else set()
         _CRITERIA[name] = _Entry(score, frozenset(needs) | implied)
         return score
@@ -156,6 +158,16 @@ def needs(name: str) -> frozenset[str]:
             f"importance.criterion must be one of {', '.join(_CRITERIA)}, got {name!r}{closest(name, _CRITERIA)}"
         )
     return _CRITERIA[name].needs
+
+
+def check_components(name: str, stimulus: Stimulus) -> None:
+    """Raise InputError where a criterion reads how parts combine and a stimulus has nothing of it."""
+    mixed = any(component.kind == "intermodulation" for component in stimulus.components)
+    if "intermodulation" in needs(name) and not mixed:
+        raise InputError(
+            f"importance.criterion = {name} reads intermodulation components, and the stimulus has none; give it two "
+            "parts or more and max_order of at least 2, or use another criterion"
+        )
 
 
 def scores(
@@ -200,6 +212,7 @@ def scores(
         if what in wanted and not there:
             raise InputError(f"criterion {name!r} {way}")
     if evidence.response is not None and "tags" in wanted:
+        check_components(name, evidence.response.stimulus)
         unread = [
             member for layer in layers for member in evidence.members(layer) if member not in evidence.response.layers
         ]

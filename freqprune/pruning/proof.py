@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.networks import Trace, evaluating, hooked
+from freqprune.networks import Trace, evaluating, hooked, same_answer
 from freqprune.pruning.blocks import Block, answers_without
 
 _WAY_OUT = (
@@ -53,12 +53,7 @@ def prove(
             trace.check(model, example, answers_without(trace, fixed, example, ()), "use pruning.blocks=false")
             expected = answers_without(trace, fixed, example, blocks, silenced)
     for big, little in zip(_tensors(expected), _tensors(found), strict=trace is None):
-        # Half precision has fewer digits than that.
-        least = max(1e-3, 4 * torch.finfo(big.dtype).eps) if big.is_floating_point() else 1e-3
-        close = big.shape == little.shape and torch.allclose(
-            big, little, rtol=least, atol=least * float(big.abs().max().clamp(min=1e-6))
-        )
-        if not close:
+        if not same_answer(big, little):
             raise InputError(
                 "the smaller network computes something else than the network with the removed filters silenced: "
                 f"torch-pruning misreads how channels pass through {kind}, for example a shortcut padded with zero "

@@ -70,3 +70,19 @@ def pixels_of(images: Tensor, mean: Sequence[float] | None, std: Sequence[float]
         return images
     shift, scale = (images.new_tensor([float(v) for v in values]).view(1, -1, 1, 1) for values in (mean, std))
     return images * scale + shift
+
+
+def normalizer_for(
+    model: nn.Module,
+    images: Tensor,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Callable[[Tensor], Tensor], torch.memory_format]:
+    """`normalizer` in the layout in which a network runs, and that layout; errors as there."""
+    prepare = normalizer(images, mean, std, device, dtype)
+    layout = layout_of(model, prepare(images[:1]))
+    if layout != torch.channels_last:
+        prepare = normalizer(images, mean, std, device, dtype, layout)
+    return prepare, layout

@@ -12,7 +12,7 @@ from freqprune.errors import InputError
 from freqprune.networks import dtype_of
 from freqprune.processes import rank_and_size
 from freqprune.tagging.averages import Average
-from freqprune.tagging.inputs import layout_of, normalizer
+from freqprune.tagging.inputs import normalizer_for
 from freqprune.tagging.layers import pick_layers
 from freqprune.tagging.readout import HALF, SPATIAL, Readout
 from freqprune.tagging.recording import Recorder
@@ -103,9 +103,7 @@ def tag(
     parameter = next(model.parameters(), None)
     device = images.device if parameter is None else parameter.device
     precision = dtype_of(model)
-    prepare = normalizer(images, mean, std, device, precision)
-    if (layout := layout_of(model, prepare(images[:1]))) != torch.channels_last:
-        prepare = normalizer(images, mean, std, device, precision, layout)
+    prepare, _ = normalizer_for(model, images, mean, std, device, precision)
     sites = find_sites(model, prepare(images[:1]), pick_layers(model, layers), where)
     folds = find_folds(model, prepare(images[:1]), sites)
     limit = frames_a_batch or frames_that_fit(images[0].numel(), device)

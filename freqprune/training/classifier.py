@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +9,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -20,9 +18,7 @@ from freqprune.errors import InputError, check_fields
 from freqprune.networks import build_model, drop_blocks, rebuilt_from
 from freqprune.tagging import TagLoss
 from freqprune.training.averaging import MovingAverage
-from freqprune.training.optimization import Optimization, set_step
-
-log = logging.getLogger(__name__)
+from freqprune.training.optimization import Optimization, go_on_by_epochs
 
 # With more classes than so many the share of images whose class is among the first five answers is measured too.
 _FEW = 10
@@ -216,13 +212,7 @@ class Classifier(pl.LightningModule):
         if not (done and made.last_epoch) or trainer.fit_loop.restarted_mid_epoch:
             return
         # Steps of an epoch are others with batches of another size, or in another number of processes.
-        steps = self._steps_an_epoch()
-        if made.last_epoch != steps * done:
-            rank_zero_only(log.warning)(
-                "an epoch has %d steps here and had %d before: the learning rate goes on where it is after %d epochs",
-                steps, round(made.last_epoch / done), done,
-            )  # fmt: skip
-            set_step(made, steps * done)
+        go_on_by_epochs(made, done, self._steps_an_epoch())
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         # What follows an epoch, such as tagging, is of one network.

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from freqprune.errors import InputError, closest, one_of
+
+log = logging.getLogger(__name__)
 
 SCHEDULES = ("cosine", "step", "one_cycle", "constant")
 BALANCED = "balanced"
@@ -186,11 +190,16 @@ def _is_optimizer(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
 
 
-def set_step(scheduler: LambdaLR, step: int) -> None:
-    """Let a schedule go on with a step, as if it had come there."""
-    scheduler.last_epoch = step
-    scheduler._last_lr = [
-        base * rate(step) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-    ]
-    for group, lr in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+def go_on_by_epochs(schedule: LambdaLR, done: int, steps: int) -> None:
+    """Let a schedule that was restored after `done` epochs be where it is after as many of `steps` steps each."""
+    step = steps * done
+    if schedule.last_epoch == step:
+        return
+    rank_zero_only(log.warning)(
+        "an epoch has %d steps here and had %d before: the learning rate goes on where it is after %d epochs",
+        steps, round(schedule.last_epoch / done), done,
+    )  # fmt: skip
+    schedule.last_epoch = step
+    schedule._last_lr = [base * rate(step) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    for group, lr in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
         group["lr"] = lr

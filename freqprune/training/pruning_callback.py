@@ -18,7 +18,7 @@ from freqprune.errors import InputError
 from freqprune.networks import config_of, drop_blocks, dropped_blocks, of_the_dense
 from freqprune.processes import shared_work
 from freqprune.pruning import Material, NothingToRemoveError, Plan, Recipe, check_components, cut, needs, plan_cut
-from freqprune.tagging import Stimulus, layout_of, normalizer
+from freqprune.tagging import Stimulus, normalizer_for
 from freqprune.training.carrying import carry_over
 from freqprune.training.tagging_callback import _TagsInTraining
 
@@ -198,9 +198,8 @@ class TagPruning(_TagsInTraining):
             trainer.state.stage = stage
         images = _of_all(self._pixels(raw, mean, std), trainer)
         labels = None if labels is None else _of_all(labels, trainer)
-        normalize = normalizer(images, mean, std, pl_module.device, images.dtype)
-        if (layout := layout_of(self._net(pl_module), normalize(images[:1]))) != torch.channels_last:
-            normalize = normalizer(images, mean, std, pl_module.device, images.dtype, layout)
+        net = self._net(pl_module)
+        normalize, layout = normalizer_for(net, images, mean, std, pl_module.device, images.dtype)
         labelled = None if labels is None else (images, labels)
         return images, Material(images, normalize, mean, std, calibration=images, labelled=labelled), layout
 

@@ -15,7 +15,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from freqprune.errors import InputError, check_fields
-from freqprune.pruning import Evidence, Judgement, check_components, judge, needs, scores
+from freqprune.pruning import OF_TAGS, Evidence, Judgement, check_components, judge, needs, scores
 from freqprune.reports import write_importance
 from freqprune.tagging import Readout, Stimulus, check_pixels, find_components, pick_layers, pixels_of, tag
 
@@ -170,7 +170,7 @@ class FrequencyTagging(_TagsInTraining):
                 raise InputError(f"images must be a tensor of pixels in [0, 1], got {type(images).__name__}")
             check_pixels(images)
         self.stimulus = stimulus or Stimulus()
-        if not needs(criterion) <= {"tags", "noise"}:
+        if not needs(criterion) <= OF_TAGS:
             raise InputError(
                 f"criterion = {criterion} reads more than the tags, which a training does not give; use snr"
             )

@@ -20,23 +20,15 @@ from freqprune.reports import tables
 from tests.jobs.small import check_page, config
 from tests.pruning.test_tempo import ByMacs
 
+# What metrics.json holds of a network that was tagged, and of one that was cut.
+TAGGED = {"network", "tagged_images", "timed_on", "dense", "finished"}
+CUT = {*TAGGED, "pruned", "kept", "widths", "remarks"}
+
 
 def test_prune_writes_what_it_says(pruned: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
     out, metrics, objects = pruned
     assert json.loads((out / "metrics.json").read_text()) == metrics
-    assert set(metrics) == {
-        "network",
-        "tagged_images",
-        "timed_on",
-        "dense",
-        "pruned",
-        "recalibrated",
-        "finetuned",
-        "kept",
-        "widths",
-        "remarks",
-        "finished",
-    }
+    assert set(metrics) == {*CUT, "recalibrated", "finetuned"}
     assert (
         set(metrics["dense"])
         == set(metrics["pruned"])
@@ -98,17 +90,7 @@ def test_removes_the_filters_with_the_lowest_snr(trained: tuple[Path, dict[str, 
         "pruning.bn_images=0",
     )
     metrics, objects = prune(cfg)
-    assert set(metrics) == {
-        "network",
-        "tagged_images",
-        "timed_on",
-        "dense",
-        "pruned",
-        "kept",
-        "widths",
-        "remarks",
-        "finished",
-    }
+    assert set(metrics) == CUT
     for layer, kept in objects["kept"].items():
         snr = objects["response"].snr(layer).nan_to_num(0).mean(-1)
         assert kept.tolist() == sorted(snr.argsort(descending=True)[: len(snr) // 2].tolist())
@@ -148,7 +130,7 @@ def test_pruning_none_only_tags_and_tests(trained: tuple[Path, dict[str, Any]], 
     assert float(first["part_preference"]) == pytest.approx(
         objects["response"].part_preference("conv1")[2].item(), rel=1e-4
     )
-    assert set(metrics) == {"network", "tagged_images", "timed_on", "dense", "finished"}
+    assert set(metrics) == TAGGED
     assert metrics["tagged_images"] == objects["response"].n_images
     check_page(tmp_path)
     assert metrics["dense"]["test_accuracy"] == pytest.approx(trained[1]["test_accuracy"])

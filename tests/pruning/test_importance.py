@@ -11,13 +11,14 @@ from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
 from freqprune.pruning.adapter import TagImportance
 from freqprune.pruning.compensation import readers_of
-from freqprune.pruning.criteria import criterion_names, scores
+from freqprune.pruning.criteria import criterion_names, needs, scores
 from freqprune.pruning.graph import ChannelGraph
 from freqprune.pruning.importance import Evidence, criterion
 from freqprune.pruning.moments import input_moments, output_gradients
 from freqprune.pruning.pruners import CUSTOM_PRUNERS
 from freqprune.pruning.verdict import judge
 from freqprune.tagging.measurement import tag
+from freqprune.tagging.stimulus import Stimulus
 from tests.tagging.test_measurement import WHITE, Affine
 
 
@@ -81,6 +82,14 @@ def test_scores_refuse(name: str, message: str) -> None:
     else:
         with pytest.raises(InputError, match=message):
             scores(name, Evidence(Affine(), response), ["other"])
+
+
+@pytest.mark.parametrize("name", ["integration", "intermodulation"])
+def test_criteria_of_parts_that_combine_need_such_components(name: str) -> None:
+    assert needs(name) == {"tags", "intermodulation"}
+    response = tag(Affine(), WHITE, Stimulus(max_order=1))
+    with pytest.raises(InputError, match=f"criterion = {name} reads intermodulation components"):
+        scores(name, Evidence(Affine(), response), ["conv"])
 
 
 def test_noise_free_snr_is_no_score() -> None:
