@@ -64,7 +64,9 @@ class _Moved(MetaPathFinder, InspectLoader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        old = fullname.removeprefix("freqprune.")
+        here, _, old = fullname.partition(".")
+        if here != "freqprune":
+            return None
         return ModuleSpec(fullname, self, is_package=old in ("data", "models")) if old in MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:

@@ -118,6 +118,9 @@ def commands(
     if trained_here:
         own = ("model=", "model.", "optimizer", "trainer.", "ckpt_path", "tag_loss")
         again = [one for one in again if one.startswith(WHERE) or not one.startswith(own)]
+        if "experiment" in given and any(key == "model" or key.startswith("model.") for key in given):
+            # The checkpoint names its network; the experiment has another.
+            again.append("model=auto")
         again += [one for one in typed_out(of_weights or {}) if one.split("=")[0] not in given]
         again.append(f"ckpt={last}")
 

@@ -128,10 +128,18 @@ def _keys(cfg: DictConfig, prefix: str = "") -> list[str]:
 WHOLE = ("64-true", "64", "16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
 
 
+# What YAML takes for true and false, and Hydra's command line for words.
+TRUTHS = {"on": True, "yes": True, "off": False, "no": False}
+
+
+def _is_set(value: Any) -> bool:
+    return bool(TRUTHS.get(value.lower(), value) if isinstance(value, str) else value)
+
+
 def names_trained(cfg: DictConfig) -> str | None:
     """The setting that names trained weights of torchvision or timm, if there is one."""
     model = cfg.get("model")
-    given = [key for key in ("weights", "pretrained") if isinstance(model, DictConfig) and model.get(key)]
+    given = [key for key in ("weights", "pretrained") if isinstance(model, DictConfig) and _is_set(model.get(key))]
     return f"model.{given[0]}" if given else None
 
 

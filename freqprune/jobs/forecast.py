@@ -7,7 +7,7 @@ ResNets and a MobileNetV2 on one core, with small images and few; the ranges are
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -155,8 +155,13 @@ def of_pruning(
     """
     showing, course, latency = settings.showing, settings.course, settings.latency
     n_val = len(data.split("val"))
-    n_images = min(showing.n_images, n_val) * (1 + len(data.classes) * showing.per_class)
-    found: dict[str, Span | None] = {"tags": of_tags(pace, settings.stimulus, settings.readout, n_images)}
+    tags = of_tags(pace, settings.stimulus, settings.readout, min(showing.n_images, n_val))
+    if showing.per_class:
+        counts = data.split("val").labels.bincount().clamp(max=showing.n_images)
+        clean = replace(settings.readout, noise_std=0.0)
+        by_class = of_tags(pace, settings.stimulus, clean, int(counts.sum()))
+        tags = None if tags is None or by_class is None else tags + by_class
+    found: dict[str, Span | None] = {"tags": tags}
     n_nets = 1 if cut is None else 2
     by_time = settings.recipe is not None and settings.recipe.amount.by_time
     timed = sum(latency.sizes(by_time)) * (latency.n_runs + 5) * n_nets

@@ -3,6 +3,7 @@ else."""
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -12,7 +13,7 @@ from typing import Any, TypeVar, get_type_hints
 from omegaconf import DictConfig
 
 from freqprune.errors import InputError, at_least, one_of
-from freqprune.jobs.config import Common, no_such_key, plain, read_common, typed
+from freqprune.jobs.config import TRUTHS, Common, no_such_key, plain, read_common, typed
 from freqprune.networks import Exports, Latency
 from freqprune.pruning import AMOUNTS, Amount, Judgement, Recipe, Reconstruction, needs
 from freqprune.tagging import Readout, Stimulus, TagLoss, find_components
@@ -79,6 +80,8 @@ class Epochs:
         if self.from_scratch and not self.epochs:
             raise InputError("from_scratch trains for finetune.epochs, got 0: say how many")
 
+
+log = logging.getLogger(__name__)
 
 # The classes whose fields are the keys of a section.
 SECTIONS: dict[str, tuple[type[Any], ...]] = {
@@ -165,6 +168,12 @@ def read(cfg: DictConfig) -> Settings:
             reconstruction=_build(Reconstruction, "pruning", values), seed=values["seed"],
             latency=_build(Latency, "latency", values),
         )  # fmt: skip
+    for name in () if course.enabled else AMOUNTS:
+        if values["pruning"].get(name) is not None:
+            log.warning(
+                "pruning.%s = %s has no effect, as pruning=none cuts nothing: say pruning=filters to cut", name,
+                values["pruning"][name],
+            )  # fmt: skip
     if recipe is not None and recipe.compensation == "sequential" and course.bn_when == "before":
         raise InputError(
             "pruning.bn_when = before does not go with pruning.compensation = sequential, which sets the means of "
@@ -193,8 +202,15 @@ def read(cfg: DictConfig) -> Settings:
         from_scratch=tuned.from_scratch,
         latency=_build(Latency, "latency", values),
         exports=_build(Exports, "export", values),
-        **{name: values[name] for name in FREE},
+        **{name: _with_booleans(values[name]) for name in FREE},
     )
+
+
+def _with_booleans(value: Any) -> Any:
+    """on, off, yes and no as true and false, as sections with types have them; Hydra hands them on as words."""
+    if isinstance(value, dict):
+        return {key: _with_booleans(one) for key, one in value.items()}
+    return TRUTHS.get(value.lower(), value) if isinstance(value, str) else value
 
 
 T = TypeVar("T")

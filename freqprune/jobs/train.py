@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -100,11 +101,17 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     start = time.perf_counter()
     last = out / "checkpoints" / "last.ckpt"
     advice = f"interrupted; to go on, if an epoch was complete: ckpt_path={last}"
+    goes_on = common.ckpt_path is not None and out.resolve() in Path(common.ckpt_path).resolve().parents
+    if trainer.is_global_zero and not goes_on:
+        # Of an earlier training in this folder: it would be taken for one of this.
+        for name in ("last.ckpt", "best.ckpt"):
+            (last.parent / name).unlink(missing_ok=True)
     trainers.fit(trainer, classifier, data, common.ckpt_path, advice, common.compile)
     seconds = time.perf_counter() - start
     if data.validates and math.isnan(trainers.metric(trainer, "val/accuracy")):
         # No epoch was left to train, or none to validate after.
-        trainer.validate(classifier, datamodule=data, verbose=False)
+        with trainers.ended_by_sigterm(trainer):
+            trainer.validate(classifier, datamodule=data, verbose=False)
     validated = {"val_accuracy": trainers.metric(trainer, "val/accuracy")} if data.validates else {}
     metrics = {
         **validated,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import nn
 
+from freqprune.errors import InputError
 from freqprune.jobs.compiled import compiled
 from freqprune.jobs.launch import place
 from freqprune.jobs.loggers import make_logger
@@ -21,6 +24,9 @@ from freqprune.jobs.settings import Settings
 from freqprune.networks import device_of, write_atomically
 from freqprune.reports import is_quiet, show
 from freqprune.training import Classifier, ImageData
+
+# Callbacks of conf/common.yaml whose checkpoints are looked for in the run folder.
+_OURS = ("checkpoint", "last")
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -52,8 +58,14 @@ def make_trainer(
     if is_quiet():
         configured.pop("progress", None)
         arguments = {**arguments, "enable_progress_bar": False}
-    for spec in configured.values():
-        if "dirpath" in spec:
+    own = str(settings.out / "checkpoints")
+    for name, spec in configured.items():
+        if name in _OURS and spec.get("dirpath", own) != own:
+            raise InputError(
+                f"callbacks.{name}.dirpath = {spec['dirpath']}: a run is gone on with from the checkpoints in its own "
+                "folder; choose that with hydra.run.dir, or add a callback of another name"
+            )
+        if spec.get("dirpath") == own:
             spec["dirpath"] = str(folder / "checkpoints")
     everything = [*callbacks, *(instantiate(spec) for spec in configured.values())]
     if not any(isinstance(one, pl.callbacks.ProgressBar) for one in everything):
@@ -83,16 +95,25 @@ def fit(
     # A network that was cut comes in eval mode, and Lightning leaves it there.
     classifier.train()
     try:
-        with compiled(classifier, trainer, compile, if_interrupted):
+        with ended_by_sigterm(trainer), compiled(classifier, trainer, compile, if_interrupted):
             trainer.fit(classifier, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
             if ckpt_path is not None and classifier.optimization.ema:
                 _average_of(classifier, ckpt_path, trainer.global_step)
-    except SIGTERMException:
-        _say(if_interrupted)
-        raise SystemExit(128 + signal.SIGTERM) from None
     except (KeyboardInterrupt, SystemExit):
         _say(if_interrupted)
         raise
+
+
+@contextmanager
+def ended_by_sigterm(trainer: pl.Trainer) -> Iterator[None]:
+    """Exit with the usual status if SIGTERM comes inside the block, also with its last batch: Lightning would exit with
+    that of success, or go on."""
+    try:
+        yield
+    except SIGTERMException:
+        raise SystemExit(128 + signal.SIGTERM) from None
+    if trainer.received_sigterm:
+        raise SystemExit(128 + signal.SIGTERM)
 
 
 def _average_of(classifier: Classifier, ckpt_path: str, steps: int) -> None:
@@ -130,7 +151,8 @@ def evaluator(settings: Settings) -> pl.Trainer:
 def tested(trainer: pl.Trainer, classifier: Classifier, data: ImageData) -> dict[str, float]:
     """``test_accuracy``, and with many classes ``test_top5``."""
     device = device_of(classifier.net)
-    (found,) = trainer.test(classifier, datamodule=data, verbose=False)
+    with ended_by_sigterm(trainer):
+        (found,) = trainer.test(classifier, datamodule=data, verbose=False)
     # Lightning leaves it on the CPU.
     classifier.net.to(device)
     return {f"test_{name}": float(found[f"test/{name}"]) for name in ("accuracy", "top5") if f"test/{name}" in found}

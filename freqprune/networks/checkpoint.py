@@ -8,16 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.networks.blocks import drop_blocks, dropped_blocks
+from freqprune.networks.extras import extras, set_extras
 from freqprune.networks.files import read, write_atomically
 from freqprune.networks.heads import by_new_names
 from freqprune.networks.libraries import WEIGHTS
 from freqprune.networks.registry import build_model, config_of, model_names, resize
-from freqprune.networks.resnet import IndexShortcut
 
 PRUNED_FORMAT = "freqprune.pruned/1"
 _PREFIXES = ("module.", "net.", "model.")
@@ -54,7 +53,7 @@ def load_network(path: str | Path, model: Mapping[str, Any] | None = None) -> St
         InputError: for a file that cannot be read (see `read`) or holds another architecture.
     """
     content = read(path)
-    for key in ("model", "state_dict", "kept", "blocks", "normalization", "hyper_parameters"):
+    for key in ("model", "state_dict", "kept", "blocks", "normalization", "hyper_parameters", "callbacks"):
         if not isinstance(content.get(key, {}), Mapping):
             raise InputError(
                 f"ckpt = {path}: {key} is a {type(content[key]).__name__}, expected a dict; the file was not written "
@@ -81,9 +80,7 @@ def load_network(path: str | Path, model: Mapping[str, Any] | None = None) -> St
                 f"ckpt = {path} does not name its network; say which with model=..., one of {', '.join(model_names())}"
             )
         config = dict(named or model or {})
-        state = {
-            key.removeprefix("net."): value for key, value in content["state_dict"].items() if key.startswith("net.")
-        }
+        state = _of_the_network(content["state_dict"])
         extra, said = {}, content["hyper_parameters"]
     else:
         if model is None:
@@ -108,7 +105,11 @@ def load_network(path: str | Path, model: Mapping[str, Any] | None = None) -> St
     drop_blocks(net, said.get("blocks") or {})
     if content.get("format") == PRUNED_FORMAT:
         resize(net, state)
-        _set_shortcuts(net, content.get("shortcuts") or {})
+        set_extras(net, content)
+        _as_stored(net, state)
+    elif _cut_while_trained(content):
+        resize(net, state)
+        set_extras(net, _cut_while_trained(content))
     _load(net, state, path, config)
     extra |= {"normalization": dict(said.get("normalization") or {}), "classes": list(said.get("classes") or ())}
     return Stored(net.eval(), config, **extra)
@@ -154,7 +155,29 @@ def of_the_dense(kept: Mapping[str, Tensor], earlier: Mapping[str, Sequence[int]
     return found
 
 
+def _cut_while_trained(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a checkpoint says of cuts by `TagPruning`; empty if there were none."""
+    said = (content.get("callbacks") or {}).get("TagPruning") or {}
+    return said if said.get("kept") else {}
+
+
+def _as_stored(net: nn.Module, state: Mapping[str, Any]) -> None:
+    """Give parameters and buffers the types in which they were stored."""
+    for name, values in [*net.named_parameters(), *net.named_buffers()]:
+        stored = state.get(name)
+        if isinstance(stored, Tensor) and stored.is_floating_point() and values.is_floating_point():
+            values.data = values.data.to(stored.dtype)
+
+
+def _of_the_network(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The network's part of a module's state dict: of ours, what is under ``net``."""
+    own = {key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")}
+    return _strip_prefix(own or state)
+
+
 def _strip_prefix(state: Mapping[str, Any]) -> dict[str, Any]:
+    # What torch.compile puts between a module and the network in it.
+    state = {str(key).replace("_orig_mod.", ""): value for key, value in state.items()}
     for prefix in _PREFIXES:
         if state and all(str(key).startswith(prefix) for key in state):
             return {key.removeprefix(prefix): value for key, value in state.items()}
@@ -213,6 +236,7 @@ def save_pruned(
     Raises:
         InputError: if there is no config, or it does not rebuild this network.
     """
+    net = getattr(net, "_orig_mod", net)
     config = model if model is not None else config_of(net)
     if not config:
         raise InputError(
@@ -223,7 +247,7 @@ def save_pruned(
     twin = build_model(config)
     drop_blocks(twin, dropped_blocks(net))
     resize(twin, net.state_dict())
-    shortcuts = _other_shortcuts(net, twin)
+    more = extras(net, twin)
     _load(twin, net.state_dict(), path, config)
     content = {
         "format": PRUNED_FORMAT,
@@ -231,34 +255,11 @@ def save_pruned(
         "state_dict": {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()},
         "kept": {layer: [int(i) for i in indices] for layer, indices in kept.items()},
         "blocks": dropped_blocks(net),
-        "shortcuts": shortcuts,
+        **more,
         "normalization": {key: [float(v) for v in value] for key, value in (normalization or {}).items()},
         "classes": [str(name) for name in classes],
     }
     write_atomically(path, content)
-
-
-def _shortcuts(net: nn.Module) -> dict[str, dict[str, Any]]:
-    """What shortcuts without weights pick: no part of a state dict."""
-    return {
-        name: {"index": module.index.tolist(), "n_in": module.n_in}
-        for name, module in net.named_modules()
-        if isinstance(module, IndexShortcut)
-    }
-
-
-def _other_shortcuts(net: nn.Module, twin: nn.Module) -> dict[str, dict[str, Any]]:
-    """Those of a network that its config does not say."""
-    known = _shortcuts(twin)
-    return {name: one for name, one in _shortcuts(net).items() if known.get(name) != one}
-
-
-def _set_shortcuts(net: nn.Module, given: Mapping[str, Mapping[str, Any]]) -> None:
-    for name, one in given.items():
-        module = net.get_submodule(name)
-        assert isinstance(module, IndexShortcut)
-        module.n_in = int(one["n_in"])
-        module.set_index(torch.tensor(one["index"], dtype=torch.long))
 
 
 def save_weights(path: str | Path, checkpoint: str | Path) -> None:
@@ -274,7 +275,8 @@ def save_weights(path: str | Path, checkpoint: str | Path) -> None:
     hyper = content["hyper_parameters"]
     state = {key: value.contiguous() for key, value in content["state_dict"].items() if key.startswith("net.")}
     about = {key: hyper[key] for key in ("model", "normalization", "classes", "blocks") if key in hyper}
-    write_atomically(path, {"hyper_parameters": about, "state_dict": state})
+    cuts = {"callbacks": {"TagPruning": _cut_while_trained(content)}} if _cut_while_trained(content) else {}
+    write_atomically(path, {"hyper_parameters": about, "state_dict": state, **cuts})
 
 
 def load_pruned(path: str | Path) -> nn.Module:

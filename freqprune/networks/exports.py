@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.networks.answers import device_of
+from freqprune.networks.answers import device_of, first
 from freqprune.networks.hooks import evaluating
 from freqprune.networks.runtimes import OnnxModule
 
@@ -100,8 +100,8 @@ def export(
 def _written(net: nn.Module, example: Tensor, folder: Path, onnx: bool, torch_export: bool) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     # Neither the size of the example nor 1, so that a batch size that was frozen in shows.
-    inputs = torch.randn(3, *example.shape[1:], generator=generator)
-    expected = net(inputs)
+    inputs = torch.randn(3, *example.shape[1:], generator=generator).to(example.dtype)
+    expected = first(net(inputs))
     pair = torch.cat([example[:1], example[:1]])
     dynamic = ({0: torch.export.Dim("batch")},)
     found: dict[str, Any] = {}
@@ -110,7 +110,7 @@ def _written(net: nn.Module, example: Tensor, folder: Path, onnx: bool, torch_ex
         warnings.simplefilter("ignore")
         if torch_export:
             torch.export.save(torch.export.export(net, (pair,), dynamic_shapes=dynamic), folder / "model.pt2")
-            again = torch.export.load(folder / "model.pt2").module()(inputs)
+            again = first(torch.export.load(folder / "model.pt2").module()(inputs))
             found["model.pt2"] = _difference("model.pt2", again, expected)
         if onnx:
             path = folder / "model.onnx"

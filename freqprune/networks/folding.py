@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from freqprune.networks.hooks import replace
+
 
 def fused(net: nn.Module, folds: Iterable[tuple[str, str]]) -> dict[str, nn.Module]:
     """What stands in for each convolution, with the norm in it, and for each norm: an identity.
@@ -28,7 +30,5 @@ def fused(net: nn.Module, folds: Iterable[tuple[str, str]]) -> dict[str, nn.Modu
 def fold_norms(net: nn.Module, folds: Iterable[tuple[str, str]]) -> nn.Module:
     """A copy of a network, in eval mode, with its batch norms folded for deployment; arguments as for `fused`."""
     twin = copy.deepcopy(net).eval()
-    for name, module in fused(twin, folds).items():
-        parent, _, child = name.rpartition(".")
-        setattr(twin.get_submodule(parent), child, module)
+    replace(twin, fused(twin, folds))
     return twin

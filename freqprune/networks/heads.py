@@ -195,6 +195,10 @@ def open_heads(model: nn.Module) -> nn.Module:
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.MultiheadAttention) and HeadAttention.can_be(module):
             model.set_submodule(name, HeadAttention(module))
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, HeadAttention) for m in module.modules()):
+            # It would hand nested tensors to PyTorch's own, and look for its weights.
+            module.enable_nested_tensor = module.use_nested_tensor = False
     return model
 
 

@@ -25,6 +25,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def followable(model: nn.Module) -> Iterator[None]:
+    """As `evaluating`, and PyTorch's transformers run operation by operation: in their fast path, whole layers are one,
+    in which no layer shows."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with evaluating(model):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
 def hooked(
     wanted: Sequence[tuple[nn.Module, Callable[..., Any] | None, Callable[..., Any] | None]], kwargs: bool = False
 ) -> Iterator[None]:
@@ -43,10 +56,12 @@ def hooked(
             handle.remove()
 
 
-@contextmanager
-def replaced(model: nn.Module, stand_ins: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Other modules in the place of the named ones inside the block, wherever these are, the old ones back after it,
-    also after an error."""
+def replace(model: nn.Module, stand_ins: Mapping[str, nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Put other modules in the place of the named ones, wherever these are.
+
+    Returns:
+        Each place, ``(owner, name in it, old module)``.
+    """
     new = {model.get_submodule(name): module for name, module in stand_ins.items()}
     places = [
         (owner, child, old)
@@ -54,9 +69,17 @@ def replaced(model: nn.Module, stand_ins: Mapping[str, nn.Module]) -> Iterator[N
         for child, old in owner._modules.items()
         if old is not None and old in new
     ]
+    for owner, child, old in places:
+        owner._modules[child] = new[old]
+    return places
+
+
+@contextmanager
+def replaced(model: nn.Module, stand_ins: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Other modules in the place of the named ones inside the block, wherever these are, the old ones back after it,
+    also after an error."""
+    places = replace(model, stand_ins)
     try:
-        for owner, child, old in places:
-            owner._modules[child] = new[old]
         yield
     finally:
         for owner, child, old in places:

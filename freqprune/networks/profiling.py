@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from freqprune.errors import InputError, at_least, one_of
-from freqprune.networks.hooks import evaluating
+from freqprune.networks.hooks import evaluating, followable
 from freqprune.networks.runtimes import TARGETS, in_turn, runner
 
 
@@ -35,7 +35,7 @@ def macs_by_layer(model: nn.Module, example: Tensor) -> dict[str, int]:
     try:
         for parameter in asking:
             parameter.requires_grad_(False)
-        with evaluating(model), torch.no_grad(), counter:
+        with followable(model), torch.no_grad(), counter:
             model(example[:1])
     finally:
         for parameter in asking:

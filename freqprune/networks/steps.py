@@ -41,9 +41,10 @@ def best_multiple(curves: Sequence[Mapping[int, float]], most: int = MULTIPLES[-
     for multiple in MULTIPLES:
         shares = []
         for times in curves:
-            rounded = [times[up] for width in times if (up := -(-width // multiple) * multiple) in times]
-            if rounded:
-                shares.append(fmean(rounded) / fmean(times.values()))
+            up = {width: -(-width // multiple) * multiple for width in times}
+            timed = [width for width in times if up[width] in times]
+            if timed:
+                shares.append(fmean(times[up[width]] for width in timed) / fmean(times[width] for width in timed))
         if multiple <= most and len(shares) == len(curves):
             cost[multiple] = fmean(shares)
     return max(multiple for multiple, value in cost.items() if value <= (1 + FREE) * min(cost.values()))

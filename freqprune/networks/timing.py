@@ -12,6 +12,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ class Times:
         cache: Path | None = None,
         progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
     ) -> None:
+        self._cache, self._device = cache, batch.device
         self._known = {} if cache is None else _read(cache, batch.device)
         measured = []
         fixed = trace.inputs(model)
@@ -112,7 +114,6 @@ class Times:
             )
             for one in measured
         ]
-        self._cache, self._device = cache, batch.device
         self._keep()
 
     def _keep(self) -> None:
@@ -201,7 +202,9 @@ class Times:
         key = f"{what} {shapes}"
         if key not in self._known:
             timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-            self._known[key] = 1000 * timer.blocked_autorange(min_run_time=LEAST_S).median
+            # A timer waits for the accelerator that is the current one.
+            with nullcontext() if self._device.type == "cpu" else torch.accelerator.device_index(self._device.index):
+                self._known[key] = 1000 * timer.blocked_autorange(min_run_time=LEAST_S).median
         return self._known[key]
 
 

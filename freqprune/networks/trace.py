@@ -14,7 +14,7 @@ from torch.fx.node import map_arg
 
 from freqprune.errors import InputError, first_line
 from freqprune.networks.answers import first
-from freqprune.networks.hooks import evaluating
+from freqprune.networks.hooks import evaluating, followable
 
 _ATEN = torch.ops.aten
 CONVOLUTIONS = (_ATEN.conv2d.default, _ATEN.conv2d.padding)
@@ -49,7 +49,7 @@ class Trace:
     """
 
     def __init__(self, model: nn.Module, batch: Tensor, instead: str = "pruning.compensation=least_squares") -> None:
-        with evaluating(model), torch.no_grad():
+        with followable(model), torch.no_grad():
             try:
                 program = torch.export.export(model, (batch,))
             except Exception as error:

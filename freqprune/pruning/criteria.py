@@ -23,12 +23,15 @@ __all__ = ["OF_TAGS", "check_components", "criterion", "criterion_names", "needs
 
 
 def _defined_snr(evidence: Evidence, layer: str) -> Tensor:
-    """SNR with dead filters at 0."""
+    """SNR with dead filters at 0, and those that do not answer at these components."""
     response = evidence.tags()
     why = response.why_no_snr(layer, evidence.components)
-    if response.noise_std == 0 or why.count("noise-free") > len(why) / 2:
+    answers = (response.amplitude(layer, evidence.components).amax(-1) > response.rounding(layer)).tolist()
+    loud = sum(word == "noise-free" and one for word, one in zip(why, answers, strict=True))
+    # One that answers and has no SNR is no worse than the others; 0 would say so.
+    if response.noise_std == 0 or loud:
         raise InputError(
-            f"the SNR of {why.count('noise-free')} filters of {layer!r} is undefined: their noise bins hold rounding "
+            f"the SNR of {loud} filters of {layer!r} is undefined: their noise bins hold rounding "
             "error only (noise_std = "
             f"{response.noise_std:g}); tag with more noise (the default is 0.02) or use importance=amplitude"
         )

@@ -128,10 +128,15 @@ def write_filters(path: Path, response: TagResponse, verdict: Verdict | None) ->
 
 
 def write_importance(
-    path: Path, epoch: int, response: TagResponse, score: Mapping[str, Tensor], verdict: Verdict
+    path: Path,
+    epoch: int,
+    response: TagResponse,
+    score: Mapping[str, Tensor],
+    verdict: Verdict,
+    since: int | None = None,
 ) -> None:
     """Append an epoch's rows to ``importance.csv``; rows of this and later epochs, left by an interrupted run, are
-    replaced.
+    replaced, and those from epoch `since` on, at which this training began: they are another's.
 
     Columns: epoch, layer_index, layer, filter, ``snr_<component>`` and ``amplitude_<component>`` for every component,
         score, important.
@@ -140,11 +145,12 @@ def write_importance(
     readings = [f"{kind}_{c.name}" for kind in ("snr", "amplitude") for c in components]
     header = ["epoch", "layer_index", "layer", "filter", *readings, "score", "important"]
     earlier: list[list[str]] = []
+    first = epoch if since is None else min(since, epoch)
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file))
         earlier = (
-            [row for row in rows[1:] if len(row) == len(header) and int(row[0]) < epoch]
+            [row for row in rows[1:] if len(row) == len(header) and int(row[0]) < first]
             if rows and rows[0] == header
             else []
         )

@@ -50,8 +50,11 @@ class _Trace(TorchFunctionMode):
         inputs = _stamps((args, kwargs))
         out = func(*args, **kwargs)
         self.alive += [args, kwargs, out]
-        if isinstance(out, Tensor) and inputs:
-            self.calls.append(Call("function", func, inputs, _stamp(out), replay=_replay(func, args, kwargs)))
+        made = first_tensor(out)
+        # Also what returns several tensors, or writes and returns nothing; not sizes and other answers.
+        if inputs and (made is not None or out is None):
+            output = (0, 0) if made is None else _stamp(made)
+            self.calls.append(Call("function", func, inputs, output, replay=_replay(func, args, kwargs)))
         return out
 
 

@@ -37,7 +37,7 @@ def untrained(model: nn.Module, seed: int = 0) -> nn.Module:
     """Copy of a network with freshly drawn weights, in the same mode.
 
     Raises:
-        InputError: if a module has parameters of its own and no ``reset_parameters``.
+        InputError: if a module has parameters of its own and no ``reset_parameters``, or one that leaves them.
     """
     fresh = copy.deepcopy(model)
     with torch.random.fork_rng():
@@ -52,7 +52,15 @@ def untrained(model: nn.Module, seed: int = 0) -> nn.Module:
                     f"{name or type(module).__name__} ({type(module).__name__}) has weights but no reset_parameters(); "
                     "build an untrained network anew"
                 )
+            for values in module.parameters(recurse=False):
+                values.data.fill_(torch.nan)
             reset()
+            for own, values in module.named_parameters(recurse=False):
+                if values.isnan().any():
+                    raise InputError(
+                        f"{name}.{own} is not drawn by reset_parameters(), as the weights that spectral_norm and its "
+                        "like keep are not; build an untrained network anew"
+                    )
     return fresh
 
 

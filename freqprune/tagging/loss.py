@@ -163,7 +163,8 @@ class TagLoss:
         if images.dim() != 4 or not len(images):
             raise InputError(f"images must be (n_images, n_channels, height, width), got {tuple(images.shape)}")
         # As the batch lies: a network that takes views may run on nothing else.
-        layout = torch.contiguous_format if images.is_contiguous() else torch.channels_last
+        last = not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if last else torch.contiguous_format
         prepare = normalizer(images, self.mean, self.std, device_of(net), images.dtype, layout)
         # What augmentation puts around an image, or mixes into it, may lie outside.
         pixels = pixels_of(images[: self.n_images].detach().float(), self.mean, self.std)

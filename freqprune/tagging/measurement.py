@@ -103,6 +103,8 @@ def tag(
     parameter = next(model.parameters(), None)
     device = images.device if parameter is None else parameter.device
     precision = dtype_of(model)
+    if half is not None and precision == torch.float64:
+        raise InputError(f"half = {half} has no effect on a network of float64: leave it out, or pass net.float()")
     prepare, _ = normalizer_for(model, images, mean, std, device, precision)
     sites = find_sites(model, prepare(images[:1]), pick_layers(model, layers), where)
     folds = find_folds(model, prepare(images[:1]), sites)

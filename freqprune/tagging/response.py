@@ -111,14 +111,17 @@ class TagResponse:
     def power_ratio(
         self, layer: str, which: Sequence[str] | str = "fundamentals", n_neighbours: int = 2, skip: int = 0
     ) -> Tensor:
-        """Power SNR against `n_neighbours` bins on each side after `skip`, predicted responses left out; see
-        `freqprune.tagging.spectrum.power_ratio`."""
-        return power_ratio(self._noisy_power(layer), self._bins(which), n_neighbours, skip, self._predicted)
+        """Power SNR against `n_neighbours` bins on each side after `skip`, predicted responses left out; NaN where the
+        noise bins hold rounding error only; see `freqprune.tagging.spectrum.power_ratio`."""
+        ratio = power_ratio(self._noisy_power(layer), self._bins(which), n_neighbours, skip, self._predicted)
+        return torch.where(self._noise_free(layer, which), torch.nan, ratio)
 
     def z_score(self, layer: str, which: Sequence[str] | str = "fundamentals", n_neighbours: int = 10) -> Tensor:
         """Standard deviations above `n_neighbours` noise bins on each side, predicted responses left out, ``(n_filters,
-        n_components)``."""
-        return z_score(self._noisy_amplitude(layer), self._bins(which), range(1, n_neighbours + 1), self._predicted)
+        n_components)``; NaN where those hold rounding error only."""
+        noisy = self._noisy_amplitude(layer)
+        z = z_score(noisy, self._bins(which), range(1, n_neighbours + 1), self._predicted)
+        return torch.where(self._noise_free(layer, which), torch.nan, z)
 
     def corrected_amplitude(self, layer: str, which: Sequence[str] | str = "harmonics") -> Tensor:
         """Amplitude less that of the noise bins, summed over components, ``(n_filters,)`` (Retter, Rossion & Schiltz
@@ -196,8 +199,12 @@ class TagResponse:
             picked = squares[:, [every.index(component) for component in self.components(which)]]
             n_images = effective_images(power, picked, bins, self.n_images)
         p_values = significance(power, bins, n_images)
+        return torch.where(self._noise_free(layer, which), 1.0, p_values)
+
+    def _noise_free(self, layer: str, which: Sequence[str] | str) -> Tensor:
+        """Where the noise bins hold rounding error only, ``(n_filters, n_components)``."""
         spectrum = self._noisy_amplitude(layer)
-        return torch.where(is_noise_free(spectrum, baseline(spectrum, bins), self.precision), 1.0, p_values)
+        return is_noise_free(spectrum, baseline(spectrum, self._bins(which)), self.precision)
 
     def why_no_snr(self, layer: str, which: Sequence[str] | str = "fundamentals") -> list[str]:
         """One word a filter: ``""`` where the SNR is defined, ``"dead"`` (it answers nothing) or ``"noise-free"``."""

@@ -170,11 +170,11 @@ def _follow(name: str, layer: nn.Module, tensor: Tensor, start: int, calls: list
     site = Site(name, name, calls[start].index, "convolution", n_filters, channel_dim)
     if where == "convolution":
         return site
-    stamp, position = calls[start].output, start
+    stamp, position, passed = calls[start].output, start, ""
     while True:
         consumers = _consumers(stamp, position, calls)
         kinds = {_kind(call) for _, call in consumers}
-        if kinds == {"norm"} and site.stage == "convolution":
+        if kinds == {"norm"} and site.stage == "convolution" and not passed:
             stage = "norm"
         elif kinds == {"activation"} and where == "activation":
             stage = "activation"
@@ -187,15 +187,18 @@ def _follow(name: str, layer: nn.Module, tensor: Tensor, start: int, calls: list
         )
         if owner is not None:
             site = Site(name, owner.module, owner.index, stage, n_filters, channel_dim)
+        elif stage == "norm" and where == "activation":
+            # No module returns what the norm leaves, as in timm's norms with an activation: that may have one.
+            passed = f"{_describe(call)} and then "
+        elif stage == "norm" or call.replay is None or passed:
+            break
         else:
-            if call.replay is None or stage == "norm":
-                break
             site = Site(name, site.module, site.call, stage, n_filters, channel_dim, "", call.replay)
-        if stage == where:
+        if site.stage == where:
             return site
         stamp, position = call.output, at
     reason = ", ".join(sorted({_describe(call) for _, call in consumers})) or "nothing"
-    note = f"no {where} of its own: its {site.stage} output goes to {reason}; read there"
+    note = f"no {where} of its own: its {site.stage} output goes to {passed}{reason}; read there"
     return Site(site.layer, site.module, site.call, site.stage, n_filters, channel_dim, note, site.then)
 
 

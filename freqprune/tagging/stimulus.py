@@ -96,6 +96,10 @@ class Stimulus:
             raise InputError(f"max_order must be at least 1, got {self.max_order}")
         if self.gap < 0:
             raise InputError(f"gap must be 0 or more pixels, got {self.gap}")
+        if self.phases is not None:
+            object.__setattr__(self, "phases", tuple(float(phase) for phase in self.phases))
+            if not all(math.isfinite(phase) for phase in self.phases):
+                raise InputError(f"phases must be finite, in radians, got {list(self.phases)}")
         if self.phases is not None and len(self.phases) != len(self.tag_freqs):
             raise InputError(
                 f"phases must give one phase a part: {len(self.tag_freqs)} tag frequencies, {len(self.phases)} phases"

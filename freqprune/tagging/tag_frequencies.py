@@ -35,12 +35,12 @@ def check_tag_freqs(tag_freqs: Sequence[float], frame_rate: float, n_frames: int
             highest = math.ceil(nyquist / resolution - 1) * resolution
             raise InputError(
                 f"tag_freqs[{i}] = {freq:g} Hz is not below the Nyquist frequency frame_rate / 2 = {nyquist:g} Hz; "
-                f"use at most {highest:g}, or a frame_rate above {2 * freq:g}"
+                f"use at most {highest:.12g}, or a frame_rate above {2 * freq:g}"
             )
         cycles = freq / resolution
         if abs(cycles - round(cycles)) > 1e-9 * max(1.0, cycles):
             low, high = math.floor(cycles) * resolution, math.ceil(cycles) * resolution
-            near = " or ".join(f"{f:g}" for f in (low, high) if 0 < f < nyquist)
+            near = " or ".join(f"{f:.12g}" for f in (low, high) if 0 < f < nyquist)
             frames = next(
                 (n for n in range(n_frames, 20 * n_frames + 1) if abs(freq * n / frame_rate % 1) < 1e-9),
                 None,
@@ -51,10 +51,15 @@ def check_tag_freqs(tag_freqs: Sequence[float], frame_rate: float, n_frames: int
             )
     for i, freq in enumerate(tag_freqs):
         if freq in tag_freqs[:i]:
+            taken = set(cycles_of(tag_freqs, frame_rate, n_frames))
+            free = [n for n in range(1, math.ceil(n_frames / 2)) if n not in taken]
+            # Three bins up if that is free: a bin of noise on each side lies between.
+            wanted = round(freq / resolution) + 3
+            other = min(free, key=lambda n: abs(n - wanted), default=None)
+            such = "" if other is None else f", such as {other * resolution:.12g} Hz"
             raise InputError(
                 f"tag_freqs[{i}] = {freq:g} Hz is also the frequency of part {tag_freqs.index(freq) + 1}; a "
-                "shared tag cannot be told "
-                f"apart: use another, such as {freq + 3 * resolution:g} Hz"
+                f"shared tag cannot be told apart: use another{such}"
             )
     clash = collision(cycles_of(tag_freqs, frame_rate, n_frames), n_frames, max_order)
     if clash:

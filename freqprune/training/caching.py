@@ -17,6 +17,7 @@ from freqprune.errors import one_of
 from freqprune.processes import on_this_machine
 from freqprune.training.ledger import checked, open_ledger, read_all, room
 from freqprune.training.listing import Reader
+from freqprune.training.memory import free_memory
 from freqprune.training.pixels import DecodedPixels, MappedPixels, StoredPixels
 
 log = logging.getLogger(__name__)
@@ -72,23 +73,6 @@ def _choose(planned: list[tuple[Reader, Path]]) -> str:
         "data.cache=auto: the images take %.3g GB, free memory is %s: data.cache=%s", needed / 1e9, said, chosen
     )  # fmt: skip
     return chosen
-
-
-def free_memory() -> int | None:
-    """Bytes that this process may still take: of the machine, or of its control group if that is less."""
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = int((group / "memory.max").read_text()), int((group / "memory.current").read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        # The cache of files counts as used, and gives way.
-        return min(free, limit - used + int(stat["inactive_file"]))
-    except (OSError, KeyError, ValueError):
-        return free
 
 
 def _in_memory(reader: Reader) -> Tensor:

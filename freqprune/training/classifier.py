@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
@@ -18,7 +18,7 @@ from freqprune.errors import InputError, check_fields
 from freqprune.networks import build_model, drop_blocks, rebuilt_from
 from freqprune.tagging import TagLoss
 from freqprune.training.averaging import MovingAverage
-from freqprune.training.optimization import Optimization, go_on_by_epochs
+from freqprune.training.optimization import Optimization, check_same_optimizer, go_on_by_epochs, take_settings
 
 # With more classes than so many the share of images whose class is among the first five answers is measured too.
 _FEW = 10
@@ -97,7 +97,7 @@ class Classifier(pl.LightningModule):
         self.save_hyperparameters(
             {
                 "model": config,
-                **_plain(self.optimization),
+                **self.optimization.plain(),
                 "num_classes": num_classes,
                 "normalization": {key: list(value) for key, value in (normalization or {}).items()},
                 "classes": [str(name) for name in classes],
@@ -168,7 +168,9 @@ class Classifier(pl.LightningModule):
         total = nn.functional.cross_entropy(
             logits, labels, self.class_weights, reduction="sum", label_smoothing=self.optimization.label_smoothing
         )
-        return total / counts.sum().clamp(min=torch.finfo(total.dtype).tiny)
+        # In the mean over processes: the mean of their gradients is then that of one batch.
+        whole: Any = counts.sum() if self._trainer is None else self.trainer.strategy.reduce(counts.sum())
+        return total / whole.clamp(min=torch.finfo(total.dtype).tiny)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
@@ -200,11 +202,19 @@ class Classifier(pl.LightningModule):
             raise InputError(
                 f"the training loss became {loss.item()} in epoch {self.current_epoch}, step {batch_idx}: lower the "
                 "learning rate (now "
-                f"{self.hparams['lr']:g}) or add warm-up; the checkpoints of earlier epochs are intact"
+                f"{self.hparams['lr']:g}) or add warm-up; the checkpoints of earlier epochs are intact and can be gone "
+                "on from with another rate"
             )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Before the state of the optimizer is restored, which fits another only by chance.
+        if self._trainer is not None:
+            check_same_optimizer(self.optimization, checkpoint.get("hyper_parameters", {}))
 
     def on_train_start(self) -> None:
         trainer, done = self.trainer, self.trainer.current_epoch
+        if done:
+            take_settings(trainer.optimizers[0], self.optimization.optimizer(self.net), self._schedule)
         # Not kept: a module with it could not be pickled.
         made, self._schedule = self._schedule, None
         if made is None or made is not self.lr_schedulers() or trainer.max_steps >= 0:
@@ -284,9 +294,3 @@ class Classifier(pl.LightningModule):
                 "the loader does not say; set trainer.limit_train_batches, or warmup_epochs = 0"
             )
         return math.ceil(n_batches / self.trainer.accumulate_grad_batches)
-
-
-def _plain(optimization: Optimization) -> dict[str, Any]:
-    """The fields as plain lists and dicts, for the checkpoint."""
-    lists = {"milestones": list(optimization.milestones), "arguments": dict(optimization.arguments)}
-    return {**asdict(optimization), **lists}

@@ -150,7 +150,7 @@ class ImageData(pl.LightningDataModule, ABC):
         self._whole, self.classes = train, source.classes
         self.train, self.test = self._seen(train), self._seen(test)
         self.val = self._seen(val) if self.validates else self.train
-        self.transforms.bind(len(self.classes), train.pixels[0] if self.transforms.single else None)
+        self.transforms.bind(len(self.classes), train.pixels[0].clone() if self.transforms.single else None)
         n_channels = train.pixels.shape[1]
         for name, statistic in (("mean", self.mean), ("std", self.std)):
             if len(statistic or ()) != n_channels:
@@ -214,14 +214,18 @@ class ImageData(pl.LightningDataModule, ABC):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         pixels, labels = batch
         if self.trainer is None or not self.trainer.training:
-            return self.normalize(pixels), labels
+            return self._as_weights((self.normalize(pixels), labels))
         generator, share = self._epoch_generator(self.trainer), (self.trainer.global_rank, self.trainer.world_size)
         pixels = self.normalize(random_crop_flip(pixels, self.crop_padding, self.flip, generator, share))
         if self.transforms.mixing:
             pixels, labels = self.transforms.mix(pixels, labels, generator, share)
         if self.progressive_resizing is not None:
             pixels = self.progressive_resizing(pixels, self.trainer.current_epoch, epochs_of(self.trainer))
-        return pixels, labels
+        return self._as_weights((pixels, labels))
+
+    def _as_weights(self, batch: tuple[Tensor, Tensor]) -> Any:
+        """A batch in the type that the trainer gives the network; it converts batches before they are normalised."""
+        return batch if self.trainer is None else self.trainer.precision_plugin.convert_input(batch)
 
     def _epoch_generator(self, trainer: pl.Trainer) -> torch.Generator:
         """Randomness of the running epoch: it depends on the seed and the epoch only, so that a resumed run goes on as

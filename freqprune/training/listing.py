@@ -14,13 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from freqprune.errors import InputError, one_of
 
 _INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 # What Pillow raises for files that it cannot make out.
+Image.init()
+# Of formats that Pillow decodes itself.
+_FORMATS = Image.OPEN.keys() - {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+ENDINGS = tuple(ending for ending, kind in Image.registered_extensions().items() if kind in _FORMATS)
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
@@ -121,7 +125,8 @@ class Listing(ABC):
 
 
 class FolderListing(Listing):
-    """Images of a folder tree ``folder/<class>/*``, as torchvision's ``ImageFolder`` finds them.
+    """Images of a folder tree ``folder/<class>/*``, as torchvision's ``ImageFolder`` finds them, of all formats that
+    Pillow reads.
 
     Attributes:
         classes: names of the class folders, sorted.
@@ -136,7 +141,7 @@ class FolderListing(Listing):
         if not folder.is_dir():
             raise InputError(f"{folder} is missing; data.root must hold train/<class>/*.png and test/<class>/*.png")
         try:
-            tree = ImageFolder(str(folder))
+            tree = ImageFolder(str(folder), is_valid_file=lambda path: path.lower().endswith(ENDINGS))
         except FileNotFoundError as error:
             raise InputError(f"{folder} holds no images, or a class folder in it is empty: {error}") from None
         if len(tree.classes) < 2:
@@ -231,6 +236,8 @@ class Reader:
     def _read(self, number: int) -> NDArray[np.uint8]:
         try:
             with self.listing.open(number) as image:
+                # Upright, as they are shown, and explained.
+                ImageOps.exif_transpose(image, in_place=True)
                 return self.fitting(in_bytes(image, "RGB"))
         except _UNREADABLE as error:
             raise InputError(

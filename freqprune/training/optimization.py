@@ -7,7 +7,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -84,6 +84,10 @@ class Optimization:
         self._check_class_weights()
         # A module that draws nothing: the weights of the network to come stay as they would be.
         self.optimizer(nn.BatchNorm1d(1))
+
+    def plain(self) -> dict[str, Any]:
+        """The fields as plain lists and dicts, for a checkpoint."""
+        return {**asdict(self), "milestones": list(self.milestones), "arguments": dict(self.arguments)}
 
     def _check_class_weights(self) -> None:
         weights = self.class_weights
@@ -203,3 +207,37 @@ def go_on_by_epochs(schedule: LambdaLR, done: int, steps: int) -> None:
     schedule._last_lr = [base * rate(step) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
     for group, lr in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
         group["lr"] = lr
+
+
+def check_same_optimizer(here: Optimization, stored: Mapping[str, Any]) -> None:
+    """Raise InputError where a training would go on with the state of another optimizer; `stored` are the settings of
+    the checkpoint."""
+    for name in ("name", "decay_norms"):
+        if name in stored and stored[name] != getattr(here, name):
+            raise InputError(
+                f"the checkpoint was trained with optimizer.{name} = {stored[name]}, and this training says "
+                f"{getattr(here, name)}: its optimizer cannot go on with that state; give the same, or train anew"
+            )
+
+
+def take_settings(restored: torch.optim.Optimizer, asked: torch.optim.Optimizer, schedule: LambdaLR | None) -> None:
+    """Let a restored optimizer go on with the rate, decay and so on that are asked for, and its own state.
+
+    Args:
+        restored: as its checkpoint left it.
+        asked: made anew from the settings.
+        schedule: of its rate, restored too; None if the rate is constant.
+    """
+    for number, (group, new) in enumerate(zip(restored.param_groups, asked.param_groups, strict=True)):
+        for key, value in new.items():
+            if key not in ("params", "lr") and not isinstance(value, Tensor):
+                group[key] = value
+        base = float(new["lr"])
+        if schedule is None:
+            group["lr"] = base
+        elif schedule.base_lrs[number] != base:
+            rank_zero_only(log.warning)(
+                "the checkpoint was trained with a rate of %g: it goes on with %g", schedule.base_lrs[number], base
+            )
+            schedule.base_lrs[number] = group["initial_lr"] = base
+            schedule._last_lr[number] = group["lr"] = base * schedule.lr_lambdas[number](schedule.last_epoch)

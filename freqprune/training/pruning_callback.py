@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.networks import config_of, drop_blocks, dropped_blocks, of_the_dense
+from freqprune.networks import config_of, drop_blocks, dropped_blocks, of_the_dense, shortcuts_of
 from freqprune.processes import shared_work
 from freqprune.pruning import Material, NothingToRemoveError, Plan, Recipe, check_components, cut, needs, plan_cut
 from freqprune.tagging import Stimulus, normalizer_for
 from freqprune.training.carrying import carry_over
-from freqprune.training.tagging_callback import _TagsInTraining
+from freqprune.training.replaceable import check_module, check_trainer
+from freqprune.training.tags_in_training import TagsInTraining
 
 log = logging.getLogger(__name__)
 
 
-class TagPruning(_TagsInTraining):
+class TagPruning(TagsInTraining):
     """Cut filters by their response to the tags at the start of given epochs of ``fit``, in any LightningModule.
 
     The network is replaced by a smaller one; the optimizer goes on with its parameters, and the kept filters keep their
@@ -75,7 +76,8 @@ class TagPruning(_TagsInTraining):
         return "TagPruning"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"kept": self.kept, "dropped": self.dropped, "shape": self.shape}
+        more = {} if self._made is None else {"shortcuts": shortcuts_of(self._made)}
+        return {"kept": self.kept, "dropped": self.dropped, "shape": self.shape, **more}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.kept = state_dict["kept"]
@@ -93,7 +95,7 @@ class TagPruning(_TagsInTraining):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
-            self._check_trainer(trainer)
+            check_trainer(trainer)
             if self._made is not self._net(pl_module):
                 # Another module than that of an earlier fit has no cuts behind it.
                 self.kept, self.dropped, self.shape = [], [], None
@@ -111,23 +113,6 @@ class TagPruning(_TagsInTraining):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         pl_module.__dict__.pop("on_load_checkpoint", None)
-
-    def _check_trainer(self, trainer: pl.Trainer) -> None:
-        if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
-            raise InputError(
-                f"TagPruning replaces the network, of which {type(trainer.strategy).__name__} keeps a part in each of "
-                f"{trainer.world_size} processes; use strategy=ddp, or prune with prune.py between two runs"
-            )
-        if getattr(trainer.strategy, "_start_method", "popen") != "popen":
-            raise InputError(
-                "TagPruning replaces the network, and strategy=ddp_spawn hands weights back to a process with the "
-                "old network; use strategy=ddp"
-            )
-        if any(isinstance(one, WeightAveraging) for one in trainer.callbacks):  # type: ignore[attr-defined]
-            raise InputError(
-                "TagPruning replaces the network, and WeightAveraging (ema= of Classifier and optimizer.ema) would go "
-                "on averaging the old one: use one of them, or prune with prune.py between two runs"
-            )
 
     def _fits(self, pl_module: pl.LightningModule, stored: Mapping[str, Tensor]) -> bool:
         """Whether the network has the weights of a checkpoint already, by their shapes."""
@@ -171,8 +156,15 @@ class TagPruning(_TagsInTraining):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what the first cut would refuse, before epochs are lost."""
-        if not any(epoch >= trainer.current_epoch for epoch in self.epochs):
+        last = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
+        if not any(trainer.current_epoch <= epoch < last for epoch in self.epochs):
+            if not self.kept and self.epochs[0] >= last:
+                raise InputError(
+                    f"epochs = {self.epochs}: this training ends after {last} epochs, counted from 0, so that nothing "
+                    "would be cut; name earlier ones, or raise max_epochs"
+                )
             return
+        check_module(trainer, pl_module, self._attribute(pl_module))
         with isolate_rng():
             images, material, _ = self._material(trainer, pl_module)
         self.stimulus.masks(*images.shape[-2:])

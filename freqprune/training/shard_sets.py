@@ -126,6 +126,8 @@ def _samples(shard: str, image_keys: Sequence[str], label_key: str) -> Mapping[s
     """Of every sample of a tar file, in its order: where its image begins, its size, its label."""
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
+    # Images of further keys, such as seg.png, or of names with dots in them.
+    dotted: dict[str, str] = {}
     try:
         with tarfile.open(shard, "r:") as file:
             for member in file:
@@ -133,14 +135,30 @@ def _samples(shard: str, image_keys: Sequence[str], label_key: str) -> Mapping[s
                 folder, _, last = member.name.rpartition("/")
                 name, _, key = last.partition(".")
                 sample = f"{folder}/{name}" if folder else name
-                if member.isfile() and key.lower() in image_keys:
+                is_image = key.lower() in image_keys
+                if not member.isfile():
+                    continue
+                if sample in (images if is_image else labels if key == label_key else ()):
+                    raise InputError(
+                        f"{sample} in {shard} has more than one {'image' if is_image else 'label'}, such as {last}; "
+                        "say which one with data.image_key or data.label_key"
+                    )
+                if key.lower().rpartition(".")[-1] in image_keys and not is_image:
+                    dotted[sample] = last
+                if is_image:
                     images[sample] = member.offset_data, member.size
-                elif member.isfile() and key == label_key:
+                elif key == label_key:
                     content = file.extractfile(member)
                     assert content is not None
                     labels[sample] = _label(content.read(), f"{member.name} in {shard}")
     except (tarfile.TarError, OSError) as error:
         raise InputError(f"{shard} is no readable tar file ({error}); repair or remove it") from None
+    lost = sorted(dotted.keys() - images.keys())
+    if lost:
+        raise InputError(
+            f"{dotted[lost[0]]} in {shard} is no image of a sample: the name of a sample ends at its first dot; "
+            "name the samples without dots"
+        )
     odd = sorted(images.keys() ^ labels.keys())
     if odd:
         there, lacking = ("an image", f".{label_key}") if odd[0] in images else ("a label", f".{image_keys[0]}")

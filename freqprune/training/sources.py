@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from freqprune.errors import InputError
+from freqprune.training.downloads import alone
 from freqprune.training.pixels import StoredPixels
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -75,7 +77,8 @@ def cifar10(root: str | Path, download: bool = True) -> Source:
     from torchvision.datasets import CIFAR10
 
     try:
-        parts = [CIFAR10(str(root), train=train, download=download) for train in (True, False)]
+        with alone(root) if download else nullcontext():
+            parts = [CIFAR10(str(root), train=train, download=download) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         raise InputError(
             f"CIFAR-10 is not in data.root = {root} and could not be downloaded ({error}). On a machine with a network "

@@ -2,113 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import Tensor
 
 from freqprune.errors import InputError, check_fields
 from freqprune.pruning import OF_TAGS, Evidence, Judgement, check_components, judge, needs, scores
 from freqprune.reports import write_importance
-from freqprune.tagging import Readout, Stimulus, check_pixels, find_components, pick_layers, pixels_of, tag
+from freqprune.tagging import Readout, Stimulus, check_pixels, find_components, pick_layers, tag
+from freqprune.training.tags_in_training import TagsInTraining
 
 
-class _TagsInTraining(pl.Callback):
-    """What callbacks that show tags during training share: the network, and pixels of validation images.
-
-    Args:
-        n_images: validation images, the first of the validation loader.
-        network: attribute of the LightningModule that holds the network.
-        mean: channel means that validation batches are normalised with; the data module's ``mean`` if left out, none if
-            it has none.
-        std: channel standard deviations, likewise.
-    """
-
-    def __init__(
-        self, n_images: int, network: str | None, mean: Sequence[float] | None, std: Sequence[float] | None
-    ) -> None:
-        super().__init__()
-        if n_images < 1:
-            raise InputError(f"n_images must be at least 1, got {n_images}")
-        self.n_images, self.network, self.mean, self.std = n_images, network, mean, std
-
-    def _network(self, pl_module: pl.LightningModule) -> nn.Module:
-        if self.network is None:
-            return pl_module
-        network = getattr(pl_module, self.network, None)
-        if not isinstance(network, nn.Module):
-            children = ", ".join(name for name, _ in pl_module.named_children())
-            raise InputError(
-                f"network = {self.network!r} is no module of {type(pl_module).__name__}; it has {children}"
-            )
-        return network
-
-    def _normalization(self, trainer: pl.Trainer) -> tuple[Sequence[float] | None, Sequence[float] | None]:
-        if self.mean is not None:
-            return self.mean, self.std
-        data = getattr(trainer, "datamodule", None)
-        return getattr(data, "mean", None), getattr(data, "std", None)
-
-    def _validation_images(self, trainer: pl.Trainer) -> tuple[Tensor, Tensor | None]:
-        """Images as the loader gives them, and their labels where it gives any."""
-        loaders = trainer.val_dataloaders
-        loader: Iterable[Any] = loaders[0] if isinstance(loaders, list | tuple) else loaders  # type: ignore[assignment]
-        wanted = len(range(trainer.global_rank, self.n_images, trainer.world_size))
-        found: list[Tensor] = []
-        labels: list[Tensor] = []
-        for batch in loader:
-            moved = trainer.strategy.batch_to_device(batch)
-            found.append(self._images_of(moved))
-            label = (
-                moved.get("label", moved.get("labels"))
-                if isinstance(moved, Mapping)
-                else moved[1]
-                if _is_pair(moved)
-                else None
-            )
-            if isinstance(label, Tensor) and label.dim() == 1:
-                labels.append(label)
-            if sum(map(len, found)) >= wanted:
-                break
-        return torch.cat(found)[:wanted], torch.cat(labels)[:wanted] if len(labels) == len(found) else None
-
-    def _images_of(self, batch: Any) -> Tensor:
-        images = (
-            batch.get("image", batch.get("images"))
-            if isinstance(batch, Mapping)
-            else batch[0]
-            if isinstance(batch, list | tuple)
-            else batch
-        )
-        if not isinstance(images, Tensor) or images.dim() != 4:
-            raise InputError(
-                f"{type(self).__name__} expects validation batches (images, ...), {{'image': images, ...}} or images "
-                "of shape (n_images, n_channels, height, width)"
-            )
-        return images.float()
-
-    def _pixels(self, images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
-        """Undo the normalisation; rounding that leaves [0, 1] by less than 1e-3 is clipped, more means that mean and
-        std are wrong."""
-        images = pixels_of(images, mean, std)
-        low, high = images.amin().item(), images.amax().item()
-        if low < -1e-3 or high > 1 + 1e-3:
-            raise InputError(
-                f"validation images hold values from {low:.3g} to {high:.3g} after undoing the normalisation (mean "
-                f"{mean}, std {std}), expected pixels in [0, 1]; give {type(self).__name__} the mean and std that the "
-                "batches are normalised with"
-            )
-        return images.clamp(0, 1)
-
-
-class FrequencyTagging(_TagsInTraining):
+class FrequencyTagging(TagsInTraining):
     """Tag the network at the end of every N-th epoch and count its important filters.
 
     Works in any LightningModule whose forward takes images and whose validation batches are ``(images, ...)`` or a dict
@@ -184,6 +97,8 @@ class FrequencyTagging(_TagsInTraining):
         self.latest: dict[str, Any] = {}
         self.seconds = 0.0
         self._epoch_start = time.perf_counter()
+        # Epoch at which this training began, until its first tags are written.
+        self._since: int | None = None
 
     @property
     def state_key(self) -> str:
@@ -213,19 +128,29 @@ class FrequencyTagging(_TagsInTraining):
                 "larger n_images=, or more images="
             )
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._since = trainer.current_epoch
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._epoch_start = time.perf_counter()
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Inside the validation stage batches come without augmentation, and this runs before checkpoints are written.
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._due(trainer):
-            self._show(trainer, pl_module)
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not self._due(trainer):
+            return
+        if _validates_again(trainer):
+            return
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        # Those before this one have put the weights back already.
+        self._show_average(trainer, pl_module, callbacks[: callbacks.index(self)])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.enable_validation or not self._due(trainer):
-            return
-        # What is validated, and saved in the end, is the average where there is one.
-        averages = [one for one in trainer.callbacks if isinstance(one, WeightAveraging)]  # type: ignore[attr-defined]
+        if not trainer.enable_validation and self._due(trainer):
+            self._show_average(trainer, pl_module, trainer.callbacks)  # type: ignore[attr-defined]
+
+    def _show_average(self, trainer: pl.Trainer, pl_module: pl.LightningModule, callbacks: Sequence[Any]) -> None:
+        """What is validated, and saved in the end, is the average where there is one."""
+        averages = [one for one in callbacks if isinstance(one, WeightAveraging)]
         for average in averages:
             average.on_validation_epoch_start(trainer, pl_module)
         try:
@@ -268,7 +193,8 @@ class FrequencyTagging(_TagsInTraining):
         }
         if trainer.is_global_zero:
             folder = Path(self.folder or trainer.default_root_dir)
-            write_importance(folder / "importance.csv", trainer.current_epoch, response, score, verdict)
+            write_importance(folder / "importance.csv", trainer.current_epoch, response, score, verdict, self._since)
+            self._since = None
         self.seconds = time.perf_counter() - start
         counts = {f"important/{layer}": float(count) for layer, count in verdict.counts.items()}
         share = self.seconds / max(1e-9, time.perf_counter() - self._epoch_start)
@@ -277,5 +203,9 @@ class FrequencyTagging(_TagsInTraining):
         )
 
 
-def _is_pair(batch: Any) -> bool:
-    return isinstance(batch, list | tuple) and len(batch) > 1
+def _validates_again(trainer: pl.Trainer) -> bool:
+    """Whether there is another validation in this epoch."""
+    n_batches, every = trainer.num_training_batches, trainer.val_check_batch
+    if every is None or math.isinf(n_batches) or math.isinf(every):
+        return False
+    return trainer.fit_loop.epoch_loop.batch_idx + 1 + every <= n_batches

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.progress import track
 from torch import Tensor
 
 from freqprune.errors import InputError, one_of
+from freqprune.training.downloads import alone
 from freqprune.training.listed import ListedData
 from freqprune.training.listing import Listing, check_classes
 
@@ -74,7 +76,8 @@ class TorchvisionData(ListedData):
         asked = {"download": True} if self.download and self.set_name not in NOT_DOWNLOADED else {}
         Path(self.root).mkdir(parents=True, exist_ok=True)
         try:
-            dataset = kind(str(self.root), **arguments, **asked)
+            with alone(self.root) if asked else nullcontext():
+                dataset = kind(str(self.root), **arguments, **asked)
         except (OSError, RuntimeError, ValueError) as error:
             raise InputError(
                 f"{self.set_name} is not in data.root = {self.root} and could not be downloaded ({error}); on a "

@@ -1,0 +1,56 @@
+"""What a network knows beyond its config and its state dict: what shortcuts without weights pick, buffers not kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from freqprune.networks.resnet import IndexShortcut
+
+
+def shortcuts_of(net: nn.Module) -> dict[str, dict[str, Any]]:
+    """What shortcuts without weights pick, by name, in plain lists and numbers."""
+    return {
+        name: {"index": module.index.tolist(), "n_in": module.n_in}
+        for name, module in net.named_modules()
+        if isinstance(module, IndexShortcut)
+    }
+
+
+def _buffers_of(net: nn.Module) -> dict[str, Tensor]:
+    """Buffers that are no part of the state dict, but for those of shortcuts."""
+    kept, shortcuts = net.state_dict().keys(), shortcuts_of(net)
+    return {
+        name: buffer
+        for name, buffer in net.named_buffers()
+        if name not in kept and name.rpartition(".")[0] not in shortcuts
+    }
+
+
+def extras(net: nn.Module, twin: nn.Module) -> dict[str, dict[str, Any]]:
+    """What a network has and its twin, built from the same config and as wide, has otherwise: ``"shortcuts"`` and
+    ``"buffers"``, by name. A buffer that the twin does not have, such as one that a forward makes, is left out."""
+    shortcuts, buffers = shortcuts_of(twin), _buffers_of(twin)
+    return {
+        "shortcuts": {name: one for name, one in shortcuts_of(net).items() if shortcuts.get(name) != one},
+        "buffers": {
+            name: buffer.detach().cpu().contiguous()
+            for name, buffer in _buffers_of(net).items()
+            if name in buffers and not torch.equal(buffer.cpu(), buffers[name].cpu())
+        },
+    }
+
+
+def set_extras(net: nn.Module, given: Mapping[str, Any]) -> None:
+    """Give a network what `extras` found; what `given` does not hold is left."""
+    for name, one in (given.get("shortcuts") or {}).items():
+        module = net.get_submodule(name)
+        assert isinstance(module, IndexShortcut)
+        module.n_in = int(one["n_in"])
+        module.set_index(torch.tensor(one["index"], dtype=torch.long))
+    for name, buffer in (given.get("buffers") or {}).items():
+        owner, _, child = name.rpartition(".")
+        setattr(net.get_submodule(owner), child, buffer)

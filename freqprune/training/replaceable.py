@@ -1,0 +1,59 @@
+"""Whether a network can be replaced by a smaller one while it trains: who else holds it, or a part of it."""
+
+from __future__ import annotations
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
+from pytorch_lightning.strategies import DDPStrategy
+
+from freqprune.errors import InputError
+from freqprune.networks import dtype_of
+
+
+def check_trainer(trainer: pl.Trainer) -> None:
+    """Raise InputError for what goes on with the old network: a strategy that splits it, an average of its weights."""
+    if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
+        raise InputError(
+            f"TagPruning replaces the network, of which {type(trainer.strategy).__name__} keeps a part in each of "
+            f"{trainer.world_size} processes; use strategy=ddp, or prune with prune.py between two runs"
+        )
+    if getattr(trainer.strategy, "_start_method", "popen") != "popen":
+        raise InputError(
+            "TagPruning replaces the network, and strategy=ddp_spawn hands weights back to a process with the "
+            "old network; use strategy=ddp"
+        )
+    averaging = (WeightAveraging, StochasticWeightAveraging)
+    if any(isinstance(one, averaging) for one in trainer.callbacks):  # type: ignore[attr-defined]
+        raise InputError(
+            "TagPruning replaces the network, and WeightAveraging (ema= of Classifier and optimizer.ema) or "
+            "StochasticWeightAveraging would go on averaging the old one: use one of them, or prune with prune.py "
+            "between two runs"
+        )
+
+
+def check_module(trainer: pl.Trainer, pl_module: pl.LightningModule, attribute: str) -> None:
+    """Raise InputError where something holds on to layers of the network under `attribute`, or it is not in float32."""
+    net, own = pl_module.get_submodule(attribute), f"{attribute}."
+    inside = set(net.parameters())
+    beside = next(
+        (
+            name
+            for name, parameter in pl_module.named_parameters(remove_duplicate=False)
+            if parameter in inside and not name.startswith(own)
+        ),
+        None,
+    )
+    if beside is not None:
+        raise InputError(
+            f"{type(pl_module).__name__} has layers of {own}* as {beside} too, which would stay as they were: "
+            f"let it run {own.rstrip('.')} only, without another name for a part of it"
+        )
+    odd = next((one for one in trainer.optimizers if isinstance(one, torch.optim.LBFGS)), None)
+    if odd is not None:
+        raise InputError("TagPruning replaces parameters, of which LBFGS keeps a list of its own; use another")
+    if dtype_of(net) != torch.float32:
+        raise InputError(
+            f"TagPruning cuts networks in float32, this one is in {str(dtype_of(net)).removeprefix('torch.')}; use "
+            "precision=bf16-mixed or 16-mixed, which leave the weights as they are, or 32-true"
+        )
