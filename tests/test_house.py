@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -147,3 +148,10 @@ def test_a_setting_is_a_field_of_its_class_and_a_line_of_its_yaml() -> None:
 
     explaining = OmegaConf.load(ROOT / "conf" / "explain.yaml")
     assert {name for cls in CLASSES for name in _names(cls)} == {*explaining} - {"defaults", "hydra"}
+
+
+@pytest.mark.parametrize("name", ["models", "data", "config", "callbacks"])
+def test_modules_of_a_user_keep_their_names(name: str, tmp_path: Path) -> None:
+    (tmp_path / f"{name}.py").write_text("MINE = 1\n")
+    code = f"import freqprune; from {name} import MINE; assert MINE == 1"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})

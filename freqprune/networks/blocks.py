@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -26,7 +27,8 @@ class Shortcut(nn.Module):
         for name in left:
             self.add_module(name, nn.ReLU(inplace=True) if name == ACTIVATION else block.get_submodule(name))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        """What else the block was called with is of its branch."""
         for module in self.children():
             x = module(x)
         return x

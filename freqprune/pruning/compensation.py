@@ -74,7 +74,11 @@ def compensate(
     for layer, channels in plan.silenced(kept).items():
         old, new = dense[layer], pruned.get(layer)
         # Layers of blocks that went are not there.
-        if not isinstance(old, nn.Conv2d | nn.Linear) or new is None:
+        if new is None:
+            continue
+        if not isinstance(old, nn.Conv2d | nn.Linear):
+            if hasattr(old, "weight"):
+                remarks.append(f"{layer} is a {type(old).__name__}: what it lost is not made up for")
             continue
         if layer not in moments:
             raise InputError(f"no moments of {layer!r}, which reads removed filters; take them with input_moments")

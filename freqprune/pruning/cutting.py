@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.networks import device_of, equal_batches
+from freqprune.networks import IndexShortcut, device_of, equal_batches
 from freqprune.processes import from_first
 from freqprune.pruning.amount import Amount
 from freqprune.pruning.compensation import compensate, recalibrate_batch_norm
@@ -69,6 +69,16 @@ def plan_cut(net: nn.Module, example: Tensor, recipe: Recipe) -> tuple[Plan, lis
             f"torch-pruning misreads how the channels of {', '.join(misread)} pass through {type(net).__name__}, and "
             "pruning.layers leaves nothing else to prune"
         )
+    if "moments" in needs(recipe.criterion):
+        modules = dict(net.named_modules())
+        kinds = (nn.Conv2d, nn.Linear, IndexShortcut)
+        odd = [name for name in chosen if any(not isinstance(modules[r], kinds) for r in plan.unit(name).readers)]
+        if odd:
+            raise InputError(
+                f"importance.criterion = {recipe.criterion} looks at what reads a filter, in 2-D convolutions and "
+                f"linear layers only, and {', '.join(odd)} are read by others; leave them out with "
+                f"pruning.exclude=[{','.join(odd)}], or use importance=amplitude"
+            )
     if "tags" in needs(recipe.criterion):
         given = recipe.tagging.get("layers")
         # Left to itself, a cut records what it needs.

@@ -83,3 +83,12 @@ def channel_group(graph: tp.DependencyGraph | Exception, module: nn.Module, idxs
             f"torch-pruning {version('torch-pruning')} cannot follow the channels of {layer!r} "
             f"({type(error).__name__}: {error})"
         ) from error
+
+
+def shared_parameters(model: nn.Module) -> dict[str, list[str]]:
+    """Modules that share a parameter with others: the names of all of them, by the name of each."""
+    owners: dict[nn.Parameter, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, []).append(name)
+    return {name: names for names in owners.values() if len(names) > 1 for name in names}

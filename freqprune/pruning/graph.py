@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.networks import Heads, IndexShortcut, check_answers, macs_by_layer
-from freqprune.pruning.dependencies import channel_group, dependency_graph
+from freqprune.pruning.dependencies import channel_group, dependency_graph, shared_parameters
 from freqprune.pruning.followed import Followed, follow, followed_group
 from freqprune.pruning.heads import head_group, movable_heads
 from freqprune.pruning.pruners import group_width, taught
@@ -159,6 +159,17 @@ class ChannelGraph:
                     lost.append(layer)
         if lost:
             self._find(lost)
+        self._spare_shared()
+
+    def _spare_shared(self) -> None:
+        """Leave units whose layers, or readers, share a parameter with another layer: it cannot be cut for one only."""
+        shared = shared_parameters(self.model)
+        for among in (self.inner, self.streams):
+            for name, unit in list(among.items()):
+                tied = next((one for one in (*unit.members, *unit.readers) if one in shared), None)
+                if tied is not None:
+                    del among[name]
+                    self.coupled[name] = [f"a parameter that is of {' and '.join(shared[tied])}"]
 
     def _take(self, layer: str, found: Followed | Heads) -> None:
         """The unit of a layer that was followed without torch-pruning."""

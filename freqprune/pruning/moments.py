@@ -164,11 +164,13 @@ def output_gradients(
             if missing:
                 raise InputError(f"no gradients of {', '.join(missing)}: the forward does not reach them")
             direction = torch.randn(logits.shape, generator=generator).to(logits)
+            # Checkpointed layers run once more for their gradients.
+            reached = list(outputs)
             # A run may lead to no logit.
             gradients = torch.autograd.grad(
-                (logits * direction).sum(), [output for _, output in outputs], materialize_grads=True
+                (logits * direction).sum(), [output for _, output in reached], materialize_grads=True
             )
-            for (name, _), gradient in zip(outputs, gradients, strict=True):
+            for (name, _), gradient in zip(reached, gradients, strict=True):
                 # Channels of a convolution come second, features of a linear layer last.
                 g = (gradient.movedim(1, -1) if isinstance(modules[name], nn.Conv2d) else gradient).flatten(0, -2)
                 g = g.to(torch.promote_types(g.dtype, torch.float32))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from freqprune.errors import InputError
+from freqprune.errors import InputError, first_line
 from freqprune.networks import Trace, evaluating, hooked, same_answer
 from freqprune.pruning.blocks import Block, answers_without
 
@@ -37,6 +38,9 @@ def prove(
         trace: the network's operations, if there are any.
     """
     kind = type(model).__name__
+    if (example == example.flatten()[0]).all():
+        # One value throughout, which is enough to give a shape, hides what happens to it.
+        example = torch.rand(example.shape, generator=torch.Generator().manual_seed(0)).to(example)
     try:
         with evaluating(small), torch.no_grad():
             found = small(example)
@@ -59,6 +63,33 @@ def prove(
                 f"torch-pruning misreads how channels pass through {kind}, for example a shortcut padded with zero "
                 f"channels. {_WAY_OUT}"
             )
+
+
+def prove_in_training(model: nn.Module, small: nn.Module, example: Tensor, unreached: Sequence[str]) -> None:
+    """Raise InputError if a network runs in training mode and the smaller one does not: what runs only there is not
+    followed.
+
+    Args:
+        model: the network that it was made of.
+        small: the smaller one.
+        example: input batch.
+        unreached: layers that the forward in eval mode does not reach, for the message.
+    """
+    pair = torch.cat([example[:1], example[:1]])
+    runs = []
+    with torch.random.fork_rng(), torch.no_grad():
+        for net in (model, small):
+            try:
+                copy.deepcopy(net).train()(pair)
+                runs.append("")
+            except Exception as error:  # Whatever a forward trips over.
+                runs.append(f"{type(error).__name__}: {first_line(error)}")
+    if runs[1] and not runs[0]:
+        raise InputError(
+            f"the smaller network does not train ({runs[1]}): {', '.join(unreached[:3])} run in training mode only, "
+            "where channels are not followed; build the network without them (such as aux_logits=False), or leave out "
+            "the layers that they read (pruning.exclude)"
+        )
 
 
 def masked_forward(model: nn.Module, silenced: Mapping[str, Sequence[int]], inputs: Tensor) -> Any:

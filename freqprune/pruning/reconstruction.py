@@ -97,6 +97,16 @@ def _walked(
         n_fit = max(1, int(min(how.memory_gb * 1e9 / _bytes_of(trace, model, batches[0]), len(batches))))
         n_images, batches = sum(map(len, batches)), batches[: n_fit * n_processes]
         walk = Walk(model, twin, trace, silenced, batches, how, [blocks[name] for name in without])
+        left = [
+            name
+            for name in silenced
+            if name not in trace.layers.values() and hasattr(model.get_submodule(name), "weight")
+        ]
+        walk.remarks += [
+            f"{name} runs more than once, or is no 2-D convolution or linear layer that multiplies with its weight: "
+            "what it lost is not made up for"
+            for name in left
+        ]
         if sum(map(len, batches)) < n_images:
             walk.remarks.append(
                 f"made up for on {sum(map(len, batches))} of {n_images} calibration images, whose activations fit into "

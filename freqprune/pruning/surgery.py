@@ -11,7 +11,7 @@ from freqprune.errors import InputError, closest
 from freqprune.networks import Trace, drop_blocks
 from freqprune.pruning.blocks import Block, find_blocks
 from freqprune.pruning.graph import ChannelGraph, Unit
-from freqprune.pruning.proof import prove
+from freqprune.pruning.proof import prove, prove_in_training
 from freqprune.pruning.pruners import restore
 from freqprune.tagging import match_layers
 
@@ -44,6 +44,9 @@ class Plan:
         self.layers = list(self.graph.inner)
         self.streams = {name: unit.members for name, unit in self.graph.streams.items()}
         self.coupled = self.graph.coupled
+        # Layers that no forward in eval mode reaches.
+        layers = {name for name, module in model.named_modules() if _has_macs(module)}
+        self.unreached = sorted(layers - self.graph.left({}).keys())
         self.blocks: dict[str, Block] = {}
         if blocks:
             self.trace = Trace(model, self.example, "pruning.blocks=false, with pruning.macs_cut for an amount of time")
@@ -67,14 +70,14 @@ class Plan:
         """Names of the units to prune by shell-style patterns over convolutions; all inner layers (and all streams) if
         `include` is None.
 
-        A stream is chosen if a pattern matches any of its layers.
+        A unit of several layers is chosen, or left out, if a pattern matches any of them.
 
         Raises:
             InputError: for patterns that match nothing, or layers that cannot be pruned alone.
         """
         everything = self._convolutions()
         allowed = [*self.layers, *(self.streams if streams else [])]
-        owner = {member: name for name, members in self.streams.items() for member in members} if streams else {}
+        owner = {member: name for name in allowed for member in self.unit(name).members}
         wanted = allowed if include is None else match_layers(everything, include)
         dropped = [] if exclude is None else match_layers(everything, exclude)
         chosen = [name for name in wanted if name not in dropped]
@@ -109,7 +112,8 @@ class Plan:
 
     def _convolutions(self) -> list[str]:
         """Layers that patterns may name: those that can lose filters alone, and those that share them."""
-        return [*self.layers, *(name for name in self.coupled if name not in self.layers)]
+        members = (member for name in self.layers for member in self.unit(name).members)
+        return list(dict.fromkeys([*self.layers, *self.coupled, *members]))
 
     def _pattern(self) -> str:
         endings = {name.rsplit(".", 1)[-1] for name in self.layers}
@@ -205,13 +209,17 @@ class Plan:
         if check:
             blocks = [self.blocks[name] for name in shrunk]
             prove(source, twin, self.silenced(kept), self.example, blocks, self.trace if blocks else None)
+            if self.unreached and kept:
+                prove_in_training(source, twin, self.example, self.unreached)
         return twin
 
     def misread(self, names: Sequence[str]) -> list[str]:
         """Those of some units that torch-pruning cannot remove filters of so that the proof holds: found by a trial,
-        half of every unit, first of all together, then of each alone."""
+        half of every unit, first of all together, then of each alone. A half here and there: the first would pass
+        where a forward slices channels by their numbers."""
+        generator = torch.Generator().manual_seed(0)
         halves = {
-            name: torch.arange(-(-self.unit(name).n_filters // 2))
+            name: _half(self.unit(name).n_filters, generator)
             for name in names
             if name not in self.blocks and self.unit(name).n_filters > 1
         }
@@ -264,3 +272,11 @@ class Plan:
             raise InputError(f"{name!r} would keep no filter, which cuts the network in two; keep at least one")
         if len(set(found)) != len(found) or min(found) < 0 or max(found) >= width:
             raise InputError(f"kept filters of {name!r} must be distinct indices in [0, {width - 1}], got {found}")
+
+
+def _has_macs(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.conv._ConvNd | nn.Linear)
+
+
+def _half(n_filters: int, generator: torch.Generator) -> Tensor:
+    return torch.randperm(n_filters, generator=generator)[: -(-n_filters // 2)].sort().values

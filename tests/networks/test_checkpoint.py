@@ -3,10 +3,11 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import freqprune
 from freqprune.errors import InputError
@@ -197,3 +198,59 @@ def test_every_layer_that_a_cut_changes_is_rebuilt(tmp_path: Path) -> None:
     assert again.shortcut.index.tolist() == small.shortcut.index.tolist()
     with torch.no_grad():
         torch.testing.assert_close(again(x), small(x))
+
+
+class Slopes(nn.Module):
+    """Attention with a number a head that no state dict holds (ALiBi)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 4
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.register_buffer("slopes", 2.0 ** -torch.arange(1.0, 5.0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        scores = (q @ k.mT + self.slopes[:, None, None]).softmax(-1)
+        return self.proj((scores @ v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def test_buffers_that_no_state_dict_holds_are_kept(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self, num_classes: int = 3) -> None:
+            super().__init__()
+            self.patches, self.a, self.head = nn.Conv2d(3, 8, 4, 4), Slopes(), nn.Linear(8, num_classes)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.a(self.patches(x).flatten(2).mT).mean(1))  # type: ignore[no-any-return]
+
+    register_model("slopes", Net)
+    net, x = build_model({"name": "slopes"}).eval(), torch.rand(2, 3, 16, 16)
+    small = Plan(net, x[:1]).apply({"a.qkv": torch.tensor([2, 3])})
+    save_pruned(tmp_path / "p.ckpt", small, {"a.qkv": [2, 3]}, model={"name": "slopes"})
+    again = load_pruned(tmp_path / "p.ckpt")
+    assert torch.equal(again.get_buffer("a.slopes"), small.get_buffer("a.slopes"))
+    assert torch.equal(again(x), small(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_pruned_network_keeps_its_type(dtype: torch.dtype, tmp_path: Path) -> None:
+    net = build_model({"name": "resnet8"}).to(dtype)
+    save_pruned(tmp_path / "p.ckpt", net, {})
+    again = load_pruned(tmp_path / "p.ckpt")
+    assert {v.dtype for v in again.state_dict().values() if v.is_floating_point()} == {dtype}
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), net.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net._orig_mod.", "_orig_mod.", "net."])
+def test_checkpoints_of_other_modules_and_of_compiled_networks(prefix: str, tmp_path: Path) -> None:
+    net = build_model({"name": "resnet8"})
+    state = {f"{prefix}{key}": value for key, value in net.state_dict().items()}
+    torch.save({"state_dict": state, "hyper_parameters": {"lr": 0.1}}, tmp_path / "l.ckpt")
+    stored = load_network(tmp_path / "l.ckpt", {"name": "resnet8"})
+    assert torch.equal(stored.net.get_parameter("conv1.weight"), net.get_parameter("conv1.weight"))
+
+
+def test_compiled_networks_are_saved_as_they_are(tmp_path: Path) -> None:
+    save_pruned(tmp_path / "p.ckpt", cast(nn.Module, torch.compile(build_model({"name": "resnet8"}))), {})
+    assert load_pruned(tmp_path / "p.ckpt").get_parameter("conv1.weight").shape == (16, 3, 3, 3)

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.networks.exports import Exports, export
@@ -62,3 +62,16 @@ def test_missing_packages_are_told_before_work(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(InputError, match=r"needs onnx, onnxscript, onnxruntime; pip install 'freqprune\[onnx\]'"):
         Exports(onnx=True, torch_export=False)
     assert Exports(onnx=False, torch_export=True).torch_export
+
+
+def test_a_network_of_doubles_that_answers_a_mapping(tmp_path: Path) -> None:
+    class Answers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.conv(x).mean((2, 3))}
+
+    found = export(Answers().double().eval(), torch.rand(1, 3, 8, 8).double(), tmp_path, torch_export=True)
+    assert found["model.pt2"] <= 1e-12

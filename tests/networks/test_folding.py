@@ -52,3 +52,48 @@ class Shared(nn.Module):
 
 def test_norms_that_are_not_a_convolutions_own_stay() -> None:
     assert find_folds(Shared().eval(), torch.rand(2, 3, 8, 8), []) == []
+
+
+class TwoNames(nn.Module):
+    """Its convolution has two names, of which the forward uses the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3)
+        self.body = nn.Sequential(self.first, nn.BatchNorm2d(8), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)  # type: ignore[no-any-return]
+
+
+def test_a_convolution_of_two_names_is_folded_under_both() -> None:
+    x = torch.rand(4, 3, 8, 8)
+    net = trained(TwoNames(), x)
+    folds = find_folds(net, x[:1], [])
+    assert folds
+    with torch.no_grad():
+        torch.testing.assert_close(fold_norms(net, folds)(x), net(x))
+
+
+class ReadTwice(nn.Module):
+    """What a norm reads is read by something else that returns more than one tensor, or writes into it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.conv, self.bn, self.how = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if self.how == "max":
+            more = torch.max(y, 1, keepdim=True)[0]
+        elif self.how == "chunk":
+            more = y.chunk(2, 1)[0].sum(1, keepdim=True)
+        else:
+            more = torch.zeros_like(y)
+            more[:, :2] = y[:, :2]
+        return torch.relu(self.bn(y)) * more
+
+
+@pytest.mark.parametrize("how", ["max", "chunk", "write"])
+def test_what_is_read_by_calls_of_many_results_is_not_folded(how: str) -> None:
+    assert find_folds(trained(ReadTwice(how), torch.rand(4, 3, 8, 8)), torch.rand(1, 3, 8, 8), []) == []

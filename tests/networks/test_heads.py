@@ -11,7 +11,7 @@ from torchvision import models
 from freqprune.errors import InputError
 from freqprune.networks.checkpoint import load_network
 from freqprune.networks.heads import HeadAttention, Heads, find_heads, keep_heads, open_heads
-from freqprune.networks.profiling import count_macs
+from freqprune.networks.profiling import count_macs, macs_by_layer
 from freqprune.networks.registry import build_model, register_model
 
 X, Y = (torch.rand(3, 7, 12, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
@@ -143,3 +143,31 @@ def test_what_goes_with_heads() -> None:
     assert module.scale.shape == (2, 1, 1)
     # Which side counts heads cannot be told.
     assert module.square.shape == (3, 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype:UserWarning")
+def test_pytorchs_encoder_with_a_mask_and_nested_tensors() -> None:
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 2, 24, batch_first=True), 2).eval()
+    tokens, mask = torch.rand(2, 5, 12), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        before = encoder(tokens, src_key_padding_mask=mask)
+        after = open_heads(encoder)(tokens, src_key_padding_mask=mask)
+    torch.testing.assert_close(after[:, :3], before[:, :3], rtol=1e-4, atol=1e-5)
+
+
+def test_layers_of_pytorchs_encoder_count_and_are_units() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches = nn.Conv2d(3, 16, 4, 4)
+            layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+            self.head = nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.encoder(self.patches(x).flatten(2).mT).mean(1))  # type: ignore[no-any-return]
+
+    counted = macs_by_layer(Net().eval(), torch.rand(1, 3, 16, 16))
+    assert counted["encoder.layers.0.linear1"] == counted["encoder.layers.0.linear2"] == 16 * 16 * 32
+    assert torch.backends.mha.get_fastpath_enabled()

@@ -58,3 +58,10 @@ def test_the_layers_that_take_longest_are_asked(monkeypatch: pytest.MonkeyPatch)
     # The first stage has the largest maps.
     assert {shape[2:] for shape, _ in asked} == {(32, 32)}
     assert {width for _, width in asked} == {*range(8, 17)}
+
+
+@pytest.mark.parametrize("n_filters", [22, 44, 46, 62, 78, 94])
+def test_no_steps_are_seen_where_there_are_none(n_filters: int) -> None:
+    curve = {width: float(width) for width in widths_to_time(n_filters)}
+    # Of wide layers a multiple of 2 costs nothing worth the name.
+    assert best_multiple([curve], n_filters // 2) <= 2

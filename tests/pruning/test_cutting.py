@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from freqprune.errors import InputError
+from freqprune.networks.blocks import dropped_blocks
 from freqprune.networks.checkpoint import load_network
 from freqprune.networks.profiling import cost, peak_memory
 from freqprune.networks.registry import build_model
@@ -286,3 +287,56 @@ def test_distillation_by_hand() -> None:
         Classifier({"name": "resnet8"}, distill=0.5)
     with pytest.raises(InputError, match=r"must lie in \[0, 1\], got 1.5"):
         Classifier({"name": "resnet8"}, teacher=teacher, distill=1.5)
+
+
+class WithSize(nn.Module):
+    """A block that is called with more than the map, as in PVT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 6, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int], scale: float = 1.0) -> Tensor:
+        return x + scale * self.b(self.a(x).relu())  # type: ignore[no-any-return]
+
+
+def test_blocks_that_are_called_with_more_can_go() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+            self.blocks = nn.ModuleList([WithSize() for _ in range(3)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for block in self.blocks:
+                x = block(x, (14, 14), scale=0.5)
+            return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    plan = Plan(Net().eval(), PIXELS, blocks=True)
+    assert list(plan.blocks) == ["blocks.0", "blocks.1", "blocks.2"]
+    for name in plan.blocks:
+        assert dropped_blocks(plan.apply({name: torch.tensor([], dtype=torch.long)})) == {name: []}
+
+
+class Signals(nn.Module):
+    """Maps, then a convolution over one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv1d(8, 6, 3), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x).relu().mean(2)).relu().mean(2))  # type: ignore[no-any-return]
+
+
+def test_readers_in_one_dimension_are_named() -> None:
+    torch.manual_seed(0)
+    net, calibrated = Signals().eval(), material(calibration=PIXELS)
+    with pytest.raises(InputError, match=r"a are read by others; leave them out with pruning.exclude=\[a\]"):
+        cut(net, calibrated, Recipe(Amount(ratio=0.5, scope="layer"), "logit_error", layers="a"), Stimulus())
+    recipe = Recipe(Amount(ratio=0.5, scope="layer"), criterion="l2", layers="a", compensation="least_squares")
+    assert any("b is a Conv1d" in remark for remark in cut(net, calibrated, recipe, Stimulus()).remarks)
+    recipe = replace(recipe, compensation="sequential")
+    assert any("b runs more than once, or is no 2-D" in one for one in cut(net, calibrated, recipe, Stimulus()).remarks)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from freqprune.errors import InputError
 from freqprune.pruning.elimination import elimination_errors
@@ -207,3 +208,24 @@ def test_gradients_that_do_not_arrive_are_said() -> None:
         output_gradients(net, ["conv2"], [])
     with pytest.raises(InputError, match="must return logits"):
         output_gradients(net.conv1, [""], [X[:1]])
+
+
+def test_checkpointed_layers_have_the_gradients_of_others() -> None:
+    class Net(nn.Module):
+        def __init__(self, checkpointed: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 3)
+            self.checkpointed = checkpointed
+
+        def forward(self, x: Tensor) -> Tensor:
+            def both(x: Tensor) -> Tensor:
+                return self.b(self.a(x).relu()).relu()  # type: ignore[no-any-return]
+
+            x = checkpoint(both, x, use_reentrant=False) if self.checkpointed else both(x)
+            return self.c(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+    batch = torch.rand(2, 3, 8, 8)
+    found, expected = (output_gradients(Net(how).eval(), ["a", "b"], [batch]) for how in (True, False))
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name])

@@ -2,6 +2,7 @@
 
 import copy
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from freqprune.pruning.pruners import _IndexShortcutPruner
 from freqprune.pruning.selection import select
 from freqprune.pruning.surgery import Plan
 from tests.pruning.test_proof import X, masked
+from tests.pruning.test_reach import Gated, InGroups
 
 
 class Padded(nn.Module):
@@ -281,3 +283,81 @@ class Counting(nn.Module):
 def test_control_flow_that_changes_between_calls_is_refused() -> None:
     with pytest.raises(InputError, match=r"Counting answers the same images differently .* counts its calls"):
         Plan(Counting(), X)
+
+
+def test_what_shares_a_unit_is_left_out_with_it() -> None:
+    assert Plan(Gated().eval(), X).choose(exclude="value") == ["mlp.0"]
+    plan = Plan(InGroups(True).eval(), X)
+    assert "a" in plan.choose()
+    assert "a" not in plan.choose(exclude="excite")
+
+
+class Sliced(nn.Module):
+    """Channels told apart by their numbers, as in GhostNet: a trial that keeps the first half does not see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.u, self.cheap = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.d, self.e = nn.Conv2d(12, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.u(x).relu()
+        return self.e(self.d(torch.cat([h, self.cheap(h)], 1)[:, :12]).relu()).mean((2, 3))  # type: ignore[no-any-return]
+
+
+def test_slices_by_number_are_found_by_the_trial() -> None:
+    torch.manual_seed(0)
+    assert Plan(Sliced().eval(), X).misread(["u", "d"]) == ["u"]
+
+
+class Helped(nn.Module):
+    """A classifier that helps in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.z = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.a(x).relu()
+        out = self.b(x).mean((2, 3))
+        return (out, self.z(x).mean((2, 3))) if self.training else out
+
+
+def test_what_runs_in_training_only_is_not_cut_wrongly() -> None:
+    plan = Plan(Helped().eval(), X)
+    assert plan.unreached == ["z"]
+    with pytest.raises(InputError, match=r"does not train .*: z run in training mode only"):
+        plan.apply({"a": torch.tensor([0, 2])})
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 3, 1)
+        self.c.weight = self.b.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(self.c(self.b(self.a(x).relu()).relu()).relu()).mean((2, 3))  # type: ignore[no-any-return]
+
+
+def test_layers_that_share_a_parameter_keep_their_filters() -> None:
+    plan = Plan(Tied().eval(), X)
+    assert plan.layers == []
+    with pytest.raises(InputError, match="shares its channels with a parameter that is of b and c"):
+        plan.apply({"a": torch.tensor([0])})
+
+
+class Flipped(nn.Module):
+    """Channels turned round, which torch-pruning does not see, and nothing that makes zeros differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 4, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu().flip(1)).mean((2, 3))  # type: ignore[no-any-return]
+
+
+def test_an_example_of_zeros_proves_something() -> None:
+    with pytest.raises(InputError, match="computes something else"):
+        Plan(Flipped().eval(), torch.zeros(1, 3, 8, 8)).apply({"a": torch.arange(3)})

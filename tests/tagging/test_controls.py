@@ -93,3 +93,9 @@ def test_refusals() -> None:
         torus(Affine(), WHITE, Stimulus(), n_phases=8)
     with pytest.raises(InputError, match="control must be one of"):
         Stimulus(control="swap")
+
+
+def test_weights_that_are_not_drawn_anew_are_refused() -> None:
+    net = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)))
+    with pytest.raises(InputError, match="weight_orig is not drawn"):
+        untrained(net)

@@ -281,3 +281,31 @@ def test_a_product_of_the_halves_answers_at_their_sum_and_difference() -> None:
     own, other, mixed = wave * (1 + mean_light / 2), wave * mean_light / 2, 2 * (wave * wave / 2) / 2
     assert float(loss.latest["integration"]) == pytest.approx(1 - mixed / (mixed + own + other), rel=1e-4)
     assert float(loss.latest["balance"]) == pytest.approx(((own - other) / (own + other)) ** 2, rel=1e-4)
+
+
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(nn.functional.leaky_relu(self.a(x), 0.1, inplace=True)).mean((2, 3))  # type: ignore[no-any-return]
+
+
+def test_functions_that_work_in_place_have_gradients() -> None:
+    net = InPlace()
+    TagLoss(silence=1.0, every_n_steps=1)(net, torch.rand(2, 3, 16, 16)).backward()
+    assert net.a.weight.grad is not None
+    assert net.a.weight.grad.abs().sum() > 0
+
+
+def test_slices_of_a_batch_are_not_laid_channels_last() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), View())
+    loss = TagLoss(silence=1.0, every_n_steps=1)
+    crop = torch.rand(2, 3, 20, 20)[:, :, 2:18, 2:18]
+    torch.testing.assert_close(loss(net, crop), loss(net, crop.contiguous()))
+
+
+class View(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(len(x), -1)

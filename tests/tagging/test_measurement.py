@@ -240,3 +240,8 @@ def test_networks_that_take_views_are_tagged(images: Tensor) -> None:
     assert loss(Viewed(), images).isfinite()
     with pytest.raises(InputError, match=r"write torch\.flatten\(x, 1\) or x\.reshape in the place of x\.view"):
         check_answers(Viewed(), images.to(memory_format=torch.channels_last))
+
+
+def test_half_precision_of_doubles_is_refused(images: Tensor) -> None:
+    with pytest.raises(InputError, match="has no effect on a network of float64"):
+        tag(nn.Sequential(nn.Conv2d(3, 2, 3)).double(), images, half="bfloat16")

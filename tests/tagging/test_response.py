@@ -152,3 +152,19 @@ def test_rounding_alone_is_not_significant() -> None:
     response = tag(net, WHITE.expand(4, -1, -1, -1))
     assert (response.p_values("conv", "all")[3] == 1).all()
     assert (response.p_values("conv")[2] < 1e-6).all()
+    assert response.z_score("conv", "all")[3].isnan().all()
+    assert response.power_ratio("conv", "all")[3].isnan().all()
+    assert not response.z_score("conv", "fundamentals")[2].isnan().any()
+
+
+@pytest.mark.parametrize("criterion", ["snr", "snr_db"])
+def test_one_filter_that_answers_without_noise_is_not_the_least(criterion: str) -> None:
+    response = tag(Affine(), WHITE.expand(4, -1, -1, -1))
+    evidence = Evidence(Affine(), response, "fundamentals")
+    assert scores(criterion, evidence, ["conv"])["conv"][0] > 0
+    noisy = response.layers["conv"].noisy_amplitude
+    assert noisy is not None
+    others = [b for b in range(1, noisy.shape[-1]) if b not in {c.bin for c in response.components("all")}]
+    noisy[0, others] = 0
+    with pytest.raises(InputError, match="SNR of 1 filters of 'conv' is undefined"):
+        scores(criterion, evidence, ["conv"])

@@ -183,3 +183,25 @@ def test_filters_are_counted_where_the_channels_are(block: nn.Module, shape: tup
 def test_rarer_activations_are_activations(activation: nn.Module, images: Tensor) -> None:
     (site,) = find_sites(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), activation), images[:1])
     assert (site.stage, site.module, site.note) == ("activation", "2", "")
+
+
+class NormAndActivation(nn.Module):
+    """As timm's norms: one module that calls a function for the norm and holds its activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.act = nn.BatchNorm2d(4), nn.ReLU6()
+
+    def forward(self, x: Tensor) -> Tensor:
+        bn = self.bn
+        return self.act(nn.functional.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias))  # type: ignore[no-any-return]
+
+
+def test_an_activation_behind_a_norm_that_is_a_function_is_read() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), NormAndActivation(), nn.Conv2d(4, 2, 3)).eval()
+    first, last = find_sites(net, torch.rand(1, 3, 12, 12))
+    assert (first.module, first.stage, first.note) == ("1.act", "activation", "")
+    assert (last.stage, last.note != "") == ("convolution", True)
+    of_norm, _ = find_sites(net, torch.rand(1, 3, 12, 12), where="norm")
+    assert of_norm.stage == "convolution"
+    assert "batch_norm" in of_norm.note

@@ -1,4 +1,5 @@
 import math
+import re
 
 import numpy as np
 import pytest
@@ -168,3 +169,30 @@ def test_halves_are_equal_whatever_the_gap(size: int, gap: int, left_out: int) -
     assert one.sum() == other.sum()
     assert torch.equal(one, other.flip(1))
     assert int((~(one | other))[0].sum()) == left_out
+
+
+@pytest.mark.parametrize("frame_rate", [100.0, 25.0, 119.88])
+def test_frequencies_that_a_message_names_are_taken(frame_rate: float) -> None:
+    def named(tag_freqs: tuple[float, float]) -> list[float]:
+        with pytest.raises(InputError, match="not on a bin") as refused:
+            Stimulus(tag_freqs, frame_rate=frame_rate)
+        return [float(word) for word in re.findall(r"[\d.]+", str(refused.value).split("use ")[1].split(", or")[0])]
+
+    low = named((frame_rate / 20.3, frame_rate / 16))[0]
+    high = named((low, frame_rate / 15.7))[-1]
+    Stimulus((low, high), frame_rate=frame_rate, max_order=1)
+
+
+@pytest.mark.parametrize(("tag_freqs", "parts"), [((59.0, 59.0), "halves"), ((6.0, 6.0, 7.5, 9.0), "quadrants")])
+def test_the_tag_that_is_named_instead_of_a_shared_one_is_free(tag_freqs: tuple[float, ...], parts: str) -> None:
+    with pytest.raises(InputError, match="also the frequency") as refused:
+        Stimulus(tag_freqs, parts=parts)
+    other = float(re.findall(r"such as ([\d.]+) Hz", str(refused.value))[0])
+    assert other < 60
+    assert other not in tag_freqs
+
+
+def test_phases() -> None:
+    with pytest.raises(InputError, match="phases must be finite"):
+        Stimulus(phases=(float("nan"), 0.0))
+    assert torch.equal(Stimulus(phases=np.array([0.1, 0.2])).scale, Stimulus(phases=(0.1, 0.2)).scale)  # type: ignore[arg-type]
