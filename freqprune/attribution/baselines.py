@@ -30,6 +30,8 @@ def find_baseline(pixels: Tensor, baseline: str | Tensor) -> Tensor:
                 f"baseline must have the shape of the images, {tuple(pixels.shape)}, or of one of them, got "
                 f"{tuple(baseline.shape)}"
             )
+        if not baseline.is_floating_point():
+            raise InputError(f"baseline must be floats as the images are, got {baseline.dtype}; divide uint8 by 255")
         return baseline.to(pixels).expand(pixels.shape)
     one_of(BASELINES, baseline=baseline)
     if baseline == "grey":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -69,7 +70,7 @@ class Attribution(OfParts):
     part_names: Sequence[str]
     forwards: int
 
-    @property
+    @cached_property
     def adjusted(self) -> Tensor:
         """p-values of each image at the false discovery rate (Benjamini & Hochberg 1995), ``(n_images, n_parts)``; of
         parts that it lacks, 1."""
@@ -78,7 +79,7 @@ class Attribution(OfParts):
             row[there] = benjamini_hochberg(given[there])
         return found
 
-    @property
+    @cached_property
     def present(self) -> Tensor:
         """Which parts an image has, ``(n_images, n_parts)``: not all images have as many superpixels."""
         if self.parts.dim() == 4:
@@ -86,7 +87,7 @@ class Attribution(OfParts):
         n_parts = self.effects.shape[1]
         return torch.stack([torch.bincount(one[one >= 0], minlength=n_parts) > 0 for one in self.parts])
 
-    @property
+    @cached_property
     def maps(self) -> Tensor:
         """Smoothed effect of the part that each pixel belongs to, ``(n_images, height, width)``; zero outside all
         parts."""

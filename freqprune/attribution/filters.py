@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from freqprune.attribution.effects import estimate, strongest
 from freqprune.attribution.gates import batches, check_frames, frames_for, gates
 from freqprune.attribution.pairs import find_interactions
-from freqprune.errors import InputError, closest
+from freqprune.errors import InputError, at_least, closest
 from freqprune.networks import check_answers, device_of, dtype_of, evaluating, first, hooked
 from freqprune.tagging import Progress, Site, check_pixels, find_sites, normalizer
 
@@ -120,6 +120,7 @@ def filter_effects(
     if not isinstance(module, nn.Conv2d | nn.Linear):
         kinds = [name for name, one in modules.items() if isinstance(one, nn.Conv2d | nn.Linear)]
         raise InputError(f"the network has no convolution or linear layer {layer!r}{closest(layer, kinds)}")
+    at_least(1, steepness=steepness)
     n_filters = len(module.weight)
     forwards = frames_for(n_filters) if forwards is None else forwards
     check_frames(n_filters, forwards)
@@ -149,6 +150,11 @@ def filter_effects(
         calls[0] += 1
         if calls[0] - 1 != site.call:
             return output
+        if len(output) != len(opened[0]):
+            raise InputError(
+                f"layer {layer!r} answers {len(opened[0])} frames with {len(output)} rows: its first dimension does not "
+                "count frames, so that its filters cannot be gated"
+            )
         shape = [1] * output.dim()
         shape[0], shape[site.channel_dim] = -1, n_filters
         return output * opened[0].to(output).view(shape)

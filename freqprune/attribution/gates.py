@@ -16,6 +16,8 @@ from freqprune.errors import InputError
 
 # Pixels of the frames of one forward: 256 of 64 x 64.
 PIXELS = 2**20
+# Of the middles of two parts, in parts: closer ones have waves that are too much alike.
+LEAST_APART = 0.1
 
 
 def frames_for(n_parts: int) -> int:
@@ -55,9 +57,19 @@ def overlapped(tags: Tensor, where: Tensor, overlap: float) -> Tensor:
         tags: see `waves`.
         where: see `freqprune.attribution.parts.places`, ``(n_parts, 2)``; NaN for a part that is not there.
         overlap: in parts; 0 leaves the waves as they are.
+
+    Raises:
+        InputError: for two parts in one place.
     """
     if not overlap:
         return tags
+    apart = torch.cdist(where, where).nan_to_num(torch.inf).fill_diagonal_(torch.inf)
+    if apart.min() < LEAST_APART:
+        one, other = divmod(int(apart.argmin()), len(apart))
+        raise InputError(
+            f"overlap = {overlap:g}: parts {one} and {other} lie around the same point, as an object in the middle of "
+            "its background does, so that their waves could not be told apart; use overlap=0"
+        )
     weights = torch.exp(-torch.cdist(where, where).square() / (2 * overlap**2)).nan_to_num(0.0)
     weights.fill_diagonal_(1.0)
     return tags @ (weights / weights.square().sum(1, keepdim=True).sqrt()).T

@@ -85,8 +85,12 @@ def _superpixels(images: Tensor, n_segments: int) -> tuple[Tensor, list[str]]:
         from skimage.segmentation import slic
     except ImportError:
         raise InputError("parts = slic needs scikit-image: pip install 'freqprune[segments]'") from None
+    n_channels = images.shape[1]
+    if n_channels not in (1, 3):
+        raise InputError(f"parts = slic takes images of one or three channels, got {n_channels}; use grid or segments")
+    # Of three channels it looks at colours as they are seen; of any other number it would hardly look at all.
     found = [
-        slic(image.permute(1, 2, 0).cpu().numpy(), n_segments, start_label=0, channel_axis=-1)
+        slic(image.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy(), n_segments, start_label=0, channel_axis=-1)
         for image in images.float()
     ]
     return _of_a_mask(images, torch.stack([torch.from_numpy(one) for one in found]))

@@ -63,6 +63,9 @@ def attribute_fine(
     if parts == "channels":
         raise InputError("refine splits parts of the image, which channels are not; use refine=0 or parts=grid")
     numbers, names = find_parts(model, images, parts, grid, segments, n_segments)
+    rows, columns = (grid, grid) if isinstance(grid, int) else grid
+    if parts == "grid" and min(images.shape[-2] // rows, images.shape[-1] // columns) >= 2**refine:
+        _check_forwards(len(names), refine, forwards)
     taken = 0
     for step in range(refine + 1):
         n_frames = frames_for(len(names))
@@ -80,6 +83,20 @@ def attribute_fine(
         taken += n_frames
     found = attribute(model, images, target, segments=numbers, forwards=forwards - taken, until=until, **settings)
     return replace(found, part_names=names, forwards=taken + found.forwards)
+
+
+def _check_forwards(n_parts: int, refine: int, forwards: int) -> None:
+    """Refuse, before anything is recorded, fewer forwards than tiles need that can be split in four so often."""
+    taken = 0
+    for _ in range(refine):
+        taken += frames_for(n_parts)
+        n_parts += 3 * max(1, n_parts // SHARE)
+    needed = taken + frames_for(n_parts)
+    if needed > forwards:
+        raise InputError(
+            f"refine = {refine}: {n_parts} parts need {frames_for(n_parts)} frames, after {taken} for coarser ones; "
+            f"forwards must be at least {needed}, got {forwards}"
+        )
 
 
 def split(parts: Tensor, ranked: list[int], n_parts: int) -> Tensor:

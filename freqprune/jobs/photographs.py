@@ -14,10 +14,12 @@ from torchvision.transforms.v2 import functional
 from torchvision.transforms.v2.functional import InterpolationMode
 
 from freqprune.errors import InputError
+from freqprune.reports import is_quiet
 from freqprune.training import in_bytes
 
 # What a grey .png says of pixels in no part: it has no negative numbers.
 NONE = 255
+_UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 def read_images(
@@ -42,11 +44,11 @@ def read_images(
         InputError: for files that are no images, or images that differ in size.
     """
     found: list[Tensor] = []
-    for path in track(paths, description="reading images", transient=True, disable=len(paths) < 100):
+    for path in track(paths, description="reading images", transient=True, disable=len(paths) < 100 or is_quiet()):
         try:
             with Image.open(path) as file:
                 image = in_bytes(ImageOps.exif_transpose(file), "L" if n_channels == 1 else "RGB")
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except _UNREADABLE as error:
             raise InputError(f"{key}: {path} is not a readable image ({error}); repair it or leave it out") from None
         if image_size is not None:
             size = [image_size, image_size] if resize is None else [resize]
@@ -72,7 +74,7 @@ def read_segments(path: str) -> Tensor:
         else:
             with Image.open(path) as file:
                 found = np.array(file)
-    except (OSError, ValueError, EOFError) as error:
+    except _UNREADABLE as error:
         raise InputError(f"segments = {path} is neither a readable .npy nor an image ({error})") from None
     if found.dtype.kind not in "iu":
         raise InputError(
@@ -88,7 +90,12 @@ def read_classes(path: str, n_classes: int) -> list[str]:
     Raises:
         InputError: for another number of names than classes.
     """
-    names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        # Some editors put a mark before the first word.
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"classes = {path} is not in UTF-8 ({error.reason}); save it so") from None
+    names = [line.strip() for line in text.splitlines() if line.strip()]
     if len(names) != n_classes:
         raise InputError(
             f"classes = {path} names {len(names)} classes, the network tells {n_classes} apart; give one name a line"

@@ -55,7 +55,7 @@ def prune(
     assembly.prepare_output(settings.out)
     with in_all_processes(settings.trainer) as first:
         if first:
-            record.write(settings.out, cfg, [record.METRICS])
+            record.write(settings.out, cfg, [record.METRICS, *record.PAGES])
         return _pruned(settings, first, dense, data)
 
 

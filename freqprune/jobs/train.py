@@ -58,7 +58,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     assembly.quiet()
     world_size(settings.trainer)
     out = assembly.prepare_output(settings.out)
-    rank_zero_only(record.write)(out, cfg, [record.TRAINING, record.METRICS])
+    rank_zero_only(record.write)(out, cfg, [record.TRAINING, record.METRICS, *record.PAGES])
     assembly.seed(common)
     config = assembly.model_config(settings.model)
     data = assembly.load_data(assembly.data_settings(settings))

@@ -18,6 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from freqprune.errors import InputError
 
+# What a run is shown by.
+PAGES = ("report.html", "explore.html", "filters.csv", "layers.csv", "figures/*.png")
 RUN, METRICS, TRAINING, FAILED = "run.json", "metrics.json", "training.json", "failed.txt"
 # Seconds that a job expected to take, by stage.
 FORECAST = "forecast.json"
@@ -69,16 +71,18 @@ def write(out: Path, cfg: DictConfig, results: Sequence[str] = ()) -> None:
     Args:
         out: the folder.
         cfg: the settings.
-        results: files that go if a run with other settings has left them, and this one does not go on from there: they
+        results: files, or patterns of them, that go if a run with other settings has left them, and this one does not go on from there: they
             would be taken for its own.
     """
     settings = _settings(cfg)
-    resumed, ckpt = (cfg.get(key) for key in ("resume", "ckpt_path"))
+    resumed, ckpt, dense = (cfg.get(key) for key in ("resume", "ckpt_path", "ckpt"))
     goes_on = resumed is not None and Path(resumed).resolve() == out.resolve()
     goes_on = goes_on or (ckpt is not None and out.resolve() in Path(ckpt).resolve().parents)
     if read_json(out / RUN).get("settings", settings) != settings and not goes_on:
-        for name in results:
-            (out / name).unlink(missing_ok=True)
+        # Of the training whose network is pruned there is more to see.
+        here = dense is not None and out.resolve() in Path(dense).resolve().parents
+        for path in [path for name in results if not (here and name in PAGES) for path in out.glob(name)]:
+            path.unlink(missing_ok=True)
     command = None
     if HydraConfig.initialized():
         job = HydraConfig.get()

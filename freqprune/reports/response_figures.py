@@ -12,7 +12,19 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from freqprune.reports.drawing import BLUE, GREEN, GREY, ORANGE, PALE, PURPLE, RED, counts_per_layer, layer_ticks, tidy
+from freqprune.reports.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PALE,
+    PURPLE,
+    RED,
+    counts_per_layer,
+    layer_ticks,
+    line_styles,
+    tidy,
+)
 from freqprune.tagging import Component, Stimulus, TagResponse, amplitude_spectrum, frequencies, noise_bins
 
 PART_COLOURS = (RED, GREEN, ORANGE, PURPLE)
@@ -225,7 +237,9 @@ def _over_depth(
     values: Mapping[str, Tensor], label: str, title: str, groups: Mapping[str, Mapping[str, Tensor]] | None
 ) -> tuple[Figure, Axes]:
     """Every filter as a dot and the median of each layer; further medians, one line a group."""
-    figure = Figure(figsize=(max(5.0, 0.27 * len(values) + 1.5), 4.0), layout="constrained")
+    n_groups = len(groups or {})
+    height = max(4.0, 0.16 * n_groups + 1)
+    figure = Figure(figsize=(max(5.0, 0.27 * len(values) + 1.5), height), layout="constrained")
     axis = figure.subplots()
     layers = list(values)
     rng = np.random.default_rng(0)
@@ -235,12 +249,17 @@ def _over_depth(
     axis.plot(
         range(len(layers)), _medians(values), "o-", color=BLUE, markersize=4, linewidth=1.2, label="median of the layer"
     )
-    for group, members in (groups or {}).items():
+    for (group, members), (colour, _) in zip((groups or {}).items(), line_styles(n_groups), strict=True):
         line = _medians(members)
         # Matplotlib would leave out a name with a line in front, and set one with dollars.
         name = group.replace("$", r"\$")
         axis.plot(
-            range(len(layers)), line, linewidth=0.9, alpha=0.8, label=f"\u200b{name}" if name[:1] == "_" else name
+            range(len(layers)),
+            line,
+            color=colour,
+            linewidth=0.9,
+            alpha=0.8,
+            label=f"\u200b{name}" if name[:1] == "_" else name,
         )
     tidy(axis)
     layer_ticks(axis, layers)

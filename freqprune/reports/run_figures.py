@@ -66,7 +66,9 @@ def agreement_over_epochs(agreement: Mapping[int, Mapping[str, float]], title: s
             `freqprune.reports.tables.rank_agreement`.
         title: line above the figure.
     """
-    return _over_epochs(agreement, "rank correlation with the last epoch", title, 1, 0, 1)
+    lowest = min((value for one in agreement.values() for value in one.values() if value == value), default=0.0)
+    low = min(0.0, math.floor(10 * lowest) / 10)
+    return _over_epochs(agreement, "rank correlation with the last epoch", title, 1, low, 1)
 
 
 def _over_epochs(

@@ -138,6 +138,9 @@ def trial_of(
         raise InputError("no score of its filters is known: tag the layers that may lose filters")
     macs = macs_by_layer(plan.model, plan.example)
     trial = Trial(macs, [_unit(plan, name) for name in names], by, criterion=next(iter(by)))
+    if amount is None and any((score < 0).any() for score in by[trial.criterion].values()):
+        # Divided by MACs, scores below zero would be in the wrong order.
+        amount = replace(trial.amount, scope="layer")
     return trial if amount is None else replace(trial, amount=amount)
 
 

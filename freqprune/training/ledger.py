@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from freqprune.errors import InputError
+from freqprune.reports import is_quiet
 from freqprune.training.listing import Reader
 
 log = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def read_all(
     what = f"reading {reader.listing.place}"
     # Decoding releases the interpreter lock, so threads help.
     with ThreadPoolExecutor() as pool:
-        for block in track(blocks, description=what, transient=True, disable=len(blocks) < 2):
+        for block in track(blocks, description=what, transient=True, disable=len(blocks) < 2 or is_quiet()):
             good = list(pool.map(read, block.tolist()))
             if after_block is not None:
                 after_block(block[good])

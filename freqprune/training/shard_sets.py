@@ -17,6 +17,7 @@ from PIL import Image
 from rich.progress import track
 
 from freqprune.errors import InputError
+from freqprune.reports import is_quiet
 from freqprune.training.listed import ListedData
 from freqprune.training.listing import Listing, check_classes
 
@@ -92,7 +93,9 @@ class ShardListing(Listing):
         places: list[tuple[int, int, int]] = []
         names: list[bytes] = []
         labels: list[int] = []
-        for number in track(range(len(shards)), "indexing shards", transient=True, disable=len(shards) < 8):
+        for number in track(
+            range(len(shards)), "indexing shards", transient=True, disable=len(shards) < 8 or is_quiet()
+        ):
             for name, (offset, size, label) in _samples(self.shards[number], image_keys, label_key).items():
                 places.append((number, offset, size))
                 names.append(os.fsencode(name))

@@ -16,6 +16,7 @@ from rich.progress import track
 from torch import Tensor
 
 from freqprune.errors import InputError, one_of
+from freqprune.reports import is_quiet
 from freqprune.training.downloads import alone
 from freqprune.training.listed import ListedData
 from freqprune.training.listing import Listing, check_classes
@@ -138,5 +139,5 @@ def _labels(dataset: Any, place: str) -> Tensor:
         found = getattr(dataset, attribute, None)
         if found is not None and len(found) == len(dataset):
             return torch.tensor([label for _, label in found])
-    numbers = track(range(len(dataset)), f"labels of {place}", transient=True, disable=len(dataset) < 500)
+    numbers = track(range(len(dataset)), f"labels of {place}", transient=True, disable=len(dataset) < 500 or is_quiet())
     return torch.tensor([int(dataset[number][1]) for number in numbers])

@@ -21,7 +21,7 @@ from freqprune.jobs.settings import read as read_settings
 from freqprune.jobs.stages import Run
 from freqprune.networks.registry import build_model
 from freqprune.processes import expect
-from freqprune.training import caching
+from freqprune.training import caching, memory
 from freqprune.training.classifier import Classifier
 from freqprune.training.ledger import ROW, Ledger
 from freqprune.training.listed import ImageFolderData
@@ -170,3 +170,23 @@ def test_a_network_is_tagged_cut_and_tuned_on_images_that_are_not_held(folder: P
     assert metrics["finished"]
     with (tmp_path / "layers.csv").open() as file:
         assert {row["group"] for row in csv.DictReader(file)} == {"all", "class0", "class1"}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_limit_of_a_group_further_up_counts(version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, groups = tmp_path / "own", tmp_path / "groups"
+    folder = groups / ("memory/" if version == 1 else "") / "job_1" / "step_0"
+    folder.mkdir(parents=True)
+    limit, used, cache = (
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        if version == 1
+        else ("memory.max", "memory.current", "inactive_file")
+    )
+    for group, most in ((folder.parent, "1000000"), (folder, "max" if version == 2 else str(2**63))):
+        (group / limit).write_text(most)
+        (group / used).write_text("300000")
+        (group / "memory.stat").write_text(f"anon 1\n{cache} 100000\n")
+    own.write_text("4:memory:/job_1/step_0\n" if version == 1 else "0::/job_1/step_0\n")
+    monkeypatch.setattr(memory, "_OWN", own)
+    monkeypatch.setattr(memory, "_GROUPS", groups)
+    assert memory.free_memory() == 1000000 - 300000 + 100000

@@ -1,4 +1,7 @@
+import multiprocessing
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,11 +11,15 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 
 from freqprune.errors import InputError
+from freqprune.jobs.photographs import read_images
 from freqprune.training.augment import random_crop_flip
+from freqprune.training.classifier import Classifier
 from freqprune.training.datamodule import CIFAR10Data, DigitsData
+from freqprune.training.downloads import alone
 from freqprune.training.listed import ImageFolderData
 from freqprune.training.loading import _fits
 from freqprune.training.sources import Images, channel_statistics, digits, stratified_split
+from tests.training.small import trainer
 from tests.training.test_defaults import crop_and_flip
 
 
@@ -274,3 +281,59 @@ def test_cifar10_folder(cifar10: Path) -> None:
     # The statistics of the whole set; a part of it comes close.
     np.testing.assert_allclose(data.mean, [0.4914, 0.4822, 0.4465], atol=0.02)
     np.testing.assert_allclose(data.std, [0.2470, 0.2435, 0.2616], atol=0.02)
+
+
+def test_photographs_are_read_upright_as_they_are_explained(tmp_path: Path) -> None:
+    root = write_tree(tmp_path)
+    turned = np.zeros((6, 8, 3), np.uint8)
+    turned[:3] = 255
+    for file in root.rglob("*.png"):
+        image = Image.fromarray(turned)
+        exif = image.getexif()
+        exif[0x0112] = 6
+        image.save(file, exif=exif)
+    data = ImageFolderData(root)
+    expected = read_images([next(root.rglob("*.png"))], None, None, "bilinear")
+    assert torch.equal(data.pixels("test", 1), expected)
+    assert expected.shape[-2:] == (8, 6)
+
+
+def test_every_format_that_pillow_reads_is_taken(tmp_path: Path) -> None:
+    root = write_tree(tmp_path)
+    for file in list(root.rglob("*.png"))[::2]:
+        Image.open(file).save(file.with_suffix(".gif"))
+        file.unlink()
+    data = ImageFolderData(root, val_fraction=0)
+    assert len(data.split("train")) + len(data.split("test")) == len([*root.rglob("*.png"), *root.rglob("*.gif")])
+
+
+def test_trying_transforms_leaves_the_images() -> None:
+    plain, erased = DigitsData(), DigitsData(transforms=[{"name": "RandomErasing", "p": 1, "inplace": True}])
+    assert torch.equal(plain.pixels("train", 4), erased.pixels("train", 4))
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_batches_have_the_type_of_the_network(precision: Any, tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_epochs=1, precision=precision)
+    module = Classifier({"name": "resnet8", "stage_widths": [4, 4, 8]})
+    run.fit(module, datamodule=DigitsData(limit_train=32, limit_test=20, batch_size=16, transforms=["MixUp"]))
+    assert run.global_step == 2
+
+
+def fetch(root: str, log: str) -> None:
+    with alone(root):
+        with open(log, "a") as file:
+            file.write("in ")
+        time.sleep(0.3)
+        with open(log, "a") as file:
+            file.write("out ")
+
+
+def test_one_process_downloads_at_a_time(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    both = [context.Process(target=fetch, args=(str(tmp_path), str(tmp_path / "log"))) for _ in range(2)]
+    for one in both:
+        one.start()
+    for one in both:
+        one.join()
+    assert (tmp_path / "log").read_text().split() == ["in", "out", "in", "out"]

@@ -239,7 +239,10 @@ def without_batch_statistics() -> nn.Module:
 
 
 @pytest.mark.slow
-def test_training_on_two_processes_is_that_of_one_with_the_same_global_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("class_weights", [None, [10.0] + [1.0] * 9])
+def test_training_on_two_processes_is_that_of_one_with_the_same_global_batch(
+    class_weights: list[float] | None, tmp_path: Path
+) -> None:
     curves, weights = [], []
     for devices in (1, 2):
         pl.seed_everything(0, verbose=False)
@@ -247,7 +250,7 @@ def test_training_on_two_processes_is_that_of_one_with_the_same_global_batch(tmp
         logger = pl.loggers.CSVLogger(tmp_path / str(devices), name="", version="")
         run = trainer(devices, max_epochs=3, logger=logger)
         data = DigitsData(batch_size=32 // devices, crop_padding=3, flip=True, limit_train=256)
-        module = Classifier(without_batch_statistics(), lr=0.01, num_classes=10)
+        module = Classifier(without_batch_statistics(), lr=0.01, num_classes=10, class_weights=class_weights)
         run.fit(module, datamodule=data)
         with (tmp_path / str(devices) / "metrics.csv").open() as file:
             rows = list(csv.DictReader(file))

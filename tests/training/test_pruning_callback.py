@@ -10,14 +10,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from freqprune.errors import InputError
+from freqprune.networks.checkpoint import load_network, save_weights
+from freqprune.networks.registry import register_model
 from freqprune.pruning.amount import Amount
 from freqprune.pruning.recipe import Recipe
 from freqprune.pruning.surgery import Plan
 from freqprune.tagging.stimulus import Stimulus
 from freqprune.training.carrying import carry_over
+from freqprune.training.classifier import Classifier
 from freqprune.training.pruning_callback import TagPruning
 from freqprune.training.tagging_callback import FrequencyTagging
-from tests.training.small import trainer
+from tests.training.small import digits, trainer
 
 RECIPE = Recipe(Amount(ratio=0.25, scope="layer"), criterion="amplitude")
 WITHOUT_A_CALLBACK = "ignore:.*callbacks used to create the checkpoint.*"
@@ -163,3 +166,71 @@ def test_tags_that_cannot_be_shown_are_refused_before_the_first_epoch(tmp_path: 
     with pytest.raises(InputError, match="layr"):
         trainer(tmp_path, FrequencyTagging(every_n_epochs=10, layers="layr*")).fit(module, loader(), loader())
     assert module.n_steps == 0
+
+
+class TwoNames(Own):
+    """Runs its layers under other names than those that are cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(self.net.conv1, nn.ReLU(), self.net.conv2)
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "settings", "message"),
+    [
+        ([], {"precision": "bf16-true"}, "cuts networks in float32, this one is in bfloat16"),
+        ([pl.callbacks.StochasticWeightAveraging(0.01)], {}, "would go on averaging the old one"),
+    ],
+)
+def test_what_would_go_on_with_the_old_network_is_refused(
+    callbacks: list[pl.Callback], settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    module = Own()
+    with pytest.raises(InputError, match=message):
+        trainer(tmp_path, cutting(), *callbacks, max_epochs=2, **settings).fit(module, loader(), loader())
+    assert module.n_steps == 0
+
+
+def test_other_names_for_layers_and_lists_of_parameters_are_refused(tmp_path: Path) -> None:
+    class Quasi(Own):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.LBFGS(self.parameters())
+
+    callback = TagPruning(RECIPE, (1,), n_images=4, stimulus=Stimulus(max_order=1), network="net")
+    for module, message in (
+        (TwoNames(), r"has layers of net\.\* as features.0"),
+        (Quasi(), "of which LBFGS keeps a list"),
+    ):
+        with pytest.raises(InputError, match=message):
+            trainer(tmp_path, callback, max_epochs=2).fit(module, loader(), loader())
+        assert module.n_steps == 0
+
+
+def test_epochs_that_do_not_come_are_refused(tmp_path: Path) -> None:
+    module = Own()
+    with pytest.raises(InputError, match=r"epochs = \[40\]: this training ends after 2 epochs"):
+        trainer(tmp_path, cutting(epochs=(40,)), max_epochs=2).fit(module, loader(), loader())
+    assert module.n_steps == 0
+
+
+@pytest.mark.filterwarnings(WITHOUT_A_CALLBACK)
+def test_a_checkpoint_of_a_cut_network_of_any_kind_is_read(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self, num_classes: int = 10) -> None:
+            super().__init__()
+            self.conv1, self.conv2 = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3, stride=2)
+            self.linear = nn.Linear(6, num_classes)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(torch.relu(self.conv2(torch.relu(self.conv1(x)))).mean((2, 3)))  # type: ignore[no-any-return]
+
+    register_model("cut_while_trained", Net)
+    module, run = Classifier({"name": "cut_while_trained"}), trainer(tmp_path, cutting(), max_epochs=2)
+    run.fit(module, datamodule=digits())
+    assert module.net.conv1.out_channels == 3
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    save_weights(tmp_path / "weights.ckpt", tmp_path / "last.ckpt")
+    images = torch.rand(2, 3, 32, 32)
+    for name in ("last.ckpt", "weights.ckpt"):
+        torch.testing.assert_close(load_network(tmp_path / name).net(images), module.net.eval()(images))

@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from freqprune.errors import InputError
 from freqprune.training.classifier import Classifier
 from freqprune.training.datamodule import DigitsData
 from tests.training.small import trainer
@@ -68,3 +69,42 @@ def test_workers_read_the_images_of_the_epoch_that_a_training_goes_on_with(tmp_p
     for epoch, labels in resumed.labels.items():
         assert torch.equal(torch.cat(labels), torch.cat(whole.labels[epoch])), epoch
     assert not torch.equal(torch.cat(whole.labels[0]), torch.cat(whole.labels[1]))
+
+
+class Rates(pl.Callback):
+    """What the optimizer of every epoch is set to."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, ...]] = []
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        group = trainer.optimizers[0].param_groups[0]
+        self.seen.append(tuple(round(group[key], 6) for key in ("lr", "weight_decay", "momentum")))
+
+
+def go_on(tmp_path: Path, ckpt: Path | None = None, **settings: Any) -> list[tuple[float, ...]]:
+    pl.seed_everything(0, verbose=False)
+    module = Classifier({"name": "resnet8", "stage_widths": [4, 4, 8]}, **settings)
+    digits, rates = DigitsData(limit_train=64, limit_test=50, batch_size=16), Rates()
+    run = trainer(tmp_path, rates, max_epochs=1 if ckpt is None else 2)
+    run.fit(module, datamodule=digits, ckpt_path=ckpt, weights_only=True)
+    if ckpt is None:
+        run.save_checkpoint(tmp_path / "last.ckpt")
+    return rates.seen
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_a_training_goes_on_with_the_rate_that_is_asked_for(schedule: str, tmp_path: Path) -> None:
+    go_on(tmp_path, lr=0.1, schedule=schedule)
+    asked = {"lr": 0.001, "weight_decay": 0.0, "momentum": 0.5}
+    [(lr, weight_decay, momentum)] = go_on(tmp_path, tmp_path / "last.ckpt", schedule=schedule, **asked)
+    # Half of the cosine is over.
+    assert lr == pytest.approx(0.001 if schedule == "constant" else 0.0005)
+    assert (weight_decay, momentum) == (0.0, 0.5)
+
+
+@pytest.mark.parametrize("other", [{"name": "AdamW", "lr": 0.001}, {"decay_norms": False}])
+def test_the_state_of_another_optimizer_is_refused(other: dict[str, Any], tmp_path: Path) -> None:
+    go_on(tmp_path)
+    with pytest.raises(InputError, match=f"optimizer.{next(iter(other))} = .*cannot go on with that state"):
+        go_on(tmp_path, tmp_path / "last.ckpt", **other)

@@ -15,6 +15,7 @@ from freqprune import FrequencyTagging, Stimulus, tag
 from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
 from freqprune.training.classifier import Classifier
+from freqprune.training.datamodule import DigitsData
 from tests.training.small import digits, trainer
 
 
@@ -197,3 +198,41 @@ def test_networks_are_accepted_as_they_are() -> None:
     net = build_model({"name": "resnet8"})
     assert Classifier(net).net is net
     assert Classifier(net).hparams["model"] is None
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_average_is_tagged_in_either_order(first: bool, tmp_path: Path) -> None:
+    module, tagging = Classifier({"name": "resnet8"}), FrequencyTagging(n_images=2, network="net")
+    average = pl.callbacks.EMAWeightAveraging(decay=0.9)
+    data, callbacks = digits(), [tagging, average] if first else [average, tagging]
+    trainer(tmp_path, *callbacks, max_epochs=1).fit(module, datamodule=data)
+    # The end of the training leaves the average in the module.
+    expected = tag(module.net, data.pixels("val", 2), mean=data.mean, std=data.std).snr("conv1", "all")
+    torch.testing.assert_close(tagging.latest["snr"]["conv1"], expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("interval", [0.25, 0.4, 1.0])
+def test_tags_are_shown_once_an_epoch_however_often_it_is_validated(interval: float, tmp_path: Path) -> None:
+    tagging = FrequencyTagging(n_images=2, network="net")
+    shown: list[int] = []
+    tagging._show = lambda trainer, _: shown.append(trainer.fit_loop.epoch_loop.batch_idx)  # type: ignore[method-assign]
+    run = trainer(tmp_path, tagging, max_epochs=2, limit_train_batches=10, val_check_interval=interval)
+    run.fit(Classifier({"name": "resnet8"}), datamodule=DigitsData(limit_train=160, limit_test=50, batch_size=16))
+    assert shown == [7 if interval == 0.4 else 9] * 2
+
+
+def test_mean_and_std_go_together() -> None:
+    with pytest.raises(InputError, match="mean and std go together"):
+        FrequencyTagging(std=[0.5])
+
+
+def test_a_second_training_in_a_folder_begins_its_table(tmp_path: Path) -> None:
+    def epochs(every: int) -> set[str]:
+        tagging = FrequencyTagging(n_images=2, network="net", every_n_epochs=every, folder=tmp_path)
+        data = DigitsData(limit_train=32, limit_test=50, batch_size=16)
+        trainer(tmp_path, tagging, max_epochs=2).fit(Classifier({"name": "resnet8"}), datamodule=data)
+        with (tmp_path / "importance.csv").open(newline="") as file:
+            return {row["epoch"] for row in csv.DictReader(file)}
+
+    assert epochs(1) == {"0", "1"}
+    assert epochs(2) == {"1"}
