@@ -152,8 +152,8 @@ def filter_effects(
             return output
         if len(output) != len(opened[0]):
             raise InputError(
-                f"layer {layer!r} answers {len(opened[0])} frames with {len(output)} rows: its first dimension does not "
-                "count frames, so that its filters cannot be gated"
+                f"layer {layer!r} answers {len(opened[0])} frames with {len(output)} rows: its first dimension does "
+                "not count frames, so that its filters cannot be gated"
             )
         shape = [1] * output.dim()
         shape[0], shape[site.channel_dim] = -1, n_filters

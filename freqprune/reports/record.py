@@ -71,8 +71,8 @@ def write(out: Path, cfg: DictConfig, results: Sequence[str] = ()) -> None:
     Args:
         out: the folder.
         cfg: the settings.
-        results: files, or patterns of them, that go if a run with other settings has left them, and this one does not go on from there: they
-            would be taken for its own.
+        results: files, or patterns of them, that go if a run with other settings has left them, and this one does not
+            go on from there: they would be taken for its own.
     """
     settings = _settings(cfg)
     resumed, ckpt, dense = (cfg.get(key) for key in ("resume", "ckpt_path", "ckpt"))

@@ -223,12 +223,8 @@ def snr_spectra(
 
 
 def important_per_layer(important: Mapping[str, Tensor], title: str = "") -> Figure:
-    """Important filters of each layer beside all its filters (figure 5 of Böge et al. 2024).
-
-    Args:
-        important: boolean ``(n_filters,)`` a layer.
-        title: line above the figure.
-    """
+    """Important filters of each layer beside all its filters (figure 5 of Böge et al. 2024); `important` is boolean
+    ``(n_filters,)`` a layer."""
     counts = {layer: (len(flags), int(flags.sum())) for layer, flags in important.items()}
     return counts_per_layer(counts, ("all filters", "important"), title)
 
@@ -237,9 +233,9 @@ def _over_depth(
     values: Mapping[str, Tensor], label: str, title: str, groups: Mapping[str, Mapping[str, Tensor]] | None
 ) -> tuple[Figure, Axes]:
     """Every filter as a dot and the median of each layer; further medians, one line a group."""
-    n_groups = len(groups or {})
-    height = max(4.0, 0.16 * n_groups + 1)
-    figure = Figure(figsize=(max(5.0, 0.27 * len(values) + 1.5), height), layout="constrained")
+    styles = line_styles(len(groups or {}))
+    size = max(5.0, 0.27 * len(values) + 1.5), max(4.0, 0.16 * len(styles) + 1)
+    figure = Figure(figsize=size, layout="constrained")
     axis = figure.subplots()
     layers = list(values)
     rng = np.random.default_rng(0)
@@ -249,18 +245,10 @@ def _over_depth(
     axis.plot(
         range(len(layers)), _medians(values), "o-", color=BLUE, markersize=4, linewidth=1.2, label="median of the layer"
     )
-    for (group, members), (colour, _) in zip((groups or {}).items(), line_styles(n_groups), strict=True):
-        line = _medians(members)
+    for (group, members), (colour, _) in zip((groups or {}).items(), styles, strict=True):
         # Matplotlib would leave out a name with a line in front, and set one with dollars.
-        name = group.replace("$", r"\$")
-        axis.plot(
-            range(len(layers)),
-            line,
-            color=colour,
-            linewidth=0.9,
-            alpha=0.8,
-            label=f"\u200b{name}" if name[:1] == "_" else name,
-        )
+        name = ("\u200b" if group[:1] == "_" else "") + group.replace("$", r"\$")
+        axis.plot(range(len(layers)), _medians(members), color=colour, linewidth=0.9, alpha=0.8, label=name)
     tidy(axis)
     layer_ticks(axis, layers)
     axis.set_ylabel(label, fontsize=9)

@@ -261,3 +261,33 @@ def test_networks_of_other_types_get_images_of_theirs() -> None:
     net = build_model({"name": "resnet8"}).eval()
     single, double = (attribute(one, IMAGES, grid=2, forwards=32).effects for one in (net, copy.deepcopy(net).double()))
     torch.testing.assert_close(single, double, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("score", ["probability", "log_odds"])
+def test_scores_of_logits_are_refused_for_what_are_none(score: str) -> None:
+    one = nn.Sequential(nn.Conv2d(3, 1, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(InputError, match=f"score = {score} compares classes, and the network has one output"):
+        attribute(one, torch.rand(1, 3, 8, 8), grid=2, forwards=64, score=score)
+    net = nn.Sequential(nn.Conv2d(3, 4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Softmax(1))
+    with pytest.raises(InputError, match="answers with probabilities already; use score=logit"):
+        attribute(net, torch.rand(1, 3, 8, 8), grid=2, forwards=64, score=score)
+
+
+def test_parts_in_one_place_cannot_share_waves() -> None:
+    segments = torch.zeros(16, 16, dtype=torch.long)
+    segments[4:12, 4:12] = 1
+    segments[6:10, 6:10] = 2
+    net = nn.Sequential(nn.Conv2d(3, 4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    images = torch.rand(1, 3, 16, 16)
+    attribute(net, images, segments=segments, forwards=64)
+    with pytest.raises(InputError, match=r"overlap = 0.7: parts 0 and \d lie around the same point"):
+        attribute(net, images, segments=segments, forwards=64, overlap=0.7)
+
+
+def test_a_baseline_is_of_pixels_as_the_images_are() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    images, norm = torch.rand(1, 3, 8, 8), {"mean": [0.5] * 3, "std": [0.2] * 3}
+    with pytest.raises(InputError, match=r"baseline must be floats .*; divide uint8 by 255"):
+        attribute(net, images, grid=2, forwards=64, baseline=torch.full((3, 8, 8), 255, dtype=torch.uint8), **norm)
+    with pytest.raises(InputError, match="baseline must hold pixels in"):
+        attribute(net, images, grid=2, forwards=64, baseline=(images - 0.5) / 0.2, **norm)

@@ -204,3 +204,19 @@ def test_pixels_are_checked_where_they_are_to_be_normalised() -> None:
         filter_effects(net, (255 * torch.rand(1, 3, 16, 16)).byte(), "conv1", **some)
     with pytest.raises(InputError, match=r"must hold pixels in \[0, 1\]"):
         filter_effects(net, torch.randn(1, 3, 16, 16), "conv1", **some)
+
+
+def test_layers_whose_first_dimension_is_not_the_frames_are_refused() -> None:
+    class Windows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc1, self.fc2 = nn.Conv2d(3, 4, 4, 4), nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = self.conv(x).flatten(2).permute(2, 0, 1)
+            return self.fc2(torch.relu(self.fc1(tokens))).mean(0)  # type: ignore[no-any-return]
+
+    with pytest.raises(InputError, match="its first dimension does not count frames"):
+        filter_effects(Windows(), torch.rand(1, 3, 16, 16), "fc1")
+    with pytest.raises(InputError, match="steepness must be at least 1"):
+        filter_effects(Windows(), torch.rand(1, 3, 16, 16), "fc1", steepness=0)

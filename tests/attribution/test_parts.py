@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer
 
 from freqprune.attribution.images import attribute
-from freqprune.attribution.parts import patches_of
+from freqprune.attribution.parts import find_parts, patches_of
 from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
 from tests.attribution.test_attribution import IMAGES, OfTiles, tiles_of
@@ -195,3 +195,14 @@ def test_a_score_of_another_length_is_refused() -> None:
     net = build_model({"name": "resnet8"}).eval()
     with pytest.raises(InputError, match=r"score must return one number an image, \(1,\), got \(10,\)"):
         attribute(net, torch.rand(1, 3, 16, 16), grid=2, forwards=32, score=lambda output: output[0])
+
+
+def test_superpixels_of_grey_images_follow_what_they_show() -> None:
+    pytest.importorskip("skimage")
+    rows, columns = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
+    disc = ((rows - 14) ** 2 + (columns - 14) ** 2 < 64).float()[None, None]
+    numbers, _ = find_parts(nn.Identity(), disc, "slic", n_segments=16)
+    for part in numbers.unique():
+        assert len(disc[0, 0][numbers[0] == part].unique()) == 1
+    with pytest.raises(InputError, match="parts = slic takes images of one or three channels, got 2"):
+        find_parts(nn.Identity(), torch.rand(1, 2, 8, 8), "slic")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from freqprune.attribution.images import attribute
 from freqprune.attribution.refining import attribute_fine, split
@@ -51,7 +52,7 @@ def test_every_image_has_parts_of_its_own() -> None:
     [
         ({"refine": -1}, "refine must be at least 0, got -1"),
         ({"parts": "channels"}, "refine splits parts of the image, which channels are not"),
-        ({"grid": 4, "forwards": 60}, "refine = 1: 16 parts need 64 frames, after 0 for coarser ones"),
+        ({"grid": 4, "forwards": 60}, "refine = 1: 28 parts need 112 frames, after 64 for coarser ones"),
         (
             {"grid": 4, "forwards": 128},
             "28 parts need 112 frames, after 64 .* must be at least 176",
@@ -61,3 +62,20 @@ def test_every_image_has_parts_of_its_own() -> None:
 def test_refining_refuses(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         attribute_fine(OfTiles(lambda tiles: tiles[:, 0]), IMAGES, **arguments)
+
+
+def test_too_few_forwards_are_refused_before_any_recording() -> None:
+    class Counted(nn.Module):
+        seen = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            Counted.seen += len(x)
+            return self.conv(x).mean((2, 3))  # type: ignore[no-any-return]
+
+    with pytest.raises(InputError, match=r"112 parts need 448 frames, after 256 .* at least 704, got 512"):
+        attribute_fine(Counted(), torch.rand(5, 3, 32, 32), refine=1, grid=8, forwards=512)
+    assert Counted.seen == 0

@@ -150,3 +150,12 @@ def test_every_entry_is_a_line(tmp_path: Path) -> None:
     assert lines == [{"step": 7, "epoch": 1, "train/loss": 0.5}, {"step": 8, "val/loss": None}]
     logger.save()
     assert "train/loss" in (tmp_path / "metrics.csv").read_text()
+
+
+def test_an_experiments_network_does_not_stand_for_that_of_the_checkpoint(out: Path) -> None:
+    given = ["experiment=cifar10_resnet32", "model=resnet56"]
+    for command in commands("train", out, "python prune.py", given)[1:]:
+        words = [word for word in shlex.split(command)[2:] if word != "-m"]
+        with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
+            cfg = compose("prune", [*words, f"output_dir={out}"])
+        assert read(cfg).model["name"] is None

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from freqprune.jobs.config import names_trained
+from freqprune.jobs.settings import read
 from freqprune.networks.registry import build_model
 from tests.conftest import ROOT
 from tests.forked import call
-from tests.jobs.small import SMALL
+from tests.jobs.small import SMALL, config
 
 EXPLAIN = "freqprune/jobs/as_explain.py"
 
@@ -235,3 +237,17 @@ def test_interrupt_leaves_a_checkpoint_that_resumes(how: signal.Signals, tmp_pat
     )
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "again" / "training.json").read_text())["epochs"] == done_epochs + 1
+
+
+@pytest.mark.parametrize("word", ["off", "no", "No"])
+def test_words_for_no_are_no_everywhere(word: str, tmp_path: Path) -> None:
+    assert read(config("train", tmp_path, f"data.flip={word}")).data["flip"] is False
+    cfg = config("prune", tmp_path, "model=auto", "model.name=timm/resnet18", f"+model.pretrained={word}")
+    assert names_trained(cfg) is None
+    yes = config("prune", tmp_path, "model=auto", "model.name=timm/resnet18", "+model.pretrained=on")
+    assert names_trained(yes) == "model.pretrained"
+
+
+def test_an_amount_that_nothing_cuts_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    read(config("train", tmp_path, "pruning.macs_cut=0.5"))
+    assert "pruning.macs_cut = 0.5 has no effect, as pruning=none cuts nothing" in caplog.text

@@ -18,7 +18,8 @@ from torchvision import models
 from freqprune import attribute, register_model, resnet32
 from freqprune.errors import InputError
 from freqprune.jobs.explain import OF_PARTS, explain
-from freqprune.jobs.photographs import read_images
+from freqprune.jobs.explain_settings import Photographs, find_images
+from freqprune.jobs.photographs import read_classes, read_images, read_segments
 from freqprune.networks import registry
 from freqprune.networks.checkpoint import save_pruned
 from freqprune.networks.libraries import preprocessing
@@ -307,3 +308,35 @@ def test_every_command_and_every_piece_of_code_of_the_docs_runs(
             assert (tmp_path / "out" / "explain.html").is_file()
     assert Path("map.png").is_file()
     assert Path("filters.png").is_file()
+
+
+def test_what_is_hidden_or_drawn_by_a_run_is_no_photograph(tmp_path: Path) -> None:
+    for name in ("a.png", "._a.png", ".ipynb_checkpoints/a.png", "outputs/explain/1/maps/1_a.png", "maps/b.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "outputs/explain/1/run.json").write_text("{}")
+    found = find_images(Photographs(str(tmp_path), None, None, None, None, None, None))
+    assert [str(path.relative_to(tmp_path)) for path in found] == ["a.png", "maps/b.png"]
+
+
+def test_files_of_classes_and_masks_that_cannot_be_read(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "latin.txt").write_bytes("café\nb".encode("latin-1"))
+    with pytest.raises(InputError, match=r"classes = \S+ is not in UTF-8"):
+        read_classes(str(tmp_path / "latin.txt"), 2)
+    (tmp_path / "mark.txt").write_bytes("cat\nb".encode("utf-8-sig"))
+    assert read_classes(str(tmp_path / "mark.txt"), 2) == ["cat", "b"]
+    Image.new("L", (4, 4)).save(tmp_path / "mask.png")
+    damaged = bytearray((tmp_path / "mask.png").read_bytes())
+    damaged[40:60] = bytes(20)
+    (tmp_path / "mask.png").write_bytes(damaged)
+    with pytest.raises(InputError, match=r"segments = \S+ is neither a readable .npy nor an image"):
+        read_segments(str(tmp_path / "mask.png"))
+
+
+def test_quiet_reading_prints_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FREQPRUNE_QUIET", "1")
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    read_images([tmp_path / "a.png"] * 120, None, None, "bilinear")
+    assert capfd.readouterr().out == ""

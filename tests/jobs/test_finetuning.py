@@ -226,3 +226,25 @@ def test_every_live_parameter_is_fine_tuned(trained: tuple[Path, dict[str, Any]]
         )
     )
     assert seen == [set()]
+
+
+def test_a_run_goes_on_from_nothing_of_an_earlier_one_in_its_folder(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ckpt = f"ckpt={trained[0] / 'checkpoints' / 'last.ckpt'}"
+    same = ("pruning.ratio=0.5", "pruning.scope=layer", "latency.batch_sizes=[1]")
+    prune(config("prune", tmp_path, ckpt, "importance=l2", *same))
+    assert (tmp_path / "figures" / "kept_per_layer.png").is_file()
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("freqprune.jobs.trainers.fit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prune(config("prune", tmp_path, ckpt, "importance=random", *same))
+    resumed = prune(config("prune", tmp_path, ckpt, "importance=random", *same, f"resume={tmp_path}"))[1]["net"]
+    whole = prune(config("prune", tmp_path / "whole", ckpt, "importance=random", *same))[1]["net"]
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict())
+    prune(config("prune", tmp_path, ckpt, "pruning=none"))
+    assert not (tmp_path / "figures" / "kept_per_layer.png").exists()

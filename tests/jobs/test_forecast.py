@@ -244,3 +244,18 @@ def test_a_forecast_never_ends_a_job(
     announce_explaining(tmp_path, net, pixels, tags)
     assert len(capsys.readouterr().out.splitlines()) == 2
     assert "how long this takes cannot be said (RuntimeError: no memory)" in caplog.text
+
+
+def test_classes_are_tagged_without_noise_and_no_more_than_there_are(data: DigitsData, tmp_path: Path) -> None:
+    alone, by_class = (
+        of_pruning(
+            KNOWN, settings(tmp_path, "pruning=none", "tagging.n_images=2", f"tagging.per_class={how}"), data, None
+        )
+        for how in ("false", "true")
+    )
+    counts = data.split("val").labels.bincount()
+    n_clean, n_all = 49, 49 + 240
+    share = n_clean * int(counts.clamp(max=2).sum()) / (n_all * 2)
+    assert alone["tags"] is not None
+    assert by_class["tags"] is not None
+    assert by_class["tags"].low == pytest.approx(alone["tags"].low * (1 + share))

@@ -1,6 +1,8 @@
 """Where networks are after a trainer had them, and how they run while it does."""
 
 import copy
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from freqprune.jobs.prune import prune
 from freqprune.jobs.settings import read
 from freqprune.jobs.train import train
 from freqprune.networks import build_model, device_of
-from freqprune.training import Classifier
+from freqprune.training import Classifier, DigitsData
 from tests.jobs.small import config
 
 
@@ -30,6 +32,7 @@ class Pretended:
         self.compiled: list[bool] = []
         self.callbacks: list[pl.Callback] = []
         self.error: Exception | None = None
+        self.received_sigterm = False
 
     def test(self, classifier: Classifier, **_: Any) -> list[dict[str, float]]:
         classifier.net.to_empty(device="cpu")
@@ -200,3 +203,35 @@ def test_how_an_interrupted_fine_tuning_goes_on_depends_on_where_the_dense_netwo
     (tmp_path / "trained" / "checkpoints" / "last.ckpt").touch()
     found = _how_to_go_on(trained)
     assert found.endswith(f" ckpt={tmp_path / 'trained' / 'checkpoints' / 'last.ckpt'} importance.criterion=snr")
+
+
+class Killed(Classifier):
+    """Gets SIGTERM in a batch of its test."""
+
+    at = 0
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        super().test_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_test_that_is_killed_ends_with_the_usual_status(at: int, tmp_path: Path) -> None:
+    settings = read(config("train", tmp_path))
+    module = Killed({"name": "resnet8"})
+    module.at = at
+    with pytest.raises(SystemExit) as ended:
+        trainers.tested(trainers.evaluator(settings), module, DigitsData(limit_test=40, batch_size=32))
+    assert ended.value.code == 128 + signal.SIGTERM
+
+
+def test_a_callback_of_ones_own_writes_where_it_is_told(tmp_path: Path) -> None:
+    more = "{_target_: pytorch_lightning.callbacks.ModelCheckpoint, dirpath: /x, every_n_epochs: 10}"
+    settings = read(config("train", tmp_path, f"+callbacks.every={more}"))
+    made = trainers.make_trainer(settings, tmp_path, []).checkpoint_callbacks
+    assert sorted({str(one.dirpath) for one in made}) == sorted({"/x", str(tmp_path / "checkpoints")})  # type: ignore[attr-defined]
+    settings = read(config("train", tmp_path, "callbacks.last.dirpath=/x"))
+    with pytest.raises(InputError, match=r"callbacks.last.dirpath = /x: a run is gone on with from"):
+        trainers.make_trainer(settings, tmp_path, [])

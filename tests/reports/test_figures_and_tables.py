@@ -229,3 +229,20 @@ def test_the_bins_of_an_snr_are_those_that_it_is_made_of() -> None:
     (level,) = {float(y) for y in figure.axes[0].lines[0].get_ydata()}
     assert level == pytest.approx(float(noisy[0, [116, 117, 119]].mean()))
     assert float(noisy[0, 118]) / level == pytest.approx(float(response.snr("0", ["f2"])[0, 0]))
+
+
+def test_time_cut_is_that_of_the_target_that_was_asked_for() -> None:
+    dense = {"test_accuracy": 0.5, "macs": 4, "params": 10, "latency_ms": {"1": 10.0}}
+    pruned = {**dense, "latency_ms": {"1": 8.0}}
+    metrics = {"dense": dense, "pruned": pruned, "latency": {"got": 0.41, "target": "onnx", "batch_size": 1}}
+    assert tables.percentages(metrics)["time_cut"] == pytest.approx(41)
+    metrics["latency"]["target"] = "eager"
+    assert tables.percentages(metrics)["time_cut"] == pytest.approx(20)
+
+
+def test_rank_correlations_below_zero_have_colours_of_their_own() -> None:
+    figure = run_figures.agreement_over_epochs({0: {"a": -0.8, "b": 0.0}, 1: {"a": 1.0, "b": 1.0}}, "")
+    drawn = figure.axes[0].images[0]
+    low, zero = (drawn.cmap(drawn.norm(value)) for value in (-0.8, 0.0))
+    assert low != zero
+    assert drawn.norm.vmin == pytest.approx(-0.8)
