@@ -39,6 +39,7 @@ from freqprune.pruning import (
     Verdict,
     cut,
     cut_in_steps,
+    in_equal_parts,
     plan_cut,
     recalibrate_batch_norm,
 )
@@ -289,7 +290,7 @@ class Run:
         images = self.data.split("train")
         count = min(course.bn_images, len(images))
         # The statistics of one image are none.
-        chunks = [chunk for chunk in images.pixels[:count].split(max(2, self.data.batch_size)) if len(chunk) > 1]
+        chunks = in_equal_parts(images.pixels[:count], max(2, self.data.batch_size))
         if not chunks:
             return False
         shown = in_sight(chunks, "means and variances of the batch norms", assembly.bars())

@@ -3,6 +3,7 @@ from .amount import AMOUNTS as AMOUNTS
 from .amount import AUTO as AUTO
 from .amount import Amount as Amount
 from .compensation import compensate as compensate
+from .compensation import in_equal_parts as in_equal_parts
 from .compensation import readers_of as readers_of
 from .compensation import recalibrate_batch_norm as recalibrate_batch_norm
 from .criteria import OF_TAGS as OF_TAGS

@@ -120,9 +120,7 @@ def _norms_after(plan: Plan) -> dict[str, str]:
         return dict(find_folds(plan.model, plan.example, []))
     found = {}
     for node, layer in trace.layers.items():
-        # Of a linear layer over tokens the norm has a mean of each token.
-        over_tokens = isinstance(plan.model.get_submodule(layer), nn.Linear) and node.meta["val"].dim() != 2
-        norm = None if over_tokens else goes_into(node)[0]
+        norm = goes_into(node)[0]
         mean: Any = None if norm is None else norm.args[3]
         name = trace.source(mean)
         if name is not None and len(mean.users) == 1:
@@ -134,9 +132,26 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any], device: tor
     """Re-estimate the running statistics of every batch norm as plain averages over batches of (normalised) inputs, in
     place.
 
-    Removing filters shifts what the following layers see; this takes no gradient step. Modes are restored.
+    Removing filters shifts what the following layers see; this takes no gradient step. Modes are restored, after an
+    error momenta and statistics too. Batches count alike, whatever their size: let them be as equal as can be.
     """
     modes = {module: module.training for module in model.modules()}
-    update_bn(batches, model, device=device)
-    for module, mode in modes.items():
-        module.training = mode
+    norms = [module for module in modes if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm, norm.momentum, [b.clone() for b in norm.buffers(recurse=False)]) for norm in norms]
+    try:
+        update_bn(batches, model, device=device)
+    except BaseException:
+        for norm, momentum, buffers in before:
+            norm.momentum = momentum
+            for buffer, old in zip(norm.buffers(recurse=False), buffers, strict=True):
+                buffer.copy_(old)
+        raise
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def in_equal_parts(images: Tensor, size: int) -> list[Tensor]:
+    """As few parts of at most `size` images as can be, as equal as can be; those of one image left out."""
+    parts = images.tensor_split(-(-len(images) // size)) if len(images) else ()
+    return [part for part in parts if len(part) > 1]

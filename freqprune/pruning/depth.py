@@ -52,6 +52,7 @@ def block_scores(
     with torch.no_grad():
         own = [batch for _, batch in own_share(batches)]
         dense = [answers_without(trace, fixed, batch, ()) for batch in own]
+        trace.check(model, own[0], dense[0], "use pruning.blocks=false")
         for _ in in_sight(list(blocks), "ranking blocks", progress):
             change = {}
             for name in blocks:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from freqprune.processes import added_up
 
+# Taken where none can be tried.
+RIDGE = 1e-2
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
@@ -105,7 +107,8 @@ def solve(
     together.
 
     Args:
-        parts: moments; without a ridge given, the one that does best on the second from the first is taken.
+        parts: moments; without a ridge given, the one that does best on the second from the first is taken, or
+            `RIDGE` if one is empty.
         weight: which the ridge pulls towards, ``(n_outputs, n_values)``.
         stays: columns that may be other than zero, ``(n_values,)``.
         ridge: in units of the mean variance of the inputs.
@@ -116,7 +119,7 @@ def solve(
     where = stays.nonzero().flatten()
     start = old[:, where]
     if ridge is None:
-        ridge = RIDGES[0]
+        ridge = RIDGE
         if all(part.n_samples for part in parts):
             seen, held_out = (part.equations(where, constant) for part in parts)
             tried = {one: seen.solve(start, one) for one in RIDGES}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from freqprune.errors import InputError, closest
 from freqprune.networks import Trace, equal_batches
+from freqprune.pruning.blocks import answers_without
 from freqprune.pruning.graph import ChannelGraph
 from freqprune.tagging import Stimulus, TagResponse
 
@@ -77,11 +78,17 @@ class Evidence:
 
     @cached_property
     def trace(self) -> Trace | None:
-        """The network's operations for batches of the frames; None for a network that cannot be traced."""
+        """The network's operations for batches of the frames; None for a network that cannot be traced, or whose
+        operations do not come to its answer, as where it writes into a slice."""
+        batch = equal_batches(self.frames)[0]
         try:
-            return Trace(self.model, equal_batches(self.frames)[0])
+            trace = Trace(self.model, batch)
+            with torch.no_grad():
+                answer = answers_without(trace, trace.inputs(self.model), batch, ())
+            trace.check(self.model, batch, answer, "it is run as a whole")
         except InputError:
             return None
+        return trace
 
     @cached_property
     def gradients(self) -> dict[str, tuple[Tensor, Tensor]]:

@@ -18,7 +18,8 @@ class Reconstruction:
         positions: random positions of each map that enter the equations, drawn anew for every batch.
         ridge: pulls the weights towards those that the cut left, or, after a round, towards those that they were solved
             to before, in units of the inputs' mean variance; None: for each layer the one of
-            `freqprune.pruning.equations.RIDGES` that does best on every fourth batch from the others.
+            `freqprune.pruning.equations.RIDGES` that does best on every fourth batch from the others,
+            1e-2 where there are fewer than four.
         resolve: ``"shifted"``: every layer whose inputs have changed is solved again; ``"lost"``: only those that lost
             inputs.
         rounds: after a layer is solved, so many times the layer that feeds it takes a Gauss-Newton step towards the

@@ -12,7 +12,7 @@ from torch.fx import Node
 from freqprune.networks import LINEAR, Trace, run
 from freqprune.processes import added_up, own_share
 from freqprune.pruning.blocks import shortcuts_of, without_channels
-from freqprune.pruning.surroundings import constant_in, goes_into
+from freqprune.pruning.surroundings import constant_in, goes_into, scale_of
 
 
 class SideBySide:
@@ -84,7 +84,8 @@ class SideBySide:
     def _energy(self, node: Node, weight: Tensor, some: Sequence[int]) -> Tensor:
         """Mean square of what each input channel brings to a layer, in a shape that spreads over its weight."""
         read: Any = node.args[0]
-        everything = self.twin.get(read, self.dense[read])
+        # A layer may read a buffer, as a table of positions.
+        everything = {i: self._reader(self.twin, self.fixed[1], i)(read) for i in {0, *some}}
         n_dims, channel = everything[0].dim(), 1 if node.target is not LINEAR else -1
         over = [side for side in range(n_dims) if side != channel % n_dims]
         total = everything[0].new_zeros(everything[0].shape[channel], dtype=torch.float64)
@@ -103,6 +104,9 @@ class SideBySide:
         """The batch norm after a layer, and the other terms of the sums its output goes into, where they have
         shifted."""
         norm, others = goes_into(node)
+        if norm is not None and not scale_of(norm, self.fixed[0]).isfinite().all():
+            # Nothing shows behind a norm whose scales are all zero: the layer answers for itself alone.
+            return None, []
         # A branch that has yet to run will make up for this one.
         shape = self.dense[node][0].shape
         return norm, [other for other in others if other in self.twin and self.twin[other][0].shape == shape]

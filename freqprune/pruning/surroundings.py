@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from freqprune.networks import BATCH_NORM, IDENTITIES, SUMS, Trace
+from freqprune.networks import BATCH_NORM, IDENTITIES, LINEAR, SUMS, Trace
 
 
 def path_to(trace: Trace, fixed: Container[Node], node: Node) -> list[Node]:
@@ -43,7 +43,9 @@ def goes_into(node: Node) -> tuple[Node | None, list[Node]]:
     while len(end.users) == 1:
         user = next(iter(end.users))
         if user.target is BATCH_NORM and end is node and user.args[0] is node:
-            if user.args[3] is None or user.args[4] is None:
+            # Of a linear layer over tokens the norm has a mean of each token.
+            over_tokens = node.target is LINEAR and node.meta["val"].dim() != 2
+            if user.args[3] is None or user.args[4] is None or over_tokens:
                 break
             norm = user
         elif user.target in SUMS and not user.kwargs:
@@ -59,7 +61,8 @@ def goes_into(node: Node) -> tuple[Node | None, list[Node]]:
 
 
 def scale_of(norm: Node, fixed: Mapping[Node, Tensor]) -> Tensor:
-    """Factor of a batch norm for each channel, kept from zero.
+    """Factor of a batch norm for each channel, kept from zero; infinite if it is zero for all: nothing that such a
+    branch does shows behind it.
 
     Args:
         norm: its call.
@@ -68,6 +71,8 @@ def scale_of(norm: Node, fixed: Mapping[Node, Tensor]) -> Tensor:
     values: list[Any] = [fixed.get(at) if isinstance(at, Node) else at for at in norm.args]
     weight, variance, eps = values[1], values[4], values[7]
     scale: Tensor = (variance + eps).rsqrt() * (1.0 if weight is None else weight)
+    if not scale.any():
+        return torch.full_like(scale, torch.inf)
     least = 1e-3 * scale.abs().max().clamp(min=torch.finfo(scale.dtype).tiny)
     return torch.where(scale.abs() < least, torch.where(scale < 0, -least, least), scale)
 

@@ -127,9 +127,10 @@ class Walk(SideBySide):
         columns = None if stays.all() else stays.nonzero().flatten()
         self.n_draws += 1
         for i, number in enumerate(self.numbers):
-            x = self.twin.get(read, self.dense[read])[i]
+            x = self._reader(self.twin, self.fixed[1], i)(read)
             # Of each batch its own, whichever process has it.
-            generator = torch.Generator().manual_seed((self.how.seed * 1_000_003 + self.n_draws) * 10_007 + number)
+            seed = (self.how.seed * 1_000_003 + self.n_draws) * 10_007 + number
+            generator = torch.Generator().manual_seed(seed % 2**63)
             chosen = pick(geometry.n_positions(x.shape), self.how.positions, generator)
             target = geometry.outputs(self.dense[node][i], chosen)
             for other in others:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
-from freqprune.pruning.compensation import compensate, readers_of
+from freqprune.pruning.compensation import compensate, in_equal_parts, readers_of, recalibrate_batch_norm
 from freqprune.pruning.criteria import _readers, scores
 from freqprune.pruning.graph import ChannelGraph
 from freqprune.pruning.importance import Evidence
@@ -214,3 +214,23 @@ def test_logit_redundancy_spares_what_the_answer_depends_on() -> None:
     assert int(by_output.argmin()) != 0
     with pytest.raises(InputError, match=r"gradients_at=output_gradients"):
         scores("logit_redundancy", Evidence(net, graph=plan.graph, moments=moments), ["conv1"])
+
+
+def test_left_over_images_count_no_more_than_others() -> None:
+    images = torch.cat([torch.rand(128, 3, 4, 4), 50 + torch.rand(2, 3, 4, 4)])
+    parts = in_equal_parts(images, 128)
+    assert [len(part) for part in parts] == [65, 65]
+    assert in_equal_parts(images[:1], 128) == []
+    net = nn.Sequential(nn.BatchNorm2d(3))
+    recalibrate_batch_norm(net, parts)
+    torch.testing.assert_close(net[0].running_mean, images.mean((0, 2, 3)))
+
+
+def test_an_error_leaves_the_norms_as_they_were() -> None:
+    net = nn.Sequential(nn.BatchNorm2d(3)).eval()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(RuntimeError):
+        recalibrate_batch_norm(net, [torch.rand(4, 3, 4, 4), torch.rand(4, 2, 4, 4)])
+    assert not net.training
+    assert net[0].momentum == 0.1
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())

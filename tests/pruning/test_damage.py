@@ -122,3 +122,24 @@ def test_what_is_missing_is_said(net: nn.Module) -> None:
         logit_errors(net, {}, torch.arange(2), [1], [])
     with pytest.raises(InputError, match="must return logits"):
         logit_errors(net.conv1, {}, torch.arange(2), [1], [X])
+
+
+class Shifted(nn.Module):
+    """Writes into a slice, as networks do that shift channels in time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        y = torch.zeros_like(x)
+        y[:, :, 1:] = x[:, :, :-1]
+        return self.b(y).mean((2, 3))  # type: ignore[no-any-return]
+
+
+def test_operations_that_do_not_come_to_the_answer_are_not_measured_with() -> None:
+    torch.manual_seed(0)
+    net = Shifted().eval()
+    assert Evidence(net, frames=[torch.rand(4, 3, 8, 8)]).trace is None
+    assert Evidence(build_model({"name": "resnet8"}).eval(), frames=[torch.rand(4, 3, 8, 8)]).trace is not None

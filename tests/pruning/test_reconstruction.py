@@ -16,6 +16,7 @@ from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
 from freqprune.networks.trace import equal_batches
 from freqprune.pruning import walk
+from freqprune.pruning.equations import Equations
 from freqprune.pruning.in_sequence import Reconstruction
 from freqprune.pruning.reconstruction import mute, reconstruct
 from freqprune.pruning.refinement import Segment
@@ -243,3 +244,61 @@ def test_settings_out_of_range(settings: dict[str, object], message: str) -> Non
 def test_images_are_needed() -> None:
     with pytest.raises(InputError, match="needs calibration images"):
         reconstruct(Draws().eval(), {"b": [0]}, [])
+
+
+class Odd(nn.Module):
+    """Layers that trip those up who look at maps alone."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1)
+        self.bn = nn.BatchNorm2d(6)
+        self.f1, self.f2, self.head = nn.Linear(8, 10), nn.Linear(10, 8), nn.Linear(6, 4)
+        self.tokens, self.out = nn.BatchNorm1d(256), nn.Linear(8, 4)
+        self.register_buffer("table", torch.rand(5, 8))
+        if how == "silent norm":
+            nn.init.zeros_(self.bn.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        if self.how == "table":
+            x = x + self.f2(self.f1(self.table).relu()).mean(0)[:, None, None]
+        if self.how == "tokens":
+            tokens = self.tokens(self.f2(self.f1(x.flatten(2).mT).relu()))
+            return self.out(tokens.relu().mean(1))  # type: ignore[no-any-return]
+        return self.head((self.bn(self.b(x)) + x[:, :6]).relu().mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("how", "silenced"),
+    [
+        ("table", {"f2": [0, 3]}), ("tokens", {"f1": [1], "f2": [0, 3]}),
+        ("silent norm", {"a": [0], "b": [1, 2], "head": [0]}), ("large seed", {"b": [1, 2]}),
+    ],
+)  # fmt: skip
+def test_layers_of_other_kinds_are_solved(how: str, silenced: dict[str, list[int]]) -> None:
+    torch.manual_seed(0)
+    net = Odd(how).eval()
+    seed = 2**32 - 1 if how == "large seed" else 0
+    twin, _ = reconstruct(net, silenced, [torch.rand(4, 3, 16, 16) for _ in range(4)], Reconstruction(seed=seed))
+    assert all(values.isfinite().all() for values in twin.parameters())
+
+
+@pytest.mark.parametrize(("n_batches", "n_tried"), [(3, 1), (4, 5)])
+def test_without_held_out_batches_the_ridge_is_not_the_least(
+    n_batches: int, n_tried: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[float] = []
+    solved = Equations.solve
+
+    def spy(self: Equations, start: Tensor, ridge: float) -> Tensor | None:
+        used.append(ridge)
+        return solved(self, start, ridge)
+
+    monkeypatch.setattr(Equations, "solve", spy)
+    torch.manual_seed(0)
+    batches = [torch.rand(4, 3, 16, 16) for _ in range(n_batches)]
+    reconstruct(Odd("").eval(), {"b": [1, 2]}, batches, Reconstruction(ridge=None, rounds=0))
+    assert len(set(used)) == n_tried
+    assert n_tried > 1 or set(used) == {1e-2}
