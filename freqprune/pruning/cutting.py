@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
@@ -69,6 +70,9 @@ def plan_cut(net: nn.Module, example: Tensor, recipe: Recipe) -> tuple[Plan, lis
             f"torch-pruning misreads how the channels of {', '.join(misread)} pass through {type(net).__name__}, and "
             "pruning.layers leaves nothing else to prune"
         )
+    if recipe.amount.macs_cut is not None and not plan.blocks:
+        # Whatever the scores, an amount beyond every layer's floor is refused here already.
+        select({name: torch.ones(plan.unit(name).n_filters) for name in chosen}, recipe.amount, plan.macs)
     if "moments" in needs(recipe.criterion):
         modules = dict(net.named_modules())
         kinds = (nn.Conv2d, nn.Linear, IndexShortcut)

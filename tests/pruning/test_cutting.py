@@ -16,7 +16,7 @@ from freqprune.networks.checkpoint import load_network
 from freqprune.networks.profiling import cost, peak_memory
 from freqprune.networks.registry import build_model
 from freqprune.pruning.amount import Amount
-from freqprune.pruning.cutting import Material, Recipe, cut
+from freqprune.pruning.cutting import Material, Recipe, cut, plan_cut
 from freqprune.pruning.surgery import Plan
 from freqprune.tagging.stimulus import Stimulus
 from freqprune.training.carrying import carry_over
@@ -340,3 +340,10 @@ def test_readers_in_one_dimension_are_named() -> None:
     assert any("b is a Conv1d" in remark for remark in cut(net, calibrated, recipe, Stimulus()).remarks)
     recipe = replace(recipe, compensation="sequential")
     assert any("b runs more than once, or is no 2-D" in one for one in cut(net, calibrated, recipe, Stimulus()).remarks)
+
+
+def test_an_amount_beyond_every_floor_is_refused_before_anything_is_measured() -> None:
+    net = build_model({"name": "resnet8"})
+    recipe = Recipe(Amount(macs_cut=0.5, scope="global", min_filters=16), layers="layer1.*.conv1", criterion="amplitude")
+    with pytest.raises(InputError, match=r"pruning.macs_cut = 0.5 cannot be reached: with every layer at"):
+        plan_cut(net, material().normalize(PIXELS[:1]), recipe)
