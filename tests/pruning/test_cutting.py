@@ -344,6 +344,6 @@ def test_readers_in_one_dimension_are_named() -> None:
 
 def test_an_amount_beyond_every_floor_is_refused_before_anything_is_measured() -> None:
     net = build_model({"name": "resnet8"})
-    recipe = Recipe(Amount(macs_cut=0.5, scope="global", min_filters=16), layers="layer1.*.conv1", criterion="amplitude")
+    recipe = Recipe(Amount(macs_cut=0.5, scope="global", min_filters=8), layers="layer1.*.conv1", criterion="amplitude")
     with pytest.raises(InputError, match=r"pruning.macs_cut = 0.5 cannot be reached: with every layer at"):
         plan_cut(net, material().normalize(PIXELS[:1]), recipe)
