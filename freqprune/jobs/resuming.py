@@ -1,9 +1,11 @@
-"""A pruning that was interrupted while it trained goes on: what its folder must hold, what the new one takes over."""
+"""A pruning that was interrupted while it trained goes on: what its folder must hold, what the new one takes over, and
+what one that begins anew must not find there."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,3 +104,20 @@ def check_same_cut(cfg: DictConfig, folder: Path) -> None:
                 f"resume = {folder} was cut with {name} = {had}, and this command says {given}: give the settings of "
                 "that run, which its run.json holds"
             )
+
+
+def begin_anew(out: Path, ckpt: str | None) -> None:
+    """Leave nothing of an earlier run in a folder that could be gone on with as if it were of the new one.
+
+    Args:
+        out: the folder.
+        ckpt: the network to prune, which stays wherever it is.
+    """
+    for folder in (*(out / name for name in FOLDERS.values()), *out.glob("step*")):
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        with suppress(OSError):
+            (folder / METRICS).unlink(missing_ok=True)
+            folder.rmdir()
+    for path in (out / "pruned.ckpt", out / record.METRICS):
+        if ckpt is None or path.resolve() != Path(ckpt).resolve():
+            path.unlink(missing_ok=True)

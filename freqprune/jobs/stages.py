@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.jobs import assembly, trainers
-from freqprune.jobs.csv_log import METRICS
 from freqprune.jobs.finetuning import FINETUNED, FOLDERS, FROM_SCRATCH, finetune
 from freqprune.jobs.loggers import log_results, log_stage, make_logger
 from freqprune.jobs.outputs import explore_cut, name_of, tell
-from freqprune.jobs.resuming import interrupted
+from freqprune.jobs.resuming import begin_anew, interrupted
 from freqprune.jobs.settings import Settings
 from freqprune.networks import (
     OnnxModule,
@@ -126,18 +123,6 @@ class Run:
         write_page(self.out)
         log_results(self.logger, self.out)
 
-    def _begin_anew(self) -> None:
-        """Leave nothing of an earlier run in this folder that `resume` could take for one of this."""
-        if not self.first:
-            return
-        for name in (*FOLDERS.values(), *(path.name for path in self.out.glob("step*"))):
-            shutil.rmtree(self.out / name / "checkpoints", ignore_errors=True)
-            with suppress(OSError):
-                (self.out / name / METRICS).unlink(missing_ok=True)
-                (self.out / name).rmdir()
-        for name in ("pruned.ckpt", record.METRICS):
-            (self.out / name).unlink(missing_ok=True)
-
     def shrink(
         self,
         net: nn.Module,
@@ -148,7 +133,8 @@ class Run:
     ) -> tuple[nn.Module, Kept]:
         """Cut in as many steps as asked for, each after tagging anew; returns the smaller network and its filters
         counted in `net`."""
-        self._begin_anew()
+        if self.first:
+            begin_anew(self.out, self.settings.common.ckpt)
         plan, chosen = plan_cut(net, self.example, recipe)
         stimulus, course = self.settings.stimulus, self.settings.course
 

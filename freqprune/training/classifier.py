@@ -208,7 +208,7 @@ class Classifier(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Before the state of the optimizer is restored, which fits another only by chance.
-        if self._trainer is not None:
+        if self._trainer is not None and self.trainer.state.fn == "fit":
             check_same_optimizer(self.optimization, checkpoint.get("hyper_parameters", {}))
 
     def on_train_start(self) -> None:

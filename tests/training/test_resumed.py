@@ -108,3 +108,11 @@ def test_the_state_of_another_optimizer_is_refused(other: dict[str, Any], tmp_pa
     go_on(tmp_path)
     with pytest.raises(InputError, match=f"optimizer.{next(iter(other))} = .*cannot go on with that state"):
         go_on(tmp_path, tmp_path / "last.ckpt", **other)
+
+
+def test_a_checkpoint_is_tested_whatever_the_optimizer(tmp_path: Path) -> None:
+    go_on(tmp_path)
+    module = Classifier({"name": "resnet8", "stage_widths": [4, 4, 8]}, name="AdamW", lr=0.001)
+    run = trainer(tmp_path, max_epochs=1)
+    (found,) = run.test(module, DigitsData(limit_test=50), tmp_path / "last.ckpt", verbose=False, weights_only=True)
+    assert 0 <= found["test/accuracy"] <= 1
