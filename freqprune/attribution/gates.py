@@ -63,14 +63,15 @@ def overlapped(tags: Tensor, where: Tensor, overlap: float) -> Tensor:
     """
     if not overlap:
         return tags
-    apart = torch.cdist(where, where).nan_to_num(torch.inf).fill_diagonal_(torch.inf)
+    distances = torch.cdist(where, where)
+    apart = distances.nan_to_num(torch.inf).fill_diagonal_(torch.inf)
     if apart.min() < LEAST_APART:
         one, other = divmod(int(apart.argmin()), len(apart))
         raise InputError(
             f"overlap = {overlap:g}: parts {one} and {other} lie around the same point, as an object in the middle of "
             "its background does, so that their waves could not be told apart; use overlap=0"
         )
-    weights = torch.exp(-torch.cdist(where, where).square() / (2 * overlap**2)).nan_to_num(0.0)
+    weights = torch.exp(-distances.square() / (2 * overlap**2)).nan_to_num(0.0)
     weights.fill_diagonal_(1.0)
     return tags @ (weights / weights.square().sum(1, keepdim=True).sqrt()).T
 

@@ -98,13 +98,13 @@ def attribute(
     prepare = normalizer(images, mean, std, device_of(model), dtype_of(model))
     whole = prepare(images).contiguous()
     check_answers(model, whole[:1])
-    faintest = find_baseline(images.float(), baseline)
-    if mean is not None and not (faintest.min() >= 0 and faintest.max() <= 1):
+    fades_to = find_baseline(images.float(), baseline)
+    if mean is not None and not (fades_to.min() >= 0 and fades_to.max() <= 1):
         raise InputError(
-            f"baseline must hold pixels in [0, 1], as the images do, got values from {faintest.min():.3g} to "
-            f"{faintest.max():.3g}; it is normalised like them"
+            f"baseline must hold pixels in [0, 1], as the images do, got values from {fades_to.min():.3g} to "
+            f"{fades_to.max():.3g}; it is normalised like them"
         )
-    faded = prepare(faintest).contiguous()
+    faded = prepare(fades_to).contiguous()
     numbers, names = find_parts(model, images, parts, grid, segments, n_segments)
     check_frames(len(names), forwards)
     n_frames = frames_for(len(names))

@@ -69,11 +69,7 @@ def attribute_fine(
     taken = 0
     for step in range(refine + 1):
         n_frames = frames_for(len(names))
-        if taken + n_frames > forwards:
-            raise InputError(
-                f"refine = {refine}: {len(names)} parts need {n_frames} frames, after {taken} for coarser ones; "
-                f"forwards must be at least {taken + n_frames}, got {forwards}"
-            )
+        _check_enough(refine, len(names), taken, forwards)
         if step == refine:
             break
         found = attribute(model, images, target, segments=numbers, forwards=n_frames, **settings)
@@ -91,11 +87,15 @@ def _check_forwards(n_parts: int, refine: int, forwards: int) -> None:
     for _ in range(refine):
         taken += frames_for(n_parts)
         n_parts += 3 * max(1, n_parts // SHARE)
-    needed = taken + frames_for(n_parts)
-    if needed > forwards:
+    _check_enough(refine, n_parts, taken, forwards)
+
+
+def _check_enough(refine: int, n_parts: int, taken: int, forwards: int) -> None:
+    n_frames = frames_for(n_parts)
+    if taken + n_frames > forwards:
         raise InputError(
-            f"refine = {refine}: {n_parts} parts need {frames_for(n_parts)} frames, after {taken} for coarser ones; "
-            f"forwards must be at least {needed}, got {forwards}"
+            f"refine = {refine}: {n_parts} parts need {n_frames} frames, after {taken} for coarser ones; "
+            f"forwards must be at least {taken + n_frames}, got {forwards}"
         )
 
 

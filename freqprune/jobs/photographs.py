@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from rich.progress import track
 from torch import Tensor
 from torchvision.transforms.v2 import functional
@@ -15,11 +15,10 @@ from torchvision.transforms.v2.functional import InterpolationMode
 
 from freqprune.errors import InputError
 from freqprune.reports import is_quiet
-from freqprune.training import in_bytes
+from freqprune.training import UNREADABLE, in_bytes
 
 # What a grey .png says of pixels in no part: it has no negative numbers.
 NONE = 255
-_UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 def read_images(
@@ -48,7 +47,7 @@ def read_images(
         try:
             with Image.open(path) as file:
                 image = in_bytes(ImageOps.exif_transpose(file), "L" if n_channels == 1 else "RGB")
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise InputError(f"{key}: {path} is not a readable image ({error}); repair it or leave it out") from None
         if image_size is not None:
             size = [image_size, image_size] if resize is None else [resize]
@@ -74,7 +73,7 @@ def read_segments(path: str) -> Tensor:
         else:
             with Image.open(path) as file:
                 found = np.array(file)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise InputError(f"segments = {path} is neither a readable .npy nor an image ({error})") from None
     if found.dtype.kind not in "iu":
         raise InputError(

@@ -17,7 +17,7 @@ from .checkpoint import save_pruned as save_pruned
 from .checkpoint import save_weights as save_weights
 from .exports import Exports as Exports
 from .exports import export as export
-from .extras import shortcuts_of as shortcuts_of
+from .extras import picks_of_shortcuts as picks_of_shortcuts
 from .files import write_atomically as write_atomically
 from .folding import fold_norms as fold_norms
 from .folding import fused as fused

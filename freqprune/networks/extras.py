@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from freqprune.networks.resnet import IndexShortcut
 
 
-def shortcuts_of(net: nn.Module) -> dict[str, dict[str, Any]]:
+def picks_of_shortcuts(net: nn.Module) -> dict[str, dict[str, Any]]:
     """What shortcuts without weights pick, by name, in plain lists and numbers."""
     return {
         name: {"index": module.index.tolist(), "n_in": module.n_in}
@@ -22,7 +22,7 @@ def shortcuts_of(net: nn.Module) -> dict[str, dict[str, Any]]:
 
 def _buffers_of(net: nn.Module) -> dict[str, Tensor]:
     """Buffers that are no part of the state dict, but for those of shortcuts."""
-    kept, shortcuts = net.state_dict().keys(), shortcuts_of(net)
+    kept, shortcuts = net.state_dict().keys(), picks_of_shortcuts(net)
     return {
         name: buffer
         for name, buffer in net.named_buffers()
@@ -33,9 +33,9 @@ def _buffers_of(net: nn.Module) -> dict[str, Tensor]:
 def extras(net: nn.Module, twin: nn.Module) -> dict[str, dict[str, Any]]:
     """What a network has and its twin, built from the same config and as wide, has otherwise: ``"shortcuts"`` and
     ``"buffers"``, by name. A buffer that the twin does not have, such as one that a forward makes, is left out."""
-    shortcuts, buffers = shortcuts_of(twin), _buffers_of(twin)
+    shortcuts, buffers = picks_of_shortcuts(twin), _buffers_of(twin)
     return {
-        "shortcuts": {name: one for name, one in shortcuts_of(net).items() if shortcuts.get(name) != one},
+        "shortcuts": {name: one for name, one in picks_of_shortcuts(net).items() if shortcuts.get(name) != one},
         "buffers": {
             name: buffer.detach().cpu().contiguous()
             for name, buffer in _buffers_of(net).items()

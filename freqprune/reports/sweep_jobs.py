@@ -64,7 +64,7 @@ def read_sweep(folder: str | Path) -> list[Job]:
             f"{folder} holds no jobs (folders with .hydra/overrides.yaml); give the folder of a sweep, such as "
             "multirun/prune/<time>"
         )
-    if any(job.folder and (job.folder / "explain.html").is_file() and not is_finished(job.folder) for job in found):
+    if any(job.state == "unfinished" and job.folder and (job.folder / "explain.html").is_file() for job in found):
         raise InputError(
             f"{folder} is a sweep of explain, which has no figures to gather: see explain.html of each job"
         )

@@ -7,6 +7,7 @@ from .datamodule import epochs_of as epochs_of
 from .hub_sets import HuggingFaceData as HuggingFaceData
 from .listed import ImageFolderData as ImageFolderData
 from .listed import ListedData as ListedData
+from .listing import UNREADABLE as UNREADABLE
 from .listing import in_bytes as in_bytes
 from .optimization import Optimization as Optimization
 from .pruning_callback import TagPruning as TagPruning

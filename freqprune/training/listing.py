@@ -25,7 +25,7 @@ Image.init()
 # Of formats that Pillow decodes itself.
 _FORMATS = Image.OPEN.keys() - {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 ENDINGS = tuple(ending for ending, kind in Image.registered_extensions().items() if kind in _FORMATS)
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 def in_bytes(image: Image.Image, mode: str) -> Image.Image:
@@ -239,7 +239,7 @@ class Reader:
                 # Upright, as they are shown, and explained.
                 ImageOps.exif_transpose(image, in_place=True)
                 return self.fitting(in_bytes(image, "RGB"))
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise InputError(
                 f"{self.listing.name(number)} is not a readable image ({error}); repair or remove it"
             ) from None

@@ -15,7 +15,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.networks import config_of, drop_blocks, dropped_blocks, of_the_dense, shortcuts_of
+from freqprune.networks import config_of, drop_blocks, dropped_blocks, of_the_dense, picks_of_shortcuts
 from freqprune.processes import shared_work
 from freqprune.pruning import Material, NothingToRemoveError, Plan, Recipe, check_components, cut, needs, plan_cut
 from freqprune.tagging import Stimulus, normalizer_for
@@ -76,7 +76,7 @@ class TagPruning(TagsInTraining):
         return "TagPruning"
 
     def state_dict(self) -> dict[str, Any]:
-        more = {} if self._made is None else {"shortcuts": shortcuts_of(self._made)}
+        more = {} if self._made is None else {"shortcuts": picks_of_shortcuts(self._made)}
         return {"kept": self.kept, "dropped": self.dropped, "shape": self.shape, **more}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
