@@ -22,32 +22,26 @@ from freqprune.tagging import Recorder, find_sites, map_mean
 __all__ = ["OF_TAGS", "check_components", "criterion", "criterion_names", "needs", "scores"]
 
 
-def _defined_snr(evidence: Evidence, layer: str) -> Tensor:
-    """SNR with dead filters at 0, and those that do not answer at these components."""
+def _at_least(evidence: Evidence, layer: str, ratio: Tensor) -> Tensor:
+    """A ratio to noise; where that is rounding alone, as in a filter that hardly leaves its mean, what the ratio is at
+    least: the amplitude over what rounding can leave, and 1 as of noise; 0 for a filter that answers nothing."""
     response = evidence.tags()
-    why = response.why_no_snr(layer, evidence.components)
-    answers = (response.amplitude(layer, evidence.components).amax(-1) > response.rounding(layer)).tolist()
-    loud = sum(word == "noise-free" and one for word, one in zip(why, answers, strict=True))
-    # One that answers and has no SNR is no worse than the others; 0 would say so.
-    if response.noise_std == 0 or loud:
-        raise InputError(
-            f"the SNR of {loud} filters of {layer!r} is undefined: their noise bins hold rounding "
-            "error only (noise_std = "
-            f"{response.noise_std:g}); tag with more noise (the default is 0.02) or use importance=amplitude"
-        )
-    return response.snr(layer, evidence.components).nan_to_num(nan=0.0)
+    amplitude, rounding = response.amplitude(layer, evidence.components), response.rounding(layer)[:, None]
+    answers = (amplitude > rounding).any(-1, keepdim=True)
+    return torch.where(ratio.isnan(), torch.where(answers, (amplitude / rounding).clamp(min=1), 0.0), ratio)
 
 
 @criterion("snr", "noise")
 def snr_score(evidence: Evidence, layer: str) -> Tensor:
     """Mean SNR over the components (Böge et al. 2024); 0 for a dead filter."""
-    return _defined_snr(evidence, layer).mean(-1)
+    return _at_least(evidence, layer, evidence.tags().snr(layer, evidence.components)).mean(-1)
 
 
 @criterion("snr_db", "noise")
 def snr_db_score(evidence: Evidence, layer: str) -> Tensor:
     """Mean over the components of 20 log10 SNR in decibels; a dead filter counts as -120 dB."""
-    return (20 * _defined_snr(evidence, layer).clamp(min=1e-6).log10()).mean(-1)
+    ratio = _at_least(evidence, layer, evidence.tags().snr(layer, evidence.components))
+    return (20 * ratio.clamp(min=1e-6).log10()).mean(-1)
 
 
 @criterion("amplitude", "tags")
@@ -60,7 +54,7 @@ def amplitude_score(evidence: Evidence, layer: str) -> Tensor:
 def z_criterion(evidence: Evidence, layer: str) -> Tensor:
     """Mean over the components of the amplitude in standard deviations of ten noise bins a side; 0 for a dead
     filter."""
-    return evidence.tags().z_score(layer, evidence.components).nan_to_num(nan=0.0).mean(-1)
+    return _at_least(evidence, layer, evidence.tags().z_score(layer, evidence.components)).mean(-1)
 
 
 @criterion("corrected_amplitude", "noise")

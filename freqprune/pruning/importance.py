@@ -177,6 +177,19 @@ def check_components(name: str, stimulus: Stimulus) -> None:
         )
 
 
+def _check_noise(name: str, evidence: Evidence) -> None:
+    response = evidence.tags()
+    words = [word for layer in response.layers for word in response.why_no_snr(layer, evidence.components)]
+    answering = len(words) - words.count("dead")
+    # Single filters that hardly leave their mean are such in any network.
+    if response.noise_std == 0 or words.count("noise-free") > answering / 2:
+        raise InputError(
+            f"criterion {name!r} compares with noise, and the noise bins of {words.count('noise-free')} of {answering} "
+            f"filters that answer the tags hold rounding error only (noise_std = {response.noise_std:g}); tag with "
+            "more noise (the default is 0.02) or use importance=amplitude"
+        )
+
+
 def scores(
     name: str,
     evidence: Evidence,
@@ -227,6 +240,8 @@ def scores(
             raise InputError(
                 f"criterion {name!r} needs the response of {', '.join(unread)}, which tagging.layers leaves out"
             )
+        if "noise" in wanted:
+            _check_noise(name, evidence)
     score = _CRITERIA[name].score
     found = {}
     said = [f"ranking the filters of {layer}" for layer in layers]

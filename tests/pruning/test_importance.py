@@ -92,6 +92,14 @@ def test_criteria_of_parts_that_combine_need_such_components(name: str) -> None:
         scores(name, Evidence(Affine(), response), ["conv"])
 
 
+@pytest.mark.parametrize("name", ["integration", "intermodulation"])
+def test_criteria_of_parts_that_combine_need_such_components(name: str) -> None:
+    assert needs(name) == {"tags", "intermodulation"}
+    response = tag(Affine(), WHITE, Stimulus(max_order=1))
+    with pytest.raises(InputError, match=f"criterion = {name} reads intermodulation components"):
+        scores(name, Evidence(Affine(), response), ["conv"])
+
+
 def test_noise_free_snr_is_no_score() -> None:
     response = tag(Affine(), WHITE, noise_std=0.0)
     with pytest.raises(InputError, match="hold rounding error only"):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.pruning.criteria import scores
@@ -157,7 +157,7 @@ def test_rounding_alone_is_not_significant() -> None:
     assert not response.z_score("conv", "fundamentals")[2].isnan().any()
 
 
-@pytest.mark.parametrize("criterion", ["snr", "snr_db"])
+@pytest.mark.parametrize("criterion", ["snr", "snr_db", "z"])
 def test_one_filter_that_answers_without_noise_is_not_the_least(criterion: str) -> None:
     response = tag(Affine(), WHITE.expand(4, -1, -1, -1))
     evidence = Evidence(Affine(), response, "fundamentals")
@@ -166,5 +166,29 @@ def test_one_filter_that_answers_without_noise_is_not_the_least(criterion: str) 
     assert noisy is not None
     others = [b for b in range(1, noisy.shape[-1]) if b not in {c.bin for c in response.components("all")}]
     noisy[0, others] = 0
-    with pytest.raises(InputError, match="SNR of 1 filters of 'conv' is undefined"):
-        scores(criterion, evidence, ["conv"])
+    assert scores(criterion, evidence, ["conv"])["conv"].argmax() == 0
+
+
+def test_a_filter_that_hardly_leaves_its_mean_has_a_score() -> None:
+    """Its noise is less than rounding may leave beside its mean; the tags themselves are above that."""
+
+    class Still(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 4, 1)
+            with torch.no_grad():
+                self.conv.weight[0] = 2e-5
+                assert self.conv.bias is not None
+                self.conv.bias[0] = 1.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).mean((2, 3))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    response = tag(Still().eval(), WHITE.expand(4, -1, -1, -1))
+    assert response.why_no_snr("conv") == ["noise-free", "", "", ""]
+    evidence = Evidence(Still(), response, "fundamentals")
+    found = scores("snr", evidence, ["conv"])["conv"]
+    least = response.amplitude("conv")[0] / response.rounding("conv")[0]
+    assert found[0] == pytest.approx(float(least.mean()))
+    assert 1 < found[0] < found[1:].min()
