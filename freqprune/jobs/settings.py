@@ -65,7 +65,7 @@ class Course:
         at_least(0, step_epochs=self.step_epochs, bn_images=self.bn_images)
         if self.bn_images == 1:
             raise InputError("bn_images must be 0, to leave batch norms as they are, or at least 2, got 1")
-        one_of(("auto", "before", "after"), bn_when=self.bn_when)
+        one_of(("auto", "always"), bn_when=self.bn_when)
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,11 @@ def read(cfg: DictConfig) -> Settings:
     """
     _check_keys(cfg)
     values = plain(cfg)
+    if values["finetune"]["weight_decay"] is None:
+        # Decay means another thing to each optimizer: AdamW's usual 0.05 as an L2 penalty of SGD empties a network.
+        same = values["finetune"]["name"] == values["optimizer"]["name"]
+        decay = values["optimizer"]["weight_decay"] if same else Optimization.weight_decay
+        values["finetune"]["weight_decay"] = decay
     stimulus, readout = _build(Stimulus, "tagging", values), _build(Readout, "tagging", values)
     judgement, scoring = _build(Judgement, "importance", values), _build(Scoring, "importance", values)
     try:
@@ -174,12 +179,6 @@ def read(cfg: DictConfig) -> Settings:
                 "pruning.%s = %s has no effect, as pruning=none cuts nothing: say pruning=filters to cut", name,
                 values["pruning"][name],
             )  # fmt: skip
-    if recipe is not None and recipe.compensation == "sequential" and course.bn_when == "before":
-        raise InputError(
-            "pruning.bn_when = before does not go with pruning.compensation = sequential, which sets the means of "
-            "batch "
-            "norms itself; use bn_when=auto or bn_when=after"
-        )
     tuned = _build(Epochs, "finetune", values)
     if tuned.from_scratch and recipe is None:
         raise InputError(

@@ -250,16 +250,14 @@ class Run:
         return f"{name_of(net)}, filters kept by {kept_by}, {share:.1f} % of the MACs cut, seed {seed}"
 
     def _material(self) -> Material:
-        course, train = self.settings.course, self.data.split("train")
+        train = self.data.split("train")
         n_labelled = min(self.settings.scoring.labelled_images, len(train))
-        before = course.bn_when == "before" and course.bn_images
         return Material(
             images=self.data.pixels("val", min(self.settings.showing.n_images, len(self.data.split("val")))),
             normalize=self.data.normalize,
             mean=self.data.mean,
             std=self.data.std,
             calibration=self._calibration(),
-            bn_images=self.data.pixels("train", min(course.bn_images, len(train))) if before else None,
             labelled=(self.data.pixels("train", n_labelled), train.labels[:n_labelled]),
         )
 
@@ -271,7 +269,7 @@ class Run:
         course, recipe = self.settings.course, self.settings.recipe
         # Made up for in sequence, the norms' means are part of the solution.
         solved = course.bn_when == "auto" and recipe is not None and recipe.compensation == "sequential"
-        if not course.bn_images or course.bn_when == "before" or solved:
+        if not course.bn_images or solved:
             return False
         images = self.data.split("train")
         count = min(course.bn_images, len(images))

@@ -36,7 +36,6 @@ def compensate(
     kept: Mapping[str, Tensor],
     moments: Mapping[str, Tensor],
     method: str,
-    reestimated: bool = False,
 ) -> list[str]:
     """Change the weights of a pruned network, in place, so that its layers come close to what they computed before.
 
@@ -50,8 +49,6 @@ def compensate(
             `freqprune.pruning.moments.input_moments` on the dense network.
         method: ``"mean"``: add the mean response of what was removed; ``"least_squares"``: the weights on what is kept
             that come closest to the old output; ``"none"``.
-        reestimated: the batch norms of `small` have been re-estimated already, so that they know the means of what is
-            left: their means then only follow the change of the weights.
 
     Returns:
         Remarks on layers where only a part could be done.
@@ -96,9 +93,6 @@ def compensate(
         rows = outputs.get(layer, torch.arange(len(weight)))
         with torch.no_grad():
             new.weight.copy_(solved[rows].view_as(new.weight))
-            if reestimated and mean is not None:
-                # The norm's mean holds what was lost; what it does not know of are the new weights.
-                constant = (weight[:, stays].double() - solved) @ moments[layer][:-1, -1][stays]
             if new.bias is not None:
                 new.bias.add_(constant[rows].to(new.bias))
             elif mean is not None:

@@ -12,7 +12,7 @@ from freqprune.errors import InputError
 from freqprune.networks import IndexShortcut, device_of, equal_batches
 from freqprune.processes import from_first
 from freqprune.pruning.amount import Amount
-from freqprune.pruning.compensation import compensate, in_equal_parts, recalibrate_batch_norm
+from freqprune.pruning.compensation import compensate
 from freqprune.pruning.criteria import needs, scores
 from freqprune.pruning.depth import ONE_PASS, block_scores
 from freqprune.pruning.evidence import calibration, gather, n_measured
@@ -206,13 +206,7 @@ def _made_up_for(
         without = plan.dropped(kept)
         twin, notes = reconstruct(plan.model, plan.silenced(kept), batches, how, progress, without)
         return plan.apply(kept, weights=twin), notes
-    if material.bn_images is not None:
-        images = in_equal_parts(material.bn_images, 128)
-        if not images:
-            raise InputError(f"bn_images must be at least 2, got {len(material.bn_images)}; None re-estimates no norms")
-        recalibrate_batch_norm(small, [material.normalize(batch.to(plan.example.device)) for batch in images])
-    reestimated = material.bn_images is not None
-    return small, compensate(plan, small, kept, evidence.moments or {}, recipe.compensation, reestimated=reestimated)
+    return small, compensate(plan, small, kept, evidence.moments or {}, recipe.compensation)
 
 
 def _some(plan: Plan, material: Material, recipe: Recipe, stimulus: Stimulus) -> list[Tensor]:

@@ -30,7 +30,6 @@ class Material:
         mean: channel means of that normalisation, for the tagged frames.
         std: channel standard deviations, likewise.
         calibration: pixels for second moments.
-        bn_images: pixels for re-estimating batch-norm statistics before the compensation; None for not.
         labelled: pixels and class labels, for criteria that need gradients or activations.
     """
 
@@ -39,7 +38,6 @@ class Material:
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     calibration: Tensor | None = None
-    bn_images: Tensor | None = None
     labelled: tuple[Tensor, Tensor] | None = None
 
 

@@ -248,6 +248,16 @@ def test_words_for_no_are_no_everywhere(word: str, tmp_path: Path) -> None:
     assert names_trained(yes) == "model.pretrained"
 
 
+def test_weight_decay_of_a_fine_tuning_is_not_that_of_another_optimizer(tmp_path: Path) -> None:
+    def decay(*overrides: str) -> float:
+        return read(config("train", tmp_path, "optimizer.weight_decay=0.05", *overrides)).finetune.weight_decay
+
+    assert decay() == 0.05
+    assert decay("optimizer.name=AdamW", "optimizer.lr=1e-3") == 5e-4
+    assert decay("optimizer.name=AdamW", "finetune.name=AdamW") == 0.05
+    assert decay("optimizer.name=AdamW", "finetune.weight_decay=1e-4") == 1e-4
+
+
 def test_an_amount_that_nothing_cuts_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     read(config("train", tmp_path, "pruning.macs_cut=0.5"))
     assert "pruning.macs_cut = 0.5 has no effect, as pruning=none cuts nothing" in caplog.text

@@ -72,35 +72,6 @@ def test_compensation_comes_closer(ending: str, method: str) -> None:
             torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
 
 
-def test_compensation_after_batch_norms_were_re_estimated() -> None:
-    net = Chain().eval()
-    plan, kept = Plan(net, X), {"conv1": torch.tensor([0, 1, 2, 5])}
-    moments = input_moments(net, ["conv2"], [X], n_positions=None)
-    small = plan.apply(kept)
-    with torch.no_grad():
-        small.norm.running_mean.copy_(small.conv2(torch.relu(small.conv1(X))).mean((0, 2, 3)))
-        compensate(plan, small, kept, moments, "least_squares", reestimated=True)
-        mean = small.conv2(torch.relu(small.conv1(X))).mean((0, 2, 3))
-    torch.testing.assert_close(small.norm.running_mean, mean, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("method", ["mean", "least_squares"])
-def test_a_bias_before_a_norm_that_was_re_estimated_moves_with_the_weights_only(method: str) -> None:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4)).eval()
-    plan, kept = Plan(net, X), {"0": torch.tensor([0, 1, 5])}
-    moments = input_moments(net, ["2"], [X], n_positions=None)
-    small = plan.apply(kept)
-    convolutions, norm = nn.Sequential(*list(small.children())[:3]), small.get_submodule("3")
-    assert isinstance(norm, nn.BatchNorm2d)
-    assert norm.running_mean is not None
-    with torch.no_grad():
-        norm.running_mean.copy_(convolutions(X).mean((0, 2, 3)))
-        compensate(plan, small, kept, moments, method, reestimated=True)
-        mean = convolutions(X).mean((0, 2, 3))
-    torch.testing.assert_close(norm.running_mean, mean, rtol=1e-4, atol=1e-5)
-
-
 class NormAct(nn.BatchNorm2d):
     """A batch norm that other modules follow within it, as timm's do."""
 

@@ -46,8 +46,7 @@ def test_cut_selects_by_score_and_tells() -> None:
 
 
 @pytest.mark.parametrize("calibrate_on", ["frames", "images", "both"])
-@pytest.mark.parametrize("bn", [None, PIXELS])
-def test_compensated_cut(calibrate_on: str, bn: Tensor | None) -> None:
+def test_compensated_cut(calibrate_on: str) -> None:
     torch.manual_seed(0)
     net = build_model({"name": "resnet8", "stage_widths": [4, 4, 8]})
     recipe = Recipe(
@@ -57,7 +56,7 @@ def test_compensated_cut(calibrate_on: str, bn: Tensor | None) -> None:
         calibrate_on=calibrate_on,
         frames_an_image=4,
     )
-    done = cut(net, material(calibration=PIXELS, bn_images=bn), recipe, Stimulus())
+    done = cut(net, material(calibration=PIXELS), recipe, Stimulus())
     plain = cut(
         net,
         material(calibration=PIXELS),

@@ -1,4 +1,5 @@
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
+from freqprune.networks.shipped import CIFAR10, pretrained
 from freqprune.pruning.adapter import TagImportance
 from freqprune.pruning.compensation import readers_of
 from freqprune.pruning.criteria import criterion_names, needs, scores
@@ -18,7 +20,9 @@ from freqprune.pruning.moments import input_moments, output_gradients
 from freqprune.pruning.pruners import CUSTOM_PRUNERS
 from freqprune.pruning.verdict import judge
 from freqprune.tagging.measurement import tag
+from freqprune.tagging.response import TagResponse
 from freqprune.tagging.stimulus import Stimulus
+from freqprune.training.listed import ImageFolderData
 from tests.tagging.test_measurement import WHITE, Affine
 
 
@@ -92,12 +96,21 @@ def test_criteria_of_parts_that_combine_need_such_components(name: str) -> None:
         scores(name, Evidence(Affine(), response), ["conv"])
 
 
-@pytest.mark.parametrize("name", ["integration", "intermodulation"])
-def test_criteria_of_parts_that_combine_need_such_components(name: str) -> None:
-    assert needs(name) == {"tags", "intermodulation"}
-    response = tag(Affine(), WHITE, Stimulus(max_order=1))
-    with pytest.raises(InputError, match=f"criterion = {name} reads intermodulation components"):
-        scores(name, Evidence(Affine(), response), ["conv"])
+@pytest.mark.parametrize("name", ["snr", "snr_db", "z", "corrected_amplitude", "amplitude", "integration"])
+def test_trained_networks_have_a_score_for_every_filter(name: str, photographs: TagResponse) -> None:
+    """Some of their filters answer nothing, some hardly leave their mean."""
+    words = {word for layer in photographs.layers for word in photographs.why_no_snr(layer)}
+    assert words == {"", "dead", "noise-free"}
+    found = scores(name, Evidence(pretrained(), photographs), list(photographs.layers))
+    assert all(values.isfinite().all() for values in found.values())
+
+
+@pytest.fixture(scope="module")
+def photographs(cifar10: Path) -> TagResponse:
+    data = ImageFolderData(
+        root=str(cifar10), limit_train=10, limit_test=4, val_fraction=0, mean=CIFAR10.mean, std=CIFAR10.std
+    )
+    return tag(pretrained(), data.pixels("test", 4), mean=CIFAR10.mean, std=CIFAR10.std)
 
 
 def test_noise_free_snr_is_no_score() -> None:
