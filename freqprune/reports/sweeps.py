@@ -15,6 +15,7 @@ import numpy as np
 
 from freqprune.errors import InputError
 from freqprune.reports.drawing import save
+from freqprune.reports.labels import DEFAULT, in_words, without_shared_folders
 from freqprune.reports.page import OF_A_SWEEP, SweepPage, write_page
 from freqprune.reports.record import METRICS, RUN, read_json, write_text
 from freqprune.reports.run_figures import accuracy_over_cut, kept_over_depth, medians_over_depth
@@ -22,8 +23,6 @@ from freqprune.reports.sweep_command import sweep_arguments
 from freqprune.reports.sweep_jobs import REPEATED, Job, commands_of, counted_once, read_sweep, told_apart
 from freqprune.reports.tables import STAGES, layer_medians
 from freqprune.reports.terminal import is_quiet, show, show_folder
-
-DEFAULT = "default"
 
 
 @dataclass(frozen=True)
@@ -49,17 +48,7 @@ class Group:
 
     def label(self, without: Sequence[str] = ()) -> str:
         """The settings in words for a figure, but for some."""
-        short = [_last(key) for key in self.settings]
-        rest = {key: value for key, value in self.settings.items() if key not in without and value != DEFAULT}
-        parts = [
-            value if key == "importance" else f"{_last(key) if short.count(_last(key)) == 1 else key} {value}"
-            for key, value in rest.items()
-        ]
-        return ", ".join(parts)
-
-
-def _last(key: str) -> str:
-    return key.rsplit(".", 1)[-1]
+        return in_words(self.settings, without)
 
 
 def _differing(jobs: Sequence[Job]) -> list[str]:
@@ -170,6 +159,11 @@ def _draw(groups: Sequence[Group], folder: Path) -> None:
     """Figures of what was compared, as far as the jobs left what they show; those of an earlier gathering go."""
     for name in OF_A_SWEEP:
         (folder / f"{name}.png").unlink(missing_ok=True)
+    for key in list(groups[0].settings) if groups else ():
+        short = without_shared_folders([group.settings[key] for group in groups])
+        groups = [
+            replace(group, settings={**group.settings, key: value}) for group, value in zip(groups, short, strict=True)
+        ]
     drawn = [group for group in groups if "cut" in group.mean]
     if drawn:
         save(accuracy_over_cut(_lines(drawn)), folder / "accuracy_over_cut.png")

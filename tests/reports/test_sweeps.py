@@ -3,16 +3,18 @@
 import csv
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from freqprune.errors import InputError
 from freqprune.jobs import cli
+from freqprune.reports import sweeps
 from freqprune.reports.record import failures_kept
 from freqprune.reports.sweep_jobs import check_goes_on, commands_of, counted_once, planned, read_sweep, told_apart
 from freqprune.reports.sweeps import gather, grouped, table
@@ -315,6 +317,21 @@ def test_labels_stay_apart_and_short(tmp_path: Path) -> None:
     groups = grouped(read_sweep(tmp_path))
     assert len({group.label() for group in groups}) == len(groups) == 3
     gather([tmp_path], tmp_path / "out")
+
+
+def test_checkpoints_are_named_in_figures_by_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(2):
+        job(tmp_path / str(number), [f"ckpt=multirun/train/today/{number}/checkpoints/last.ckpt"], 0.8)
+    drawn: list[str] = []
+
+    def draw(lines: Mapping[str, object], *_: object) -> Figure:
+        drawn.extend(lines)
+        return Figure()
+
+    monkeypatch.setattr(sweeps, "accuracy_over_cut", draw)
+    gather([tmp_path], tmp_path / "out")
+    assert drawn == ["ckpt 0", "ckpt 1"]
+    assert "today/1/checkpoints" in (tmp_path / "out" / "sweep.md").read_text()
 
 
 def test_a_sweep_is_gathered_whatever_ended_it(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
