@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -58,6 +59,20 @@ def _show(following: Callable[[Sequence[str]], list[str]]) -> None:
         show(f"  {command}")
 
 
+def override(key: str, path: str | Path) -> str:
+    """``key=path`` as Hydra reads it: quoted where the path has what stands for something else there, such as the ``=``
+    of a folder that is named after settings.
+
+    >>> override("ckpt", "runs/seed=1/last.ckpt")
+    "ckpt='runs/seed=1/last.ckpt'"
+    """
+    text = str(path)
+    if re.fullmatch(r"[A-Za-z0-9_./:%+@ -]+", text) and text == text.strip():
+        return f"{key}={text}"
+    escaped = text.replace("'", "\\'")
+    return f"{key}='{escaped}'"
+
+
 def typed_out(of_weights: Mapping[str, Any]) -> list[str]:
     """Settings of the data as they are typed."""
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in of_weights.items()}
@@ -72,10 +87,10 @@ def after_explaining(out: Path, overrides: Sequence[str]) -> list[str]:
         out: its folder.
         overrides: ``key=value`` as the job got them.
     """
-    given = {override.lstrip("+~").split("=")[0]: override for override in overrides}
+    given = {one.lstrip("+~").split("=")[0]: one for one in overrides}
 
     def call(**more: str) -> str:
-        kept = [override for key, override in given.items() if key not in more]
+        kept = [one for key, one in given.items() if key not in more]
         return f"freqprune explain {shlex.join([*kept, *(f'{key}={value}' for key, value in more.items())])}"
 
     tiles = not given.keys() & {"parts", "segments"}
@@ -103,16 +118,16 @@ def commands(
     # Without tags there is nothing to explore.
     page = "explore.html" if job != "prune" and (out / "explore.html").is_file() else "report.html"
     look = f"python -m webbrowser {(out / page).resolve().as_uri()}"
-    given = {override.lstrip("+~").split("=")[0]: override for override in overrides}
+    given = {one.lstrip("+~").split("=")[0]: one for one in overrides}
     if job == "train":
         again = [
-            override
-            for key, override in given.items()
+            one
+            for key, one in given.items()
             if key in (*SHARED, *WHERE) or (key.startswith(("data.", "tagging.")) and key not in IN_TRAINING)
         ]
     else:
-        again = [override for key, override in given.items() if key not in (*AMOUNT, "resume")]
-        again = [override for override in again if override not in OF_TIME]
+        again = [one for key, one in given.items() if key not in (*AMOUNT, "resume")]
+        again = [one for one in again if one not in OF_TIME]
     brought, last = given.keys() & {"ckpt", "pretrained", *OF_A_LIBRARY}, out / "checkpoints" / "last.ckpt"
     trained_here = job == "train" or not brought or (brought <= OF_A_LIBRARY and last.is_file())
     if trained_here:
@@ -122,7 +137,7 @@ def commands(
             # The checkpoint names its network; the experiment has another.
             again.append("model=auto")
         again += [one for one in typed_out(of_weights or {}) if one.split("=")[0] not in given]
-        again.append(f"ckpt={last}")
+        again.append(override("ckpt", last))
 
     def call(*more: str, sweep: bool = False) -> str:
         return f"{prune} {'-m ' if sweep else ''}{shlex.join([*again, *more])}"

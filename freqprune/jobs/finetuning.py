@@ -12,7 +12,7 @@ from torch import nn
 
 from freqprune.errors import InputError
 from freqprune.jobs import assembly, trainers
-from freqprune.jobs.advice import typed_out
+from freqprune.jobs.advice import override, typed_out
 from freqprune.jobs.settings import Settings
 from freqprune.networks import config_of, device_of, dropped_blocks, trained
 from freqprune.tagging import untrained
@@ -114,9 +114,10 @@ def finetune(
 def _how_to_go_on(settings: Settings) -> str:
     """With an interrupted training of the cut network; where the dense one was trained in the same run, with that."""
     last = settings.out / "checkpoints" / "last.ckpt"
+    goes_on = shlex.quote(override("resume", settings.out))
     if settings.common.ckpt is not None or settings.common.pretrained or not last.is_file():
-        return f"; to go on: prune.py with the same settings and resume={settings.out}"
+        return f"; to go on: prune.py with the same settings and {goes_on}"
     criterion = f"importance.criterion={settings.scoring.criterion}"
-    further = shlex.join([f"ckpt={last}", criterion, *typed_out(assembly.settings_of_weights(settings))])
+    further = shlex.join([override("ckpt", last), criterion, *typed_out(assembly.settings_of_weights(settings))])
     without = " but those of model.*" if trained(assembly.model_settings(settings.model)) else ""
-    return f"; to go on: prune.py with the same settings{without} and resume={settings.out} {further}"
+    return f"; to go on: prune.py with the same settings{without} and {goes_on} {further}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from freqprune.errors import InputError
 from freqprune.jobs import assembly, trainers
-from freqprune.jobs.advice import advise
+from freqprune.jobs.advice import advise, override
 from freqprune.jobs.announce import announce_training
 from freqprune.jobs.config import check_training
 from freqprune.jobs.finetuning import check_anew, check_finetuning
@@ -100,7 +101,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         announce_training(settings, classifier.net, data, trainer, cut, done)
     start = time.perf_counter()
     last = out / "checkpoints" / "last.ckpt"
-    advice = f"interrupted; to go on, if an epoch was complete: ckpt_path={last}"
+    advice = f"interrupted; to go on, if an epoch was complete: {shlex.quote(override('ckpt_path', last))}"
     goes_on = common.ckpt_path is not None and out.resolve() in Path(common.ckpt_path).resolve().parents
     if trainer.is_global_zero and not goes_on:
         # Of an earlier training in this folder: it would be taken for one of this.
