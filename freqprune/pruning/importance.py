@@ -7,6 +7,7 @@ Add one by decorating it with `criterion`; those of the package are in `freqprun
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +21,8 @@ from freqprune.networks import Trace, equal_batches
 from freqprune.pruning.blocks import answers_without
 from freqprune.pruning.graph import ChannelGraph
 from freqprune.tagging import Stimulus, TagResponse
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -178,16 +181,23 @@ def check_components(name: str, stimulus: Stimulus) -> None:
 
 
 def _check_noise(name: str, evidence: Evidence) -> None:
+    """Raise InputError for a response without noise; warn of one with so little that most scores are lower bounds."""
     response = evidence.tags()
+    if response.noise_std == 0:
+        raise InputError(
+            f"criterion {name!r} compares with noise, and the noise bins hold rounding error only (noise_std = 0); tag "
+            "with noise (the default is 0.02) or use importance=amplitude"
+        )
     words = [word for layer in response.layers for word in response.why_no_snr(layer, evidence.components)]
     answering = len(words) - words.count("dead")
     # Single filters that hardly leave their mean are such in any network.
-    if response.noise_std == 0 or words.count("noise-free") > answering / 2:
-        raise InputError(
-            f"criterion {name!r} compares with noise, and the noise bins of {words.count('noise-free')} of {answering} "
-            f"filters that answer the tags hold rounding error only (noise_std = {response.noise_std:g}); tag with "
-            "more noise (the default is 0.02) or use importance=amplitude"
-        )
+    if words.count("noise-free") > answering / 2:
+        log.warning(
+            "the noise bins of %d of %d filters that answer the tags hold rounding error only (noise_std = %g): their "
+            "ratios to noise count by what they are at least; tag with more noise (tagging.noise_std), or use "
+            "importance=amplitude",
+            words.count("noise-free"), answering, response.noise_std,
+        )  # fmt: skip
 
 
 def scores(

@@ -119,6 +119,13 @@ def test_noise_free_snr_is_no_score() -> None:
         scores("snr", Evidence(Affine(), response), ["conv"])
 
 
+def test_too_little_noise_is_said_and_scored(caplog: pytest.LogCaptureFixture) -> None:
+    response = tag(Affine(), WHITE, noise_std=1e-13)
+    table = scores("snr", Evidence(Affine(), response), ["conv"])["conv"]
+    assert "the noise bins of 3 of 3 filters that answer the tags hold rounding error only" in caplog.text
+    assert table[3] == 0 < table[0]
+
+
 def test_fits_the_pruners_of_torch_pruning(images: Tensor) -> None:
     net = build_model({"name": "resnet8", "shortcut": "B"}).eval()
     layers = ["layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1"]
