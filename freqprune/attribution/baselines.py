@@ -39,4 +39,6 @@ def find_baseline(pixels: Tensor, baseline: str | Tensor) -> Tensor:
     if baseline == "mean":
         return pixels.mean((2, 3), keepdim=True).expand(pixels.shape)
     sigma = min(pixels.shape[-2:]) / 16
-    return gaussian_blur(pixels, 2 * math.ceil(2 * sigma) + 1, sigma)
+    blurred: Tensor = gaussian_blur(pixels, 2 * math.ceil(2 * sigma) + 1, sigma)
+    # Its weights add up to one but for rounding: white stays white.
+    return blurred.clamp(pixels.amin(), pixels.amax())

@@ -291,3 +291,11 @@ def test_a_baseline_is_of_pixels_as_the_images_are() -> None:
         attribute(net, images, grid=2, forwards=64, baseline=torch.full((3, 8, 8), 255, dtype=torch.uint8), **norm)
     with pytest.raises(InputError, match="baseline must hold pixels in"):
         attribute(net, images, grid=2, forwards=64, baseline=(images - 0.5) / 0.2, **norm)
+
+
+@pytest.mark.parametrize("baseline", ["mean", "blur"])
+def test_white_stays_white_in_a_baseline(baseline: str) -> None:
+    """The weights of a blur add up to one but for rounding."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    images, norm = torch.ones(1, 3, 100, 100), {"mean": [0.5] * 3, "std": [0.2] * 3}
+    assert attribute(net, images, grid=2, forwards=64, baseline=baseline, **norm).effects.abs().max() < 1e-5
