@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from rich.progress import track
 from torch import Tensor
 from torchvision.transforms.v2 import functional
@@ -15,7 +15,7 @@ from torchvision.transforms.v2.functional import InterpolationMode
 
 from freqprune.errors import InputError
 from freqprune.reports import is_quiet
-from freqprune.training import UNREADABLE, in_bytes
+from freqprune.training import UNREADABLE, in_bytes, upright
 
 # What a grey .png says of pixels in no part: it has no negative numbers.
 NONE = 255
@@ -46,7 +46,7 @@ def read_images(
     for path in track(paths, description="reading images", transient=True, disable=len(paths) < 100 or is_quiet()):
         try:
             with Image.open(path) as file:
-                image = in_bytes(ImageOps.exif_transpose(file), "L" if n_channels == 1 else "RGB")
+                image = in_bytes(upright(file), "L" if n_channels == 1 else "RGB")
         except UNREADABLE as error:
             raise InputError(f"{key}: {path} is not a readable image ({error}); repair it or leave it out") from None
         if image_size is not None:

@@ -9,6 +9,7 @@ from .listed import ImageFolderData as ImageFolderData
 from .listed import ListedData as ListedData
 from .listing import UNREADABLE as UNREADABLE
 from .listing import in_bytes as in_bytes
+from .listing import upright as upright
 from .optimization import Optimization as Optimization
 from .pruning_callback import TagPruning as TagPruning
 from .shard_sets import WebDatasetData as WebDatasetData

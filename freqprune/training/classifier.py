@@ -208,18 +208,21 @@ class Classifier(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Before the state of the optimizer is restored, which fits another only by chance.
-        if self._trainer is not None and self.trainer.state.fn == "fit":
+        own = type(self).configure_optimizers is Classifier.configure_optimizers
+        if own and self._trainer is not None and self.trainer.state.fn == "fit":
             check_same_optimizer(self.optimization, checkpoint.get("hyper_parameters", {}))
 
     def on_train_start(self) -> None:
         trainer, done = self.trainer, self.trainer.current_epoch
-        if done:
-            take_settings(trainer.optimizers[0], self.optimization.optimizer(self.net), self._schedule)
         # Not kept: a module with it could not be pickled.
         made, self._schedule = self._schedule, None
-        if made is None or made is not self.lr_schedulers() or trainer.max_steps >= 0:
+        # Those of a subclass are its own business.
+        if made is None or made is not self.lr_schedulers() or not done:
             return
-        if not (done and made.last_epoch) or trainer.fit_loop.restarted_mid_epoch:
+        take_settings(made, self.optimization, self.net)
+        # What is constant from the first step on goes on as it is.
+        constant = self.optimization.schedule == "constant" and not self.optimization.warmup_epochs
+        if constant or not made.last_epoch or trainer.max_steps >= 0 or trainer.fit_loop.restarted_mid_epoch:
             return
         # Steps of an epoch are others with batches of another size, or in another number of processes.
         go_on_by_epochs(made, done, self._steps_an_epoch())
@@ -280,8 +283,7 @@ class Classifier(pl.LightningModule):
         total = 1 if math.isinf(steps) else max(1, int(steps))
         warmup = round(warmup_epochs * self._steps_an_epoch()) if warmup_epochs else 0
         scheduler = LambdaLR(optimizer, self.optimization.rate(total, warmup))
-        # What is constant from the first step on goes on as it is.
-        self._schedule = scheduler if schedule != "constant" or warmup else None
+        self._schedule = scheduler
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _steps_an_epoch(self) -> int:

@@ -14,18 +14,35 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from freqprune.errors import InputError, one_of
 
 _INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+# Those that torchvision's ImageFolder knows, and further ones of photographs; what else Pillow decodes lies beside
+# images more often than among them.
+ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".jpe", ".jfif", ".jp2", ".avif",
+           ".pbm", ".pnm")  # fmt: skip
 # What Pillow raises for files that it cannot make out.
-Image.init()
-# Of formats that Pillow decodes itself.
-_FORMATS = Image.OPEN.keys() - {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
-ENDINGS = tuple(ending for ending, kind in Image.registered_extensions().items() if kind in _FORMATS)
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+# By the number that EXIF has for how an image lies; 1 is upright.
+_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+          8: Image.Transpose.ROTATE_90}  # fmt: skip
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An image as it is shown. (`ImageOps.exif_transpose` writes the EXIF anew as well, and fails where a tag of it has
+    another type than the standard's.)"""
+    image.load()
+    try:
+        turn = _TURNS.get(image.getexif()[ExifTags.Base.Orientation])
+    except Exception:  # Whatever EXIF may hold, the pixels are there.
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def in_bytes(image: Image.Image, mode: str) -> Image.Image:
@@ -125,8 +142,7 @@ class Listing(ABC):
 
 
 class FolderListing(Listing):
-    """Images of a folder tree ``folder/<class>/*``, as torchvision's ``ImageFolder`` finds them, of all formats that
-    Pillow reads.
+    """Images of a folder tree ``folder/<class>/*`` whose names end in one of `ENDINGS`.
 
     Attributes:
         classes: names of the class folders, sorted.
@@ -236,9 +252,7 @@ class Reader:
     def _read(self, number: int) -> NDArray[np.uint8]:
         try:
             with self.listing.open(number) as image:
-                # Upright, as they are shown, and explained.
-                ImageOps.exif_transpose(image, in_place=True)
-                return self.fitting(in_bytes(image, "RGB"))
+                return self.fitting(in_bytes(upright(image), "RGB"))
         except UNREADABLE as error:
             raise InputError(
                 f"{self.listing.name(number)} is not a readable image ({error}); repair or remove it"

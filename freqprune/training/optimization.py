@@ -213,29 +213,36 @@ def check_same_optimizer(here: Optimization, stored: Mapping[str, Any]) -> None:
     """Raise InputError where a training would go on with the state of another optimizer; `stored` are the settings of
     the checkpoint."""
     for name in ("name", "decay_norms"):
-        if name in stored and stored[name] != getattr(here, name):
+        if name in stored and _meant(stored[name]) != _meant(getattr(here, name)):
             raise InputError(
                 f"the checkpoint was trained with optimizer.{name} = {stored[name]}, and this training says "
                 f"{getattr(here, name)}: its optimizer cannot go on with that state; give the same, or train anew"
             )
 
 
-def take_settings(restored: torch.optim.Optimizer, asked: torch.optim.Optimizer, schedule: LambdaLR | None) -> None:
+def _meant(setting: Any) -> Any:
+    """An optimizer's class for its name, which may be spelled with its module."""
+    try:
+        return _class(setting) if isinstance(setting, str) else setting
+    except InputError:
+        return setting
+
+
+def take_settings(schedule: LambdaLR, asked: Optimization, net: nn.Module) -> None:
     """Let a restored optimizer go on with the rate, decay and so on that are asked for, and its own state.
 
     Args:
-        restored: as its checkpoint left it.
-        asked: made anew from the settings.
-        schedule: of its rate, restored too; None if the rate is constant.
+        schedule: of its rate, restored too.
+        asked: the settings.
+        net: the network that it trains.
     """
-    for number, (group, new) in enumerate(zip(restored.param_groups, asked.param_groups, strict=True)):
-        for key, value in new.items():
-            if key not in ("params", "lr") and not isinstance(value, Tensor):
-                group[key] = value
+    groups, anew = schedule.optimizer.param_groups, asked.optimizer(net).param_groups
+    # Groups that were added since are not of these settings.
+    for number, (group, new) in enumerate(zip(groups, anew, strict=False)):
+        # What else is in a group may be state, such as that of Prodigy.
+        group |= {key: new[key] for key in ("weight_decay", "momentum", "nesterov", *asked.arguments) if key in new}
         base = float(new["lr"])
-        if schedule is None:
-            group["lr"] = base
-        elif schedule.base_lrs[number] != base:
+        if schedule.base_lrs[number] != base:
             rank_zero_only(log.warning)(
                 "the checkpoint was trained with a rate of %g: it goes on with %g", schedule.base_lrs[number], base
             )

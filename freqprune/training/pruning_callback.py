@@ -142,7 +142,10 @@ class TagPruning(TagsInTraining):
 
     def _replace(self, pl_module: pl.LightningModule, small: nn.Module) -> None:
         """Put a smaller network in the place of the old one, and into what checkpoints say of it."""
+        old = self._net(pl_module)
         setattr(pl_module, self._attribute(pl_module), small)
+        for name in [name for name, child in pl_module._modules.items() if child is old]:
+            setattr(pl_module, name, small)
         self._made = small
         config, gone = config_of(small), dropped_blocks(small)
         if config and isinstance(pl_module.hparams.get("model"), Mapping):
@@ -158,11 +161,11 @@ class TagPruning(TagsInTraining):
         """Refuse what the first cut would refuse, before epochs are lost."""
         last = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
         if not any(trainer.current_epoch <= epoch < last for epoch in self.epochs):
-            if not self.kept and self.epochs[0] >= last:
-                raise InputError(
-                    f"epochs = {self.epochs}: this training ends after {last} epochs, counted from 0, so that nothing "
-                    "would be cut; name earlier ones, or raise max_epochs"
-                )
+            if not self.kept and self.epochs[0] >= last and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                log.warning(
+                    "epochs = %s: this training ends after %s epochs, counted from 0, so that nothing is cut; name "
+                    "earlier ones, or raise max_epochs", self.epochs, last,
+                )  # fmt: skip
             return
         check_module(trainer, pl_module, self._attribute(pl_module))
         with isolate_rng():

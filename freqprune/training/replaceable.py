@@ -36,11 +36,13 @@ def check_module(trainer: pl.Trainer, pl_module: pl.LightningModule, attribute: 
     """Raise InputError where something holds on to layers of the network under `attribute`, or it is not in float32."""
     net, own = pl_module.get_submodule(attribute), f"{attribute}."
     inside = set(net.parameters())
+    # Further names of the network as a whole are of the smaller one as well.
+    whole = tuple(f"{name}." for name, child in pl_module._modules.items() if child is net)
     beside = next(
         (
             name
             for name, parameter in pl_module.named_parameters(remove_duplicate=False)
-            if parameter in inside and not name.startswith(own)
+            if parameter in inside and not name.startswith(own) and not name.startswith(whole)
         ),
         None,
     )
@@ -49,11 +51,14 @@ def check_module(trainer: pl.Trainer, pl_module: pl.LightningModule, attribute: 
             f"{type(pl_module).__name__} has layers of {own}* as {beside} too, which would stay as they were: "
             f"let it run {own.rstrip('.')} only, without another name for a part of it"
         )
-    odd = next((one for one in trainer.optimizers if isinstance(one, torch.optim.LBFGS)), None)
-    if odd is not None:
+    if any(isinstance(one, torch.optim.LBFGS) and inside & _parameters(one) for one in trainer.optimizers):
         raise InputError("TagPruning replaces parameters, of which LBFGS keeps a list of its own; use another")
     if dtype_of(net) != torch.float32:
         raise InputError(
             f"TagPruning cuts networks in float32, this one is in {str(dtype_of(net)).removeprefix('torch.')}; use "
             "precision=bf16-mixed or 16-mixed, which leave the weights as they are, or 32-true"
         )
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> set[torch.nn.Parameter]:
+    return {parameter for group in optimizer.param_groups for parameter in group["params"]}

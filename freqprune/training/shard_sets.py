@@ -129,6 +129,7 @@ def _samples(shard: str, image_keys: Sequence[str], label_key: str) -> Mapping[s
     """Of every sample of a tar file, in its order: where its image begins, its size, its label."""
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
+    keys: dict[str, str] = {}
     # Images of further keys, such as seg.png, or of names with dots in them.
     dotted: dict[str, str] = {}
     try:
@@ -141,10 +142,11 @@ def _samples(shard: str, image_keys: Sequence[str], label_key: str) -> Mapping[s
                 is_image = key.lower() in image_keys
                 if not member.isfile():
                     continue
-                if sample in (images if is_image else labels if key == label_key else ()):
+                # One that was appended again counts, as in the file system.
+                if is_image and keys.setdefault(sample, key) != key:
                     raise InputError(
-                        f"{sample} in {shard} has more than one {'image' if is_image else 'label'}, such as {last}; "
-                        "say which one with data.image_key or data.label_key"
+                        f"{sample} in {shard} has more than one image, such as {last}; say which one with "
+                        "data.image_key"
                     )
                 if key.lower().rpartition(".")[-1] in image_keys and not is_image:
                     dotted[sample] = last

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -34,8 +33,8 @@ class FrequencyTagging(TagsInTraining):
         n_images: validation images, the first of the validation loader.
         every_n_epochs: tag every so many epochs, counted from the first; 0 for never.
         images: tag these pixels in [0, 1], ``(n_images, n_channels, height, width)``, at most ``n_images`` of them,
-            instead of validation images: for a training without validation. With validation, tags are shown in the
-            epochs that are validated.
+            instead of validation images: for a training without validation. With validation, tags are shown whenever
+            there is one in such an epoch.
         network: attribute of the LightningModule that holds the network; the module itself if left out.
         components: components of the score and the verdict.
         criterion: score written to ``importance.csv``.
@@ -138,11 +137,9 @@ class FrequencyTagging(TagsInTraining):
         # Inside the validation stage batches come without augmentation, and this runs before checkpoints are written.
         if trainer.state.fn != "fit" or trainer.sanity_checking or not self._due(trainer):
             return
-        if _validates_again(trainer):
-            return
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         # Those before this one have put the weights back already.
-        self._show_average(trainer, pl_module, callbacks[: callbacks.index(self)])
+        self._show_average(trainer, pl_module, callbacks[: callbacks.index(self)] if self in callbacks else [])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.enable_validation and self._due(trainer):
@@ -201,11 +198,3 @@ class FrequencyTagging(TagsInTraining):
         pl_module.log_dict(
             {**counts, "important/total": sum(counts.values()), "tagging/seconds": self.seconds, "tagging/share": share}
         )
-
-
-def _validates_again(trainer: pl.Trainer) -> bool:
-    """Whether there is another validation in this epoch."""
-    n_batches, every = trainer.num_training_batches, trainer.val_check_batch
-    if every is None or math.isinf(n_batches) or math.isinf(every):
-        return False
-    return trainer.fit_loop.epoch_loop.batch_idx + 1 + every <= n_batches

@@ -1,4 +1,6 @@
+import io
 import multiprocessing
+import struct
 import time
 from pathlib import Path
 from typing import Any
@@ -6,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets import CIFAR10
 
@@ -17,6 +19,7 @@ from freqprune.training.classifier import Classifier
 from freqprune.training.datamodule import CIFAR10Data, DigitsData
 from freqprune.training.downloads import alone
 from freqprune.training.listed import ImageFolderData
+from freqprune.training.listing import upright
 from freqprune.training.loading import _fits
 from freqprune.training.sources import Images, channel_statistics, digits, stratified_split
 from tests.training.small import trainer
@@ -298,13 +301,39 @@ def test_photographs_are_read_upright_as_they_are_explained(tmp_path: Path) -> N
     assert expected.shape[-2:] == (8, 6)
 
 
-def test_every_format_that_pillow_reads_is_taken(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", range(10))
+def test_an_image_lies_as_its_exif_says(number: int) -> None:
+    image = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(2, 4, 3))
+    file = io.BytesIO()
+    exif = image.getexif()
+    exif[0x0112] = number
+    image.save(file, "PNG", exif=exif)
+    with Image.open(file) as read, Image.open(file) as again:
+        np.testing.assert_array_equal(np.array(upright(read)), np.array(ImageOps.exif_transpose(again)))
+
+
+def test_odd_exif_does_not_make_an_image_unreadable() -> None:
+    """A resolution in words, which cannot be written again."""
+    entries = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHI4s", 0x011A, 2, 4, b"abc")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0)
+    file = io.BytesIO()
+    Image.new("RGB", (8, 6)).save(file, "JPEG", exif=exif)
+    with Image.open(file) as image:
+        assert upright(image).size == (6, 8)
+    with Image.open(file) as image, pytest.raises((TypeError, struct.error)):
+        ImageOps.exif_transpose(image)
+
+
+def test_photographs_of_other_endings_are_taken_and_files_beside_them_are_not(tmp_path: Path) -> None:
     root = write_tree(tmp_path)
-    for file in list(root.rglob("*.png"))[::2]:
-        Image.open(file).save(file.with_suffix(".gif"))
+    files = list(root.rglob("*.png"))
+    for file in files[::2]:
+        Image.open(file).convert("RGB").save(file.with_suffix(".jfif"), "JPEG")
         file.unlink()
+    for name in ("figure.eps", "depth.pfm", "preview.gif", "notes.txt", "x.fits"):
+        (files[0].parent / name).write_bytes(b"not of the images")
     data = ImageFolderData(root, val_fraction=0)
-    assert len(data.split("train")) + len(data.split("test")) == len([*root.rglob("*.png"), *root.rglob("*.gif")])
+    assert len(data.split("train")) + len(data.split("test")) == len(files)
 
 
 def test_trying_transforms_leaves_the_images() -> None:

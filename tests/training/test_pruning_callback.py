@@ -207,11 +207,33 @@ def test_other_names_for_layers_and_lists_of_parameters_are_refused(tmp_path: Pa
         assert module.n_steps == 0
 
 
-def test_epochs_that_do_not_come_are_refused(tmp_path: Path) -> None:
-    module = Own()
-    with pytest.raises(InputError, match=r"epochs = \[40\]: this training ends after 2 epochs"):
-        trainer(tmp_path, cutting(epochs=(40,)), max_epochs=2).fit(module, loader(), loader())
-    assert module.n_steps == 0
+def test_epochs_that_do_not_come_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    said = "epochs = [40]: this training ends after 2 epochs"
+    trainer(tmp_path, cutting(epochs=(40,)), max_epochs=2).fit(Own(), loader(), loader())
+    assert said in caplog.text
+    caplog.clear()
+    trainer(tmp_path, cutting(epochs=(40,)), fast_dev_run=True).fit(Own(), loader(), loader())
+    assert "this training ends" not in caplog.text
+
+
+def test_another_name_of_the_whole_network_is_of_the_smaller_one(tmp_path: Path) -> None:
+    class Aliased(Own):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = self.net
+            self.scale, self.automatic_optimization = nn.Linear(1, 1), False
+
+        def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:  # type: ignore[override]
+            self.model(batch[0])
+
+        def configure_optimizers(self) -> Any:
+            # One that keeps lists, of parameters beside the network.
+            return [super().configure_optimizers(), torch.optim.LBFGS(self.scale.parameters())]
+
+    module = Aliased()
+    trainer(tmp_path, cutting(epochs=(1,)), max_epochs=2).fit(module, loader(), loader())
+    assert module.model is module.net
+    assert sum(p.numel() for p in module.net.parameters()) < sum(p.numel() for p in Flat().parameters())
 
 
 @pytest.mark.filterwarnings(WITHOUT_A_CALLBACK)

@@ -211,14 +211,14 @@ def test_the_average_is_tagged_in_either_order(first: bool, tmp_path: Path) -> N
     torch.testing.assert_close(tagging.latest["snr"]["conv1"], expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("interval", [0.25, 0.4, 1.0])
-def test_tags_are_shown_once_an_epoch_however_often_it_is_validated(interval: float, tmp_path: Path) -> None:
-    tagging = FrequencyTagging(n_images=2, network="net")
-    shown: list[int] = []
-    tagging._show = lambda trainer, _: shown.append(trainer.fit_loop.epoch_loop.batch_idx)  # type: ignore[method-assign]
-    run = trainer(tmp_path, tagging, max_epochs=2, limit_train_batches=10, val_check_interval=interval)
+def test_tags_are_there_at_every_validation_of_an_epoch(tmp_path: Path) -> None:
+    tagging, stopping = FrequencyTagging(n_images=2, network="net"), pl.callbacks.EarlyStopping("important/total")
+    run = trainer(tmp_path, tagging, stopping, max_steps=5, limit_train_batches=8, val_check_interval=0.25)
     run.fit(Classifier({"name": "resnet8"}), datamodule=DigitsData(limit_train=160, limit_test=50, batch_size=16))
-    assert shown == [7 if interval == 0.4 else 9] * 2
+    assert tagging.latest["epoch"] == 0
+    with (tmp_path / "importance.csv").open(newline="") as file:
+        rows = [(row["epoch"], row["layer"], row["filter"], row.get("component")) for row in csv.DictReader(file)]
+    assert len(rows) == len(set(rows)) > 0
 
 
 def test_mean_and_std_go_together() -> None:
