@@ -87,7 +87,7 @@ class Attribution(OfParts):
         n_parts = self.effects.shape[1]
         return torch.stack([torch.bincount(one[one >= 0], minlength=n_parts) > 0 for one in self.parts])
 
-    @cached_property
+    @property
     def maps(self) -> Tensor:
         """Smoothed effect of the part that each pixel belongs to, ``(n_images, height, width)``; zero outside all
         parts."""

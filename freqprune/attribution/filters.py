@@ -150,7 +150,7 @@ def filter_effects(
         calls[0] += 1
         if calls[0] - 1 != site.call:
             return output
-        if len(output) != len(opened[0]):
+        if len(output) != len(opened[0]) > 1:
             raise InputError(
                 f"layer {layer!r} answers {len(opened[0])} frames with {len(output)} rows: its first dimension does "
                 "not count frames, so that its filters cannot be gated"

@@ -16,8 +16,8 @@ from freqprune.errors import InputError
 
 # Pixels of the frames of one forward: 256 of 64 x 64.
 PIXELS = 2**20
-# Of the middles of two parts, in parts: closer ones have waves that are too much alike.
-LEAST_APART = 0.1
+# Of the middles of two parts, in units of the overlap: the waves of closer ones are one and the same.
+LEAST_APART = 1e-3
 
 
 def frames_for(n_parts: int) -> int:
@@ -49,6 +49,19 @@ def waves(n_parts: int, n_frames: int, generator: torch.Generator) -> Tensor:
     return torch.sin(2 * math.pi * bins * time + phases)
 
 
+def check_apart(where: Tensor, overlap: float) -> None:
+    """Raise InputError for two parts in one place, whose waves would be the same; arguments as for `overlapped`."""
+    if not overlap:
+        return
+    apart = torch.cdist(where, where).nan_to_num(torch.inf).fill_diagonal_(torch.inf)
+    if apart.min() < LEAST_APART * overlap:
+        one, other = divmod(int(apart.argmin()), len(apart))
+        raise InputError(
+            f"overlap = {overlap:g}: parts {one} and {other} lie around the same point, as an object in the middle of "
+            "its background does, so that their waves could not be told apart; use overlap=0"
+        )
+
+
 def overlapped(tags: Tensor, where: Tensor, overlap: float) -> Tensor:
     """Waves of which each part gives some to its neighbours: a sum with weights ``exp(-d^2 / 2 overlap^2)`` at distance
     ``d``, of the power that it had. All of it stays in odd bins.
@@ -58,19 +71,10 @@ def overlapped(tags: Tensor, where: Tensor, overlap: float) -> Tensor:
         where: see `freqprune.attribution.parts.places`, ``(n_parts, 2)``; NaN for a part that is not there.
         overlap: in parts; 0 leaves the waves as they are.
 
-    Raises:
-        InputError: for two parts in one place.
     """
     if not overlap:
         return tags
     distances = torch.cdist(where, where)
-    apart = distances.nan_to_num(torch.inf).fill_diagonal_(torch.inf)
-    if apart.min() < LEAST_APART:
-        one, other = divmod(int(apart.argmin()), len(apart))
-        raise InputError(
-            f"overlap = {overlap:g}: parts {one} and {other} lie around the same point, as an object in the middle of "
-            "its background does, so that their waves could not be told apart; use overlap=0"
-        )
     weights = torch.exp(-distances.square() / (2 * overlap**2)).nan_to_num(0.0)
     weights.fill_diagonal_(1.0)
     return tags @ (weights / weights.square().sum(1, keepdim=True).sqrt()).T

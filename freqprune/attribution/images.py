@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from freqprune.attribution.baselines import find_baseline
 from freqprune.attribution.effects import Attribution, OfParts, estimate
-from freqprune.attribution.gates import batches, check_frames, frames_for, opened, overlapped, waves
+from freqprune.attribution.gates import batches, check_apart, check_frames, frames_for, opened, overlapped, waves
 from freqprune.attribution.pairs import find_interactions
 from freqprune.attribution.parts import find_parts, places
-from freqprune.attribution.scores import Score, read, targets
+from freqprune.attribution.scores import Score, check_logits, read, targets
 from freqprune.attribution.sensitivity import first_order
 from freqprune.attribution.smoothing import smoothed
 from freqprune.errors import InputError, at_least, one_of
@@ -24,6 +24,8 @@ from freqprune.tagging import HALF, Progress, check_pixels, normalizer
 
 # In parts; with more, waves of neighbours are too much alike for effects of one each.
 MOST_OVERLAP = 2.0
+# How far from [0, 1] a blur or an interpolation of one's own leaves a baseline.
+ROUNDING = 1e-3
 
 
 def attribute(
@@ -99,7 +101,7 @@ def attribute(
     whole = prepare(images).contiguous()
     check_answers(model, whole[:1])
     fades_to = find_baseline(images.float(), baseline)
-    if mean is not None and not (fades_to.min() >= 0 and fades_to.max() <= 1):
+    if mean is not None and not (fades_to.min() >= -ROUNDING and fades_to.max() <= 1 + ROUNDING):
         raise InputError(
             f"baseline must hold pixels in [0, 1], as the images do, got values from {fades_to.min():.3g} to "
             f"{fades_to.max():.3g}; it is normalised like them"
@@ -114,6 +116,8 @@ def attribute(
     own = range(rank, len(images), n_processes)
     recordings = [(number, recording) for number in own for recording in range(len(tags))]
     where = {number: places(numbers[number], len(names)) for number in own}
+    for at in where.values():
+        check_apart(at, overlap)
     found: dict[int, OfParts] = {}
     n_taken: dict[int, int] = {}
     designs: list[Tensor] = []
@@ -159,7 +163,10 @@ class _Reader:
         """Class to read of each image; None for a score of one's own."""
         if callable(self.score):
             return None
-        return targets(torch.cat([first(self.answer(one[None])).float() for one in inputs]), given)
+        answers = torch.cat([first(self.answer(one[None])).float() for one in inputs])
+        found = targets(answers, given)
+        check_logits(answers, self.score)
+        return found
 
     def read(self, inputs: Tensor, target: Tensor | None) -> Tensor:
         """Scores of frames of one image, float64 ``(n_frames,)``."""

@@ -64,7 +64,7 @@ def attribute_fine(
         raise InputError("refine splits parts of the image, which channels are not; use refine=0 or parts=grid")
     numbers, names = find_parts(model, images, parts, grid, segments, n_segments)
     rows, columns = (grid, grid) if isinstance(grid, int) else grid
-    if parts == "grid" and min(images.shape[-2] // rows, images.shape[-1] // columns) >= 2**refine:
+    if segments is None and parts == "grid" and min(images.shape[-2] // rows, images.shape[-1] // columns) >= 2**refine:
         _check_forwards(len(names), refine, forwards)
     taken = 0
     for step in range(refine + 1):

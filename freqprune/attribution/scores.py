@@ -38,6 +38,20 @@ def targets(answer: Tensor, given: int | Tensor | None) -> Tensor:
     return found
 
 
+def check_logits(logits: Tensor, score: str) -> None:
+    """Raise InputError for a score that logits ``(n_images, n_classes)`` do not have."""
+    one_of(SCORES, score=score)
+    if score == "logit":
+        return
+    if logits.shape[1] == 1:
+        raise InputError(f"score = {score} compares classes, and the network has one output; use score=logit")
+    if logits.min() >= 0 and ((logits.sum(1) - 1).abs() < 1e-3).all():
+        raise InputError(
+            f"score = {score} makes probabilities of logits, and the network answers with probabilities already; use "
+            "score=logit, which reads its output as it is"
+        )
+
+
 def read(output: Any, score: str | Score, target: Tensor | None) -> Tensor:
     """The score of each input, ``(n_inputs,)``.
 
@@ -58,13 +72,6 @@ def read(output: Any, score: str | Score, target: Tensor | None) -> Tensor:
     at = target.to(logits.device)[:, None]
     if score == "logit":
         return logits.gather(1, at).squeeze(1)
-    if logits.shape[1] == 1:
-        raise InputError(f"score = {score} compares classes, and the network has one output; use score=logit")
-    if logits.min() >= 0 and ((logits.sum(1) - 1).abs() < 1e-3).all():
-        raise InputError(
-            f"score = {score} makes probabilities of logits, and the network answers with probabilities already; use "
-            "score=logit, which reads its output as it is"
-        )
     if score == "probability":
         return logits.softmax(1).gather(1, at).squeeze(1)
     others = logits.scatter(1, at, -torch.inf)

@@ -160,7 +160,7 @@ def check_explaining(cfg: DictConfig) -> Explaining:
 def _is_photograph(path: Path, folder: Path) -> bool:
     """Not what is hidden, such as a notebook's or a Mac's copies, nor the maps of an earlier run."""
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    drawn = path.parent.name == "maps" and (path.parent.parent / record.RUN).is_file()
+    drawn = path.parent.name == "maps" and (path.parent.parent / record.RUN).is_file() and folder != path.parent
     return path.suffix.lower() in IMAGE_FILES and not hidden and not drawn and path.is_file()
 
 

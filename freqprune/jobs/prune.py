@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,15 +55,14 @@ def prune(
     assembly.quiet()
     assembly.prepare_output(settings.out)
     with in_all_processes(settings.trainer) as first:
-        if first:
-            record.write(settings.out, cfg, [record.METRICS, *record.PAGES])
-        return _pruned(settings, first, dense, data)
+        stale = record.write(settings.out, cfg, [record.METRICS, *record.PAGES]) if first else []
+        return _pruned(settings, first, dense, data, stale)
 
 
 def _pruned(
-    settings: Settings, first: bool, dense: nn.Module | None, data: ImageData | None
+    settings: Settings, first: bool, dense: nn.Module | None, data: ImageData | None, stale: Sequence[Path]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The job in each of its processes; the first one writes and speaks."""
+    """The job in each of its processes; the first one writes and speaks, in the place of what is stale."""
     stored = _network_to_prune(settings) if dense is None else Stored(dense, {})
     net = stored.net
     pick_layers(net, settings.readout.layers)
@@ -86,6 +86,7 @@ def _pruned(
     # After a training it was said before that.
     if first and dense is None:
         announce_pruning(settings, net, data, run.example, planned, alone=rank_and_size()[1] == 1)
+    record.clear(stale)
     run.metrics["network"] = name_of(net)
     run.measure("dense", net)
     response, verdict = _tagged(settings, net, data)

@@ -4,6 +4,7 @@ what one that begins anew must not find there."""
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
@@ -113,7 +114,10 @@ def begin_anew(out: Path, ckpt: str | None) -> None:
         out: the folder.
         ckpt: the network to prune, which stays wherever it is.
     """
-    for folder in (*(out / name for name in FOLDERS.values()), *out.glob("step*")):
+    steps = [folder for folder in out.glob("step*") if re.fullmatch(r"step\d+", folder.name)]
+    for folder in (*(out / name for name in FOLDERS.values()), *steps):
+        if ckpt is not None and record.lies_in(ckpt, folder):
+            continue
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         with suppress(OSError):
             (folder / METRICS).unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from freqprune.errors import InputError, at_least, one_of
 from freqprune.jobs.config import TRUTHS, Common, no_such_key, plain, read_common, typed
@@ -65,7 +65,7 @@ class Course:
         at_least(0, step_epochs=self.step_epochs, bn_images=self.bn_images)
         if self.bn_images == 1:
             raise InputError("bn_images must be 0, to leave batch norms as they are, or at least 2, got 1")
-        one_of(("auto", "always"), bn_when=self.bn_when)
+        one_of(("auto", "after"), bn_when=self.bn_when)
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,8 @@ SECTIONS: dict[str, tuple[type[Any], ...]] = {
 }
 # Sections whose keys are the arguments of whatever their _target_ (of model: its name) stands for.
 FREE = ("data", "model", "trainer", "logger", "callbacks")
+# Endings of keys of theirs whose words are names.
+NAMED = ("name", "_column", "_key")
 # Fields of a recipe that come from other sections.
 ELSEWHERE = {
     Recipe: ("amount", "criterion", "components", "tagging", "reconstruction", "seed", "latency"),
@@ -144,11 +146,6 @@ def read(cfg: DictConfig) -> Settings:
     """
     _check_keys(cfg)
     values = plain(cfg)
-    if values["finetune"]["weight_decay"] is None:
-        # Decay means another thing to each optimizer: AdamW's usual 0.05 as an L2 penalty of SGD empties a network.
-        same = values["finetune"]["name"] == values["optimizer"]["name"]
-        decay = values["optimizer"]["weight_decay"] if same else Optimization.weight_decay
-        values["finetune"]["weight_decay"] = decay
     stimulus, readout = _build(Stimulus, "tagging", values), _build(Readout, "tagging", values)
     judgement, scoring = _build(Judgement, "importance", values), _build(Scoring, "importance", values)
     try:
@@ -180,6 +177,13 @@ def read(cfg: DictConfig) -> Settings:
                 values["pruning"][name],
             )  # fmt: skip
     tuned = _build(Epochs, "finetune", values)
+    names = [values[section]["name"] for section in ("optimizer", "finetune")]
+    follows = OmegaConf.is_interpolation(cfg.finetune, "weight_decay") and values["finetune"]["weight_decay"]
+    if follows and recipe is not None and tuned.epochs and len({str(name).rpartition(".")[2] for name in names}) > 1:
+        log.warning(
+            "finetune.weight_decay = %g is that of the training by %s, and %s means another thing by it: say "
+            "finetune.weight_decay=%g, or another number", follows, *names, Optimization.weight_decay,
+        )  # fmt: skip
     if tuned.from_scratch and recipe is None:
         raise InputError(
             "finetune.from_scratch trains the widths of a cut, and pruning=none cuts nothing; cut, or train"
@@ -201,14 +205,15 @@ def read(cfg: DictConfig) -> Settings:
         from_scratch=tuned.from_scratch,
         latency=_build(Latency, "latency", values),
         exports=_build(Exports, "export", values),
-        **{name: _with_booleans(values[name]) for name in FREE},
+        **{name: values[name] if name == "logger" else _with_booleans(values[name]) for name in FREE},
     )
 
 
 def _with_booleans(value: Any) -> Any:
     """on, off, yes and no as true and false, as sections with types have them; Hydra hands them on as words."""
     if isinstance(value, dict):
-        return {key: _with_booleans(one) for key, one in value.items()}
+        # A name may be no, as that of Norwegian.
+        return {key: one if str(key).endswith(NAMED) else _with_booleans(one) for key, one in value.items()}
     return TRUTHS.get(value.lower(), value) if isinstance(value, str) else value
 
 

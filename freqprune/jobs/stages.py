@@ -133,14 +133,14 @@ class Run:
     ) -> tuple[nn.Module, Kept]:
         """Cut in as many steps as asked for, each after tagging anew; returns the smaller network and its filters
         counted in `net`."""
-        if self.first:
-            begin_anew(self.out, self.settings.common.ckpt)
         plan, chosen = plan_cut(net, self.example, recipe)
         stimulus, course = self.settings.stimulus, self.settings.course
 
         def cut_once(small: nn.Module, now: Recipe, step: int) -> Cut:
             known = response if step == 0 else None
             done = cut(small, self._material(), now, stimulus, known, assembly.bars())
+            if step == 0 and self.first:
+                begin_anew(self.out, self.settings.common.ckpt)
             return replace(done, net=done.net.to(memory_format=torch.channels_last))
 
         def between(small: nn.Module, step: int) -> nn.Module:

@@ -7,7 +7,6 @@ import math
 import shlex
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -59,7 +58,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     assembly.quiet()
     world_size(settings.trainer)
     out = assembly.prepare_output(settings.out)
-    rank_zero_only(record.write)(out, cfg, [record.TRAINING, record.METRICS, *record.PAGES])
+    stale = rank_zero_only(record.write)(out, cfg, [record.TRAINING, record.METRICS, *record.PAGES]) or []
     assembly.seed(common)
     config = assembly.model_config(settings.model)
     data = assembly.load_data(assembly.data_settings(settings))
@@ -102,11 +101,11 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     start = time.perf_counter()
     last = out / "checkpoints" / "last.ckpt"
     advice = f"interrupted; to go on, if an epoch was complete: {shlex.quote(override('ckpt_path', last))}"
-    goes_on = common.ckpt_path is not None and out.resolve() in Path(common.ckpt_path).resolve().parents
-    if trainer.is_global_zero and not goes_on:
+    goes_on = common.ckpt_path is not None and record.lies_in(common.ckpt_path, out)
+    if trainer.is_global_zero:
         # Of an earlier training in this folder: it would be taken for one of this.
-        for name in ("last.ckpt", "best.ckpt"):
-            (last.parent / name).unlink(missing_ok=True)
+        checkpoints = [] if goes_on else [last, last.with_name("best.ckpt")]
+        record.clear([*stale, *checkpoints])
     trainers.fit(trainer, classifier, data, common.ckpt_path, advice, common.compile)
     seconds = time.perf_counter() - start
     if data.validates and math.isnan(trainers.metric(trainer, "val/accuracy")):

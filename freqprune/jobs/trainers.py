@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -37,6 +38,16 @@ class AtomicCheckpoints(TorchCheckpointIO):
         write_atomically(path, checkpoint)
 
 
+def _of_stage(dirpath: str, out: Path, folder: Path) -> str:
+    """Where a stage of a run writes what the run writes to `dirpath`: each has checkpoints of its own."""
+    if folder == out:
+        return dirpath
+    given, run = Path(os.path.abspath(dirpath)), Path(os.path.abspath(out))
+    if given.is_relative_to(run):
+        return str(folder / given.relative_to(run))
+    return os.path.join(dirpath, folder.relative_to(out))
+
+
 def make_trainer(
     settings: Settings, folder: Path, callbacks: list[pl.Callback], max_epochs: int | None = None, logged: bool = True
 ) -> pl.Trainer:
@@ -60,13 +71,14 @@ def make_trainer(
         arguments = {**arguments, "enable_progress_bar": False}
     own = str(settings.out / "checkpoints")
     for name, spec in configured.items():
-        if name in _OURS and spec.get("dirpath", own) != own:
+        given = spec.get("dirpath") or (own if name in _OURS else None)
+        if name in _OURS and os.path.abspath(str(given)) != os.path.abspath(own):
             raise InputError(
                 f"callbacks.{name}.dirpath = {spec['dirpath']}: a run is gone on with from the checkpoints in its own "
                 "folder; choose that with hydra.run.dir, or add a callback of another name"
             )
-        if spec.get("dirpath") == own:
-            spec["dirpath"] = str(folder / "checkpoints")
+        if given is not None:
+            spec["dirpath"] = _of_stage(str(given), settings.out, folder)
     everything = [*callbacks, *(instantiate(spec) for spec in configured.values())]
     if not any(isinstance(one, pl.callbacks.ProgressBar) for one in everything):
         # Lightning would make a bar of its own.

@@ -63,6 +63,6 @@ def check_answers(model: nn.Module, batch: Tensor) -> None:
 def _way_out(said: str) -> str:
     if OF_VIEW in said:
         return "maps lie with their channels last here: write torch.flatten(x, 1) or x.reshape in the place of x.view"
-    if "dtype" in said or "same type" in said:
+    if "dtype" in said or "same type" in said or "scalar type" in said:
         return "give it images of the type of its weights"
     return "where it was made for images of another size, set data.image_size (of freqprune explain: image_size)"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
@@ -15,7 +16,7 @@ from freqprune.networks.blocks import drop_blocks, dropped_blocks
 from freqprune.networks.extras import extras, set_extras
 from freqprune.networks.files import read, write_atomically
 from freqprune.networks.heads import by_new_names
-from freqprune.networks.libraries import WEIGHTS
+from freqprune.networks.libraries import SET_BY_WEIGHTS, WEIGHTS
 from freqprune.networks.registry import build_model, config_of, model_names, resize
 
 PRUNED_FORMAT = "freqprune.pruned/1"
@@ -124,7 +125,9 @@ def check_resumable(path: str | Path, model: Mapping[str, Any]) -> int:
             f"ckpt_path = {path} is no training checkpoint; resume from checkpoints/last.ckpt of a run folder"
         )
     stored = dict(content.get("hyper_parameters", {}).get("model") or {})
-    for key in sorted({*stored, *model} - {*WEIGHTS}):
+    # What weights bring unasked was not always kept.
+    unasked = {*SET_BY_WEIGHTS} - {*stored}
+    for key in sorted({*stored, *model} - {*WEIGHTS} - unasked):
         if stored.get(key) != model.get(key):
             raise InputError(
                 f"ckpt_path = {path} trains a network with {key} = {stored.get(key)}, but model.{key} = "
@@ -162,22 +165,27 @@ def _cut_while_trained(content: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _as_stored(net: nn.Module, state: Mapping[str, Any]) -> None:
-    """Give parameters and buffers the types in which they were stored."""
+    """Give parameters and buffers the types in which they were stored, but none narrower than their own: in half
+    precision a file is small, and float images do not fit."""
     for name, values in [*net.named_parameters(), *net.named_buffers()]:
         stored = state.get(name)
         if isinstance(stored, Tensor) and stored.is_floating_point() and values.is_floating_point():
-            values.data = values.data.to(stored.dtype)
+            values.data = values.data.to(torch.promote_types(stored.dtype, values.dtype))
 
 
 def _of_the_network(state: Mapping[str, Any]) -> dict[str, Any]:
     """The network's part of a module's state dict: of ours, what is under ``net``."""
     own = {key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")}
-    return _strip_prefix(own or state)
+    return _uncompiled(own) if own else _strip_prefix(state)
+
+
+def _uncompiled(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what torch.compile puts between a module and the network in it."""
+    return {str(key).replace("_orig_mod.", ""): value for key, value in state.items()}
 
 
 def _strip_prefix(state: Mapping[str, Any]) -> dict[str, Any]:
-    # What torch.compile puts between a module and the network in it.
-    state = {str(key).replace("_orig_mod.", ""): value for key, value in state.items()}
+    state = _uncompiled(state)
     for prefix in _PREFIXES:
         if state and all(str(key).startswith(prefix) for key in state):
             return {key.removeprefix(prefix): value for key, value in state.items()}

@@ -22,7 +22,7 @@ TORCHVISION, TIMM = "torchvision/", "timm/"
 WEIGHTS = ("weights", "pretrained")
 _WITH_HELPERS = ("googlenet", "inception_v3")
 # Arguments that torchvision sets for trained weights, unasked.
-_SET_BY_WEIGHTS = {"transform_input": bool, "aux_logits": bool, "image_size": int}
+SET_BY_WEIGHTS = {"transform_input": bool, "aux_logits": bool, "image_size": int}
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def _from_torchvision(
         _replace_head(net, trained_for, num_classes)
         log.warning("the last layer of torchvision/%s is new: %d classes instead of %d", kind, num_classes, trained_for)
     given = {"name": f"{TORCHVISION}{kind}", "num_classes": num_classes or trained_for, **arguments}
-    given |= {key: kind(getattr(net, key)) for key, kind in _SET_BY_WEIGHTS.items() if hasattr(net, key)}
+    given |= {key: kind(getattr(net, key)) for key, kind in SET_BY_WEIGHTS.items() if hasattr(net, key)}
     if hasattr(net, "transform_input"):
         # These two would draw slowly what is loaded anyway.
         given["init_weights"] = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -72,7 +72,10 @@ def plan_cut(net: nn.Module, example: Tensor, recipe: Recipe) -> tuple[Plan, lis
         )
     if recipe.amount.macs_cut is not None and not plan.blocks:
         # Whatever the scores, an amount beyond every layer's floor is refused here already.
-        select({name: torch.ones(plan.unit(name).n_filters) for name in chosen}, recipe.amount, plan.macs)
+        try:
+            select({name: torch.ones(plan.unit(name).n_filters) for name in chosen}, recipe.amount, plan.macs)
+        except InputError as error:
+            raise InputError("; ".join([str(error), *_kept_whole(misread)])) from None
     if "moments" in needs(recipe.criterion):
         modules = dict(net.named_modules())
         kinds = (nn.Conv2d, nn.Linear, IndexShortcut)
@@ -128,11 +131,7 @@ def cut(
     evidence = gather(plan, chosen, material, recipe, stimulus, response, progress)
     misread = [name for name in plan.choose(recipe.layers, recipe.exclude, recipe.streams) if name not in chosen]
     chosen, notes = _seen_enough(plan, chosen, evidence.short, recipe)
-    if misread:
-        notes.append(
-            f"{len(misread)} layers keep their filters, as torch-pruning misreads how their channels pass through the "
-            f"network: {', '.join(misread)}"
-        )
+    notes += _kept_whole(misread)
     found = scores(recipe.criterion, evidence, chosen, progress)
     if plan.blocks:
         # Only in sequence a cut makes up for whole blocks.
@@ -160,6 +159,16 @@ def cut(
     small, more = _made_up_for(plan, small, kept, evidence, material, recipe, stimulus, progress)
     notes += more + _overshoot(plan, kept, amount)
     return Cut(small, inner, found, evidence.response, notes, plan.dropped(kept), promise)
+
+
+def _kept_whole(misread: Sequence[str]) -> list[str]:
+    """A remark on the layers that torch-pruning misreads, if there are any."""
+    if not misread:
+        return []
+    return [
+        f"{len(misread)} layers keep their filters, as torch-pruning misreads how their channels pass through the "
+        f"network: {', '.join(misread)}"
+    ]
 
 
 def _seen_enough(

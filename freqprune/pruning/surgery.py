@@ -94,7 +94,10 @@ class Plan:
         spared = {owner.get(name, name) for name in dropped}
         picked = [name for name in picked if name not in spared]
         if not picked:
-            raise InputError("pruning.layers and pruning.exclude leave no layer to prune")
+            why = [
+                f"{name} shares its channels with {', '.join(of[:3])}" for name, of in list(self.coupled.items())[:2]
+            ]
+            raise InputError("; ".join(["pruning.layers and pruning.exclude leave no layer to prune", *why]))
         return picked
 
     def spare_blocks(

@@ -65,24 +65,34 @@ def _settings(cfg: DictConfig) -> dict[str, Any]:
     return found
 
 
-def write(out: Path, cfg: DictConfig, results: Sequence[str] = ()) -> None:
+def lies_in(path: str | Path, folder: Path) -> bool:
+    """Whether a file is in a folder, by its own name or by where links lead."""
+    plain, real = (os.path.abspath, os.path.realpath)
+    return any(Path(where(folder)) in Path(where(path)).parents for where in (plain, real))
+
+
+def write(out: Path, cfg: DictConfig, results: Sequence[str] = ()) -> list[Path]:
     """Write ``run.json``: command, settings, versions, machine.
 
     Args:
         out: the folder.
         cfg: the settings.
-        results: files, or patterns of them, that go if a run with other settings has left them, and this one does not
-            go on from there: they would be taken for its own.
+        results: files, or patterns of them, that would be taken for this run's own if one with other settings has left
+            them, and this one does not go on from there; `METRICS` goes at once.
+
+    Returns:
+        What has to go of the others once it is clear that there will be results.
     """
     settings = _settings(cfg)
     resumed, ckpt, dense = (cfg.get(key) for key in ("resume", "ckpt_path", "ckpt"))
     goes_on = resumed is not None and Path(resumed).resolve() == out.resolve()
-    goes_on = goes_on or (ckpt is not None and out.resolve() in Path(ckpt).resolve().parents)
+    goes_on = goes_on or (ckpt is not None and lies_in(ckpt, out))
+    stale: list[Path] = []
     if read_json(out / RUN).get("settings", settings) != settings and not goes_on:
         # Of the training whose network is pruned there is more to see.
-        here = dense is not None and out.resolve() in Path(dense).resolve().parents
-        for path in [path for name in results if not (here and name in PAGES) for path in out.glob(name)]:
-            path.unlink(missing_ok=True)
+        here = dense is not None and lies_in(dense, out)
+        stale = [path for name in results if not (here and name in PAGES) for path in out.glob(name)]
+        (out / METRICS).unlink(missing_ok=True)
     command = None
     if HydraConfig.initialized():
         job = HydraConfig.get()
@@ -90,6 +100,13 @@ def write(out: Path, cfg: DictConfig, results: Sequence[str] = ()) -> None:
         command = f"{program} {shlex.join(job.overrides.task)}".strip()
     machine = {"system": platform.platform(terse=True), "processor": platform.machine(), "cores": os.cpu_count()}
     write_json(out / RUN, {"command": command, "settings": settings, "versions": _versions(), "machine": machine})
+    return stale
+
+
+def clear(paths: Sequence[Path]) -> None:
+    """Remove files that are there."""
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def is_finished(folder: Path) -> bool:

@@ -64,7 +64,9 @@ def read_sweep(folder: str | Path) -> list[Job]:
             f"{folder} holds no jobs (folders with .hydra/overrides.yaml); give the folder of a sweep, such as "
             "multirun/prune/<time>"
         )
-    if any(job.state == "unfinished" and job.folder and (job.folder / "explain.html").is_file() for job in found):
+    explained = [job for job in found if job.state == "unfinished" and job.folder and _is_explanation(job.folder)]
+    found = [job for job in found if job not in explained]
+    if explained and not found:
         raise InputError(
             f"{folder} is a sweep of explain, which has no figures to gather: see explain.html of each job"
         )
@@ -75,6 +77,10 @@ def read_sweep(folder: str | Path) -> list[Job]:
             if overrides not in known and sweep / str(number) not in damaged:
                 found.append(Job(str((sweep / str(number)).relative_to(folder)), "not started", overrides))
     return found
+
+
+def _is_explanation(folder: Path) -> bool:
+    return (folder / "explain.html").is_file()
 
 
 def _sweeps(folder: Path) -> list[Path]:

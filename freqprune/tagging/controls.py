@@ -52,14 +52,16 @@ def untrained(model: nn.Module, seed: int = 0) -> nn.Module:
                     f"{name or type(module).__name__} ({type(module).__name__}) has weights but no reset_parameters(); "
                     "build an untrained network anew"
                 )
-            for values in module.parameters(recurse=False):
+            # What does not train, such as a mask, may stay.
+            drawn = {own: values for own, values in module.named_parameters(recurse=False) if values.requires_grad}
+            for values in drawn.values():
                 values.data.fill_(torch.nan)
             reset()
-            for own, values in module.named_parameters(recurse=False):
+            for own, values in drawn.items():
                 if values.isnan().any():
                     raise InputError(
-                        f"{name}.{own} is not drawn by reset_parameters(), as the weights that spectral_norm and its "
-                        "like keep are not; build an untrained network anew"
+                        f"{f'{name}.{own}'.lstrip('.')} is not drawn by reset_parameters(), as the weights that "
+                        "spectral_norm and its like keep are not; build an untrained network anew"
                     )
     return fresh
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -20,6 +21,8 @@ from freqprune.tagging.response import LayerResponse, TagResponse
 from freqprune.tagging.sites import find_folds, find_sites
 from freqprune.tagging.spectrum import frame_transform
 from freqprune.tagging.stimulus import Stimulus, check_pixels
+
+log = logging.getLogger(__name__)
 
 _TOGETHER = ""
 
@@ -104,7 +107,8 @@ def tag(
     device = images.device if parameter is None else parameter.device
     precision = dtype_of(model)
     if half is not None and precision == torch.float64:
-        raise InputError(f"half = {half} has no effect on a network of float64: leave it out, or pass net.float()")
+        log.warning("half = %s has no effect on a network of float64, which is tagged as it is", half)
+        half = None
     prepare, _ = normalizer_for(model, images, mean, std, device, precision)
     sites = find_sites(model, prepare(images[:1]), pick_layers(model, layers), where)
     folds = find_folds(model, prepare(images[:1]), sites)

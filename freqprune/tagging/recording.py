@@ -119,7 +119,7 @@ class Recorder:
                 tensor = first_tensor(output) if site.call == call else None
                 if tensor is not None:
                     # A gradient needs what the network may go on to change in place.
-                    given = tensor.clone() if self.gradients else tensor
+                    given = tensor.clone() if self.gradients and site.then is not None else tensor
                     response = site.then(given) if site.then is not None else tensor
                     reading = self.reduce(response if self.gradients else response.detach(), site.channel_dim)
                     # What shares the output's memory would change with the next operation in place.

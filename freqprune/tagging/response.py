@@ -111,17 +111,17 @@ class TagResponse:
     def power_ratio(
         self, layer: str, which: Sequence[str] | str = "fundamentals", n_neighbours: int = 2, skip: int = 0
     ) -> Tensor:
-        """Power SNR against `n_neighbours` bins on each side after `skip`, predicted responses left out; NaN where the
-        noise bins hold rounding error only; see `freqprune.tagging.spectrum.power_ratio`."""
+        """Power SNR against `n_neighbours` bins on each side after `skip`, predicted responses left out; NaN of
+        filters that answer nothing; see `freqprune.tagging.spectrum.power_ratio`."""
         ratio = power_ratio(self._noisy_power(layer), self._bins(which), n_neighbours, skip, self._predicted)
-        return torch.where(self._noise_free(layer, which), torch.nan, ratio)
+        return torch.where(self._silent(layer), torch.nan, ratio)
 
     def z_score(self, layer: str, which: Sequence[str] | str = "fundamentals", n_neighbours: int = 10) -> Tensor:
         """Standard deviations above `n_neighbours` noise bins on each side, predicted responses left out, ``(n_filters,
-        n_components)``; NaN where those hold rounding error only."""
+        n_components)``; NaN of filters that answer nothing."""
         noisy = self._noisy_amplitude(layer)
         z = z_score(noisy, self._bins(which), range(1, n_neighbours + 1), self._predicted)
-        return torch.where(self._noise_free(layer, which), torch.nan, z)
+        return torch.where(self._silent(layer), torch.nan, z)
 
     def corrected_amplitude(self, layer: str, which: Sequence[str] | str = "harmonics") -> Tensor:
         """Amplitude less that of the noise bins, summed over components, ``(n_filters,)`` (Retter, Rossion & Schiltz
@@ -201,6 +201,11 @@ class TagResponse:
         p_values = significance(power, bins, n_images)
         return torch.where(self._noise_free(layer, which), 1.0, p_values)
 
+    def _silent(self, layer: str) -> Tensor:
+        """Filters that the tags themselves move by no more than rounding: they answer nothing, whatever their mean;
+        ``(n_filters, 1)``."""
+        return (self.layers[layer].amplitude[:, 1:].amax(-1) <= self.rounding(layer))[:, None]
+
     def _noise_free(self, layer: str, which: Sequence[str] | str) -> Tensor:
         """Where the noise bins hold rounding error only, ``(n_filters, n_components)``."""
         spectrum = self._noisy_amplitude(layer)
@@ -213,8 +218,7 @@ class TagResponse:
         if response.noisy_amplitude is not None:
             floor = baseline(response.noisy_amplitude, bins)
             undefined = is_noise_free(response.noisy_amplitude, floor, self.precision).any(-1)
-        # A filter that the tags themselves move by no more than rounding answers nothing, whatever its mean.
-        dead = response.amplitude[:, 1:].amax(-1) <= self.rounding(layer)
+        dead = self._silent(layer)[:, 0]
         return [
             "" if not u else "dead" if d else "noise-free"
             for u, d in zip(undefined.tolist(), dead.tolist(), strict=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.attribution.effects import estimate
-from freqprune.attribution.gates import gates, halves, opened, overlapped, waves
+from freqprune.attribution.gates import check_apart, gates, halves, opened, overlapped, waves
 from freqprune.attribution.images import attribute
 from freqprune.errors import InputError
 from freqprune.networks.exports import export
@@ -291,6 +291,29 @@ def test_a_baseline_is_of_pixels_as_the_images_are() -> None:
         attribute(net, images, grid=2, forwards=64, baseline=torch.full((3, 8, 8), 255, dtype=torch.uint8), **norm)
     with pytest.raises(InputError, match="baseline must hold pixels in"):
         attribute(net, images, grid=2, forwards=64, baseline=(images - 0.5) / 0.2, **norm)
+
+
+def test_rounding_of_a_baseline_of_ones_own_is_none_of_its_faults() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    images, norm = torch.rand(1, 3, 8, 8), {"mean": [0.5] * 3, "std": [0.2] * 3}
+    for more in (1e-6, -1e-6):
+        found = attribute(net, images, grid=2, forwards=64, baseline=images.round() + more, **norm)
+        assert found.effects.isfinite().all()
+
+
+def test_work_on_a_map_leaves_the_attribution_alone() -> None:
+    found = attribute(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), torch.rand(1, 3, 8, 8), grid=2, forwards=64)
+    before = found.maps.clone()
+    found.maps[0].sub_(1)
+    assert torch.equal(found.maps, before)
+
+
+def test_parts_that_lie_close_are_tagged_and_said_to_be_unsure() -> None:
+    where = torch.tensor([[0.0, 0.0], [0.0, 0.05], [3.0, 0.0]], dtype=torch.float64)
+    check_apart(where, 0.5)
+    check_apart(torch.zeros(3, 2), 0.0)
+    with pytest.raises(InputError, match="parts 0 and 1 lie around the same point"):
+        check_apart(where * 1e-3, 0.5)
 
 
 @pytest.mark.parametrize("baseline", ["mean", "blur"])

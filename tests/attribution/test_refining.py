@@ -64,6 +64,13 @@ def test_refining_refuses(arguments: dict[str, object], message: str) -> None:
         attribute_fine(OfTiles(lambda tiles: tiles[:, 0]), IMAGES, **arguments)
 
 
+def test_masks_that_differ_from_image_to_image_need_what_they_have() -> None:
+    """Not all images have all numbers: fewer parts are split than of a grid of as many."""
+    segments = torch.arange(12).view(3, 2, 2).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    found = attribute_fine(OfTiles(lambda tiles: tiles[:, 0]), IMAGES, segments=segments, refine=1, forwards=112)
+    assert found.forwards == 48 + 4 * len(found.part_names) <= 112
+
+
 def test_too_few_forwards_are_refused_before_any_recording() -> None:
     class Counted(nn.Module):
         seen = 0

@@ -248,14 +248,24 @@ def test_words_for_no_are_no_everywhere(word: str, tmp_path: Path) -> None:
     assert names_trained(yes) == "model.pretrained"
 
 
-def test_weight_decay_of_a_fine_tuning_is_not_that_of_another_optimizer(tmp_path: Path) -> None:
-    def decay(*overrides: str) -> float:
-        return read(config("train", tmp_path, "optimizer.weight_decay=0.05", *overrides)).finetune.weight_decay
+def test_weight_decay_of_another_optimizer_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def told(*overrides: str) -> bool:
+        caplog.clear()
+        read(config("train", tmp_path, "pruning=filters", "optimizer.weight_decay=0.05", *overrides))
+        return "finetune.weight_decay = 0.05 is that of the training by AdamW, and SGD means" in caplog.text
 
-    assert decay() == 0.05
-    assert decay("optimizer.name=AdamW", "optimizer.lr=1e-3") == 5e-4
-    assert decay("optimizer.name=AdamW", "finetune.name=AdamW") == 0.05
-    assert decay("optimizer.name=AdamW", "finetune.weight_decay=1e-4") == 1e-4
+    assert told("optimizer.name=AdamW", "optimizer.lr=1e-3")
+    assert not told()
+    assert not told("optimizer.name=torch.optim.SGD")
+    assert not told("optimizer.name=AdamW", "finetune.name=AdamW")
+    assert not told("optimizer.name=AdamW", "finetune.weight_decay=0.05")
+    assert not told("optimizer.name=AdamW", "pruning=none")
+
+
+def test_names_may_be_words_for_no(tmp_path: Path) -> None:
+    settings = read(config("train", tmp_path, "data=huggingface", "data.path=x", "data.name=no", "logger.name=on"))
+    assert settings.data["name"] == "no"
+    assert settings.logger["name"] == "on"
 
 
 def test_an_amount_that_nothing_cuts_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from freqprune import load_pruned
 from freqprune.errors import InputError
 from freqprune.jobs.prune import prune
+from freqprune.jobs.resuming import begin_anew
 from freqprune.jobs.train import train
 from freqprune.networks.blocks import Shortcut
 from freqprune.networks.checkpoint import epochs_done, load_network
@@ -248,3 +249,16 @@ def test_a_run_goes_on_from_nothing_of_an_earlier_one_in_its_folder(
     torch.testing.assert_close(resumed.state_dict(), whole.state_dict())
     prune(config("prune", tmp_path, ckpt, "pruning=none"))
     assert not (tmp_path / "figures" / "kept_per_layer.png").exists()
+
+
+def test_a_new_run_leaves_what_is_not_of_an_earlier_one(tmp_path: Path) -> None:
+    files = {
+        name: tmp_path / name / "checkpoints" / "last.ckpt"
+        for name in ("finetune", "from_scratch", "step1", "step_lr_study", "checkpoints")
+    }
+    for file in (*files.values(), tmp_path / "pruned.ckpt"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("")
+    begin_anew(tmp_path, str(files["finetune"]))
+    assert {name for name, file in files.items() if file.is_file()} == {"finetune", "step_lr_study", "checkpoints"}
+    assert not (tmp_path / "pruned.ckpt").exists()

@@ -98,7 +98,7 @@ def test_trains_with_a_loss_from_the_tags(
         (["tagging.tag_freqs=fast"], "tagging.tag_freqs must be a list"),
         (["tagging.n_images=2.5"], "tagging.n_images must be a whole number, got 2.5"),
         (["pruning=filters", "pruning.ratio=half"], "pruning.ratio must be a number or null, got 'half'"),
-        (["pruning=filters", "pruning.bn_when=before"], "pruning.bn_when must be one of auto, always, got 'before'"),
+        (["pruning=filters", "pruning.bn_when=before"], "pruning.bn_when must be one of auto, after, got 'before'"),
         (["compile=maybe"], "compile must be true or false or reduce-overhead or max-autotune, got 'maybe'"),
         (["+tagging.n_image=3"], "tagging.n_image is not a setting; did you mean"),
         (["+finetune.lrs=3"], "finetune.lrs is not a setting; did you mean finetune.lr"),

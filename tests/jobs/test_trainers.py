@@ -232,6 +232,16 @@ def test_a_callback_of_ones_own_writes_where_it_is_told(tmp_path: Path) -> None:
     settings = read(config("train", tmp_path, f"+callbacks.every={more}"))
     made = trainers.make_trainer(settings, tmp_path, []).checkpoint_callbacks
     assert sorted({str(one.dirpath) for one in made}) == sorted({"/x", str(tmp_path / "checkpoints")})  # type: ignore[attr-defined]
+    # A stage of the run has checkpoints of its own, wherever they lie.
+    inside = more.replace("/x", "'${output_dir}/keep'")
+    for spec, of_stage in ((more, "/x/finetune"), (inside, str(tmp_path / "finetune" / "keep"))):
+        settings = read(config("train", tmp_path, f"+callbacks.every={spec}"))
+        made = trainers.make_trainer(settings, tmp_path / "finetune", [], 1).checkpoint_callbacks
+        expected = {of_stage, str(tmp_path / "finetune" / "checkpoints")}
+        assert {str(one.dirpath) for one in made} == expected  # type: ignore[attr-defined]
+    for same in ("null", f"{tmp_path}//checkpoints/"):
+        settings = read(config("train", tmp_path, f"callbacks.last.dirpath={same}"))
+        assert len(trainers.make_trainer(settings, tmp_path, []).checkpoint_callbacks) == 2
     settings = read(config("train", tmp_path, "callbacks.last.dirpath=/x"))
     with pytest.raises(InputError, match=r"callbacks.last.dirpath = /x: a run is gone on with from"):
         trainers.make_trainer(settings, tmp_path, [])

@@ -234,11 +234,29 @@ def test_buffers_that_no_state_dict_holds_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_a_pruned_network_keeps_its_type(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_pruned_network_keeps_its_type_but_takes_float_images(dtype: torch.dtype, tmp_path: Path) -> None:
     net = build_model({"name": "resnet8"}).to(dtype)
     save_pruned(tmp_path / "p.ckpt", net, {})
-    again = load_pruned(tmp_path / "p.ckpt")
-    assert {v.dtype for v in again.state_dict().values() if v.is_floating_point()} == {dtype}
+    again, expected = load_pruned(tmp_path / "p.ckpt"), torch.promote_types(dtype, torch.float32)
+    assert {v.dtype for v in again.state_dict().values() if v.is_floating_point()} == {expected}
+    assert again(torch.rand(1, 3, 16, 16, dtype=expected)).isfinite().all()
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), net.parameters(), strict=True))
+
+
+def test_a_network_whose_only_child_is_called_model_is_read(tmp_path: Path) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, num_classes: int = 10) -> None:
+            super().__init__()
+            self.model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 10))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(x)  # type: ignore[no-any-return]
+
+    register_model("wrapped", Wrapped)
+    net = build_model({"name": "wrapped"})
+    state = {f"net.{key}": value for key, value in net.state_dict().items()}
+    torch.save({"state_dict": state, "hyper_parameters": {"model": {"name": "wrapped"}}}, tmp_path / "last.ckpt")
+    again = load_network(tmp_path / "last.ckpt").net
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), net.parameters(), strict=True))
 
 

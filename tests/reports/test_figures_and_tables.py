@@ -209,6 +209,27 @@ def test_results_of_other_settings_do_not_stay(tmp_path: Path) -> None:
     assert not left(seed=4, resume=str(tmp_path / "other"))
 
 
+def test_pages_of_other_settings_go_once_there_are_results(tmp_path: Path) -> None:
+    settings = {"output_dir": str(tmp_path), "resume": None, "ckpt_path": None}
+    page = tmp_path / "report.html"
+    page.write_text("of seed 0")
+    for seed, stale in ((0, []), (0, []), (1, [page])):
+        cfg = OmegaConf.create({**settings, "seed": seed})
+        assert record.write(tmp_path, cfg, [record.METRICS, *record.PAGES]) == stale
+        assert page.is_file()
+    record.clear([page, page])
+    assert not page.is_file()
+
+
+def test_a_file_lies_in_a_folder_by_its_name_or_where_links_lead(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "scratch")
+    assert record.lies_in(tmp_path / "run" / "checkpoints" / "last.ckpt", tmp_path / "run")
+    assert record.lies_in(tmp_path / "run" / ".." / "scratch" / "last.ckpt", tmp_path / "scratch")
+    assert not record.lies_in(tmp_path / "scratch" / "last.ckpt", tmp_path / "run")
+
+
 def test_lines_of_classes_are_medians_like_the_others(tmp_path: Path) -> None:
     net, images = build_model({"name": "resnet8"}), torch.rand(2, 3, 16, 16)
     response = tag(net, images, layers=["conv1", "layer1.0.conv1"])

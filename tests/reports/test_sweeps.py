@@ -319,6 +319,16 @@ def test_labels_stay_apart_and_short(tmp_path: Path) -> None:
     gather([tmp_path], tmp_path / "out")
 
 
+def test_an_explanation_in_the_folder_of_a_job_is_passed_over(sweep: Path) -> None:
+    before = len(read_sweep(sweep))
+    (sweep / "0" / "explain" / ".hydra").mkdir(parents=True)
+    OmegaConf.save(OmegaConf.create(["ckpt=x"]), sweep / "0" / "explain" / ".hydra" / "overrides.yaml")
+    (sweep / "0" / "explain" / "explain.html").write_text("")
+    assert len(read_sweep(sweep)) == before
+    with pytest.raises(InputError, match="is a sweep of explain"):
+        read_sweep(sweep / "0" / "explain")
+
+
 def test_checkpoints_are_named_in_figures_by_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(2):
         job(tmp_path / str(number), [f"ckpt=multirun/train/today/{number}/checkpoints/last.ckpt"], 0.8)

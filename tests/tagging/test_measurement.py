@@ -242,6 +242,8 @@ def test_networks_that_take_views_are_tagged(images: Tensor) -> None:
         check_answers(Viewed(), images.to(memory_format=torch.channels_last))
 
 
-def test_half_precision_of_doubles_is_refused(images: Tensor) -> None:
-    with pytest.raises(InputError, match="has no effect on a network of float64"):
-        tag(nn.Sequential(nn.Conv2d(3, 2, 3)).double(), images, half="bfloat16")
+def test_half_precision_of_doubles_is_told(images: Tensor, caplog: pytest.LogCaptureFixture) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 2, 3)).double()
+    found, expected = (tag(net, images, half=half).layers["0"].amplitude for half in ("bfloat16", None))
+    assert "half = bfloat16 has no effect on a network of float64" in caplog.text
+    assert torch.equal(found, expected)

@@ -79,13 +79,22 @@ class Rates(pl.Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         group = trainer.optimizers[0].param_groups[0]
-        self.seen.append(tuple(round(group[key], 6) for key in ("lr", "weight_decay", "momentum")))
+        self.seen.append(tuple(round(group.get(key, 0.0), 6) for key in ("lr", "weight_decay", "momentum")))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.last = trainer.optimizers[0].param_groups[0]
 
 
-def go_on(tmp_path: Path, ckpt: Path | None = None, **settings: Any) -> list[tuple[float, ...]]:
+def go_on(
+    tmp_path: Path,
+    ckpt: Path | None = None,
+    rates: Rates | None = None,
+    kind: type[Classifier] = Classifier,
+    **settings: Any,
+) -> list[tuple[float, ...]]:
     pl.seed_everything(0, verbose=False)
-    module = Classifier({"name": "resnet8", "stage_widths": [4, 4, 8]}, **settings)
-    digits, rates = DigitsData(limit_train=64, limit_test=50, batch_size=16), Rates()
+    module = kind({"name": "resnet8", "stage_widths": [4, 4, 8]}, **settings)
+    digits, rates = DigitsData(limit_train=64, limit_test=50, batch_size=16), rates or Rates()
     run = trainer(tmp_path, rates, max_epochs=1 if ckpt is None else 2)
     run.fit(module, datamodule=digits, ckpt_path=ckpt, weights_only=True)
     if ckpt is None:
@@ -96,11 +105,51 @@ def go_on(tmp_path: Path, ckpt: Path | None = None, **settings: Any) -> list[tup
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_a_training_goes_on_with_the_rate_that_is_asked_for(schedule: str, tmp_path: Path) -> None:
     go_on(tmp_path, lr=0.1, schedule=schedule)
-    asked = {"lr": 0.001, "weight_decay": 0.0, "momentum": 0.5}
-    [(lr, weight_decay, momentum)] = go_on(tmp_path, tmp_path / "last.ckpt", schedule=schedule, **asked)
+    asked, rates = {"lr": 0.001, "weight_decay": 0.0, "momentum": 0.5}, Rates()
+    [(lr, weight_decay, momentum)] = go_on(tmp_path, tmp_path / "last.ckpt", rates, schedule=schedule, **asked)
     # Half of the cosine is over.
     assert lr == pytest.approx(0.001 if schedule == "constant" else 0.0005)
     assert (weight_decay, momentum) == (0.0, 0.5)
+    assert rates.last["lr"] == pytest.approx(0.001 if schedule == "constant" else 0.0)
+
+
+class Own(Classifier):
+    """With an optimizer of its own, in two groups."""
+
+    def configure_optimizers(self) -> Any:
+        first, *others = self.net.parameters()
+        return torch.optim.AdamW([{"params": [first]}, {"params": others}], lr=1e-3, weight_decay=0.01)
+
+
+def test_an_optimizer_of_ones_own_goes_on_as_it_was(tmp_path: Path) -> None:
+    go_on(tmp_path, kind=Own)
+    assert go_on(tmp_path, tmp_path / "last.ckpt", kind=Own, name="Adam") == [(0.001, 0.01, 0.0)]
+
+
+class Counting(torch.optim.SGD):
+    """Keeps state where settings are, as Prodigy does."""
+
+    def __init__(self, params: Any, lr: float, weight_decay: float) -> None:
+        super().__init__(params, lr, weight_decay=weight_decay)
+        for group in self.param_groups:
+            group["k"] = 0
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["k"] += 1
+        return super().step(closure)
+
+
+def test_state_among_the_settings_of_an_optimizer_stays(tmp_path: Path) -> None:
+    name, rates = f"{__name__}.Counting", Rates()
+    go_on(tmp_path, name=name)
+    go_on(tmp_path, tmp_path / "last.ckpt", rates, name=name)
+    assert rates.last["k"] == 8
+
+
+def test_the_same_optimizer_by_another_name_goes_on(tmp_path: Path) -> None:
+    go_on(tmp_path)
+    assert len(go_on(tmp_path, tmp_path / "last.ckpt", name="torch.optim.SGD")) == 1
 
 
 @pytest.mark.parametrize("other", [{"name": "AdamW", "lr": 0.001}, {"decay_norms": False}])
