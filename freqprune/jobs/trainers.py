@@ -40,12 +40,12 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
 def _of_stage(dirpath: str, out: Path, folder: Path) -> str:
     """Where a stage of a run writes what the run writes to `dirpath`: each has checkpoints of its own."""
-    if folder == out:
+    given, run, stage = (Path(os.path.abspath(path)) for path in (dirpath, out, folder))
+    if stage == run or not stage.is_relative_to(run):
         return dirpath
-    given, run = Path(os.path.abspath(dirpath)), Path(os.path.abspath(out))
     if given.is_relative_to(run):
-        return str(folder / given.relative_to(run))
-    return os.path.join(dirpath, folder.relative_to(out))
+        return str(stage / given.relative_to(run))
+    return os.path.join(dirpath, stage.relative_to(run))
 
 
 def make_trainer(

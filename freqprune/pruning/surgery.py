@@ -94,10 +94,12 @@ class Plan:
         spared = {owner.get(name, name) for name in dropped}
         picked = [name for name in picked if name not in spared]
         if not picked:
-            why = [
-                f"{name} shares its channels with {', '.join(of[:3])}" for name, of in list(self.coupled.items())[:2]
-            ]
-            raise InputError("; ".join(["pruning.layers and pruning.exclude leave no layer to prune", *why]))
+            if include is not None or exclude is not None or not self.coupled:
+                raise InputError("pruning.layers and pruning.exclude leave no layer to prune")
+            first, others = next(iter(self.coupled.items()))
+            raise InputError(
+                f"no layer can be pruned alone: {first} shares its channels with {', '.join(others[:3])}, and so on"
+            )
         return picked
 
     def spare_blocks(

@@ -78,10 +78,10 @@ def write(out: Path, cfg: DictConfig, results: Sequence[str] = ()) -> list[Path]
         out: the folder.
         cfg: the settings.
         results: files, or patterns of them, that would be taken for this run's own if one with other settings has left
-            them, and this one does not go on from there; `METRICS` goes at once.
+            them, and this one does not go on from there; they go at once, but for `PAGES`.
 
     Returns:
-        What has to go of the others once it is clear that there will be results.
+        Pages that have to go once it is clear that there will be others.
     """
     settings = _settings(cfg)
     resumed, ckpt, dense = (cfg.get(key) for key in ("resume", "ckpt_path", "ckpt"))
@@ -91,8 +91,8 @@ def write(out: Path, cfg: DictConfig, results: Sequence[str] = ()) -> list[Path]
     if read_json(out / RUN).get("settings", settings) != settings and not goes_on:
         # Of the training whose network is pruned there is more to see.
         here = dense is not None and lies_in(dense, out)
-        stale = [path for name in results if not (here and name in PAGES) for path in out.glob(name)]
-        (out / METRICS).unlink(missing_ok=True)
+        clear([out / name for name in results if name not in PAGES])
+        stale = [] if here else [path for name in results if name in PAGES for path in out.glob(name)]
     command = None
     if HydraConfig.initialized():
         job = HydraConfig.get()

@@ -213,6 +213,11 @@ def test_pages_of_other_settings_go_once_there_are_results(tmp_path: Path) -> No
     settings = {"output_dir": str(tmp_path), "resume": None, "ckpt_path": None}
     page = tmp_path / "report.html"
     page.write_text("of seed 0")
+    (tmp_path / record.METRICS).write_text("{}")
+    record.write(tmp_path, OmegaConf.create({**settings, "seed": 1}))
+    # An explanation has no such results.
+    assert record.write(tmp_path, OmegaConf.create({**settings, "seed": 0})) == []
+    assert (tmp_path / record.METRICS).is_file()
     for seed, stale in ((0, []), (0, []), (1, [page])):
         cfg = OmegaConf.create({**settings, "seed": seed})
         assert record.write(tmp_path, cfg, [record.METRICS, *record.PAGES]) == stale
