@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.networks.blocks import drop_blocks, dropped_blocks
-from freqprune.networks.extras import extras, set_extras
+from freqprune.networks.extras import extras, set_extras, take_types
 from freqprune.networks.files import read, write_atomically
 from freqprune.networks.heads import by_new_names
 from freqprune.networks.libraries import SET_BY_WEIGHTS, WEIGHTS
@@ -107,7 +106,7 @@ def load_network(path: str | Path, model: Mapping[str, Any] | None = None) -> St
     if content.get("format") == PRUNED_FORMAT:
         resize(net, state)
         set_extras(net, content)
-        _as_stored(net, state)
+        take_types(net, state)
     elif _cut_while_trained(content):
         resize(net, state)
         set_extras(net, _cut_while_trained(content))
@@ -162,15 +161,6 @@ def _cut_while_trained(content: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a checkpoint says of cuts by `TagPruning`; empty if there were none."""
     said = (content.get("callbacks") or {}).get("TagPruning") or {}
     return said if said.get("kept") else {}
-
-
-def _as_stored(net: nn.Module, state: Mapping[str, Any]) -> None:
-    """Give parameters and buffers the types in which they were stored, but none narrower than their own: in half
-    precision a file is small, and float images do not fit."""
-    for name, values in [*net.named_parameters(), *net.named_buffers()]:
-        stored = state.get(name)
-        if isinstance(stored, Tensor) and stored.is_floating_point() and values.is_floating_point():
-            values.data = values.data.to(torch.promote_types(stored.dtype, values.dtype))
 
 
 def _of_the_network(state: Mapping[str, Any]) -> dict[str, Any]:

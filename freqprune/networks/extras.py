@@ -1,4 +1,5 @@
-"""What a network knows beyond its config and its state dict: what shortcuts without weights pick, buffers not kept."""
+"""What a network knows beyond its config and its state dict: what shortcuts without weights pick, buffers not kept,
+types."""
 
 from __future__ import annotations
 
@@ -54,3 +55,12 @@ def set_extras(net: nn.Module, given: Mapping[str, Any]) -> None:
     for name, buffer in (given.get("buffers") or {}).items():
         owner, _, child = name.rpartition(".")
         setattr(net.get_submodule(owner), child, buffer)
+
+
+def take_types(net: nn.Module, state: Mapping[str, Any]) -> None:
+    """Give parameters and buffers the types in which they were stored, but none narrower than their own: in half
+    precision a file is small, and float images do not fit."""
+    for name, values in [*net.named_parameters(), *net.named_buffers()]:
+        stored = state.get(name)
+        if isinstance(stored, Tensor) and stored.is_floating_point() and values.is_floating_point():
+            values.data = values.data.to(torch.promote_types(stored.dtype, values.dtype))

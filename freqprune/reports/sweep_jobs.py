@@ -58,17 +58,16 @@ def read_sweep(folder: str | Path) -> list[Job]:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give the folder of a sweep, such as multirun/prune/<time>")
-    found = [_read_job(path, folder) for path in _job_folders(folder)]
+    folders = _job_folders(folder)
+    found = [_read_job(path, folder) for path in folders if not (path / "explain.html").is_file() or is_finished(path)]
+    if folders and not found:
+        raise InputError(
+            f"{folder} is a sweep of explain, which has no figures to gather: see explain.html of each job"
+        )
     if not found:
         raise InputError(
             f"{folder} holds no jobs (folders with .hydra/overrides.yaml); give the folder of a sweep, such as "
             "multirun/prune/<time>"
-        )
-    explained = [job for job in found if job.state == "unfinished" and job.folder and _is_explanation(job.folder)]
-    found = [job for job in found if job not in explained]
-    if explained and not found:
-        raise InputError(
-            f"{folder} is a sweep of explain, which has no figures to gather: see explain.html of each job"
         )
     for sweep in _sweeps(folder):
         known = [job.overrides for job in found if job.folder and sweep in job.folder.parents]
@@ -77,10 +76,6 @@ def read_sweep(folder: str | Path) -> list[Job]:
             if overrides not in known and sweep / str(number) not in damaged:
                 found.append(Job(str((sweep / str(number)).relative_to(folder)), "not started", overrides))
     return found
-
-
-def _is_explanation(folder: Path) -> bool:
-    return (folder / "explain.html").is_file()
 
 
 def _sweeps(folder: Path) -> list[Path]:
