@@ -67,8 +67,7 @@ def _settings(cfg: DictConfig) -> dict[str, Any]:
 
 def lies_in(path: str | Path, folder: Path) -> bool:
     """Whether a file is in a folder, by its own name or by where links lead."""
-    plain, real = (os.path.abspath, os.path.realpath)
-    return any(Path(where(folder)) in Path(where(path)).parents for where in (plain, real))
+    return any(Path(where(folder)) in Path(where(path)).parents for where in (os.path.abspath, os.path.realpath))
 
 
 def write(out: Path, cfg: DictConfig, results: Sequence[str] = ()) -> list[Path]:

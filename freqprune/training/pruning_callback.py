@@ -143,7 +143,6 @@ class TagPruning(TagsInTraining):
     def _replace(self, pl_module: pl.LightningModule, small: nn.Module) -> None:
         """Put a smaller network in the place of the old one, and into what checkpoints say of it."""
         old = self._net(pl_module)
-        setattr(pl_module, self._attribute(pl_module), small)
         for name in [name for name, child in pl_module._modules.items() if child is old]:
             setattr(pl_module, name, small)
         self._made = small

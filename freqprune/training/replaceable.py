@@ -36,13 +36,13 @@ def check_module(trainer: pl.Trainer, pl_module: pl.LightningModule, attribute: 
     """Raise InputError where something holds on to layers of the network under `attribute`, or it is not in float32."""
     net, own = pl_module.get_submodule(attribute), f"{attribute}."
     inside = set(net.parameters())
-    # Further names of the network as a whole are of the smaller one as well.
+    # Each of its names as a whole is of the smaller one as well.
     whole = tuple(f"{name}." for name, child in pl_module._modules.items() if child is net)
     beside = next(
         (
             name
             for name, parameter in pl_module.named_parameters(remove_duplicate=False)
-            if parameter in inside and not name.startswith(own) and not name.startswith(whole)
+            if parameter in inside and not name.startswith(whole)
         ),
         None,
     )
