@@ -12,8 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from freqprune.errors import InputError, at_least, check_file, one_of
 from freqprune.jobs.config import check_one_network, import_modules, no_such_key, of_the_top, plain
 from freqprune.reports import record
+from freqprune.training import ENDINGS
 
-IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 PIXEL_BASELINES = ("mean", "grey", "blur")
 
 
@@ -161,7 +161,7 @@ def _is_photograph(path: Path, folder: Path) -> bool:
     """Not what is hidden, such as a notebook's or a Mac's copies, nor the maps of an earlier run."""
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
     drawn = path.parent.name == "maps" and (path.parent.parent / record.RUN).is_file() and folder != path.parent
-    return path.suffix.lower() in IMAGE_FILES and not hidden and not drawn and path.is_file()
+    return path.suffix.lower() in ENDINGS and not hidden and not drawn and path.is_file()
 
 
 def find_images(asked: Photographs) -> list[Path]:
@@ -172,7 +172,7 @@ def find_images(asked: Photographs) -> list[Path]:
         if path.is_dir():
             inside = sorted(one for one in path.rglob("*") if _is_photograph(one, path))
             if not inside:
-                raise InputError(f"images = {path} holds no image; image files end in {', '.join(IMAGE_FILES)}")
+                raise InputError(f"images = {path} holds no image; image files end in {', '.join(ENDINGS)}")
             found += inside
         elif path.is_file():
             found.append(path)

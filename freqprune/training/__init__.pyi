@@ -5,11 +5,12 @@ from .datamodule import DigitsData as DigitsData
 from .datamodule import ImageData as ImageData
 from .datamodule import epochs_of as epochs_of
 from .hub_sets import HuggingFaceData as HuggingFaceData
+from .image_files import ENDINGS as ENDINGS
+from .image_files import UNREADABLE as UNREADABLE
+from .image_files import in_bytes as in_bytes
+from .image_files import upright as upright
 from .listed import ImageFolderData as ImageFolderData
 from .listed import ListedData as ListedData
-from .listing import UNREADABLE as UNREADABLE
-from .listing import in_bytes as in_bytes
-from .listing import upright as upright
 from .optimization import Optimization as Optimization
 from .pruning_callback import TagPruning as TagPruning
 from .shard_sets import WebDatasetData as WebDatasetData

@@ -190,7 +190,8 @@ def _existing(reader: Reader, stem: Path, with_pixels: bool, mode: str) -> Ledge
     if sound:
         return ledger
     if mode == "r+":
-        log.warning("%s is damaged, or there are other images in %s: they are read anew", header, reader.listing.place)
+        why = "of other images than are there now, of an earlier version of freqprune, or damaged"
+        log.warning("%s, which is of images in %s, is %s: they are read anew", header, reader.listing.place, why)
     return None
 
 

@@ -238,7 +238,7 @@ OPEN = ["images=a.png", "ckpt=draws.pt", "model.name=draws", "mean=[0,0,0]", "st
     [
         (["pretrained=true"], "images is not set; give images=VALUE"),
         (["images=nowhere", "pretrained=true"], "images = nowhere does not exist; give a folder, a file"),
-        (["images=empty", "pretrained=true"], "images = empty holds no image; image files end in .png"),
+        (["images=empty", "pretrained=true"], "images = empty holds no image; image files end in .jpg"),
         (["images=[]", "pretrained=true"], "images names no image"),
         (["images=broken.png", "pretrained=true"], "images: broken.png is not a readable image"),
         (

@@ -18,8 +18,8 @@ from freqprune.training.augment import random_crop_flip
 from freqprune.training.classifier import Classifier
 from freqprune.training.datamodule import CIFAR10Data, DigitsData
 from freqprune.training.downloads import alone
+from freqprune.training.image_files import upright
 from freqprune.training.listed import ImageFolderData
-from freqprune.training.listing import upright
 from freqprune.training.loading import _fits
 from freqprune.training.sources import Images, channel_statistics, digits, stratified_split
 from tests.training.small import trainer

@@ -1,0 +1,53 @@
+"""Which files are images, and how one of them is read: upright, in 8 bits."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+from PIL import ExifTags, Image
+
+# Those that torchvision's ImageFolder knows, and further ones of photographs; what else Pillow decodes lies beside
+# images more often than among them.
+ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".jpe", ".jfif", ".jp2", ".avif",
+           ".pbm", ".pnm")  # fmt: skip
+# What Pillow raises for files that it cannot make out.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+# By the number that EXIF has for how an image lies; 1 is upright.
+_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+          8: Image.Transpose.ROTATE_90}  # fmt: skip
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An image as it is shown. (`ImageOps.exif_transpose` writes the EXIF anew as well, and fails where a tag of it has
+    another type than the standard's.)"""
+    image.load()
+    try:
+        turn = _TURNS.get(image.getexif()[ExifTags.Base.Orientation])
+    except Exception:  # Whatever EXIF may hold, the pixels are there.
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def in_bytes(image: Image.Image, mode: str) -> Image.Image:
+    """An image in a mode of 8 bits; one of 16 bits is scaled, where Pillow would cut it off at 255.
+
+    Args:
+        image: any image.
+        mode: ``"RGB"`` or ``"L"``.
+
+    Raises:
+        ValueError: for pixels of 32 bits or floating point, whose white nobody can tell.
+
+    >>> grey = Image.fromarray(np.array([[0, 257 * 40, 65535]], dtype=np.uint16))
+    >>> np.array(in_bytes(grey, "L")).tolist()
+    [[0, 40, 255]]
+    """
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray(np.round(np.asarray(image, dtype=np.float64) / 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are of mode {image.mode}, whose white nobody can tell: save it with 8 or 16 bits")
+    return image if image.mode == mode else image.convert(mode)
