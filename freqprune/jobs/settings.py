@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -98,6 +98,8 @@ SECTIONS: dict[str, tuple[type[Any], ...]] = {
 FREE = ("data", "model", "trainer", "logger", "callbacks")
 # Endings of keys of theirs whose words are names.
 NAMED = ("name", "_column", "_key")
+# And what loggers call a run by.
+WORDS = ("project", "entity", "group", "version", "id", "notes", "prefix", "job_type")
 # Fields of a recipe that come from other sections.
 ELSEWHERE = {
     Recipe: ("amount", "criterion", "components", "tagging", "reconstruction", "seed", "latency"),
@@ -205,15 +207,19 @@ def read(cfg: DictConfig) -> Settings:
         from_scratch=tuned.from_scratch,
         latency=_build(Latency, "latency", values),
         exports=_build(Exports, "export", values),
-        **{name: values[name] if name == "logger" else _with_booleans(values[name]) for name in FREE},
+        **{name: _with_booleans(values[name], WORDS if name == "logger" else ()) for name in FREE},
     )
 
 
-def _with_booleans(value: Any) -> Any:
-    """on, off, yes and no as true and false, as sections with types have them; Hydra hands them on as words."""
+def _with_booleans(value: Any, words: Sequence[str]) -> Any:
+    """on, off, yes and no as true and false, as sections with types have them; Hydra hands them on as words. What is
+    called by one of `words` stays one."""
     if isinstance(value, dict):
-        # A name may be no, as that of Norwegian.
-        return {key: one if str(key).endswith(NAMED) else _with_booleans(one) for key, one in value.items()}
+        return {
+            # A name may be no, as that of Norwegian.
+            key: one if key in words or str(key).endswith(NAMED) else _with_booleans(one, words)
+            for key, one in value.items()
+        }
     return TRUTHS.get(value.lower(), value) if isinstance(value, str) else value
 
 

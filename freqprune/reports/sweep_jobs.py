@@ -58,8 +58,10 @@ def read_sweep(folder: str | Path) -> list[Job]:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give the folder of a sweep, such as multirun/prune/<time>")
-    folders = _job_folders(folder)
-    found = [_read_job(path, folder) for path in folders if not (path / "explain.html").is_file() or is_finished(path)]
+    folders, sweeps = _job_folders(folder), _sweeps(folder)
+    explaining = {sweep for sweep in sweeps if (_multirun(sweep).get("job") or {}).get("name") == "explain"}
+    others = [path for path in folders if not explaining & {*path.parents}]
+    found = [_read_job(path, folder) for path in others if not (path / "explain.html").is_file() or is_finished(path)]
     if folders and not found:
         raise InputError(
             f"{folder} is a sweep of explain, which has no figures to gather: see explain.html of each job"
@@ -69,7 +71,7 @@ def read_sweep(folder: str | Path) -> list[Job]:
             f"{folder} holds no jobs (folders with .hydra/overrides.yaml); give the folder of a sweep, such as "
             "multirun/prune/<time>"
         )
-    for sweep in _sweeps(folder):
+    for sweep in (one for one in sweeps if one not in explaining):
         known = [job.overrides for job in found if job.folder and sweep in job.folder.parents]
         damaged = [job.folder for job in found if job.state == "damaged"]
         for number, overrides in enumerate(_planned_in(sweep)):

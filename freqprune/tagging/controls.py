@@ -52,8 +52,10 @@ def untrained(model: nn.Module, seed: int = 0) -> nn.Module:
                     f"{name or type(module).__name__} ({type(module).__name__}) has weights but no reset_parameters(); "
                     "build an untrained network anew"
                 )
-            # What does not train, such as a mask, may stay.
-            drawn = {own: values for own, values in module.named_parameters(recurse=False) if values.requires_grad}
+            own_values = dict(module.named_parameters(recurse=False))
+            trains = any(values.requires_grad for values in own_values.values())
+            # What does not train beside what does, such as a mask, may stay.
+            drawn = {own: values for own, values in own_values.items() if values.requires_grad or not trains}
             for values in drawn.values():
                 values.data.fill_(torch.nan)
             reset()

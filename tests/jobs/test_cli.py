@@ -266,6 +266,8 @@ def test_names_may_be_words_for_no(tmp_path: Path) -> None:
     settings = read(config("train", tmp_path, "data=huggingface", "data.path=x", "data.name=no", "logger.name=on"))
     assert settings.data["name"] == "no"
     assert settings.logger["name"] == "on"
+    settings = read(config("train", tmp_path, "logger=wandb", "logger.offline=off", "logger.project=no"))
+    assert (settings.logger["offline"], settings.logger["project"]) == (False, "no")
 
 
 def test_an_amount_that_nothing_cuts_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

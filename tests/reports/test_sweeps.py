@@ -329,6 +329,21 @@ def test_an_explanation_in_the_folder_of_a_job_is_passed_over(sweep: Path) -> No
         read_sweep(sweep / "0" / "explain")
 
 
+def test_sweeps_of_explain_beside_others_are_passed_over(sweep: Path) -> None:
+    """Also jobs of them that failed, or have not begun."""
+    before = [(job.name, job.state) for job in read_sweep(sweep)]
+    other = sweep / "explain"
+    for number, page in ((0, "explain.html"), (1, "failed.txt")):
+        (other / str(number) / ".hydra").mkdir(parents=True)
+        OmegaConf.save(OmegaConf.create([f"seed={number}"]), other / str(number) / ".hydra" / "overrides.yaml")
+        (other / str(number) / page).write_text("no")
+    hydra = {"job": {"name": "explain"}, "overrides": {"hydra": [], "task": ["seed=0,1,2"]}}
+    OmegaConf.save(OmegaConf.create({"hydra": hydra}), other / "multirun.yaml")
+    assert [(job.name, job.state) for job in read_sweep(sweep)] == before
+    with pytest.raises(InputError, match="is a sweep of explain"):
+        read_sweep(other)
+
+
 def test_checkpoints_are_named_in_figures_by_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(2):
         job(tmp_path / str(number), [f"ckpt=multirun/train/today/{number}/checkpoints/last.ckpt"], 0.8)

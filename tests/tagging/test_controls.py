@@ -97,5 +97,18 @@ def test_refusals() -> None:
 
 def test_weights_that_are_not_drawn_anew_are_refused() -> None:
     net = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)))
-    with pytest.raises(InputError, match="weight_orig is not drawn"):
-        untrained(net)
+    for trains in (True, False):
+        with pytest.raises(InputError, match="weight_orig is not drawn"):
+            untrained(net.requires_grad_(trains))
+
+
+def test_masks_that_do_not_train_stay() -> None:
+    class Masked(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 2)
+            self.mask = nn.Parameter(torch.tensor([1.0, 0.0]), requires_grad=False)
+
+    net = Masked()
+    fresh = untrained(net, seed=1)
+    assert torch.equal(fresh.mask, net.mask)
+    assert not torch.equal(fresh.weight, net.weight)
