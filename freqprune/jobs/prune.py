@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -55,14 +54,13 @@ def prune(
     assembly.quiet()
     assembly.prepare_output(settings.out)
     with in_all_processes(settings.trainer) as first:
-        stale = record.write(settings.out, cfg, [record.METRICS, *record.PAGES]) if first else []
-        return _pruned(settings, first, dense, data, stale)
+        return _pruned(cfg, settings, first, dense, data)
 
 
 def _pruned(
-    settings: Settings, first: bool, dense: nn.Module | None, data: ImageData | None, stale: Sequence[Path]
+    cfg: DictConfig, settings: Settings, first: bool, dense: nn.Module | None, data: ImageData | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The job in each of its processes; the first one writes and speaks, in the place of what is stale."""
+    """The job in each of its processes; the first one writes and speaks."""
     stored = _network_to_prune(settings) if dense is None else Stored(dense, {})
     net = stored.net
     pick_layers(net, settings.readout.layers)
@@ -79,14 +77,18 @@ def _pruned(
     if planned and settings.from_scratch:
         check_anew(net)
         assembly.check_sizes(net, data, run.example)
+    results = [record.METRICS, *record.PAGES]
     if settings.common.resume is not None:
+        if first:
+            record.write(settings.out, cfg, results)
         return run.go_on(net, Path(settings.common.resume))
     if planned:
         assembly.warn_of_seen_images(settings.common.pretrained, data)
     # After a training it was said before that.
     if first and dense is None:
         announce_pruning(settings, net, data, run.example, planned, alone=rank_and_size()[1] == 1)
-    record.clear(stale)
+    if first:
+        record.write(settings.out, cfg, results)
     run.metrics["network"] = name_of(net)
     run.measure("dense", net)
     response, verdict = _tagged(settings, net, data)

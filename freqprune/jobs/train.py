@@ -58,7 +58,6 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     assembly.quiet()
     world_size(settings.trainer)
     out = assembly.prepare_output(settings.out)
-    stale = rank_zero_only(record.write)(out, cfg, [record.TRAINING, record.METRICS, *record.PAGES]) or []
     assembly.seed(common)
     config = assembly.model_config(settings.model)
     data = assembly.load_data(assembly.data_settings(settings))
@@ -103,9 +102,9 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     advice = f"interrupted; to go on, if an epoch was complete: {shlex.quote(override('ckpt_path', last))}"
     goes_on = common.ckpt_path is not None and record.lies_in(common.ckpt_path, out)
     if trainer.is_global_zero:
+        record.write(out, cfg, [record.TRAINING, record.METRICS, *record.PAGES])
         # Of an earlier training in this folder: it would be taken for one of this.
-        checkpoints = [] if goes_on else [last, last.with_name("best.ckpt")]
-        record.clear([*stale, *checkpoints])
+        record.clear([] if goes_on else [last, last.with_name("best.ckpt")])
     trainers.fit(trainer, classifier, data, common.ckpt_path, advice, common.compile)
     seconds = time.perf_counter() - start
     if data.validates and math.isnan(trainers.metric(trainer, "val/accuracy")):

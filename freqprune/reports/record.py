@@ -70,28 +70,24 @@ def lies_in(path: str | Path, folder: Path) -> bool:
     return any(Path(where(folder)) in Path(where(path)).parents for where in (os.path.abspath, os.path.realpath))
 
 
-def write(out: Path, cfg: DictConfig, results: Sequence[str] = ()) -> list[Path]:
+def write(out: Path, cfg: DictConfig, results: Sequence[str] = ()) -> None:
     """Write ``run.json``: command, settings, versions, machine.
 
     Args:
         out: the folder.
         cfg: the settings.
         results: files, or patterns of them, that would be taken for this run's own if one with other settings has left
-            them, and this one does not go on from there; they go at once, but for `PAGES`.
-
-    Returns:
-        Pages that have to go once it is clear that there will be others.
+            them, and this one does not go on from there: they go, so that the time for this is when all that could be
+            refused has been looked at.
     """
     settings = _settings(cfg)
     resumed, ckpt, dense = (cfg.get(key) for key in ("resume", "ckpt_path", "ckpt"))
     goes_on = resumed is not None and Path(resumed).resolve() == out.resolve()
     goes_on = goes_on or (ckpt is not None and lies_in(ckpt, out))
-    stale: list[Path] = []
     if read_json(out / RUN).get("settings", settings) != settings and not goes_on:
         # Of the training whose network is pruned there is more to see.
         here = dense is not None and lies_in(dense, out)
-        clear([out / name for name in results if name not in PAGES])
-        stale = [] if here else [path for name in results if name in PAGES for path in out.glob(name)]
+        clear([path for name in results if not (here and name in PAGES) for path in out.glob(name)])
     command = None
     if HydraConfig.initialized():
         job = HydraConfig.get()
@@ -99,7 +95,6 @@ def write(out: Path, cfg: DictConfig, results: Sequence[str] = ()) -> list[Path]
         command = f"{program} {shlex.join(job.overrides.task)}".strip()
     machine = {"system": platform.platform(terse=True), "processor": platform.machine(), "cores": os.cpu_count()}
     write_json(out / RUN, {"command": command, "settings": settings, "versions": _versions(), "machine": machine})
-    return stale
 
 
 def clear(paths: Sequence[Path]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import io
+import logging
 import os
 import tarfile
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ from freqprune.errors import InputError
 from freqprune.reports import is_quiet
 from freqprune.training.listed import ListedData
 from freqprune.training.listing import Listing, check_classes
+
+log = logging.getLogger(__name__)
 
 
 class WebDatasetData(ListedData):
@@ -132,6 +135,7 @@ def _samples(shard: str, image_keys: Sequence[str], label_key: str) -> Mapping[s
     keys: dict[str, str] = {}
     # Images of further keys, such as seg.png, or of names with dots in them.
     dotted: dict[str, str] = {}
+    again: set[str] = set()
     try:
         with tarfile.open(shard, "r:") as file:
             for member in file:
@@ -150,6 +154,8 @@ def _samples(shard: str, image_keys: Sequence[str], label_key: str) -> Mapping[s
                     )
                 if key.lower().rpartition(".")[-1] in image_keys and not is_image:
                     dotted[sample] = last
+                if sample in (images if is_image else labels if key == label_key else ()):
+                    again.add(sample)
                 if is_image:
                     images[sample] = member.offset_data, member.size
                 elif key == label_key:
@@ -158,6 +164,11 @@ def _samples(shard: str, image_keys: Sequence[str], label_key: str) -> Mapping[s
                     labels[sample] = _label(content.read(), f"{member.name} in {shard}")
     except (tarfile.TarError, OSError) as error:
         raise InputError(f"{shard} is no readable tar file ({error}); repair or remove it") from None
+    if again:
+        log.warning(
+            "%s holds %d samples twice, such as %s: the later of them count; samples that are to count both need names "
+            "of their own", shard, len(again), min(again),
+        )  # fmt: skip
     lost = sorted(dotted.keys() - images.keys())
     if lost:
         raise InputError(

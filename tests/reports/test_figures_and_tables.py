@@ -209,21 +209,26 @@ def test_results_of_other_settings_do_not_stay(tmp_path: Path) -> None:
     assert not left(seed=4, resume=str(tmp_path / "other"))
 
 
-def test_pages_of_other_settings_go_once_there_are_results(tmp_path: Path) -> None:
-    settings = {"output_dir": str(tmp_path), "resume": None, "ckpt_path": None}
-    page = tmp_path / "report.html"
-    page.write_text("of seed 0")
-    (tmp_path / record.METRICS).write_text("{}")
-    record.write(tmp_path, OmegaConf.create({**settings, "seed": 1}))
+def test_pages_of_other_settings_do_not_stay_either(tmp_path: Path) -> None:
+    settings = {"output_dir": str(tmp_path), "resume": None, "ckpt_path": None, "ckpt": None}
+    page, figure = tmp_path / "report.html", tmp_path / "figures" / "kept_per_layer.png"
+    figure.parent.mkdir()
+
+    def left(*results: str, **changed: object) -> bool:
+        for path in (page, figure, tmp_path / record.METRICS):
+            path.write_text("{}")
+        record.write(tmp_path, OmegaConf.create({**settings, **changed}), results)
+        assert page.exists() == figure.exists()
+        return page.exists()
+
+    assert left(seed=1)
     # An explanation has no such results.
-    assert record.write(tmp_path, OmegaConf.create({**settings, "seed": 0})) == []
-    assert (tmp_path / record.METRICS).is_file()
-    for seed, stale in ((0, []), (0, []), (1, [page])):
-        cfg = OmegaConf.create({**settings, "seed": seed})
-        assert record.write(tmp_path, cfg, [record.METRICS, *record.PAGES]) == stale
-        assert page.is_file()
-    record.clear([page, page])
-    assert not page.is_file()
+    assert left(seed=0)
+    assert left(record.METRICS, *record.PAGES, seed=0)
+    assert not left(record.METRICS, *record.PAGES, seed=1)
+    # Of the training whose network is pruned.
+    assert left(record.METRICS, *record.PAGES, seed=2, ckpt=str(tmp_path / "checkpoints" / "last.ckpt"))
+    assert not (tmp_path / record.METRICS).exists()
 
 
 def test_a_file_lies_in_a_folder_by_its_name_or_where_links_lead(tmp_path: Path) -> None:

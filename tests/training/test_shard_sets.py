@@ -87,11 +87,13 @@ def test_samples_that_are_refused(name: str, content: bytes, message: str, shard
         data(shards[0]).setup()
 
 
-def test_what_was_appended_again_counts(shards: tuple[Path, Any]) -> None:
+def test_what_was_appended_again_counts(shards: tuple[Path, Any], caplog: pytest.LogCaptureFixture) -> None:
     before = data(shards[0]).split("test").labels.tolist()
     with tarfile.open(shards[0] / "test-0.tar", "a") as file:
         add(file, "some/test-0_1.cls", b"2")
+    assert "twice" not in caplog.text
     assert data(shards[0]).split("test").labels.tolist() == [before[0], 2, *before[2:]] != before
+    assert "test-0.tar holds 1 samples twice, such as some/test-0_1: the later of them count" in caplog.text
 
 
 def test_shards_that_are_refused(shards: tuple[Path, Any]) -> None:
