@@ -12,7 +12,7 @@ from torch import nn
 from freqprune import load_pruned
 from freqprune.errors import InputError
 from freqprune.jobs.prune import prune
-from freqprune.networks.checkpoint import load_network
+from freqprune.networks.checkpoint import load_network, save_pruned
 from freqprune.networks.profiling import count_macs, count_parameters
 from freqprune.networks.registry import build_model
 from freqprune.pruning import cut, tempo
@@ -283,3 +283,21 @@ def test_a_cut_by_time_says_what_was_measured(
     assert (found["target"], found["batch_size"]) == ("eager", 3)
     before, after = (metrics[stage]["latency_ms"]["3"] for stage in ("dense", "pruned"))
     assert tables.percentages(metrics)["time_cut"] == pytest.approx(100 * (1 - after / before))
+
+
+def test_what_is_refused_leaves_the_results_in_its_folder(tmp_path: Path) -> None:
+    """And the next try does not take that run's pages for its own."""
+    out = tmp_path / "run"
+    (out / "figures").mkdir(parents=True)
+    asked = json.dumps({"command": "freqprune prune", "settings": {"seed": 5}})
+    earlier = {"run.json": asked, "metrics.json": '{"finished": true}', "figures/accuracy_over_time.png": "of seed 5"}
+    for name, text in earlier.items():
+        (out / name).write_text(text)
+    save_pruned(tmp_path / "net.ckpt", build_model({"name": "resnet8"}), {})
+    given = ["ckpt=" + str(tmp_path / "net.ckpt"), "pruning=none"]
+    with pytest.raises(InputError, match="nothing_such"):
+        prune(config("prune", out, *given, "tagging.layers=nothing_such"))
+    assert {name: (out / name).read_text() for name in earlier} == earlier
+    prune(config("prune", out, *given))
+    assert json.loads((out / "run.json").read_text())["settings"]["seed"] == 0
+    assert not (out / "figures" / "accuracy_over_time.png").exists()
