@@ -237,10 +237,11 @@ def take_settings(schedule: LambdaLR, asked: Optimization, net: nn.Module) -> No
         net: the network that it trains.
     """
     groups, anew = schedule.optimizer.param_groups, asked.optimizer(net).param_groups
+    constructor = inspect.signature(type(schedule.optimizer).__init__).parameters
     # Groups that were added since are not of these settings.
     for number, (group, new) in enumerate(zip(groups, anew, strict=False)):
         # What else is in a group may be state, such as that of Prodigy.
-        group |= {key: new[key] for key in ("weight_decay", "momentum", "nesterov", *asked.arguments) if key in new}
+        group |= {key: new[key] for key in {*constructor, *asked.arguments} - {"lr"} if key in new}
         base = float(new["lr"])
         if schedule.base_lrs[number] != base:
             rank_zero_only(log.warning)(

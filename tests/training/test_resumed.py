@@ -113,6 +113,13 @@ def test_a_training_goes_on_with_the_rate_that_is_asked_for(schedule: str, tmp_p
     assert rates.last["lr"] == pytest.approx(0.001 if schedule == "constant" else 0.0)
 
 
+def test_arguments_that_are_no_longer_given_do_not_stay(tmp_path: Path) -> None:
+    rates = Rates()
+    go_on(tmp_path, name="AdamW", lr=0.001, arguments={"betas": [0.5, 0.9]})
+    go_on(tmp_path, tmp_path / "last.ckpt", rates, name="AdamW", lr=0.001)
+    assert rates.last["betas"] == (0.9, 0.999)
+
+
 class Own(Classifier):
     """With an optimizer of its own, in two groups."""
 
