@@ -17,7 +17,7 @@ from freqprune.jobs.config import check_pruning
 from freqprune.jobs.finetuning import check_anew, check_finetuning
 from freqprune.jobs.launch import in_all_processes
 from freqprune.jobs.outputs import explore_cut, name_of, plan_of, tell, write_response
-from freqprune.jobs.resuming import check_same_cut
+from freqprune.jobs.resuming import check_same_cut, interrupted
 from freqprune.jobs.settings import Settings, read
 from freqprune.jobs.stages import Run
 from freqprune.networks import Stored, device_of
@@ -77,18 +77,17 @@ def _pruned(
     if planned and settings.from_scratch:
         check_anew(net)
         assembly.check_sizes(net, data, run.example)
-    results = [record.METRICS, *record.PAGES]
-    if settings.common.resume is not None:
-        if first:
-            record.write(settings.out, cfg, results)
-        return run.go_on(net, Path(settings.common.resume))
-    if planned:
+    resumed = settings.common.resume
+    earlier = None if resumed is None else interrupted(Path(resumed), run.trained, settings.finetune_epochs)
+    if planned and earlier is None:
         assembly.warn_of_seen_images(settings.common.pretrained, data)
     # After a training it was said before that.
-    if first and dense is None:
+    if first and dense is None and earlier is None:
         announce_pruning(settings, net, data, run.example, planned, alone=rank_and_size()[1] == 1)
     if first:
-        record.write(settings.out, cfg, results)
+        record.write(settings.out, cfg, [record.METRICS, *record.PAGES])
+    if earlier is not None:
+        return run.go_on(net, earlier)
     run.metrics["network"] = name_of(net)
     run.measure("dense", net)
     response, verdict = _tagged(settings, net, data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -96,10 +96,9 @@ SECTIONS: dict[str, tuple[type[Any], ...]] = {
 }
 # Sections whose keys are the arguments of whatever their _target_ (of model: its name) stands for.
 FREE = ("data", "model", "trainer", "logger", "callbacks")
-# Endings of keys of theirs whose words are names.
+# Endings of keys of theirs whose words are names, and keys by which loggers call a run.
 NAMED = ("name", "_column", "_key")
-# And what loggers call a run by.
-WORDS = ("project", "entity", "group", "version", "id", "notes", "prefix", "job_type")
+OF_A_RUN = ("project", "entity", "group", "version", "id", "notes", "prefix", "job_type")
 # Fields of a recipe that come from other sections.
 ELSEWHERE = {
     Recipe: ("amount", "criterion", "components", "tagging", "reconstruction", "seed", "latency"),
@@ -207,17 +206,16 @@ def read(cfg: DictConfig) -> Settings:
         from_scratch=tuned.from_scratch,
         latency=_build(Latency, "latency", values),
         exports=_build(Exports, "export", values),
-        **{name: _with_booleans(values[name], WORDS if name == "logger" else ()) for name in FREE},
+        **{name: _with_booleans(values[name]) for name in FREE},
     )
 
 
-def _with_booleans(value: Any, words: Sequence[str]) -> Any:
-    """on, off, yes and no as true and false, as sections with types have them; Hydra hands them on as words. What is
-    called by one of `words` stays one."""
+def _with_booleans(value: Any) -> Any:
+    """on, off, yes and no as true and false, as sections with types have them; Hydra hands them on as words."""
     if isinstance(value, dict):
         return {
             # A name may be no, as that of Norwegian.
-            key: one if key in words or str(key).endswith(NAMED) else _with_booleans(one, words)
+            key: one if key in OF_A_RUN or str(key).endswith(NAMED) else _with_booleans(one)
             for key, one in value.items()
         }
     return TRUTHS.get(value.lower(), value) if isinstance(value, str) else value

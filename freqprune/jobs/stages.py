@@ -14,7 +14,7 @@ from freqprune.jobs import assembly, trainers
 from freqprune.jobs.finetuning import FINETUNED, FOLDERS, FROM_SCRATCH, finetune
 from freqprune.jobs.loggers import log_results, log_stage, make_logger
 from freqprune.jobs.outputs import explore_cut, name_of, tell
-from freqprune.jobs.resuming import begin_anew, interrupted
+from freqprune.jobs.resuming import Interrupted, begin_anew
 from freqprune.jobs.settings import Settings
 from freqprune.networks import (
     OnnxModule,
@@ -216,9 +216,8 @@ class Run:
         if deployed or exported:
             self.write()
 
-    def go_on(self, net: nn.Module, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    def go_on(self, net: nn.Module, earlier: Interrupted) -> tuple[dict[str, Any], dict[str, Any]]:
         """Go on with the fine-tuning of an interrupted run, as the unbroken run would have."""
-        earlier = interrupted(folder, self.trained, self.settings.finetune_epochs)
         small = load_pruned(earlier.pruned).to(self.device).to(memory_format=torch.channels_last)
         self.metrics, self.kept = earlier.metrics, load_network(earlier.pruned).kept
         if self.first:
@@ -226,7 +225,7 @@ class Run:
             self.write(small)
         if self.trained in self.metrics:
             if self.first:
-                show(f"{folder} is complete; its training is not repeated")
+                show(f"{earlier.folder} is complete; its training is not repeated")
             if "exports" not in self.metrics:
                 self._deploy(net, small)
         else:

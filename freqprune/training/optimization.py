@@ -237,7 +237,7 @@ def take_settings(schedule: LambdaLR, asked: Optimization, net: nn.Module) -> No
         net: the network that it trains.
     """
     groups, anew = schedule.optimizer.param_groups, asked.optimizer(net).param_groups
-    constructor = inspect.signature(type(schedule.optimizer).__init__).parameters
+    constructor = inspect.signature(type(schedule.optimizer)).parameters
     # Groups that were added since are not of these settings.
     for number, (group, new) in enumerate(zip(groups, anew, strict=False)):
         # What else is in a group may be state, such as that of Prodigy.

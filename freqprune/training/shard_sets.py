@@ -154,11 +154,11 @@ def _samples(shard: str, image_keys: Sequence[str], label_key: str) -> Mapping[s
                     )
                 if key.lower().rpartition(".")[-1] in image_keys and not is_image:
                     dotted[sample] = last
-                if sample in (images if is_image else labels if key == label_key else ()):
-                    again.add(sample)
                 if is_image:
+                    again |= images.keys() & {sample}
                     images[sample] = member.offset_data, member.size
                 elif key == label_key:
+                    again |= labels.keys() & {sample}
                     content = file.extractfile(member)
                     assert content is not None
                     labels[sample] = _label(content.read(), f"{member.name} in {shard}")

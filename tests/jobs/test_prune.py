@@ -297,6 +297,9 @@ def test_what_is_refused_leaves_the_results_in_its_folder(tmp_path: Path) -> Non
     given = ["ckpt=" + str(tmp_path / "net.ckpt"), "pruning=none"]
     with pytest.raises(InputError, match="nothing_such"):
         prune(config("prune", out, *given, "tagging.layers=nothing_such"))
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(InputError, match=r"holds no pruned.ckpt and metrics.json"):
+        prune(config("prune", out, given[0], f"resume={tmp_path / 'elsewhere'}"))
     assert {name: (out / name).read_text() for name in earlier} == earlier
     prune(config("prune", out, *given))
     assert json.loads((out / "run.json").read_text())["settings"]["seed"] == 0
