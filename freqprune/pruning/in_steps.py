@@ -83,7 +83,7 @@ def cut_in_steps(
         recipe: of all steps together.
         n_steps: how many.
         one: cuts a network by the recipe of a step, which has the number.
-        between: what is done with the network after a step, but the last.
+        between: what is done with the network after a step, but the last, once something has gone.
     """
     widths = {name: plan.unit(name).n_filters for name in chosen}
     found = InSteps(plan.model, {name: torch.arange(width) for name, width in widths.items()}, dict(widths))
@@ -104,7 +104,8 @@ def cut_in_steps(
             found.remarks.append(f"{which} cut nothing: {why}")
         else:
             found.add(done, plan, f"{which}: " if n_steps > 1 else "")
-        if step + 1 < n_steps:
+        # Before the first filter has gone, it is the network that was given.
+        if step + 1 < n_steps and found.net is not plan.model:
             found.net = between(found.net, step)
     return found
 

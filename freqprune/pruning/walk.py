@@ -148,7 +148,8 @@ class Walk(SideBySide):
             part.add_shares()
         if not all(part.finite for part in parts):
             raise InputError(f"what {layer!r} reads, or what it is to answer, holds NaN or infinite values")
-        n_samples, n_unknowns = sum(part.n_samples for part in parts), int(stays.sum()) // geometry.groups + 1
+        # Of one group: the weights that are left of a filter, and a constant.
+        n_samples, n_unknowns = sum(part.n_samples for part in parts), int(stays.sum()) + 1
         if n_samples < n_unknowns:
             self.short[layer] = n_unknowns - n_samples
         goes_to = constant_in(self.trace, self.twin_net, layer, norm)

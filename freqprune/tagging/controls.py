@@ -43,8 +43,9 @@ def untrained(model: nn.Module, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for name, module in fresh.named_modules():
-            # Norms without weights have statistics of what they have seen.
-            if next(module.parameters(recurse=False), None) is None and not hasattr(module, "reset_running_stats"):
+            # Norms without weights have statistics of what they have seen; frozen ones cannot reset them.
+            kept = any(own.startswith("running_") for own, _ in module.named_buffers(recurse=False))
+            if next(module.parameters(recurse=False), None) is None and not kept:
                 continue
             reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
             if reset is None:

@@ -104,7 +104,8 @@ class TagResponse:
         if response.noisy_amplitude is None:
             return full
         bins = list(range(max(NEIGHBOURS) + 1, full.shape[-1] - 1 - max(NEIGHBOURS)))
-        full[:, bins] = snr(response.noisy_amplitude, bins, precision=self.precision)
+        if bins:
+            full[:, bins] = snr(response.noisy_amplitude, bins, precision=self.precision)
         full[:, self._bins("all")] = self.snr(layer, "all").to(full)
         return full
 

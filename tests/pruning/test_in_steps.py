@@ -101,8 +101,10 @@ def test_the_macs_of_steps_are_shares_of_the_first_network(net: nn.Module) -> No
 
 def test_shares_of_less_than_a_bundle_wait_for_the_next_step(net: nn.Module) -> None:
     recipe = Recipe(Amount(ratio=0.5, scope="layer", multiple_of=8), "l2", layers="layer1.0.conv1")
-    found, asked, _ = in_steps(net, recipe, 4)
+    found, asked, between = in_steps(net, recipe, 4)
     assert len(asked) == 4
+    # Between steps there is nothing to recover from yet, nor is the network that was given touched.
+    assert not between
     assert {name: len(indices) for name, indices in found.kept.items()} == {"layer1.0.conv1": 8}
     assert found.remarks[0] == "step 1 of 4 cut nothing: its share is less than what goes at once"
     with pytest.raises(NothingToRemoveError, match=r"pruning\.ratio"):

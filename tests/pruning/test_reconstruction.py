@@ -178,6 +178,17 @@ def test_too_few_samples_are_counted_and_warned_of(caplog: pytest.LogCaptureFixt
     assert remarks[0] in caplog.text
 
 
+def test_a_group_has_the_unknowns_of_its_own_filters() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=4), nn.ReLU()
+    ).eval()
+    _, remarks = reconstruct(net, {"2": [3]}, [images(12)], Reconstruction(positions=1, rounds=0))
+    # 3 x 3 weights of the two channels of a group and a constant, 12 images of 1 position; 3 channels that are left and
+    # a constant before it.
+    assert remarks[0].startswith("1 layers have fewer samples than unknowns, worst 4, which lacks 7: ")
+
+
 def test_images_that_do_not_fit_into_memory_are_left_out_and_that_is_said() -> None:
     net, unit, n_kept = residual(False)
     silenced = Plan(net, images()).silenced({unit: torch.arange(n_kept)})

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
@@ -87,6 +88,8 @@ def test_refusals() -> None:
 
     with pytest.raises(InputError, match="no reset_parameters"):
         untrained(nn.Sequential(Own()))
+    with pytest.raises(InputError, match=r"0 \(FrozenBatchNorm2d\) has weights but no reset_parameters"):
+        untrained(nn.Sequential(FrozenBatchNorm2d(3)))
     with pytest.raises(InputError, match="torus takes two parts"):
         torus(Affine(), WHITE, Stimulus(tag_freqs=(8.5, 15.5, 19.0, 20.5), parts="quadrants", max_order=1))
     with pytest.raises(InputError, match="n_phases must be above"):

@@ -94,6 +94,15 @@ def test_without_noise_there_is_no_snr_also_beside_responses_of_higher_orders() 
     assert "" not in quiet.why_no_snr("conv")
 
 
+def test_a_spectrum_too_short_for_bins_between_its_edges_has_the_snr_of_its_components() -> None:
+    short = Stimulus(tag_freqs=(1, 4), frame_rate=10, n_frames=10, max_order=1)
+    response = tag(Affine(), WHITE, short, noise_std=0.01)
+    spectrum = response.snr_spectrum("conv")
+    bins = [component.bin for component in response.components("all")]
+    torch.testing.assert_close(spectrum[:, bins], response.snr("conv", "all").to(spectrum), equal_nan=True)
+    assert spectrum[0].isfinite().nonzero().flatten().tolist() == sorted(bins)
+
+
 def test_there_is_no_integration_where_no_intermodulation_is_read() -> None:
     response = tag(Affine(nn.ReLU()), WHITE, Stimulus(max_order=1))
     assert response.integration("conv").isnan().all()
