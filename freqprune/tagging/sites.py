@@ -110,7 +110,12 @@ def find_sites(
     modules = dict(model.named_modules())
     wanted = list(layers) if layers is not None else default_layers(model)
     for name in wanted:
-        if name not in modules or not name:
+        if not name:
+            raise InputError(
+                f"a layer needs a name, and the whole network ({type(model).__name__}) has none; put it into a "
+                "torch.nn.Sequential"
+            )
+        if name not in modules:
             raise InputError(f"the network has no layer {name!r}{closest(name, modules)}")
     if not wanted:
         raise InputError("the network has no convolution and no linear layer; name the layers to record")

@@ -102,6 +102,8 @@ def test_bad_requests(layers: list[str] | None, where: str, message: str, images
 def test_no_layers_to_record(images: Tensor) -> None:
     with pytest.raises(InputError, match="no convolution and no linear layer"):
         find_sites(nn.ReLU(), images[:1])
+    with pytest.raises(InputError, match=r"whole network \(Conv2d\) has none; put it into a torch\.nn\.Sequential"):
+        find_sites(nn.Conv2d(3, 4, 3), images[:1])
 
 
 def test_nothing_is_left_behind(images: Tensor) -> None:
