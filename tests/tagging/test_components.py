@@ -70,6 +70,12 @@ def test_three_tags() -> None:
     assert {"f1", "f3", "f1+f3", "f3-f2", "2f2"} <= names
 
 
+def test_a_harmonic_names_a_bin_before_an_intermodulation_of_its_order() -> None:
+    (shared,) = [c for c in components((20, 44, 32), 240, 120.0, 2) if c.bin == 64]
+    assert (shared.name, shared.aliases) == ("2f3", ("f1+f2",))
+    assert (shared.kind, shared.part) == ("harmonic", 2)
+
+
 def test_collision_names_both_responses() -> None:
     assert "the noise bins of f1 hold the response f2" in str(collision((12, 13), 240, 1))
     assert collision((12, 24), 240, 4) == "f2-f1 falls on f1 itself"
@@ -84,6 +90,7 @@ def test_find_components() -> None:
     available = components((12, 15), 240, 120.0, 5)
     assert [c.name for c in find_components("fundamentals", available)] == ["f1", "f2"]
     assert [c.name for c in find_components(["f1+f2", "5f1"], available)] == ["f1+f2", "4f2"]
+    assert [c.name for c in find_components(["f2", "fundamentals", "4f2", "5f1"], available)] == ["f2", "f1", "4f2"]
     assert all(c.kind == "intermodulation" for c in find_components("intermodulation", available))
 
 

@@ -33,6 +33,16 @@ def test_time_course_agrees_with_the_torus(activation: nn.Module, tolerance: flo
         )
 
 
+def test_the_torus_of_an_affine_layer_is_the_mean_of_its_images() -> None:
+    images = torch.cat([WHITE, WHITE * 0.5])
+    found = torus(Affine(nn.ReLU()), images, Stimulus(), n_phases=10, where="convolution")["conv"]
+    # A lit half has the amplitude depth / 2 = 0.25, the mean light is 0.75; filter 2 averages both halves.
+    expected = {pair: torch.zeros(4, dtype=torch.float64) for pair in found}
+    expected[1, 0] = 0.75 * torch.tensor([0.25, 0, 0.125, 0], dtype=torch.float64)
+    expected[0, 1] = 0.75 * torch.tensor([0, 0.25, 0.125, 0], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+
+
 def test_swapped_tags_follow_their_part() -> None:
     stimulus = swapped(Stimulus())
     assert stimulus.tag_freqs == (7.5, 6.0)

@@ -1,6 +1,7 @@
 """Terms of a loss from the tags: known values, gradients by finite differences, equal to what `tag` measures."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from freqprune import InputError, Stimulus, TagLoss, build_model, resnet32, tag
 from freqprune.tagging.loss_terms import imbalance, separation, spread
+from tests.tagging.test_measurement import WHITE, Affine
 
 # 16 frames that differ are enough for two parts, and quick enough for finite differences.
 SHORT = Stimulus((6.0, 9.0), frame_rate=39.0, n_frames=39, max_order=2)
@@ -228,6 +230,27 @@ def test_weights_and_layers_may_change_on_the_way(images: Tensor) -> None:
     assert float(loss(net, images).detach()) != 0
 
 
+def test_layers_of_weight_0_are_left_out_of_the_average(images: Tensor) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU()).double()
+    images = images.double()
+    loss = TagLoss(silence={"*": 0.1, "0": 0}, every_n_steps=1)
+    total, last = loss(net, images).detach(), spread(amplitudes(net, images[:1], Stimulus())["2"], Stimulus())
+    # The pixels are float32 on the way.
+    assert float(loss.latest["silence"]) == pytest.approx(float(last), rel=1e-5)
+    assert float(total) == pytest.approx(0.1 * float(last), rel=1e-5)
+
+
+def test_frames_a_step_are_those_that_go_through_the_network(images: Tensor) -> None:
+    net, seen = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU()), list[int]()
+    loss = TagLoss(silence=1.0, n_images=3, every_n_steps=2)
+    loss(net, images)  # looks at the network first
+    net.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    for step in range(4):
+        loss(net, images, step)
+    assert loss.frames_a_step == sum(seen) / 4 == 3 * 49 / 2
+    assert TagLoss(n_images=3).frames_a_step == 0
+
+
 def test_answers_that_are_not_finite_are_told_before_training(images: Tensor) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     net[0].weight.data.fill_(float("nan"))
@@ -281,6 +304,26 @@ def test_a_product_of_the_halves_answers_at_their_sum_and_difference() -> None:
     own, other, mixed = wave * (1 + mean_light / 2), wave * mean_light / 2, 2 * (wave * wave / 2) / 2
     assert float(loss.latest["integration"]) == pytest.approx(1 - mixed / (mixed + own + other), rel=1e-4)
     assert float(loss.latest["balance"]) == pytest.approx(((own - other) / (own + other)) ** 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("where", ["convolution", "norm"])
+def test_an_affine_layer_is_read_before_its_rectifier(where: str) -> None:
+    net = nn.Sequential(Affine().conv, nn.BatchNorm2d(4, dtype=torch.float64), nn.ReLU())
+    before, after = (float(TagLoss(integration=1.0, where=one)(net, WHITE).detach()) for one in (where, "activation"))
+    # Every fourth step, with four times the weight; the filter of both halves is rectified.
+    assert before == pytest.approx(4, rel=1e-12)
+    assert after < 3.9
+
+
+def test_harmonics_of_one_half_are_no_intermodulation() -> None:
+    net = Affine(nn.ReLU())
+    # Each half rectified at its mean light; neither the filter of both nor that of nothing answers.
+    net.conv.bias.data = torch.tensor([-0.75, -0.75, -2.0, 0.0], dtype=torch.float64)
+    second = tag(net, WHITE, noise_std=0.0).amplitude("conv", ["2f1"])[0].item()
+    # Of the rectified sine; of 20 frames a cycle the 18th order and some above fold onto the second.
+    assert second == pytest.approx(0.25 * 2 / (3 * math.pi), abs=2e-3)
+    loss = TagLoss(integration=1.0, every_n_steps=1)
+    assert float(loss(net, WHITE).detach()) == pytest.approx(1, rel=1e-12)
 
 
 class InPlace(nn.Module):

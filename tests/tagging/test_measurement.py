@@ -61,6 +61,16 @@ def test_a_rectifier_brings_intermodulation() -> None:
     assert response.amplitude("conv", "intermodulation")[0].max() < 1e-14
 
 
+@pytest.mark.parametrize(("where", "gain"), [("convolution", 1.0), ("norm", 2 / math.sqrt(1 + 1e-5))])
+def test_an_affine_layer_read_before_its_rectifier_has_the_fundamentals_only(where: str, gain: float) -> None:
+    net = nn.Sequential(Affine().conv, nn.BatchNorm2d(4, dtype=torch.float64), nn.ReLU())
+    nn.init.constant_(net[1].weight, 2.0)
+    response = tag(net, WHITE, where=where, noise_std=0.0)
+    expected = torch.tensor([0.125 * gain] * 2, dtype=torch.float64)
+    torch.testing.assert_close(response.amplitude("0")[2], expected, rtol=0, atol=1e-14)
+    assert response.amplitude("0", "intermodulation").max() < 1e-14
+
+
 def test_swapped_tags_leave_the_fundamentals_of_each_half_unchanged() -> None:
     plain, swapped = tag(Affine(), WHITE), tag(Affine(), WHITE, Stimulus(tag_freqs=(7.5, 6.0)))
     left = plain.amplitude("conv", ["f1"])[0]
@@ -121,6 +131,15 @@ def test_results_do_not_depend_on_the_batches(average: str, images: Tensor) -> N
         torch.testing.assert_close(one.snr(layer, "all"), other.snr(layer, "all"), rtol=1e-7, atol=0, equal_nan=True)
 
 
+def test_every_image_counts_once_where_batches_end_between_those_of_the_other_pass() -> None:
+    # 480 frames: nine images of 49 frames that differ, two of all 240.
+    images = WHITE * torch.linspace(0.1, 1, 10, dtype=torch.float64).view(-1, 1, 1, 1)
+    response = tag(Affine(), images, noise_std=1e-6, frames_a_batch=480)
+    noisy = response.layers["conv"].noisy_amplitude
+    assert noisy is not None
+    assert noisy[0, 12].item() == pytest.approx(0.25 * 0.55, rel=1e-4)
+
+
 def test_averages_differ_as_they_should() -> None:
     images = torch.cat([WHITE, WHITE * 0.5])
     found = {
@@ -156,6 +175,7 @@ def test_modes_and_layers(images: Tensor) -> None:
         ({"layers": "block*"}, "matches none of"),
         ({"where": "after"}, "where must be one of"),
         ({"mean": (0.5,), "std": (0.2,)}, "mean must hold 3 values, one a channel"),
+        ({"mean": (0.5, 0.5, 0.5), "std": (0.2,)}, "std must hold 3 values, one a channel"),
         ({"mean": (0.5, 0.5, 0.5)}, "mean and std come together"),
         ({"mean": (0.5, 0.5, 0.5), "std": (0.0, 1.0, 1.0)}, "std must be positive"),
         ({"frames_a_batch": 0}, "frames_a_batch must be at least 1"),
@@ -192,6 +212,19 @@ def test_an_image_that_leaves_a_filter_silent_leaves_the_average_to_the_others()
     mixed, alone = tag(relu, images, average="snr"), tag(relu, lit, average="snr")
     torch.testing.assert_close(mixed.snr("conv")[:2, 0], alone.snr("conv")[:2, 0])
     assert mixed.snr("conv")[3].isnan().all()
+
+
+def test_a_silent_position_changes_neither_snr_nor_significance() -> None:
+    """The mean over two positions of which one is silent is half of the other: the same ratios as position by
+    position."""
+    net = nn.Sequential(nn.Conv2d(1, 1, 16, stride=16, dtype=torch.float64), nn.ReLU())
+    nn.init.constant_(net[0].weight, 1 / 256)
+    nn.init.constant_(net[0].bias, -0.1)
+    images = torch.cat([WHITE, torch.zeros_like(WHITE)], dim=3).expand(6, -1, -1, -1)
+    each, mean = (tag(net, images, average="snr", spatial=spatial) for spatial in ("map", "mean"))
+    assert mean.snr("0", "all").isfinite().all()
+    torch.testing.assert_close(each.snr("0", "all"), mean.snr("0", "all"), rtol=1e-9, atol=0)
+    torch.testing.assert_close(each.p_values("0", "all"), mean.p_values("0", "all"), rtol=1e-9, atol=1e-300)
 
 
 def test_a_filter_that_is_all_but_dead_is_called_so() -> None:

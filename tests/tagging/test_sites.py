@@ -128,6 +128,14 @@ def test_pick_layers() -> None:
         pick_layers(net, "9")
 
 
+def test_convolutions_of_every_kind_are_recorded_by_default(images: Tensor) -> None:
+    decoder = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 5, 2), nn.ReLU())
+    sites = find_sites(decoder, images[:1])
+    assert [(s.layer, s.n_filters, s.module) for s in sites] == [("0", 4, "1"), ("2", 5, "3")]
+    kinds = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose3d)
+    assert default_layers(nn.Sequential(nn.Linear(3, 3), *(kind(3, 3, 1) for kind in kinds))) == ["1", "2", "3", "4"]
+
+
 def test_patterns() -> None:
     names = default_layers(build_model({"name": "resnet8"}))
     assert match_layers(names, ["*.conv1", "conv1"]) == ["conv1", "layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1"]
