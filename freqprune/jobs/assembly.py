@@ -217,6 +217,12 @@ def check_match(net: nn.Module, data: ImageData, stored: Stored) -> None:
         )
     for name, value in stored.normalization.items():
         here = getattr(data, name)
+        if len(value) != len(here):
+            wrong.append(
+                f"the network was trained with {name} {value}, one value a channel, and the data have {len(here)} "
+                "channels; use the data it was trained on (data=...)"
+            )
+            break
         if max(abs(a - b) for a, b in zip(value, here, strict=True)) > 1e-3:
             pair = " ".join(
                 f"data.{key}={[round(v, 4) for v in values]}".replace(" ", "")

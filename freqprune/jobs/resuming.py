@@ -16,12 +16,17 @@ from omegaconf import DictConfig, OmegaConf
 from freqprune.errors import InputError
 from freqprune.jobs.csv_log import METRICS
 from freqprune.jobs.finetuning import FINETUNED, FOLDERS, FROM_SCRATCH
+from freqprune.jobs.jsonl import METRICS_LINES
 from freqprune.networks import epochs_done
 from freqprune.pruning import AMOUNTS
 from freqprune.reports import record
 
 # Settings that say what was cut and in which order images come.
 _SAME = ("seed", "importance.criterion", *(f"pruning.{name}" for name in AMOUNTS))
+# Metrics that come after the training of the cut network.
+_AFTER_TRAINING = ("onnx", "int8", "exports", "finished")
+# What a training has logged.
+_LOGGED = (METRICS, METRICS_LINES, "hparams.yaml")
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Interrupted:
         old, new = self.folder / FOLDERS[stage], out / FOLDERS[stage]
         if self.last is None or old.resolve() == new.resolve():
             return
-        for name in (METRICS, "checkpoints/last.ckpt"):
+        for name in (METRICS, METRICS_LINES, "checkpoints/last.ckpt"):
             if (old / name).is_file():
                 (new / name).parent.mkdir(parents=True, exist_ok=True)
                 partial = (new / name).with_name(f"{Path(name).name}.partial")
@@ -75,19 +80,30 @@ def interrupted(folder: Path, stage: str, epochs: int) -> Interrupted:
             "pruned; start it again"
         )
     other = FINETUNED if stage == FROM_SCRATCH else FROM_SCRATCH
-    if other in metrics or (folder / FOLDERS[other]).exists():
+    if other in metrics or (folder / FOLDERS[other] / "checkpoints" / "last.ckpt").is_file():
         # Its pruned.ckpt holds the weights of that training by now.
         raise InputError(
             f"resume = {folder} is a run with finetune.from_scratch={str(other == FROM_SCRATCH).lower()}; "
             "go on with that, or compare in a run of its own"
         )
     if found.last is None or not found.last.is_file():
+        had = record.read_json(folder / record.RUN).get("settings", {}).get("finetune", {}).get("epochs", epochs)
+        if stage in metrics and had < epochs:
+            raise InputError(
+                f"resume = {folder} is complete after {had} epochs, finetune.epochs = {epochs} asks for more, and its "
+                f"{FOLDERS[stage]}/checkpoints/last.ckpt, to go on from, is gone; give the number of that run, or cut "
+                "anew"
+            )
         return Interrupted(folder, metrics, None)
     if (done := epochs_done(found.last)) > epochs:
         raise InputError(
             f"resume = {folder} has {done} epochs of its training behind it, finetune.epochs = {epochs} asks for fewer "
             "in all; give the number of that run"
         )
+    if done < epochs:
+        # Complete with fewer epochs than are asked for now: what was measured of it will be measured again.
+        for name in (stage, *_AFTER_TRAINING):
+            metrics.pop(name, None)
     return found
 
 
@@ -120,7 +136,8 @@ def begin_anew(out: Path, ckpt: str | None) -> None:
             continue
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         with suppress(OSError):
-            (folder / METRICS).unlink(missing_ok=True)
+            for name in _LOGGED:
+                (folder / name).unlink(missing_ok=True)
             folder.rmdir()
     for path in (out / "pruned.ckpt", out / record.METRICS):
         if ckpt is None or path.resolve() != Path(ckpt).resolve():

@@ -59,10 +59,19 @@ def _settings(cfg: DictConfig) -> dict[str, Any]:
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)
     settings.pop("output_dir", None)
-    # Paths inside the run folder differ from job to job and say nothing.
-    text = json.dumps(settings).replace(json.dumps(str(cfg.output_dir))[1:-1], "${output_dir}")
-    found: dict[str, Any] = json.loads(text)
+    found: dict[str, Any] = json.loads(json.dumps(_without_folder(settings, str(cfg.output_dir))))
     return found
+
+
+def _without_folder(value: Any, folder: str) -> Any:
+    """Settings with the run folder by its name: paths in it differ from job to job and say nothing."""
+    if isinstance(value, Mapping):
+        return {key: _without_folder(one, folder) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_folder(one, folder) for one in value]
+    if isinstance(value, str) and (value == folder or value.startswith((f"{folder}/", folder + os.sep))):
+        return "${output_dir}" + value[len(folder) :]
+    return value
 
 
 def lies_in(path: str | Path, folder: Path) -> bool:
@@ -111,7 +120,12 @@ def is_finished(folder: Path) -> bool:
         return False
     run = read_json(folder / RUN)
     # With pruning to follow, training is only the first half.
-    return not run.get("settings", {}).get("pruning", {}).get("enabled", False)
+    return not _is_true(run.get("settings", {}).get("pruning", {}).get("enabled", False))
+
+
+def _is_true(value: Any) -> bool:
+    """Whether a setting stands for true, which is a word where the command line said on or yes."""
+    return str(value).lower() in ("true", "on", "yes", "t", "y", "1")
 
 
 def done_before(cfg: DictConfig) -> bool:

@@ -1,6 +1,7 @@
 """The table of a training that is interrupted and resumed in its own folder."""
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,44 @@ def test_a_new_training_begins_with_an_empty_table(tmp_path: Path) -> None:
         logger.log_metrics({"epoch": 0, f"loss_{loss:.0f}": loss}, step=0)
         logger.save()
     assert rows(tmp_path) == [{"epoch": "0", "loss_2": "2.0", "step": "0"}]
+
+
+def lines(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_lines_of_an_earlier_run_end_where_the_new_one_begins(tmp_path: Path) -> None:
+    first = logger_of(JSONLinesLogger, tmp_path)
+    for epoch in range(3):
+        first.log_metrics({"lr-SGD/pg1": 0.1}, step=epoch)
+        first.log_metrics({"epoch": epoch, "loss": 10.0 + epoch}, step=epoch)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "epo')
+    second = logger_of(JSONLinesLogger, tmp_path)
+    second.log_metrics({"lr-SGD/pg1": 0.2}, step=2)
+    second.log_metrics({"epoch": 2, "loss": 7.0}, step=2)
+    assert lines(tmp_path) == [
+        {"step": 0, "epoch": 0, "loss": 10.0},
+        {"step": 1, "epoch": 1, "loss": 11.0},
+        {"step": 2, "lr-SGD/pg1": 0.2},
+        {"step": 2, "epoch": 2, "loss": 7.0},
+    ]
+    logger_of(JSONLinesLogger, tmp_path).log_metrics({"epoch": 0, "loss": 5.0}, step=0)
+    assert lines(tmp_path) == [{"step": 0, "epoch": 0, "loss": 5.0}]
+
+
+def test_lines_of_stages_follow_the_training_and_the_stages_before(tmp_path: Path) -> None:
+    logger_of(JSONLinesLogger, tmp_path).log_metrics({"epoch": 0, "loss": 5.0}, step=0)
+    first = logger_of(JSONLinesLogger, tmp_path)
+    for stage in ("dense", "pruned", "finetuned"):
+        first.write_line({f"{stage}/macs": 1.0})
+    # Resumed after the cut, then cut anew.
+    logger_of(JSONLinesLogger, tmp_path).write_line({"finetuned/macs": 2.0})
+    stages = [
+        {"step": None, "dense/macs": 1.0},
+        {"step": None, "pruned/macs": 1.0},
+        {"step": None, "finetuned/macs": 2.0},
+    ]
+    assert lines(tmp_path) == [{"step": 0, "epoch": 0, "loss": 5.0}, *stages]
+    logger_of(JSONLinesLogger, tmp_path).write_line({"dense/macs": 3.0})
+    assert lines(tmp_path) == [{"step": 0, "epoch": 0, "loss": 5.0}, {"step": None, "dense/macs": 3.0}]

@@ -13,7 +13,7 @@ from torch import nn
 from freqprune import load_pruned
 from freqprune.errors import InputError
 from freqprune.jobs.prune import prune
-from freqprune.jobs.resuming import begin_anew
+from freqprune.jobs.resuming import begin_anew, interrupted
 from freqprune.jobs.train import train
 from freqprune.networks.blocks import Shortcut
 from freqprune.networks.checkpoint import epochs_done, load_network
@@ -201,6 +201,14 @@ def test_interrupted_fine_tuning_goes_on_to_the_same_result(
             prune(config("prune", tmp_path / "other", *common, f"resume={tmp_path / 'whole'}", setting))
     with pytest.raises(InputError, match=r"holds no pruned.ckpt and metrics.json"):
         prune(config("prune", tmp_path / "none", *common, f"resume={tmp_path}"))
+    longer, _ = prune(
+        config("prune", tmp_path / "longer", *common, f"resume={tmp_path / 'whole'}", "finetune.epochs=4")
+    )
+    with (tmp_path / "longer" / "finetune" / "metrics.csv").open() as file:
+        assert {row["epoch"] for row in csv.DictReader(file)} == {"0", "1", "2", "3"}
+    assert epochs_done(tmp_path / "longer" / "finetune" / "checkpoints" / "last.ckpt") == 4
+    assert longer["finished"]
+    assert "fine-tuned for 4 epochs" in (tmp_path / "longer" / "report.html").read_text()
 
 
 @pytest.mark.slow
@@ -259,6 +267,37 @@ def test_a_new_run_leaves_what_is_not_of_an_earlier_one(tmp_path: Path) -> None:
     for file in (*files.values(), tmp_path / "pruned.ckpt"):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("")
+    for logged in ("hparams.yaml", "metrics.csv", "metrics.jsonl"):
+        (tmp_path / "from_scratch" / logged).write_text("")
     begin_anew(tmp_path, str(files["finetune"]))
+    assert not (tmp_path / "from_scratch").exists()
     assert {name for name, file in files.items() if file.is_file()} == {"finetune", "step_lr_study", "checkpoints"}
     assert not (tmp_path / "pruned.ckpt").exists()
+
+
+def test_a_complete_run_goes_on_where_more_epochs_are_asked_for(tmp_path: Path) -> None:
+    whole = {"dense": {}, "finetuned": {}, "onnx": {}, "exports": ["model.onnx"], "finished": True}
+    last = tmp_path / "finetune" / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(parents=True)
+    torch.save({"epoch": 0}, last)
+    (tmp_path / "pruned.ckpt").write_text("")
+    (tmp_path / "metrics.json").write_text(json.dumps(whole))
+    (tmp_path / "run.json").write_text(json.dumps({"settings": {"finetune": {"epochs": 1}}}))
+    assert interrupted(tmp_path, "finetuned", 1).metrics == whole
+    assert interrupted(tmp_path, "finetuned", 3).metrics == {"dense": {}}
+    last.unlink()
+    assert interrupted(tmp_path, "finetuned", 1).metrics == whole
+    with pytest.raises(
+        InputError, match=r"complete after 1 epochs, finetune\.epochs = 3 asks for more, and its finetune/"
+    ):
+        interrupted(tmp_path, "finetuned", 3)
+
+
+def test_a_folder_without_a_checkpoint_is_no_training_of_the_other_kind(tmp_path: Path) -> None:
+    (tmp_path / "pruned.ckpt").write_text("")
+    (tmp_path / "metrics.json").write_text('{"pruned": {}}')
+    (tmp_path / "from_scratch" / "checkpoints").mkdir(parents=True)
+    assert interrupted(tmp_path, "finetuned", 1).last is None
+    torch.save({"epoch": 0}, tmp_path / "from_scratch" / "checkpoints" / "last.ckpt")
+    with pytest.raises(InputError, match=r"is a run with finetune\.from_scratch=true; go on with that"):
+        interrupted(tmp_path, "finetuned", 1)

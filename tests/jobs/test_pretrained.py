@@ -103,6 +103,10 @@ def test_classes_of_other_names_are_told(folder: Path, caplog: pytest.LogCapture
     data = ImageFolderData(folder, mean=(0.5,) * 3, std=(0.2,) * 3, image_size=32, batch_size=4)
     data.setup()
     net = build_model({"name": "resnet8", "num_classes": 2}).eval()
+    with pytest.raises(
+        InputError, match=r"trained with mean \[0.5\], one value a channel, and the data have 3 channels"
+    ):
+        assembly.check_match(net, data, Stored(net, {}, normalization={"mean": [0.5], "std": [0.5]}))
     assembly.check_match(net, data, Stored(net, {}, classes=list(data.classes)))
     assert not caplog.records
     assembly.check_match(net, data, Stored(net, {}, classes=[data.classes[0], "other"]))

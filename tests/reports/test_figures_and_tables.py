@@ -277,3 +277,23 @@ def test_rank_correlations_below_zero_have_colours_of_their_own() -> None:
     low, zero = (drawn.cmap(drawn.norm(value)) for value in (-0.8, 0.0))
     assert low != zero
     assert drawn.norm.vmin == pytest.approx(-0.8)
+
+
+def test_a_training_is_finished_where_no_cut_follows_however_that_is_said(tmp_path: Path) -> None:
+    (tmp_path / record.TRAINING).write_text("{}")
+    for enabled, ended in ((False, True), ("off", True), ("no", True), (True, False), ("on", False), ("Yes", False)):
+        record.write_json(tmp_path / record.RUN, {"settings": {"pruning": {"enabled": enabled}}})
+        assert record.is_finished(tmp_path) is ended
+
+
+def test_the_run_folder_goes_by_its_name_in_paths_alone(tmp_path: Path) -> None:
+    settings = {
+        "output_dir": "model",
+        "model": {"name": "models", "file": "model/best.ckpt"},
+        "seen": ["model", "a/model/b", {"model": "the model/x"}],
+    }
+    record.write(tmp_path, OmegaConf.create(settings))
+    assert record.read_json(tmp_path / record.RUN)["settings"] == {
+        "model": {"name": "models", "file": "${output_dir}/best.ckpt"},
+        "seen": ["${output_dir}", "a/model/b", {"model": "the model/x"}],
+    }
