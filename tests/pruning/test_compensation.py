@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,14 @@ from freqprune.pruning.criteria import _readers, scores
 from freqprune.pruning.graph import ChannelGraph
 from freqprune.pruning.importance import Evidence
 from freqprune.pruning.moments import (
+    RIDGE,
+    columns_of,
     input_moments,
     output_gradients,
 )
+from freqprune.pruning.reconstruction import reconstruct
 from freqprune.pruning.surgery import Plan
-from tests.pruning.test_moments import Chain, X
+from tests.pruning.test_moments import Chain, X, patches
 
 
 def test_a_double_is_redundant_and_nothing_is_lost_without_it() -> None:
@@ -70,6 +74,47 @@ def test_compensation_comes_closer(ending: str, method: str) -> None:
             with torch.no_grad():
                 outputs = [n.norm(n.conv2(torch.relu(n.conv1(X)))).mean((0, 2, 3)) for n in (net, small)]
             torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+
+
+def test_where_no_constant_can_go_least_squares_does_without() -> None:
+    net = Chain("neither").eval()
+    kept = torch.tensor([0, 1, 2, 5])
+    plan, moments = Plan(net, X), input_moments(net, ["conv2"], [X], n_positions=None)
+    small = plan.apply({"conv1": kept})
+    compensate(plan, small, {"conv1": kept}, moments, "least_squares")
+    rows, weight = patches(net, X)[:, :-1], net.conv2.weight.detach().flatten(1).double().numpy()
+    left = rows[:, columns_of(net.conv2, kept.tolist()).tolist()]
+    # The ridge as further equations, towards zero.
+    lift = np.sqrt(RIDGE * np.square(left).mean() * len(left)) * np.eye(left.shape[1])
+    targets = np.vstack([rows @ weight.T, np.zeros((len(lift), len(weight)))])
+    expected, *_ = np.linalg.lstsq(np.vstack([left, lift]), targets, rcond=None)
+    np.testing.assert_allclose(small.conv2.weight.detach().flatten(1), expected.T, atol=1e-4)
+
+
+class SharedNorm(nn.Module):
+    """Two layers, of which one reads the network's input, with one norm after both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.a = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1, bias=False)
+        self.b, self.norm = nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.a(torch.relu(self.stem(x)))) * self.norm(self.b(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("method", ["mean", "least_squares", "sequential"])
+def test_a_norm_that_another_layer_shares_takes_no_constant(method: str) -> None:
+    net = SharedNorm().eval()
+    plan, kept = Plan(net, X), {"stem": torch.tensor([0, 1, 5])}
+    if method == "sequential":
+        small, _ = reconstruct(net, plan.silenced(kept), [X])
+    else:
+        small = plan.apply(kept)
+        remarks = compensate(plan, small, kept, input_moments(net, ["a"], [X]), method)
+        assert [remark.split(":")[0] for remark in remarks] == ["a has no bias and no batch norm of its own after it"]
+    torch.testing.assert_close(small.norm(small.b(X)), net.norm(net.b(X)), rtol=0, atol=0)
 
 
 class NormAct(nn.BatchNorm2d):
@@ -205,3 +250,9 @@ def test_an_error_leaves_the_norms_as_they_were() -> None:
     assert not net.training
     assert net[0].momentum == 0.1
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_norms_that_were_frozen_stay_so() -> None:
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3).eval())
+    recalibrate_batch_norm(net, [torch.rand(4, 3, 4, 4)])
+    assert [module.training for module in net.modules()] == [True, True, False]

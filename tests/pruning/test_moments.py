@@ -1,5 +1,7 @@
 """Second moments of what layers read, gradients of the logits there, and what is solved from them."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from freqprune.errors import InputError
 from freqprune.pruning.elimination import elimination_errors
 from freqprune.pruning.moments import (
     columns_of,
+    counted_moments,
     input_moments,
     least_squares,
     mean_response,
@@ -56,6 +59,40 @@ def test_moments_are_those_of_the_patches(second: dict[str, object]) -> None:
     some = input_moments(net, ["conv2"], [X] * 60, n_positions=8)["conv2"]
     assert abs(some - found).max() < 0.1 * found.abs().max()
     assert torch.equal(some, input_moments(net, ["conv2"], [X] * 60, n_positions=8)["conv2"])
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize(("kernel", "dilation"), [(2, 1), ((4, 3), 1), (2, 3)], ids=str)
+def test_moments_of_layers_with_even_kernels_give_those_of_their_outputs(
+    kernel: int | tuple[int, int], dilation: int
+) -> None:
+    conv = nn.Conv2d(3, 5, kernel, padding="same", dilation=dilation, bias=False).double()
+    moments = input_moments(nn.Sequential(conv), ["0"], [X.double()], n_positions=None)["0"]
+    weight = conv.weight.detach().flatten(1)
+    outputs = conv(X.double()).detach().movedim(1, -1).flatten(0, -2)
+    torch.testing.assert_close(weight @ moments[:-1, :-1] @ weight.T, outputs.T @ outputs / len(outputs))
+    torch.testing.assert_close(weight @ moments[:-1, -1], outputs.mean(0))
+
+
+def test_layers_have_four_samples_a_value_where_there_are_as_many_positions() -> None:
+    # Of 6 images: 4 x 27 / 6 and 4 x 72 / 6 positions; the linear layer has but one.
+    _, counts = counted_moments(Chain(), ["conv1", "conv2", "linear"], [X], n_positions=2)
+    assert counts == {"conv1": 6 * 18, "conv2": 6 * 48, "linear": 6}
+    assert counted_moments(Chain(), ["conv1"], [X], n_positions=20)[1] == {"conv1": 6 * 20}
+
+
+def test_moments_of_a_network_in_training_are_those_of_its_running_statistics() -> None:
+    net = Chain()
+    net.norm.running_mean.uniform_(-0.3, 0.3)
+    before = copy.deepcopy(net)
+    found = input_moments(net, ["linear"], [X])["linear"]
+    # A new norm's variances are 1 and its bias 0.
+    with torch.no_grad():
+        maps = net.conv2(torch.relu(net.conv1(X))).double() - before.norm.running_mean[:, None, None]
+    rows = torch.cat([torch.relu(maps / (1 + 1e-5) ** 0.5).mean((2, 3)), torch.ones(len(X), 1)], 1)
+    torch.testing.assert_close(found, rows.T @ rows / len(X), rtol=1e-5, atol=1e-6)
+    assert all(module.training for module in net.modules())
+    assert all(torch.equal(value, before.state_dict()[key]) for key, value in net.state_dict().items())
 
 
 def test_moments_of_a_linear_layer() -> None:

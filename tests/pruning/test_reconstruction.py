@@ -16,10 +16,10 @@ from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
 from freqprune.networks.trace import equal_batches
 from freqprune.pruning import walk
-from freqprune.pruning.equations import Equations
+from freqprune.pruning.equations import Equations, Sums, solve
 from freqprune.pruning.in_sequence import Reconstruction
 from freqprune.pruning.reconstruction import mute, reconstruct
-from freqprune.pruning.refinement import Segment
+from freqprune.pruning.refinement import Segment, gauss_newton
 from freqprune.pruning.surgery import Plan
 from tests.pruning.doubled import Residual, concatenated, depthwise, double, images, residual, settled
 
@@ -48,9 +48,11 @@ def test_copies_of_what_is_left_are_made_up_for_exactly(
     assert not [remark for remark in remarks if "fewer samples" not in remark]
 
 
-def test_weights_are_those_of_numpys_least_squares() -> None:
+@pytest.mark.parametrize("constant", [True, False])
+def test_weights_are_those_of_numpys_least_squares(constant: bool) -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3, stride=2, padding=1), nn.AvgPool2d(2)).eval()
+    second = nn.Conv2d(6, 4, 3, stride=2, padding=1, bias=constant)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), second, nn.AvgPool2d(2)).eval()
     x, ridge = images(16), 1e-3
     twin, _ = reconstruct(net, {"2": [1, 4]}, equal_batches([x], 4), Reconstruction(10_000, ridge, rounds=0))
     hidden = F.pad(net[1](net[0](x)), [1] * 4).detach().double().numpy()
@@ -65,13 +67,50 @@ def test_weights_are_those_of_numpys_least_squares() -> None:
     a, t = np.array(rows), np.array(answers)
     old = net[2].weight.detach().double().numpy()[:, [0, 2, 3, 5]].reshape(4, -1)
     # The ridge as further equations, the constant as a further column that it does not pull at.
-    lift = np.sqrt(ridge * a.var(0).mean() * len(a))
-    whole = np.block([[a, np.ones((len(a), 1))], [lift * np.eye(a.shape[1]), np.zeros((a.shape[1], 1))]])
+    lift = np.sqrt(ridge * (a.var(0) if constant else np.square(a)).mean() * len(a))
+    n = int(constant)
+    whole = np.block([[a, np.ones((len(a), n))], [lift * np.eye(a.shape[1]), np.zeros((a.shape[1], n))]])
     solved = np.linalg.lstsq(whole, np.vstack([t, lift * old.T]), rcond=None)[0]
     found = twin.get_submodule("2")
-    np.testing.assert_allclose(found.weight.detach()[:, [0, 2, 3, 5]].flatten(1), solved[:-1].T, atol=2e-4)
-    np.testing.assert_allclose(found.bias.detach(), solved[-1], atol=2e-4)
+    np.testing.assert_allclose(found.weight.detach()[:, [0, 2, 3, 5]].flatten(1), solved[: a.shape[1]].T, atol=2e-4)
+    if constant:
+        np.testing.assert_allclose(found.bias.detach(), solved[-1], atol=2e-4)
     assert not found.weight[:, [1, 4]].any()
+
+
+class Summed(nn.Module):
+    """A shortcut that runs before its branch, and a norm after the branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shortcut, self.conv = nn.Conv2d(3, 4, 1, bias=False), nn.Conv2d(3, 4, 1, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.shortcut(x)
+        return self.norm(self.conv(x)) + shortcut  # type: ignore[no-any-return]
+
+
+def test_a_branch_makes_up_for_what_a_stream_lost_behind_its_norm() -> None:
+    torch.manual_seed(0)
+    net, x = settled(Summed().double()), images().double()
+    # The branch reads all that the shortcut has lost: nothing need be missing in their sum.
+    twin, _ = reconstruct(net, {"shortcut": [1]}, [x], EXACT)
+    assert not twin.get_parameter("shortcut.weight")[:, 1].any()
+    torch.testing.assert_close(twin(x), net(x), rtol=1e-6, atol=1e-7)
+
+
+def test_weights_that_come_out_worse_than_the_bare_cut_are_not_kept() -> None:
+    net = nn.Sequential(nn.Linear(2, 1), nn.ReLU()).eval()
+    with torch.no_grad():
+        net[0].weight.fill_(1)
+        net[0].bias.zero_()
+    x = torch.tensor([[1.0, 0], [2, 0], [1, 0], [2, 0], [1, 0], [2, 0], [1, -40], [2, -40]])
+    # Without the second feature six of eight answers stay right; with its mean, -10, as a constant, all would be zero.
+    twin, remarks = reconstruct(net, {"0": [1]}, [x])
+    assert twin.get_parameter("0.weight").tolist() == [[1, 0]]
+    assert twin.get_parameter("0.bias").tolist() == [0]
+    assert [remark.split(" the answers ")[0] for remark in remarks] == ["making up for the cut in sequence brought"]
 
 
 NETWORKS = {
@@ -139,6 +178,54 @@ def test_a_gauss_newton_step_starts_from_what_least_squares_left(monkeypatch: py
     reconstruct(net, {"conv2": range(6)}, [x], how)
     assert len(seen) == 1
     assert seen[0].mean(0).abs().max() < 1e-3 * seen[0].std(0).min()
+
+
+def test_each_gauss_newton_step_learns_from_other_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(walk, "gauss_newton", lambda segment, *_: seen.append(list(segment.numbers)))
+    monkeypatch.setattr(walk, "STEP_PIXELS", 2 * 4 * 12 * 12)
+    # Two of five batches of 4 images of 12 x 12 fit into a step.
+    reconstruct(Residual(True).eval(), {"conv2": range(6)}, equal_batches([images(20)], 4), replace(EXACT, rounds=3))
+    assert seen == [[0, 1], [2, 3], [0, 4]]
+
+
+@pytest.mark.parametrize("movable", [True, False])
+def test_a_step_counts_on_constants_only_where_they_can_move(movable: bool) -> None:
+    x, t = torch.tensor([[1.0], [3.0]]).double(), torch.full((2, 1), 2.0).double()
+    energy = x.square().mean(0, keepdim=True)
+    segment = Segment(lambda w, c, i: x @ w.T + c, lambda z, i: z, lambda h, i: h, [t], energy, -1)
+    start = torch.zeros(1, 1).double(), torch.zeros(1).double()
+    found = gauss_newton(segment, *start, movable)
+    assert found is not None
+    # Normal equations of 1 w + c = 2 and 3 w + c = 2, a tenth more on their diagonal.
+    expected = np.linalg.solve([[11, 4], [4, 2.2]], [8, 4]) if movable else [8 / 11, 0]
+    np.testing.assert_allclose([float(found[0]), float(found[1])], expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("start", "share"), [(0.5, 1.0), (2.0, 0.5), (10.0, None)])
+def test_a_step_is_taken_only_as_far_as_it_comes_closer(start: float, share: float | None) -> None:
+    """Towards the zero of an arc tangent, whose Newton steps go too far from 1.39 on."""
+    zero = torch.zeros(1, 1).double()
+    segment = Segment(lambda w, c, i: w + c, lambda z, i: z.atan(), lambda h, i: h, [zero], zero + 1)
+    found = gauss_newton(segment, zero + start, zero[0], False)
+    if share is None:
+        assert found is None
+    else:
+        assert found is not None
+        # By a derivative of 1 / (1 + w^2), and damped by a tenth of the diagonal.
+        assert float(found[0]) == pytest.approx(start - share * np.arctan(start) * (1 + start**2) / 1.1, rel=1e-9)
+
+
+@pytest.mark.parametrize(("held_out", "ridge"), [(1.0, 1.0), (3.0, 1e-4)])
+def test_the_ridge_is_the_one_that_does_best_on_what_it_has_not_seen(held_out: float, ridge: float) -> None:
+    parts = [Sums(1, (torch.zeros(1), torch.zeros(1))) for _ in range(2)]
+    x = torch.tensor([[1.0], [-1.0]])
+    # The first half wants a weight of 3; a ridge of r towards 1 leaves 2 / (1 + r) of the 2 to go.
+    for part, slope in zip(parts, (3.0, held_out), strict=True):
+        part.add(x, slope * x)
+    found = solve(parts, torch.ones(1, 1), torch.tensor([True]), None, constant=True)
+    assert found is not None
+    assert float(found[0]) == pytest.approx(1 + ((3 + held_out) / 2 - 1) / (1 + ridge), rel=1e-9)
 
 
 def test_only_layers_that_lost_inputs_are_solved_if_asked_for() -> None:
