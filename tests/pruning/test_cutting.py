@@ -23,7 +23,7 @@ from freqprune.training.carrying import carry_over
 from freqprune.training.classifier import Classifier
 from freqprune.training.pruning_callback import TagPruning
 
-PIXELS = torch.rand(6, 3, 16, 16)
+PIXELS = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 def material(**more: Any) -> Material:
