@@ -10,7 +10,7 @@ from freqprune.networks.registry import build_model
 from freqprune.networks.runtimes import OnnxModule
 from freqprune.pruning.surgery import Plan
 
-X = torch.rand(2, 3, 32, 32)
+X = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def test_pruned_networks_export(tmp_path: Path) -> None:
