@@ -118,6 +118,14 @@ def test_another_architecture(pruned: tuple[Path, torch.nn.Module], tmp_path: Pa
         load_pruned(tmp_path / "w.pt")
 
 
+def test_what_a_model_says_of_a_file_that_names_its_network_must_hold(pruned: tuple[Path, torch.nn.Module]) -> None:
+    agreeing = {"name": "resnet8", "num_classes": 10, "shortcut": None, "not in the file": 1}
+    assert torch.equal(load_network(pruned[0], agreeing).net(X), pruned[1](X))
+    for key, held, said in (("num_classes", 10, 7), ("shortcut", "A", "B")):
+        with pytest.raises(InputError, match=rf"holds a resnet8 with {key} = {held}, but model\.{key} = {said}; leave"):
+            load_network(pruned[0], {"name": "resnet8", key: said})
+
+
 def test_networks_without_a_config_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no config to rebuild it from"):
         save_pruned(tmp_path / "p.ckpt", torch.nn.Linear(2, 2), {})

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,14 +48,29 @@ def test_eight_bits(tmp_path: Path) -> None:
         Exports(int8=True)
 
 
-def test_a_file_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("factor", [1.001, float("nan"), float("inf")])
+def test_a_file_that_computes_something_else_is_refused(
+    factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+
     class Loaded:
-        def module(self) -> nn.Module:
-            return build_model({"name": "resnet8"}).eval()
+        def module(self) -> Callable[[Tensor], Tensor]:
+            return lambda x: net(x) * factor
 
     monkeypatch.setattr(torch.export, "load", lambda path: Loaded())
     with pytest.raises(InputError, match="differs from the network"):
-        export(build_model({"name": "resnet8"}).eval(), X, tmp_path, torch_export=True)
+        export(net, X, tmp_path, torch_export=True)
+
+
+def test_a_network_in_training_mode_is_exported_as_it_infers(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten()).double()
+    net[1].running_mean.fill_(0.3)
+    net.train()
+    export(net, torch.rand(2, 3, 8, 8).double(), tmp_path, torch_export=True)
+    assert all(module.training for module in net.modules())
+    x, program = torch.rand(3, 3, 8, 8).double(), torch.export.load(tmp_path / "model.pt2").module()
+    torch.testing.assert_close(program(x), net.eval()(x), rtol=1e-12, atol=1e-12)
 
 
 def test_missing_packages_are_told_before_work(monkeypatch: pytest.MonkeyPatch) -> None:

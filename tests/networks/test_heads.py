@@ -17,7 +17,7 @@ from freqprune.networks.registry import build_model, register_model
 X, Y = (torch.rand(3, 7, 12, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
 
 
-def both(**settings: bool) -> tuple[nn.MultiheadAttention, HeadAttention]:
+def both(**settings: Any) -> tuple[nn.MultiheadAttention, HeadAttention]:
     torch.manual_seed(0)
     old = nn.MultiheadAttention(12, 3, **settings).eval()
     nn.init.normal_(old.out_proj.weight)
@@ -51,6 +51,15 @@ def test_padding_is_not_looked_at(mask: Tensor | None) -> None:
     expected = old(X, Y, Y, key_padding_mask=padding, attn_mask=mask, need_weights=False)[0]
     torch.testing.assert_close(new(X, Y, Y, key_padding_mask=padding, attn_mask=mask)[0], expected)
     assert not torch.allclose(new(X, Y, Y, attn_mask=mask)[0], expected)
+
+
+def test_attention_drops_out_in_training_only() -> None:
+    old, new = both(batch_first=True, dropout=1.0)
+    # Without anything that it looks at, the last layer answers its bias.
+    nothing = old.out_proj.bias.expand(3, 7, 12)
+    torch.testing.assert_close(new.train()(X, X, X)[0], nothing)
+    torch.testing.assert_close(new.eval()(X, X, X)[0], old(X, X, X, need_weights=False)[0])
+    assert not torch.allclose(new(X, X, X)[0], nothing)
 
 
 def test_weights_of_the_attention_are_refused() -> None:

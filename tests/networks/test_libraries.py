@@ -94,7 +94,7 @@ def test_preprocessing_of_torchvision() -> None:
     found = preprocessing({"name": "torchvision/resnet50", "weights": "IMAGENET1K_V2"})
     assert found is not None
     assert (found.image_size, found.resize, found.interpolation) == (224, 232, "bilinear")
-    assert found.mean == (0.485, 0.456, 0.406)
+    assert (found.mean, found.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert preprocessing({"name": "torchvision/resnet50"}) is None
     assert preprocessing({"name": "resnet32"}) is None
 

@@ -51,6 +51,17 @@ def test_operations_add_up_to_what_a_forward_takes() -> None:
     assert Times(net, trace, X, dense_ms=1e-3).ms({}) == pytest.approx(1e-3)
 
 
+def test_inputs_and_outputs_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A machine whose time is what it writes: fewer inputs save nothing.
+    monkeypatch.setattr(Times, "_time", lambda _self, _what, _shapes, work: float(work().numel()))
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)).eval()
+    times = Times(net, Trace(net, X), X, dense_ms=1.0)
+    # 30 x 30 and 28 x 28 pixels of eight channels each.
+    both, second = 30**2 + 28**2, 28**2
+    assert times.ms({"1": (0.25, 1.0)}) == pytest.approx(1)
+    assert times.ms({"1": (1.0, 0.25)}) == pytest.approx(1 - 0.75 * second / both)
+
+
 @pytest.mark.usefixtures("few_measurements")
 def test_times_are_kept_and_not_measured_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = build_model({"name": "resnet8"}).eval()
@@ -72,8 +83,11 @@ def test_times_are_kept_and_not_measured_twice(tmp_path: Path, monkeypatch: pyte
     path.write_text("{")
     with pytest.raises(InputError, match=r"cannot be read .* remove it"):
         Times(net, trace, X, 10.0, path)
-    monkeypatch.setattr(torch, "__version__", "9.9")
-    assert cache_file(tmp_path, CPU) != path
+    for what, value in (("__version__", "9.9"), ("get_num_threads", lambda: 7)):
+        with monkeypatch.context() as other:
+            other.setattr(torch, what, value)
+            assert cache_file(tmp_path, CPU) != path
+    assert cache_file(tmp_path, CPU) == path
 
 
 def test_networks_are_timed_in_turn() -> None:

@@ -39,6 +39,21 @@ def test_operations_give_what_the_network_gives_and_write_into_nothing(net: Call
     assert trace.weights_made == []
 
 
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(self.a(x).relu())).mean((2, 3))  # type: ignore[no-any-return]
+
+
+def test_a_layer_that_runs_twice_is_no_single_operation() -> None:
+    trace = Trace(Twice().eval(), images(2))
+    assert list(trace.layers.values()) == ["b"]
+    assert trace.weights_made == ["a"]
+
+
 @pytest.mark.parametrize(
     ("shape", "size", "sizes"),
     [((13, 1), 4, [4, 4, 4]), ((7, 1), 4, [3, 3]), ((3, 1), 4, [3]), ((8, 3, 256, 256), None, [4, 4])],

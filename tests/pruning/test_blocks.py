@@ -268,6 +268,22 @@ def test_blocks_score_what_they_add_to_the_change_of_the_logits() -> None:
     assert [float(found[name]) for name in order] == pytest.approx(by_hand, rel=1e-3)
 
 
+def test_without_compensation_blocks_score_the_bare_change_of_an_image() -> None:
+    net, images = odd(), torch.rand(8, 3, 8, 8)
+    plan, names = Plan(net, X, blocks=True), ["plain", "scaled", "projected"]
+
+    def off(*gone: str) -> float:
+        with torch.no_grad():
+            small = plan.apply(dict.fromkeys(gone, GONE), check=False)
+            return float((small(images) - net(images)).square().sum(1).mean())
+
+    first = min(names, key=off)
+    second = min({*names} - {first}, key=lambda name: off(first, name))
+    found = block_scores(net, list(images.split(4)), None)
+    assert float(found[first]) == pytest.approx(off(first), rel=1e-4)
+    assert float(found[second]) == pytest.approx(max(off(first), off(first, second) - off(first)), rel=1e-4)
+
+
 def test_blocks_and_filters_are_ranked_together() -> None:
     scores = {"a": torch.tensor([1.0, 2.0, 3.0, 4.0]), "block": torch.tensor([2.5])}
     cost = lambda widths: 10.0 * widths.get("a", 4) + 30.0 * widths.get("block", 1)  # noqa: E731

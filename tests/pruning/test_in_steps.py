@@ -128,3 +128,10 @@ def test_layers_that_become_units_once_a_block_has_gone_are_counted() -> None:
     later.add(Cut(small, {"layer2.1.conv2": torch.tensor([0, 3])}, {}, None, []), plan)
     assert later.kept["layer2.1.conv2"].tolist() == [0, 6]
     assert found.widths["conv1"] == 16
+
+
+def test_blocks_of_all_steps_are_named(net: nn.Module) -> None:
+    found, plan = InSteps(net, {}, {}), Plan(net, PIXELS[:1])
+    for gone in (["layer1.0"], [], ["layer3.0"]):
+        found.add(Cut(net, {}, {}, None, [], dropped=gone), plan)
+    assert found.dropped == ["layer1.0", "layer3.0"]

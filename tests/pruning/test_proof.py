@@ -18,7 +18,7 @@ from freqprune.networks.registry import build_model
 from freqprune.pruning.amount import Amount
 from freqprune.pruning.criteria import scores
 from freqprune.pruning.importance import Evidence
-from freqprune.pruning.proof import masked_forward
+from freqprune.pruning.proof import masked_forward, prove
 from freqprune.pruning.selection import select
 from freqprune.pruning.surgery import Plan
 from tests.shaken import shaken
@@ -109,6 +109,27 @@ def test_torchvision_networks(name: str, streams: bool, tmp_path: Path) -> None:
         scale = float(expected.abs().max())
         torch.testing.assert_close(small(X) / scale, expected / scale, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(again(X) / scale, expected / scale, rtol=1e-5, atol=1e-5)
+
+
+class Several(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.a, self.b = kind, nn.Conv2d(3, 2, 1), nn.Conv2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        same, other = self.a(x), self.b(x)
+        return {"list": [same, other], "tuple": (same, other), "dict": {"a": same, "b": other},
+                "nested": [same, {"b": (other,)}]}[self.kind]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["list", "tuple", "dict", "nested"])
+def test_every_answer_of_a_network_is_compared(kind: str) -> None:
+    net = Several(kind).eval()
+    wrong = copy.deepcopy(net)
+    prove(net, wrong, {}, X)
+    nn.init.zeros_(wrong.b.weight)
+    with pytest.raises(InputError, match="computes something else"):
+        prove(net, wrong, {}, X)
 
 
 FLOATS = st.floats(-10, 10, allow_nan=False) | st.sampled_from([0.0, 1.0, float("nan"), float("inf"), -1e30])

@@ -118,11 +118,13 @@ def test_planned_macs_are_the_counted_ones(shortcut: str) -> None:
 def test_the_network_itself_is_left_alone() -> None:
     net = build_model({"name": "resnet8"}).train()
     net.conv1.weight.requires_grad_(False)
+    net.bn1.eval()
     before = {key: value.clone() for key, value in net.state_dict().items()}
     small = Plan(net, X).apply({"layer1.0.conv1": torch.tensor([1, 2])})
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert net.training
-    assert small.training
+    # A norm that is frozen stays so, the others train on.
+    assert {name for name, module in small.named_modules() if not module.training} == {"bn1"}
     assert not small.conv1.weight.requires_grad
     assert small.layer1[0].conv1.weight.requires_grad
     assert small.config["widths"] == {"layer1.0.conv1": 2}
@@ -219,6 +221,16 @@ def test_latency_measures_every_network() -> None:
     assert set(found) == {"a", "b"}
     assert min(found.values()) > 0
     assert calls == ["a", "b"] * 4
+
+
+def test_latency_is_that_of_inference_and_leaves_statistics_alone() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)).train()
+    modes: list[bool] = []
+    net[1].register_forward_hook(lambda module, _args, _out: modes.append(module.training))
+    latency_ms({"a": net}, X, n_runs=2, n_warmup=1)
+    assert modes == [False] * 3
+    assert net[1].num_batches_tracked == 0
+    assert all(module.training for module in net.modules())
 
 
 class Odd(nn.Module):

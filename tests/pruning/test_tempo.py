@@ -131,6 +131,26 @@ def test_milliseconds_are_a_share_of_those_measured(tmp_path: Path, monkeypatch:
     assert (found["dense_ms"], found["target"], found["batch_size"]) == (10.0, "eager", 4)
 
 
+@pytest.mark.parametrize(("target", "dense_ms"), [("eager", 10.0), ("compiled", 5.0), ("onnx", 4.0)])
+@pytest.mark.usefixtures("_by_macs")
+def test_milliseconds_are_those_of_where_it_counts(
+    target: str, dense_ms: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = {"eager": 10.0, target: dense_ms}
+    monkeypatch.setattr(tempo, "runner", lambda net, batch, target="eager": target)
+    monkeypatch.setattr(tempo, "compare", lambda one, *rest: Speed(times[one], times[one], 0.0, 0.0))
+    net = nn.Sequential(nn.Conv2d(3, 20, 1), nn.ReLU(), nn.Conv2d(20, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    whole = count_macs(net, PIXELS[:1])
+    slow_as(lambda small: count_macs(small, PIXELS[:1]) / whole, monkeypatch)
+    how = recipe(tmp_path, latency_ms=0.72 * dense_ms)
+    how = replace(how, latency=replace(how.latency, target=target))
+    scores = {"0": torch.arange(1.0, 21.0)}
+    kept, _, _, promise = tempo.to_time(Plan(net.eval(), PIXELS[:1]), scores, Material(PIXELS[:4], lambda p: p), how)
+    assert promise.asked == pytest.approx(0.28)
+    # All multiplications go with the filters of the first layer, of which five are 25 % and six 30 %.
+    assert kept["0"].tolist() == [*range(6, 20)]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("_by_macs")
 def test_what_is_missed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,6 +187,19 @@ def test_a_noisy_device_is_measured_longer_and_then_given_up(monkeypatch: pytest
     monkeypatch.setattr(tempo, "MOST_S", 5.0)
     with pytest.raises(InputError, match="over 100 pairs"):
         tempo._measured(lambda: None, net, PIXELS, "eager")
+
+
+@pytest.mark.parametrize("target", ["eager", "compiled", "onnx"])
+def test_both_networks_are_timed_where_it_counts(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compared(dense: str, small: str, *rest: object, **more: object) -> Speed:
+        assert (dense, small) == (target, target)
+        return Speed(1e4, 1e4, 0.0, 0.0)
+
+    monkeypatch.setattr(tempo, "runner", lambda net, batch, target="eager": target)
+    monkeypatch.setattr(tempo, "compare", compared)
+    net = nn.Conv2d(3, 2, 1)
+    dense = tempo.runner(net, PIXELS, target)
+    assert tempo._measured(dense, net, PIXELS, target).dense_ms == 1e4
 
 
 @pytest.mark.parametrize(

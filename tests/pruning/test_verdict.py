@@ -1,7 +1,9 @@
 """Which filters count as important, on a network whose responses are known."""
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
 from freqprune.errors import InputError
@@ -34,6 +36,18 @@ def test_noise_alone_is_rarely_important() -> None:
     net = nn.Sequential(nn.Conv2d(1, 400, 16, bias=False, dtype=torch.float64))
     response = tag(net, WHITE * 0, noise_std=0.02)
     assert judge(response, "all", alpha=0.05).counts["0"] <= 3
+
+
+def test_false_discoveries_are_a_share_over_all_layers() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 30, 16), nn.Conv2d(30, 4, 1)).double()
+    response = tag(net, WHITE * 0, noise_std=0.02)
+    raw = {layer: response.p_values(layer).numpy() for layer in ("0", "1")}
+    adjusted = stats.false_discovery_control(np.concatenate([p.ravel() for p in raw.values()]))
+    expected = np.split(adjusted, [raw["0"].size])
+    found = judge(response).p_values
+    assert found is not None
+    for (layer, p), values in zip(raw.items(), expected, strict=True):
+        np.testing.assert_allclose(found[layer], values.reshape(p.shape).min(1), rtol=1e-12)
 
 
 def test_without_noise_there_is_no_verdict() -> None:
