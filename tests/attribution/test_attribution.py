@@ -1,6 +1,7 @@
 """Attribution by tags against answers that are known."""
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from freqprune.attribution.effects import estimate
 from freqprune.attribution.gates import check_apart, gates, halves, opened, overlapped, waves
 from freqprune.attribution.images import attribute
+from freqprune.attribution.scores import read
 from freqprune.errors import InputError
 from freqprune.networks.exports import export
 from freqprune.networks.registry import build_model
@@ -54,6 +56,9 @@ def test_a_linear_model_gives_its_coefficients(steepness: float) -> None:
     # The other class sees the opposite, and the network's own answer is one of the two.
     other = attribute(net, IMAGES, torch.tensor([1, 1, 1]), grid=4, forwards=64, baseline="grey")
     torch.testing.assert_close(other.effects, -found.effects, rtol=1e-3, atol=1e-5)
+    mixed = attribute(net, IMAGES, torch.tensor([0, 1, 2]), grid=4, forwards=64, baseline="grey")
+    signs = torch.tensor([[1.0], [-1.0], [0.0]])
+    torch.testing.assert_close(mixed.effects, (signs * expected).double(), rtol=1e-3, atol=1e-5)
     own = attribute(net, IMAGES, grid=4, forwards=64).target
     assert own is not None
     assert own.tolist() == net(IMAGES).argmax(1).tolist()
@@ -123,6 +128,11 @@ def test_recordings_follow_from_the_error_asked_for() -> None:
     some = attribute(net, IMAGES[:1], grid=4, forwards=1024, until=float(rough.standard_error.max()) / 2)
     assert 64 < some.forwards <= 1024
     assert some.standard_error.max() < rough.standard_error.max()
+    # One part that is not sure enough is reason to go on.
+    barely = 0.999 * float(rough.standard_error.max())
+    more = attribute(net, IMAGES[:1], grid=4, forwards=1024, until=barely)
+    assert more.forwards > 64
+    assert more.standard_error.max() <= barely
     again = attribute(net, IMAGES[:1], grid=4, forwards=1024, until=1e9)
     assert torch.equal(again.effects, rough.effects)
 
@@ -154,6 +164,15 @@ def test_scores(score: Any) -> None:
     }.get(score, 2 * logits[:, 0])  # type: ignore[call-overload]
     torch.testing.assert_close(found.whole, expected, rtol=1e-3, atol=1e-4)
     assert found.effects.shape == found.standard_error.shape == found.p_values.shape == (3, 4)
+
+
+@pytest.mark.parametrize("score", ["logit", "probability", "log_odds"])
+def test_scores_of_answers_in_half_precision_are_not_rounded_to_it(score: str) -> None:
+    answer = (5 * torch.randn(64, 5)).bfloat16()
+    share = answer.double().softmax(1)[:, 2]
+    expected = {"logit": answer[:, 2].double(), "probability": share, "log_odds": torch.logit(share)}[score]
+    found = read(answer, score, torch.full((64,), 2))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_gates_lie_on_odd_bins_of_their_own() -> None:
@@ -238,6 +257,34 @@ def test_neighbours_that_share_their_waves_open_together() -> None:
     torch.testing.assert_close(overlapped(tags, where, 0.7)[:, 3], tags[:, 3])
     with pytest.raises(InputError, match=r"overlap must lie in \[0, 2\], got -1"):
         attribute(net, IMAGES, 0, grid=4, forwards=64, overlap=-1)
+
+
+def test_the_overlap_is_a_standard_deviation_in_parts() -> None:
+    where = torch.tensor([[0.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    # Neighbours are two standard deviations of 0.5 apart; of one wave each a part keeps its power.
+    share = math.exp(-(2**2) / 2)
+    expected = torch.tensor([[1, share], [share, 1]], dtype=torch.float64) / math.hypot(1, share)
+    torch.testing.assert_close(overlapped(torch.eye(2, dtype=torch.float64), where, 0.5), expected)
+
+
+def test_a_network_sees_neighbours_open_together_where_they_overlap() -> None:
+    seen: list[Tensor] = []
+
+    def total(tiles: Tensor) -> Tensor:
+        seen.append(tiles)
+        return tiles.sum(1)
+
+    alike = []
+    for overlap in (0.0, 0.7):
+        seen.clear()
+        attribute(
+            OfTiles(total), torch.ones(1, 3, 16, 16), 0, grid=4, forwards=64, baseline=torch.zeros(3, 16, 16),
+            steepness=1.0, overlap=overlap,
+        )  # fmt: skip
+        # From black to white the mean of a tile is its gate; whole images come one by one.
+        alike.append(torch.corrcoef(torch.cat([tiles for tiles in seen if len(tiles) > 1]).T))
+    torch.testing.assert_close(alike[0], torch.eye(16), rtol=0, atol=1e-5)
+    assert alike[1][5, 6] > 0.5 > 0.1 > alike[1][0, 15].abs()
 
 
 def test_a_network_in_onnx_runtime_is_explained_like_itself(tmp_path: Path) -> None:

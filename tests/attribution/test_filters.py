@@ -177,6 +177,25 @@ class Functional(nn.Module):
         return self.function(self.conv(x)).mean((2, 3))
 
 
+def test_gates_are_as_steep_as_asked_for() -> None:
+    """Of gates that are open or closed and nothing between, the effect of a filter on its own cube is all of it."""
+    net = Functional(lambda x: x**3).double().eval()
+    with torch.no_grad():
+        whole = net(IMAGES.double())
+    found = filter_effects(net, IMAGES, "conv", steepness=1e9)
+    torch.testing.assert_close(found.effects, torch.diag_embed(whole), rtol=1e-6, atol=1e-9)
+    # Of ((1 + s) / 2)^3 with a sine s, (3 s + s^3) / 8 is odd, of which s itself has 15 / 16 of s / 2.
+    sines = filter_effects(net, IMAGES, "conv").effects.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(sines, 15 / 16 * whole)
+
+
+def test_frequencies_and_phases_follow_from_the_seed() -> None:
+    net = Functional(lambda x: x**3).double().eval()
+    one, same, other = (filter_effects(net, IMAGES, "conv", seed=seed).effects for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert (one - other).abs().max() > 1e-3 * one.abs().max()
+
+
 @pytest.mark.parametrize(
     ("function", "said"),
     [(F.relu, False), (F.leaky_relu, False), (F.gelu, True), (torch.sigmoid, True), (F.relu6, True), (_prelu, False)],

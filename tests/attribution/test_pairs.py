@@ -1,10 +1,13 @@
 """Interactions against sums of products whose coefficients are known, and what is found where there is nothing."""
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 
 from freqprune.attribution.effects import p_values as p_values_of
+from freqprune.attribution.effects import strongest
 from freqprune.attribution.gates import gates, halves
 from freqprune.attribution.images import attribute
 from freqprune.attribution.pairs import _projected, find_interactions
@@ -58,6 +61,30 @@ def test_pairs_that_do_nothing_are_not_significant_more_often_than_alpha() -> No
         assert float((torch.cat(found) < alpha).double().mean()) < 1.3 * alpha
     # Where there is nothing, any pair found is a false discovery: 5 % of the families, and three standard errors.
     assert families <= 40 * 0.05 + 3 * (40 * 0.05 * 0.95) ** 0.5
+
+
+def test_a_pair_is_as_sure_as_the_less_sure_of_two_regressions() -> None:
+    """Four parts in 96 frames: all six pairs enter the common fit, 48 of even bins for six slopes and a mean."""
+    design, generator = designs(4, 6, 0)
+    scores = torch.randn(96, generator=generator, dtype=torch.float64) + 4 * design[:, 0] * design[:, 1]
+    gates = (design.numpy() - 0.5).reshape(6, 2, 8, 4)[:, 0].reshape(48, 4)
+    even = scores.numpy().reshape(6, 2, 8).mean(1).ravel()
+    one, other = np.triu_indices(4, 1)
+    products = np.column_stack([gates[:, one] * gates[:, other], np.ones(48)])
+    slopes, (left,), *_ = np.linalg.lstsq(products, even)
+    errors = np.sqrt(np.diag(np.linalg.inv(products.T @ products)) * left / (48 - 7))
+    together = 2 * stats.t.sf(np.abs(slopes / errors)[:6], 48 - 7)
+    sizes, about = (products[:, :6] ** 2).sum(0), even - even.mean()
+    alone = 2 * stats.t.sf(np.abs(products[:, :6].T @ about) / np.sqrt(about @ about / 47 * sizes), 47)
+    assert (together > alone).any()
+    found, p_values = find_interactions(design, scores, 16)
+    np.testing.assert_allclose(found[one, other], slopes[:6], rtol=1e-9)
+    np.testing.assert_allclose(p_values[one, other], np.maximum(together, alone), rtol=1e-9)
+
+
+def test_the_strongest_pairs_come_by_size_whatever_their_sign() -> None:
+    interactions = torch.tensor([[0.0, 1.0, -3.0], [1.0, 0.0, 2.0], [-3.0, 2.0, 0.0]])
+    assert strongest(interactions, torch.zeros(3, 3), 2) == [(0, 2, -3.0), (1, 2, 2.0)]
 
 
 def test_pairs_of_tiles() -> None:

@@ -8,6 +8,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer
 
+from freqprune.attribution.baselines import find_baseline
 from freqprune.attribution.images import attribute
 from freqprune.attribution.parts import find_parts, patches_of
 from freqprune.errors import InputError
@@ -129,6 +130,21 @@ def test_the_parts_fade_to_what_is_asked_for() -> None:
             found.effects, (weights * (tiles_of(IMAGES) - tiles_of(expected))).double(), rtol=1e-3, atol=1e-5
         )
         torch.testing.assert_close(found.baseline, tiles_of(expected) @ weights, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(16, 48), (48, 16)])
+def test_the_blur_of_an_oblong_image_follows_its_shorter_side(size: tuple[int, int]) -> None:
+    pixels = torch.rand(1, 1, *size, dtype=torch.float64)
+    blurred = gaussian_filter(pixels[0, 0].numpy(), 16 / 16, mode="mirror", radius=2)
+    torch.testing.assert_close(find_baseline(pixels, "blur")[0, 0], torch.from_numpy(blurred))
+
+
+def test_a_grid_has_rows_along_the_height_and_columns_along_the_width() -> None:
+    numbers, names = find_parts(nn.Identity(), IMAGES, grid=(2, 4))
+    expected = torch.arange(8).view(2, 4).repeat_interleave(8, 0).repeat_interleave(4, 1)
+    assert torch.equal(numbers, expected.expand(3, -1, -1))
+    assert names[1] == "row 1, column 2"
+    assert names[-1] == "row 2, column 4"
 
 
 def test_half_precision_where_told() -> None:

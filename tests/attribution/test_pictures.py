@@ -1,13 +1,16 @@
 """Maps as figures, and as the arrays that captum and pytorch-grad-cam take."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from matplotlib.collections import LineCollection
+from matplotlib.colors import to_hex
 
 from freqprune.attribution.effects import Attribution
 from freqprune.attribution.images import attribute
-from freqprune.attribution.pictures import LOWERS, RAISES, borders, centres
+from freqprune.attribution.pictures import LOWERS, RAISES, bars, borders, centres
 from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
 from tests.attribution.test_attribution import IMAGES, OfTiles
@@ -34,13 +37,31 @@ def test_a_figure_of_a_map(found: Attribution) -> None:
     assert line.get_color() == RAISES
     assert np.asarray(line.get_xydata()).tolist() == [[9.5, 1.5], [5.5, 9.5]]
     assert [text.get_text() for text in over.texts] == ["1", "2"]
-    assert over.texts[0].get_position() == (13.5, 1.5)
+    # The largest effects of either sign: tile 3 raises the score, tile 5 lowers it.
+    assert found.ranked(1, 2) == [3, 5]
+    assert [text.get_position() for text in over.texts] == [(13.5, 1.5), (5.5, 5.5)]
     assert over.get_title("left") == "a tile"
     assert bar.get_ylabel() == "effect on the score"
     # What is significant, and nothing else, is outlined: two tiles of 4 x 4 pixels with 16 lines each.
     (outline,) = [one for one in over.collections if isinstance(one, LineCollection)]
     assert found.significant(1).nonzero().flatten().tolist() == [3, 5]
     assert len(outline.get_segments()) == 32
+
+
+@pytest.mark.parametrize(("alpha", "n_outlined"), [(0.01, 0), (0.05, 1), (0.1, 2)])
+def test_parts_are_outlined_at_the_rate_that_is_asked_for(found: Attribution, alpha: float, n_outlined: int) -> None:
+    p_values = torch.ones(2, 16, dtype=torch.float64)
+    p_values[0, 3], p_values[0, 5] = 0.001, 0.01  # of 16 parts: 0.016 and 0.08
+    (outline,) = replace(found, p_values=p_values).plot(0, alpha=alpha).axes[0].collections
+    assert isinstance(outline, LineCollection)
+    assert len(outline.get_segments()) == 16 * n_outlined
+
+
+def test_bars_of_what_raises_the_score_are_red_and_sure_ones_in_full_colour() -> None:
+    effects = torch.tensor([1.0, -2.0, 3.0])
+    drawn = bars(effects, torch.ones(3), ["a", "b", "c"], torch.tensor([True, False, True])).axes[0].patches
+    assert [to_hex(bar.get_facecolor()).upper() for bar in drawn] == [RAISES, LOWERS, RAISES]
+    assert [bar.get_alpha() for bar in drawn] == [1, 0.35, 1]
 
 
 def test_pairs_that_get_in_each_others_way_are_blue() -> None:

@@ -47,6 +47,13 @@ def test_every_image_has_parts_of_its_own() -> None:
         assert torch.equal(tiles_of(best.float().expand(1, 3, -1, -1))[0], (torch.arange(16) == tile).float())
 
 
+def test_the_last_recordings_end_with_the_error_asked_for() -> None:
+    """A linear model leaves no error: one recording of 4 parts, one of the 7 that they become."""
+    net = OfTiles(lambda tiles: 5 * tiles[:, 13] + tiles[:, 2])
+    assert attribute_fine(net, IMAGES, 0, refine=1, grid=2, forwards=256, until=0.01).forwards == 16 + 28
+    assert attribute_fine(net, IMAGES, 0, refine=1, grid=2, forwards=256).forwards == 16 + 8 * 28
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
