@@ -24,6 +24,7 @@ from freqprune.networks import registry
 from freqprune.networks.checkpoint import save_pruned
 from freqprune.networks.libraries import preprocessing
 from freqprune.networks.registry import build_model
+from freqprune.reports import save
 from tests.conftest import ROOT
 from tests.jobs.small import config
 from tests.networks.test_libraries import NO_TIMM, cache, cached
@@ -71,6 +72,9 @@ def test_explain_writes_what_it_says(images: Path, tmp_path: Path) -> None:
     shown = re.findall(r'<img src="data:image/png;base64,([^"]*)"', page)
     assert [base64.b64decode(one) for one in shown] == [(tmp_path / "maps" / f"{n}.png").read_bytes() for n in names]
     assert found.target is not None
+    # Two lines at most and three numbered parts, as the table beside the map has them.
+    drawn = save(found.plot(0, objects["pixels"][0], n_pairs=2, n_marked=3, alpha=0.05), tmp_path / "0.png", dpi=120)
+    assert np.array_equal(np.array(Image.open(drawn)), np.array(Image.open(tmp_path / "maps" / "1_a.png")))
     kinds = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     assert all(f"Class {target}, {kinds[target]}: " in page for target in found.target.tolist())
     for image in range(3):
@@ -80,6 +84,14 @@ def test_explain_writes_what_it_says(images: Path, tmp_path: Path) -> None:
             assert f"<td>{value:+.3g}</td>" in page
     assert page.count("The other 1 parts") == 3
     assert json.loads((tmp_path / "run.json").read_text())["settings"]["grid"] == 2
+
+
+def test_parts_overlap_as_is_asked_for(images: Path, tmp_path: Path) -> None:
+    given = (f"images={images / 'a.png'}", "pretrained=true", "overlap=0.7")
+    found, objects = explain(asked(tmp_path, *given))
+    expected = attribute(resnet32(pretrained=True), objects["pixels"], grid=2, forwards=32, overlap=0.7,
+                         mean=[0.4914, 0.4822, 0.4465], std=[0.2470, 0.2435, 0.2616])  # fmt: skip
+    torch.testing.assert_close(found.effects, expected.effects)
 
 
 def test_some_files_a_class_and_a_mask(images: Path, tmp_path: Path) -> None:

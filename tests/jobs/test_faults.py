@@ -8,11 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from freqprune.jobs.trainers import AtomicCheckpoints
 from freqprune.networks.checkpoint import save_pruned
 from freqprune.networks.registry import build_model
 from tests.conftest import ROOT
@@ -131,16 +134,25 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_work(tmp_path: Path) 
     assert "Traceback" not in done.stderr
 
 
-def test_no_half_written_network_is_left(tmp_path: Path) -> None:
+def of_a_training(path: Path, net: nn.Module) -> None:
+    AtomicCheckpoints().save_checkpoint({"state_dict": net.state_dict()}, path)
+
+
+def of_a_cut(path: Path, net: nn.Module) -> None:
+    save_pruned(path, net, {})
+
+
+@pytest.mark.parametrize("write", [of_a_cut, of_a_training])
+def test_no_half_written_network_is_left(write: Callable[[Path, nn.Module], None], tmp_path: Path) -> None:
     net = build_model({"name": "resnet8"})
-    save_pruned(tmp_path / "pruned.ckpt", net, {})
+    write(tmp_path / "pruned.ckpt", net)
     before = (tmp_path / "pruned.ckpt").read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
         with pytest.raises(OSError, match="File too large"):
-            save_pruned(tmp_path / "pruned.ckpt", net, {})
+            write(tmp_path / "pruned.ckpt", net)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, ignored)

@@ -12,8 +12,11 @@ from torch import nn
 
 from freqprune import load_pruned
 from freqprune.errors import InputError
+from freqprune.jobs import assembly, trainers
+from freqprune.jobs.finetuning import finetune
 from freqprune.jobs.prune import prune
 from freqprune.jobs.resuming import begin_anew, interrupted
+from freqprune.jobs.settings import read
 from freqprune.jobs.train import train
 from freqprune.networks.blocks import Shortcut
 from freqprune.networks.checkpoint import epochs_done, load_network
@@ -301,3 +304,16 @@ def test_a_folder_without_a_checkpoint_is_no_training_of_the_other_kind(tmp_path
     torch.save({"epoch": 0}, tmp_path / "from_scratch" / "checkpoints" / "last.ckpt")
     with pytest.raises(InputError, match=r"is a run with finetune\.from_scratch=true; go on with that"):
         interrupted(tmp_path, "finetuned", 1)
+
+
+@pytest.mark.parametrize(("folder", "grows"), [("finetune", False), ("from_scratch", True)])
+def test_only_weights_drawn_anew_see_small_images_first(
+    folder: str, grows: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = read(config("prune", tmp_path, "data.progressive_resizing={}"))
+    data, net = assembly.load_data(assembly.data_settings(settings)), build_model({"name": "resnet8"})
+    sizes: list[int] = []
+    monkeypatch.setattr(trainers, "fit", lambda *_: sizes.append(data.smallest(torch.rand(1, 3, 32, 32)).shape[-1]))
+    finetune(settings, data, net, net, 1, folder)
+    # They begin at half the size by default.
+    assert sizes == [16 if grows else 32]

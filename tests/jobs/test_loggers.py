@@ -54,6 +54,15 @@ def test_tables_say_what_the_files_say(job: Path) -> None:
     assert {(row[1], name): row[header.index(f"SNR {name}")] for row in rows for _, name in written} == written
 
 
+def test_filters_of_a_training_are_those_of_its_last_epoch(tmp_path: Path) -> None:
+    lines = ["epoch,layer_index,layer,filter,snr_f1,amplitude_f1,score,important"]
+    lines += [f"{epoch},0,conv1,{number},{epoch}.{number},7,2,1" for epoch in (9, 10) for number in (0, 1)]
+    (tmp_path / "importance.csv").write_text("\n".join(lines))
+    header = ["layer", "filter", "snr_f1", "score", "important"]
+    rows = [["conv1", "0", "10.0", "2", "1"], ["conv1", "1", "10.1", "2", "1"]]
+    assert results(tmp_path) == {"filters": (header, rows)}
+
+
 def test_tensorboard_gets_figures_and_tables(job: Path, tmp_path: Path) -> None:
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     logger = make_logger(settings(tmp_path, "logger=tensorboard"), tmp_path)

@@ -7,16 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.stats import false_discovery_control
 from torch import nn
 
 from freqprune import load_pruned
 from freqprune.errors import InputError
-from freqprune.jobs.prune import prune
+from freqprune.jobs import assembly
+from freqprune.jobs.prune import _by_class, _tagged, prune
+from freqprune.jobs.settings import read
+from freqprune.jobs.stages import Run
 from freqprune.networks.checkpoint import load_network, save_pruned
 from freqprune.networks.profiling import count_macs, count_parameters
 from freqprune.networks.registry import build_model
 from freqprune.pruning import cut, tempo
 from freqprune.reports import tables
+from freqprune.tagging import tag
 from tests.jobs.small import check_page, config
 from tests.pruning.test_tempo import ByMacs
 
@@ -304,3 +309,103 @@ def test_what_is_refused_leaves_the_results_in_its_folder(tmp_path: Path) -> Non
     prune(config("prune", out, *given))
     assert json.loads((out / "run.json").read_text())["settings"]["seed"] == 0
     assert not (out / "figures" / "accuracy_over_time.png").exists()
+
+
+def filters(n_filters: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, n_filters, 3, bias=False), nn.ReLU()).eval()
+
+
+def test_filters_are_tagged_on_the_first_images_held_out_for_validation(tmp_path: Path) -> None:
+    settings = read(config("prune", tmp_path, "data.mean=[0,0,0]", "data.std=[1,1,1]"))
+    data, net = assembly.load_data(assembly.data_settings(settings)), filters(2)
+    found, _ = _tagged(settings, net, data)
+    # Normalised with these, pixels stay as they are.
+    expected = tag(net, data.split("val").pixels[:2] / 255, settings.stimulus)
+    torch.testing.assert_close(found.layers["0"].amplitude, expected.layers["0"].amplitude)
+
+
+def test_important_filters_are_those_at_the_rate_that_is_set(tmp_path: Path) -> None:
+    rate = 0.5
+    noisy = ("tagging.noise_std=1", "importance.important_by=significance", f"importance.alpha={rate}")
+    settings = read(config("prune", tmp_path, *noisy))
+    response, verdict = _tagged(settings, filters(16), assembly.load_data(assembly.data_settings(settings)))
+    p_values = response.p_values("0").numpy()
+    adjusted = false_discovery_control(p_values.ravel()).reshape(p_values.shape).min(1)
+    assert verdict is not None
+    assert verdict.important["0"].tolist() == (adjusted <= rate).tolist()
+    # The usual rate of 0.001 calls others important.
+    assert ((adjusted > 0.001) & (adjusted <= rate)).any()
+
+
+def test_responses_by_class_are_those_to_normalised_images(tmp_path: Path) -> None:
+    """Inputs of twice the contrast move a convolution twice as much."""
+    settings = read(
+        config("prune", tmp_path, "tagging.per_class=true", "tagging.where=convolution", "data.mean=[0,0,0]",
+               "data.std=[0.5,0.5,0.5]")
+    )  # fmt: skip
+    data, net = assembly.load_data(assembly.data_settings(settings)), filters(2)
+    found = _by_class(settings, net, data)
+    images = data.split("val")
+    present = images.labels.unique().tolist()
+    assert list(found) == [data.classes[number] for number in present]
+    pixels = images.pixels[images.labels == present[0]][:2] / 255
+    raw = tag(net, pixels, settings.stimulus, where="convolution", noise_std=0.0)
+    torch.testing.assert_close(found[data.classes[present[0]]].layers["0"].amplitude, 2 * raw.layers["0"].amplitude)
+
+
+def test_a_cut_is_calibrated_on_training_images_and_tagged_on_others(tmp_path: Path) -> None:
+    settings = read(config("prune", tmp_path))
+    data = assembly.load_data(assembly.data_settings(settings))
+    seen = Run(settings, data, torch.device("cpu"))._material()
+    assert torch.equal(seen.calibration, data.split("train").pixels[:8] / 255)
+    assert seen.labelled is not None
+    assert torch.equal(seen.labelled[0], data.split("train").pixels[:8] / 255)
+    assert torch.equal(seen.labelled[1], data.split("train").labels[:8])
+    assert torch.equal(seen.images, data.split("val").pixels[:2] / 255)
+
+
+def test_batch_norms_are_estimated_anew_between_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mean, std = [0.1, 0.2, 0.3], [0.5, 0.4, 0.2]
+    normal = (f"data.mean={mean}", f"data.std={std}", "importance=l2", "pruning.steps=2", "pruning.compensation=none")
+    settings = read(config("prune", tmp_path, *normal))
+    data, net = assembly.load_data(assembly.data_settings(settings)), build_model({"name": "resnet8"}).eval()
+
+    class Stopped(Exception):  # noqa: N818
+        pass
+
+    def first_step(*given: Any) -> None:
+        # A norm that sees the images themselves, and sums 32768 pixels of each channel in single precision.
+        small = nn.Sequential(nn.BatchNorm2d(3))
+        given[-1](small, 0)
+        pixels = data.split("train").pixels[:64].numpy() / 255
+        expected = (pixels.mean((0, 2, 3)) - mean) / std
+        assert small[0].running_mean.tolist() == pytest.approx(expected.tolist(), rel=1e-3)
+        raise Stopped
+
+    monkeypatch.setattr("freqprune.jobs.stages.cut_in_steps", first_step)
+    assert settings.recipe is not None
+    response: Any = None
+    with pytest.raises(Stopped):
+        Run(settings, data, torch.device("cpu")).shrink(net, {}, settings.recipe, response)
+
+
+@pytest.mark.parametrize(
+    ("amount", "scope"),
+    [
+        (["pruning.macs_cut=0.3"], "per_mac"),
+        (["pruning.latency_cut=0.3"], "per_ms"),
+        (["pruning.latency_ms=2"], "per_ms"),
+        (["pruning.latency_cut=0.3", "pruning.scope=per_mac"], "per_mac"),
+        (["pruning.latency_cut=0.3", "importance.scope=global"], "global"),
+    ],
+)
+def test_a_cut_by_time_ranks_filters_by_time(amount: list[str], scope: str, tmp_path: Path) -> None:
+    recipe = read(config("prune", tmp_path, "importance=logit_error", *amount)).recipe
+    assert recipe is not None
+    assert recipe.amount.scope == scope
+
+
+def test_a_cut_follows_the_seed(tmp_path: Path) -> None:
+    recipe = read(config("prune", tmp_path, "importance=random", "seed=5")).recipe
+    assert recipe is not None
+    assert recipe.seed == 5

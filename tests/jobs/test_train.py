@@ -3,17 +3,21 @@
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from freqprune.errors import InputError
+from freqprune.jobs import assembly
 from freqprune.jobs.assembly import model_config
 from freqprune.jobs.prune import _network_to_prune
 from freqprune.jobs.settings import read
-from freqprune.jobs.train import train
+from freqprune.jobs.train import _tagging, train
+from freqprune.networks.checkpoint import load_network
 from freqprune.networks.registry import build_model
 from tests.jobs.small import check_page, config
 
@@ -26,6 +30,7 @@ def test_train_writes_what_it_says(trained: tuple[Path, dict[str, Any]]) -> None
     expected = json.loads((out / "forecast.json").read_text())
     assert {"training", "tags", "total"} <= expected.keys()
     assert {"best.ckpt", "last.ckpt"} <= {path.name for path in (out / "checkpoints").iterdir()}
+    assert load_network(out / "checkpoints" / "last.ckpt").classes == [str(digit) for digit in range(10)]
     with (out / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     logged = {key for row in rows for key, value in row.items() if value}
@@ -212,3 +217,37 @@ def test_the_network_trained_by_default_is_no_setting_of_a_network(tmp_path: Pat
         f"ckpt={tmp_path / 'w.pt'}",
     )
     assert "fallback" not in _network_to_prune(read(cfg)).net.config
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_new_training_leaves_no_checkpoints_of_an_earlier_one(
+    goes_on: bool, trained: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is killed before its first epoch is complete would go on from them; one that goes on needs them."""
+    names = {"best.ckpt", "last.ckpt"}
+    (tmp_path / "checkpoints").mkdir()
+    for name in names:
+        shutil.copy(trained[0] / "checkpoints" / name, tmp_path / "checkpoints")
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("freqprune.jobs.trainers.fit", killed)
+    more = [f"ckpt_path={tmp_path / 'checkpoints' / 'last.ckpt'}"] if goes_on else []
+    with pytest.raises(KeyboardInterrupt):
+        train(config("train", tmp_path, "trainer.max_epochs=2", *more))
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == (names if goes_on else set())
+
+
+def test_a_training_follows_its_seed(tmp_path: Path) -> None:
+    settings = read(config("train", tmp_path, "seed=3"))
+    assembly.seed(settings.common)
+    assert torch.equal(torch.rand(4), torch.rand(4, generator=torch.Generator().manual_seed(3)))
+    assert np.array_equal(np.random.rand(4), np.random.RandomState(3).rand(4))
+    data = assembly.load_data(assembly.data_settings(settings))
+    assert _tagging(settings, data).tag_settings["seed"] == 3
+
+
+def test_the_loss_from_the_tags_shows_the_tags_that_are_set(tmp_path: Path) -> None:
+    settings = read(config("train", tmp_path, "tag_loss=silence", "tagging.tag_freqs=[4.0,10.0]"))
+    assert list(settings.tag_loss.stimulus.tag_freqs) == [4.0, 10.0]

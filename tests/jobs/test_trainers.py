@@ -91,6 +91,15 @@ def test_networks_are_compiled_while_they_train_only(
     assert [type(callback) for callback in pretended.callbacks] == [ReleaseGradients]
 
 
+def test_a_network_that_comes_in_eval_mode_is_trained_in_training_mode(learning: Classifier) -> None:
+    """As one does that was cut: Lightning would leave its norms frozen."""
+    learning.net.eval()
+    trainer: Any = Pretended()
+    data: Any = None
+    trainers.fit(trainer, learning, data, None, "")
+    assert learning.net.training
+
+
 def test_a_network_that_was_compiled_before_stays_so(learning: Classifier, modes: list[Any]) -> None:
     learning.net.compile()
     trainer: Any = Pretended()
