@@ -38,6 +38,8 @@ def test_the_page_tells_what_was_found(found: Attribution, tmp_path: Path) -> No
     assert '<h2 id="1_one &amp; &lt;b&gt;">1_one &amp; &lt;b&gt;</h2>' in page
     assert "Class 0: log-odds" in page
     assert "1 of 16 parts are significant" in page
+    # 2 * 1 + 9 * 0.5 * 0.5 of ones, 2 * 0 + 9 * 0.5 * 0.5 of zeros.
+    assert page.count("log-odds 4.25 of the whole image, 2.25\nwith every part at its baseline") == 2
     # The part that matters first, numbered, surely.
     assert "<tr><td>1</td><td>row 2, column 1</td><td>+2</td>" in page
     assert page.count("<td>row 1, column 3</td><td>row 3, column 2</td><td>+9</td>") == 2

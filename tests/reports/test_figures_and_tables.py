@@ -1,5 +1,6 @@
 """Figures hold what they should: drawn values, labels that do not overlap, marks told apart without colour."""
 
+import csv
 import json
 import math
 from pathlib import Path
@@ -126,6 +127,37 @@ def test_table_tells_the_changes() -> None:
     assert [row[0] for row in rows] == ["dense", "pruned", "finetuned"]
 
 
+def test_units_of_the_table_are_those_of_its_header() -> None:
+    counts = {"macs": 3_000_000, "params": 4_000, "file_bytes": 5_000}
+    dense = {"test_accuracy": 0.5, **counts, "memory_bytes": {"64": 6_000_000}, "latency_ms": {"64": 7.0}}
+    header, (row,) = tables.stage_rows({"dense": dense})
+    assert dict(zip(header, row, strict=True)) == {
+        "stage": "dense", "test accuracy, %": "50.00", "MACs, M": "3.00", "parameters, k": "4.0", "file, kB": "5",
+        "memory, MB (batch 64)": "6.0", "ms (batch 64)": "7.00",
+    }  # fmt: skip
+
+
+def test_filters_are_told_with_the_frequencies_of_their_components_in_hertz(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU())
+    response = tag(net, torch.rand(1, 3, 8, 8), Stimulus(tag_freqs=(6.0, 7.5), max_order=2))
+    tables.write_filters(tmp_path / "filters.csv", response, None)
+    with (tmp_path / "filters.csv").open(newline="") as file:
+        found = {row["component"]: float(row["frequency"]) for row in csv.DictReader(file)}
+    assert found == {"f1": 6, "2f1": 12, "f2": 7.5, "2f2": 15, "f1+f2": 13.5, "f2-f1": 1.5}
+
+
+def test_a_file_in_the_place_of_another_appears_once_it_is_complete(tmp_path: Path) -> None:
+    path = record.write_text(tmp_path / "metrics.json", "before")
+    # Who reads on while it is replaced reads the one before to its end.
+    with path.open() as reader:
+        record.write_text(path, "after")
+        assert reader.read() == "before"
+    assert path.read_text() == "after"
+    with pytest.raises(UnicodeEncodeError):  # the writing breaks off
+        record.write_text(path, "half\ud800")
+    assert path.read_text() == "after"
+
+
 def test_metrics_appear_complete_or_not_at_all(tmp_path: Path) -> None:
     record.write_json(tmp_path / "metrics.json", {"a": 1})
     with pytest.raises(TypeError):
@@ -157,14 +189,10 @@ def test_figures_of_runs_and_sweeps_draw_what_they_are_given() -> None:
     drawn = [[container.lines[0].get_xydata().tolist() for container in axis.containers] for axis in figure.axes]
     assert drawn[0] == [[[30.0, 20.0], [50.0, 20.0]], [[50.0, 20.0]]]
     assert drawn[1] == [[[30.0, 91.0], [50.0, 90.0]], [[50.0, 90.0]]]
-    assert (
-        len(
-            run_figures.accuracy_over_cut(
-                {"a": [{"cut": (50.0, 0.1), "recalibrated": (30.0, 1.0), "pruned": (20.0, 1.0)}]}
-            ).axes
-        )
-        == 1
-    )
+    (axis,) = run_figures.accuracy_over_cut(
+        {"a": [{"cut": (50.0, 0.1), "recalibrated": (30.0, 1.0), "pruned": (20.0, 1.0)}]}
+    ).axes
+    assert axis.containers[0].lines[0].get_xydata().tolist() == [[50.0, 30.0]]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["snr", "l2"]
     assert not overlaps(figure)
     bars = run_figures.kept_per_layer({"a": 3, "b": 4}, {"a": 6, "b": 8, "unpruned": 9}).axes[0].containers
@@ -247,6 +275,9 @@ def test_lines_of_classes_are_medians_like_the_others(tmp_path: Path) -> None:
     lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
     assert list(lines["\u200b_a\\$b"]) == list(lines["median of the layer"])
     save(figure, tmp_path / "a.png")
+    figure = response_figures.integration_over_depth(response, {"cat": response})
+    lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
+    assert list(lines["cat"]) == list(lines["median of the layer"])
 
 
 def test_the_bins_of_an_snr_are_those_that_it_is_made_of() -> None:
@@ -269,6 +300,12 @@ def test_time_cut_is_that_of_the_target_that_was_asked_for() -> None:
     assert tables.percentages(metrics)["time_cut"] == pytest.approx(41)
     metrics["latency"]["target"] = "eager"
     assert tables.percentages(metrics)["time_cut"] == pytest.approx(20)
+
+
+def test_time_cut_is_that_of_the_largest_batch_if_none_was_asked_for() -> None:
+    dense = {"test_accuracy": 0.5, "macs": 4, "params": 10, "latency_ms": {"8": 10.0, "16": 20.0, "128": 100.0}}
+    pruned = {**dense, "latency_ms": {"8": 9.0, "16": 16.0, "128": 70.0}}
+    assert tables.percentages({"dense": dense, "pruned": pruned})["time_cut"] == pytest.approx(30)
 
 
 def test_rank_correlations_below_zero_have_colours_of_their_own() -> None:

@@ -140,6 +140,15 @@ def test_a_trial_of_a_cut_by_time_counts_macs(plan: Plan) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("lowest", "scope"), [(-1e-3, "layer"), (0.0, "per_mac")])
+def test_scores_below_zero_are_not_divided_by_macs(plan: Plan, lowest: float, scope: str) -> None:
+    """One filter of one layer is enough, if the run has not asked for an amount of its own."""
+    found = {name: torch.arange(plan.unit(name).n_filters).double() for name in plan.choose()}
+    next(iter(found.values()))[0] = lowest
+    assert trial_of(plan, None, "taylor", found).amount.scope == scope
+    assert trial_of(plan, None, "taylor", found, Amount(macs_cut=0.5, scope="global")).amount.scope == "global"
+
+
 def test_parts_are_told_by_their_number_whatever_their_frequencies(tmp_path: Path) -> None:
     net, pixels = build_model({"name": "resnet8", "stage_widths": [4, 4, 8]}), torch.rand(2, 3, 16, 16)
     swapped = Stimulus(tag_freqs=(7.5, 6.0), max_order=1)

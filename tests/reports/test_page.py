@@ -96,6 +96,22 @@ def test_page_tells_what_was_done(run: Path) -> None:
     assert "<script" not in text
 
 
+def test_the_page_tells_the_accuracy_of_each_kind_of_images(run: Path) -> None:
+    accuracies = {"val_accuracy": 0.75, "test_accuracy": 0.5, "test_top5": 0.875}
+    write_json(run / "training.json", {"epochs": 2, "seconds": 3.0, **accuracies})
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", write_page(run).read_text())
+    place = cells.index("validation")
+    expected = ["validation", "75.00", "test", "50.00", "test, among five", "87.50"]
+    assert cells[place : place + 6] == expected
+
+
+@pytest.mark.parametrize(("tagged", "told"), [({"tagged_images": 2}, "2 images"), ({}, "4 images")])
+def test_the_page_counts_the_images_that_were_there_to_tag(run: Path, tagged: dict[str, int], told: str) -> None:
+    """Settings may ask for more than there are; older runs did not say."""
+    write_json(run / "metrics.json", {**json.loads((run / "metrics.json").read_text()), **tagged})
+    assert f"pixel noise sd 0.02, {told}." in write_page(run).read_text()
+
+
 def sweep_of(run: Path) -> SweepPage:
     """A sweep whose only job with a folder is a run."""
     save(run_figures.kept_over_depth({"snr": {"a": 0.5, "b": 0.25}}), run / "figures" / "kept_over_depth.png")

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from freqprune.errors import InputError
 from freqprune.jobs import cli
 from freqprune.reports import sweeps
-from freqprune.reports.record import failures_kept
+from freqprune.reports.record import failures_kept, is_finished
 from freqprune.reports.sweep_jobs import check_goes_on, commands_of, counted_once, planned, read_sweep, told_apart
 from freqprune.reports.sweeps import gather, grouped, table
 from freqprune.reports.tables import layer_medians
@@ -357,6 +357,56 @@ def test_checkpoints_are_named_in_figures_by_what_differs(tmp_path: Path, monkey
     gather([tmp_path], tmp_path / "out")
     assert drawn == ["ckpt 0", "ckpt 1"]
     assert "today/1/checkpoints" in (tmp_path / "out" / "sweep.md").read_text()
+
+
+def test_shares_of_filters_kept_are_of_those_that_the_layer_had(
+    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, Mapping[str, float]] = {}
+
+    def draw(shares: Mapping[str, Mapping[str, float]]) -> Figure:
+        drawn.update(shares)
+        return Figure()
+
+    monkeypatch.setattr(sweeps, "kept_over_depth", draw)
+    monkeypatch.setattr(sweeps, "save", lambda *_: None)
+    gather([sweep], tmp_path / "out")
+    # 3 of 4 and 2 of 8.
+    assert list(drawn.values()) == [{"a": 0.75, "b": 0.25}] * 2
+
+
+def trained(folder: Path, pruning: bool) -> None:
+    """A job of `train.py` whose training is done."""
+    job(folder, ["optimizer.lr=0.1"])
+    settings(folder, pruning={"enabled": pruning})
+    (folder / "training.json").write_text(json.dumps({"epochs": 1, "val_accuracy": 0.75, "test_accuracy": 0.5}))
+
+
+def test_validation_and_test_are_told_apart_in_a_sweep_of_trainings(tmp_path: Path) -> None:
+    trained(tmp_path / "0", pruning=False)
+    header, (row,) = table(grouped(read_sweep(tmp_path)))
+    assert dict(zip(header, row, strict=True)).items() >= {("validation, %", "75.00"), ("test, %", "50.00")}
+
+
+def test_a_job_that_trains_and_prunes_is_not_finished_after_its_training(tmp_path: Path) -> None:
+    trained(tmp_path / "0", pruning=True)
+    assert not is_finished(tmp_path / "0")
+    assert [one.state for one in read_sweep(tmp_path)] == ["unfinished"]
+    (tmp_path / "0" / "metrics.json").write_text('{"finished": true}')
+    assert is_finished(tmp_path / "0")
+
+
+def test_a_job_that_failed_and_was_done_again_counts(tmp_path: Path) -> None:
+    job(tmp_path / "0", ["importance=snr"])
+    with pytest.raises(RuntimeError, match="out of memory"), failures_kept(tmp_path / "0"):
+        raise RuntimeError("out of memory")
+    (before,) = read_sweep(tmp_path)
+    assert (before.state, before.error) == ("failed", "RuntimeError: out of memory")
+    stage = {"test_accuracy": 0.8, "macs": 2, "params": 2}
+    with failures_kept(tmp_path / "0"):
+        (tmp_path / "0" / "metrics.json").write_text(json.dumps({"dense": stage, "finished": True}))
+    (after,) = read_sweep(tmp_path)
+    assert (after.state, after.metrics) == ("finished", {"dense": 80.0})
 
 
 def test_a_sweep_is_gathered_whatever_ended_it(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
