@@ -67,6 +67,31 @@ def test_scores_by_hand() -> None:
     )
 
 
+def test_scores_over_components_are_means_and_sums() -> None:
+    response = tag(Affine(nn.ReLU()), WHITE.expand(5, -1, -1, -1))
+    evidence = Evidence(Affine(), response, components="fundamentals")
+    z = response.z_score("conv", ["f1", "f2"]).nan_to_num(0.0)
+    torch.testing.assert_close(scores("z", evidence, ["conv"])["conv"], (z[:, 0] + z[:, 1]) / 2)
+    # Whatever components are chosen; f1 + f2 and f2 - f1 alone have 0.0338 each.
+    mixed = response.amplitude("conv", "intermodulation").sum(1)
+    assert mixed[2] > 0.067
+    torch.testing.assert_close(scores("intermodulation", evidence, ["conv"])["conv"], mixed)
+    harmonics = response.corrected_amplitude(
+        "conv", [c.name for c in response.components("all") if c.kind == "harmonic"]
+    )
+    torch.testing.assert_close(scores("corrected_amplitude", evidence, ["conv"])["conv"], harmonics)
+    assert harmonics[2] > response.corrected_amplitude("conv", "fundamentals")[2] + 0.01
+
+
+def test_random_scores_follow_the_seed_and_differ_from_layer_to_layer() -> None:
+    net, layers = build_model({"name": "resnet8"}), ["layer1.0.conv1", "layer1.0.conv2"]
+    one, same, other = (scores("random", Evidence(net, seed=seed), layers) for seed in (1, 1, 2))
+    for layer in layers:
+        assert torch.equal(one[layer], same[layer])
+        assert not torch.equal(one[layer], other[layer])
+    assert not torch.equal(one[layers[0]], one[layers[1]])
+
+
 def test_an_own_criterion() -> None:
     @criterion("bias")
     def bias(evidence: Evidence, layer: str) -> Tensor:

@@ -94,6 +94,8 @@ def test_macs_cut_out_of_reach_and_without_a_cost() -> None:
         ({"ratio": 0.5, "scope": "net"}, "scope must be one of global, per_mac, per_ms, layer"),
         ({"ratio": 0.5, "min_filters": 0}, "min_filters must be at least 1"),
         ({"threshold": 1.0, "normalize": True}, "cannot be combined"),
+        ({"threshold": float("nan")}, "threshold must be a finite score, got nan"),
+        ({"threshold": float("inf")}, "threshold must be a finite score, got inf"),
     ],
 )
 def test_bad_amounts(settings: dict[str, object], message: str) -> None:
