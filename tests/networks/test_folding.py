@@ -97,3 +97,14 @@ class ReadTwice(nn.Module):
 @pytest.mark.parametrize("how", ["max", "chunk", "write"])
 def test_what_is_read_by_calls_of_many_results_is_not_folded(how: str) -> None:
     assert find_folds(trained(ReadTwice(how), torch.rand(4, 3, 8, 8)), torch.rand(1, 3, 8, 8), []) == []
+
+
+@pytest.mark.parametrize("hooked", ["0", "1"])
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+def test_what_has_hooks_is_not_folded(hooked: str, hook: str) -> None:
+    x = torch.rand(2, 3, 8, 8)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    handle = getattr(net.get_submodule(hooked), hook)(lambda _module, *values: values[-1])
+    assert find_folds(net, x, []) == []
+    handle.remove()
+    assert find_folds(net, x, []) == [("0", "1")]

@@ -66,6 +66,9 @@ def test_a_static_image_answers_to_nothing() -> None:
     assert len(stimulus.distinct_frames[0]) == 1
     response = tag(Affine(), WHITE.expand(30, -1, -1, -1), stimulus)
     assert response.amplitude("conv", "all").max() < 1e-14
+    # The mean of a scale between 0.5 and 1.
+    assert stimulus.scale.eq(0.75).all()
+    assert response.layers["conv"].amplitude[0, 0].item() == pytest.approx(0.75, rel=1e-12)
     assert response.p_values("conv", "all").min() > 1e-4
     assert response.snr("conv")[:3].max() < 1.5
 

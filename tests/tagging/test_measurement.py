@@ -171,6 +171,7 @@ def test_modes_and_layers(images: Tensor) -> None:
     [
         ({"noise_std": -0.1}, r"noise_std must lie in \[0, 1\]"),
         ({"noise_std": math.nan}, "noise_std must lie"),
+        ({"noise_std": 5.0}, "noise_std must lie"),
         ({"average": "mean"}, "average must be one of"),
         ({"layers": "block*"}, "matches none of"),
         ({"where": "after"}, "where must be one of"),
@@ -192,6 +193,15 @@ def test_weights_that_are_not_finite_are_named(images: Tensor) -> None:
         net.layer2[0].conv1.weight[0] = torch.nan
     with pytest.raises(InputError, match=r"layer 'layer2.0.conv1' answers with NaN"):
         tag(net, images)
+
+
+def test_no_image_has_the_noise_of_another_one_under_another_seed() -> None:
+    seen = {
+        tag(Affine(), WHITE, Stimulus(max_order=1), seed=seed, numbers=[number]).snr("conv")[0, 0].item()
+        for seed in range(3)
+        for number in range(3)
+    }
+    assert len(seen) == 9
 
 
 @pytest.mark.parametrize("size", [9, 30])

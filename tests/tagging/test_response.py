@@ -68,15 +68,49 @@ def test_part_preference_and_integration_of_known_filters() -> None:
     assert integration[3].isnan()
 
 
+def test_harmonics_of_one_part_are_no_integration() -> None:
+    net = Affine(nn.ReLU())
+    with torch.no_grad():
+        net.conv.bias.fill_(-0.75)
+    response = tag(net, WHITE, noise_std=0.0)
+    # Halves of sines of 0.25: their second harmonic has 2 / (3 pi) of that.
+    for part, harmonic in enumerate(("2f1", "2f2")):
+        amplitude = response.amplitude("conv", [harmonic])[part].item()
+        assert amplitude == pytest.approx(0.25 * 2 / (3 * math.pi), rel=0.05)
+    assert response.integration("conv")[:2].tolist() == pytest.approx([0, 0], abs=1e-12)
+
+
+@pytest.mark.parametrize(("precision", "rounding"), [(torch.float64, 1e-16), (torch.float32, 1e-8)])
+def test_rounding_alone_prefers_no_part(precision: torch.dtype, rounding: float) -> None:
+    amplitude = torch.zeros(2, 121, dtype=torch.float64)
+    amplitude[:, 0] = 1.0
+    amplitude[:, 12] = torch.tensor([3 * rounding, 0.03])
+    amplitude[:, 15] = torch.tensor([rounding, 0.01])
+    site = find_sites(Affine(), WHITE, ["conv"], "convolution")[0]
+    layers = {"conv": LayerResponse(site, amplitude)}
+    preference = TagResponse(Stimulus(), 0.0, 1, "amplitude", "mean", precision, layers).part_preference("conv")
+    assert preference.tolist() == pytest.approx([math.nan, 0.5], nan_ok=True)
+
+
 def test_measures_of_a_response_leave_predicted_bins_out() -> None:
     response = tag(Affine(), WHITE.expand(20, -1, -1, -1))
     power = response.layers["conv"].noisy_power
     assert power is not None
     predicted = {c.bin for c in response.components("all")}
-    around = [b for b in range(12 - 5, 12 + 6) if b != 12 and b not in predicted]
-    expected = power[0, 12] / power[0, around].mean()
-    torch.testing.assert_close(response.power_ratio("conv", ["f1"], n_neighbours=5)[0, 0], expected)
-    assert response.z_score("conv", ["f1"])[0, 0] > 50
+
+    def around(first: int, last: int) -> list[int]:
+        return [b for b in range(121) if first <= abs(b - 12) <= last and b not in predicted]
+
+    for skip in (0, 3):
+        expected = power[0, 12] / power[0, around(skip + 1, skip + 5)].mean()
+        torch.testing.assert_close(response.power_ratio("conv", ["f1"], n_neighbours=5, skip=skip)[0, 0], expected)
+    noisy = response.layers["conv"].noisy_amplitude
+    assert noisy is not None
+    for settings, last in (({}, 10), ({"n_neighbours": 1}, 1)):
+        noise = noisy[0, around(1, last)].numpy()
+        z = (noisy[0, 12].item() - noise.mean()) / noise.std(ddof=1)
+        assert response.z_score("conv", ["f1"], **settings)[0, 0].item() == pytest.approx(z, rel=1e-9)
+        assert z > 50
     assert response.corrected_amplitude("conv")[0].item() == pytest.approx(0.25, rel=0.02)
     quiet = tag(Affine(), WHITE, noise_std=0.0)
     for measure in (quiet.z_score, quiet.corrected_amplitude, quiet.power_ratio):

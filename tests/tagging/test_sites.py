@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -189,10 +191,41 @@ def test_filters_are_counted_where_the_channels_are(block: nn.Module, shape: tup
     assert site.n_filters == net(x).shape[dim]
 
 
-@pytest.mark.parametrize("activation", [nn.PReLU(), nn.Softsign(), nn.LogSigmoid(), nn.RReLU(), nn.Hardshrink()])
-def test_rarer_activations_are_activations(activation: nn.Module, images: Tensor) -> None:
+@pytest.mark.parametrize(
+    "activation",
+    [
+        *(nn.SiLU(), nn.SiLU(inplace=True), nn.Mish(), nn.Hardswish(), nn.Hardsigmoid(), nn.Sigmoid(), nn.Tanh()),
+        *(nn.ReLU6(), nn.LeakyReLU(), nn.ELU(), nn.SELU(), nn.CELU(), nn.GELU(), nn.Hardtanh(), nn.Softplus()),
+        *(nn.PReLU(), nn.Softsign(), nn.LogSigmoid(), nn.RReLU(), nn.Hardshrink(), nn.Softshrink()),
+    ],
+    ids=repr,
+)
+def test_modules_of_activations_are_activations(activation: nn.Module, images: Tensor) -> None:
     (site,) = find_sites(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), activation), images[:1])
     assert (site.stage, site.module, site.note) == ("activation", "2", "")
+
+
+class Gated(nn.Module):
+    """What its activation reads is read beside it as well."""
+
+    def __init__(self, gate: Callable[[Tensor], Tensor], join: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.gate, self.join = nn.Conv2d(3, 4, 3), gate, join
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.join(y, self.gate(y))
+
+
+@pytest.mark.parametrize("gate", [torch.sigmoid, nn.Sigmoid(), F.relu], ids=["function", "module", "rectifier"])
+@pytest.mark.parametrize(("join", "name"), [(torch.mul, "mul"), (torch.add, "add")], ids=["product", "sum"])
+def test_a_gate_is_not_the_answer_of_a_filter(
+    gate: Callable[[Tensor], Tensor], join: Callable[[Tensor, Tensor], Tensor], name: str, images: Tensor
+) -> None:
+    (site,) = find_sites(Gated(gate, join), images[:1])
+    assert (site.module, site.stage, site.then) == ("conv", "convolution", None)
+    assert "no activation of its own" in site.note
+    assert name in site.note
 
 
 class NormAndActivation(nn.Module):

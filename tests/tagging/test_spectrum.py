@@ -208,6 +208,14 @@ def test_benjamini_hochberg_against_its_definition() -> None:
     np.testing.assert_allclose(benjamini_hochberg(p).flatten(), adjusted, rtol=1e-12)
 
 
+def test_no_more_images_count_than_there_are() -> None:
+    # Of five images all have the same noise power of 1, or one has all of it: 5 * 0.2 ** 2 / (0.2 * 4 / 5) - 1 / 4 = 1.
+    # The first would be worth 5 * 1 / (4 / 5) - 1 / 4 = 6.
+    power = torch.tensor([[1.0], [0.2]], dtype=torch.float64).expand(2, 121)
+    worth = effective_images(power, power[:, :1], [12], 5)
+    torch.testing.assert_close(worth, torch.tensor([[5.0], [1.0]], dtype=torch.float64))
+
+
 @pytest.mark.parametrize("noisy", [1, 4, 32])
 @pytest.mark.parametrize("level", [0.05, 0.01])
 def test_false_positive_rate_where_images_are_not_equally_noisy(noisy: int, level: float) -> None:

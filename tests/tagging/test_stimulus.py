@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from freqprune.errors import InputError
-from freqprune.tagging.parts import part_masks
+from freqprune.tagging.parts import LAYOUTS, part_masks
 from freqprune.tagging.stimulus import Stimulus
 
 
@@ -92,6 +92,22 @@ def test_centre_is_half_of_the_image() -> None:
     assert part_masks("centre_surround", 64, 64)[0].float().mean().item() == pytest.approx(0.5, abs=0.01)
 
 
+def test_half_of_the_gap_around_the_centre_lies_on_either_side_of_its_border() -> None:
+    # The border is sqrt(2 / pi) * 32.5 = 25.93 pixels from the middle one: 23 are the last of the centre, 28 the first
+    # of the surround.
+    centre, surround = part_masks("centre_surround", 65, 65, gap=4)[:, 32]
+    away = (torch.arange(65) - 32).abs()
+    assert torch.equal(centre, away <= 23)
+    assert torch.equal(surround, away >= 28)
+
+
+@pytest.mark.parametrize("layout", ["halves", "top_bottom", "quadrants"])
+def test_parts_come_in_the_order_of_their_names(layout: str) -> None:
+    corners = {"top left": (0, 0), "top right": (0, -1), "bottom left": (-1, 0), "bottom right": (-1, -1)}
+    for name, mask in zip(LAYOUTS[layout][0], part_masks(layout, 4, 6), strict=True):
+        assert [corner for corner, at in corners.items() if mask[at]] == [c for c in corners if name in c]
+
+
 def test_own_masks(images: Tensor) -> None:
     masks = torch.zeros(2, 16, 16, dtype=torch.bool)
     masks[0, 0, 0] = masks[1, 5, 5] = True
@@ -140,6 +156,7 @@ def test_bad_settings(settings: dict[str, object], message: str) -> None:
         (torch.rand(3, 16, 16), r"floats of shape \(n_images"),
         (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "divide uint8 pixels by 255"),
         (torch.rand(1, 3, 16, 16) * 255, "undo the normalisation"),
+        (torch.rand(1, 3, 16, 16) * 2 - 1, "undo the normalisation"),
         (torch.full((1, 3, 16, 16), torch.nan), r"pixels in \[0, 1\]"),
     ],
 )
@@ -190,6 +207,16 @@ def test_the_tag_that_is_named_instead_of_a_shared_one_is_free(tag_freqs: tuple[
     other = float(re.findall(r"such as ([\d.]+) Hz", str(refused.value))[0])
     assert other < 60
     assert other not in tag_freqs
+
+
+@pytest.mark.parametrize(
+    ("tag_freqs", "frame_rate", "n_frames", "cycles"),
+    [((5.994, 7.4925), 59.94, 240, (24, 30)), ((1.15, 7.0), 60.0, 6000, (115, 700))],
+)
+def test_cycles_are_whole_whatever_rounding_says(
+    tag_freqs: tuple[float, float], frame_rate: float, n_frames: int, cycles: tuple[int, int]
+) -> None:
+    assert Stimulus(tag_freqs, frame_rate=frame_rate, n_frames=n_frames, max_order=2).cycles == cycles
 
 
 def test_phases() -> None:
