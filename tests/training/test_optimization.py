@@ -89,6 +89,40 @@ def test_steps_and_warmup() -> None:
     assert {rate(step) for step in range(10)} == {1.0}
 
 
+def test_a_cosine_begins_at_its_peak_after_the_warmup() -> None:
+    rate = Optimization(schedule="cosine").rate(10, 2)
+    cosine = [(1 + np.cos(np.pi * step / 8)) / 2 for step in range(8)]
+    assert [rate(step) for step in range(10)] == pytest.approx([0.5, 1, *cosine])
+
+
+def test_the_rise_of_one_cycle_is_the_warmup() -> None:
+    rate = Optimization(schedule="one_cycle").rate(50, 5)
+    assert max(range(50), key=rate) in (4, 5)
+    assert max(range(50), key=Optimization(schedule="one_cycle").rate(50, 0)) in (14, 15)
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 2.0, 1.0, 1.0]])
+def test_labels_are_smoothed_as_asked_for(weights: list[float] | None) -> None:
+    module = Classifier({**SMALL, "num_classes": 4}, num_classes=4, label_smoothing=0.2, class_weights=weights)
+    w = torch.tensor(weights or [1.0] * 4)
+    if weights:
+        module.class_weights.copy_(w)  # type: ignore[operator, union-attr]
+    logits, labels = torch.randn(6, 4), torch.tensor([0, 1, 1, 2, 3, 0])
+    shares = 0.8 * nn.functional.one_hot(labels, 4) + 0.2 / 4
+    expected = -(shares * w * logits.log_softmax(1)).sum() / w[labels].sum()
+    torch.testing.assert_close(module._loss(logits, labels), expected)
+
+
+def test_a_teacher_is_learned_from_as_it_infers() -> None:
+    teacher = nn.Sequential(nn.Conv2d(3, 10, 3), nn.BatchNorm2d(10), nn.AdaptiveAvgPool2d(1), nn.Flatten()).train()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    module = Classifier(SMALL, teacher=teacher, distill=0.5)
+    pl.Trainer(max_epochs=1, **QUIET).fit(module, datamodule=digits())
+    assert not any(one.training for one in teacher.modules())
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
 def test_the_average_of_the_weights_is_what_is_validated_and_left(tmp_path: Path) -> None:
     pl.seed_everything(0, verbose=False)
     watch, module = Watch(), Classifier(SMALL, ema=0.8)
