@@ -16,6 +16,7 @@ from freqprune.networks.checkpoint import load_pruned, save_pruned
 from freqprune.networks.profiling import count_macs, macs_by_layer
 from freqprune.networks.registry import build_model
 from freqprune.networks.trace import Trace
+from freqprune.pruning import cutting
 from freqprune.pruning.amount import Amount
 from freqprune.pruning.blocks import find_blocks
 from freqprune.pruning.compensation import compensate
@@ -282,6 +283,28 @@ def test_without_compensation_blocks_score_the_bare_change_of_an_image() -> None
     found = block_scores(net, list(images.split(4)), None)
     assert float(found[first]) == pytest.approx(off(first), rel=1e-4)
     assert float(found[second]) == pytest.approx(max(off(first), off(first, second) - off(first)), rel=1e-4)
+
+
+def test_a_cut_that_makes_up_for_nothing_ranks_blocks_so() -> None:
+    net, pixels = odd(), torch.rand(16, 3, 32, 32)
+    recipe = Recipe(Amount(macs_cut=0.3), "logit_error", blocks=True, calibrate_on="images")
+    done = cut(net, Material(X, lambda p: p, calibration=pixels), recipe, Stimulus())
+    plan = Plan(net, X, blocks=True)
+    with torch.no_grad():
+        alone = [(plan.apply({name: GONE})(pixels) - net(pixels)).square().sum(1).mean() for name in plan.blocks]
+    # The first that goes, the one that changes least, scores its own change.
+    assert min(float(done.scores[name]) for name in plan.blocks) == pytest.approx(float(min(alone)), rel=1e-3)
+
+
+def test_the_cut_of_a_run_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of which less is left than there should be."""
+    net = odd()
+    plan = Plan(net, X, blocks=True)
+    plan.blocks = {"projected": replace(plan.blocks["projected"], left=("way",))}
+    monkeypatch.setattr(cutting, "plan_cut", lambda *_: (plan, ["plain.a"]))
+    recipe = Recipe(Amount(macs_cut=0.3), "logit_error", blocks=True, calibrate_on="images")
+    with pytest.raises(InputError, match="computes something else than the network"):
+        cut(net, Material(X, lambda p: p, calibration=X), recipe, Stimulus())
 
 
 def test_blocks_and_filters_are_ranked_together() -> None:

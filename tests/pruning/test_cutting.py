@@ -17,7 +17,10 @@ from freqprune.networks.profiling import cost, peak_memory
 from freqprune.networks.registry import build_model
 from freqprune.pruning.amount import Amount
 from freqprune.pruning.cutting import Material, Recipe, cut, plan_cut
+from freqprune.pruning.evidence import calibration, n_measured
+from freqprune.pruning.in_sequence import Reconstruction
 from freqprune.pruning.surgery import Plan
+from freqprune.tagging.measurement import tag
 from freqprune.tagging.stimulus import Stimulus
 from freqprune.training.carrying import carry_over
 from freqprune.training.classifier import Classifier
@@ -43,6 +46,73 @@ def test_cut_selects_by_score_and_tells() -> None:
     done = cut(net, material(), Recipe(Amount(macs_cut=0.05, multiple_of=32), criterion="l2"), Stimulus())
     assert any("lost no filter: layer1.0.conv1" in remark for remark in done.remarks)
     assert any("filters that go together allow no closer cut" in remark for remark in done.remarks)
+
+
+def chain() -> nn.Sequential:
+    pooled = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)]
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), *pooled).eval()
+
+
+def test_what_a_cut_shows_the_network_is_normalized() -> None:
+    net, half = chain(), Amount(ratio=0.5, scope="layer")
+    labelled = (PIXELS, torch.arange(6) % 3)
+    done = cut(net, material(labelled=labelled), Recipe(half, criterion="activation", layers="0"), Stimulus())
+    with torch.no_grad():
+        expected = net[:2](PIXELS * 2 - 1).mean((0, 2, 3))
+    torch.testing.assert_close(done.scores["0"].float(), expected)
+    done = cut(net, material(), Recipe(half, criterion="amplitude", layers="0"), Stimulus())
+    with torch.no_grad():
+        # Pixels p as 2 p - 1, by the first layer itself.
+        net[0].bias -= net[0].weight.sum((1, 2, 3))
+        net[0].weight *= 2
+    folded = tag(net, PIXELS[:2], Stimulus(), layers=["0"]).amplitude("0", "fundamentals").sum(-1)
+    torch.testing.assert_close(done.scores["0"], folded, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("calibrate_on", ["frames", "images", "both"])
+def test_a_cut_calibrates_on_what_it_is_told(calibrate_on: str) -> None:
+    recipe = Recipe(Amount(ratio=0.5), calibrate_on=calibrate_on)
+    found = list(calibration(chain(), material(calibration=PIXELS), recipe, Stimulus()))
+    kinds = ["images", "frames"] if calibrate_on == "both" else [calibrate_on]
+    every = Stimulus().frames(PIXELS).transpose(0, 1) * 2 - 1
+    for batch, kind in zip(found, kinds, strict=True):
+        if kind == "images":
+            assert torch.equal(batch, PIXELS * 2 - 1)
+        else:
+            assert not torch.allclose(batch, PIXELS * 2 - 1)
+            assert any(torch.allclose(batch, frame) for frame in every)
+
+
+def test_the_seed_of_a_run_picks_the_frames_and_positions_of_its_calibration() -> None:
+    net, calibrated = chain(), material(calibration=PIXELS)
+    recipe = Recipe(
+        Amount(ratio=0.5),
+        "l2",
+        compensation="sequential",
+        layers="0",
+        reconstruction=Reconstruction(rounds=0, positions=8),
+    )
+    one, again, other = (
+        next(calibration(net, calibrated, replace(recipe, seed=seed), Stimulus())) for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    # On images nothing but the positions is drawn.
+    one, again, other = (
+        cut(net, calibrated, replace(recipe, seed=seed, calibrate_on="images"), Stimulus()).net[2].weight
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("size", "n_images"), [(32, 256), (64, 64), (224, 16)])
+def test_a_change_of_the_logits_is_measured_on_as_many_pixels_as_256_small_images_have(
+    size: int, n_images: int
+) -> None:
+    shape, recipe = torch.Size((1, 3, size, size)), Recipe(Amount(ratio=0.5))
+    assert n_measured(recipe, shape) == n_images
+    assert n_measured(replace(recipe, measured_images=5), shape) == 5
 
 
 @pytest.mark.parametrize("calibrate_on", ["frames", "images", "both"])

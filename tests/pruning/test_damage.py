@@ -52,6 +52,18 @@ def test_it_is_the_change_that_surgery_and_least_squares_leave(net: nn.Module) -
     assert found[0] < found[1] < found[2]
 
 
+def test_a_change_that_falls_counts_as_what_it_was_before() -> None:
+    """Moments in which the first input is ten times the second; without it the second gets a weight of 1 + 10. For the
+    input (0, 1) that is wrong by 10, squared 100, and without both it is wrong by 1."""
+    net = nn.Sequential(nn.Identity(), nn.Linear(2, 1, bias=False, dtype=torch.float64))
+    weight = nn.init.ones_(net[1].weight).detach()
+    moments = torch.tensor([[100.0, 10.0, 0.0], [10.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    batch, columns = torch.tensor([[0.0, 1.0]], dtype=torch.float64), torch.tensor([[0], [1]])
+    found = logit_errors(net, {"1": (weight, moments, columns)}, torch.arange(2), [1, 2], [batch])
+    # But for the ridge.
+    assert found.tolist() == pytest.approx([100.0, 100.0], rel=1e-3)
+
+
 def test_what_comes_before_the_layers_runs_once_and_changes_nothing(net: nn.Module) -> None:
     order, batches = torch.arange(8), equal_batches([X], 6)
     moments = input_moments(net, ["layer2.0.conv2"], [X], n_positions=None)

@@ -179,6 +179,28 @@ def test_per_mac_takes_what_is_cheap_to_lose() -> None:
         select(scores, Amount(ratio=0.5, scope="per_mac"))
 
 
+def test_per_mac_ranks_by_macs_where_the_amount_is_one_of_time() -> None:
+    scores = {"slow": torch.tensor([1.0, 2.0]), "large": torch.tensor([1.0, 2.0])}
+
+    def ms(widths: dict[str, int]) -> float:
+        return 10.0 * widths["slow"] + widths["large"]
+
+    def macs(widths: dict[str, int]) -> float:
+        return widths["slow"] + 10.0 * widths["large"]
+
+    # 1 of 22 ms is enough; a filter of either goes first for what it saves.
+    by_macs = kept(Amount(latency_cut=0.04, scope="per_mac"), scores, macs=ms, ranked_by=macs)
+    assert by_macs == {"slow": [0, 1], "large": [1]}
+    assert kept(Amount(latency_cut=0.04, scope="per_ms"), scores, macs=ms) == {"slow": [1], "large": [0, 1]}
+
+
+def test_what_a_cut_can_spare_is_given_back_best_first() -> None:
+    scores = {"a": torch.tensor([1.0, 9.0]), "b": torch.tensor([2.0, 9.0]), "c": torch.tensor([3.0, 9.0])}
+    cost = lambda widths: 1.0 * widths["a"] + 1.0 * widths["b"] + 10.0 * widths["c"]  # noqa: E731
+    # Of 24, 12 go where 10.8 are asked for: one of a and b can come back, and that of b is worth more.
+    assert kept(Amount(macs_cut=0.45), scores, macs=cost) == {"a": [1], "b": [0, 1], "c": [1]}
+
+
 def test_scores_below_zero_are_not_divided_by_costs() -> None:
     table = {"a": torch.tensor([-20.0, 1.0]), "b": torch.tensor([2.0, 3.0])}
     with pytest.raises(InputError, match=r"turns the order of scores below zero round; the lowest here is -20"):

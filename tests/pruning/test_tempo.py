@@ -216,6 +216,12 @@ def test_bad_amounts_of_time(settings: dict[str, Any], message: str) -> None:
         Amount(**settings)
 
 
+def test_blocks_stay_in_a_cut_by_time_where_that_is_asked_for() -> None:
+    assert Recipe(Amount(latency_cut=0.5), criterion="logit_error").with_blocks
+    # Blocks do not compare with weights.
+    assert not Recipe(Amount(latency_cut=0.5), criterion="l2", blocks=False).with_blocks
+
+
 def test_blocks_are_not_normalized() -> None:
     Recipe(Amount(macs_cut=0.5, normalize=True), criterion="logit_error")
     with pytest.raises(InputError, match=r"normalize = true .* pruning.blocks=false"):
