@@ -53,6 +53,15 @@ def test_the_same_images_wherever_they_are_held(cache: str, folder: Path) -> Non
     assert torch.equal(again[:], memory.split("val").pixels)
 
 
+@pytest.mark.parametrize("cache", ["memory", *STORED])
+def test_the_middle_of_wide_images_wherever_they_are_held(cache: str, folder: Path) -> None:
+    drawn = np.random.default_rng(0)
+    for file in folder.rglob("*.png"):
+        Image.fromarray(drawn.integers(0, 256, (16, 26, 3), dtype=np.uint8)).save(file)
+    whole, middle = ImageFolderData(folder, cache="memory"), ImageFolderData(folder, cache=cache, eval_size=10)
+    assert torch.equal(middle.split("val").pixels[:], whole.split("val").pixels[..., 3:13, 8:18])
+
+
 def test_trained_to_the_same_bits_wherever_they_are_held(folder: Path) -> None:
     final = []
     for cache, workers in (("memory", None), ("disk", None), ("none", 2)):

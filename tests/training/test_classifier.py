@@ -41,6 +41,43 @@ def test_epochs_of_warmup_are_epochs_where_steps_end_the_training(max_epochs: in
     assert rates[-1] < 0.2
 
 
+def vectors(n_vectors: int, batch_size: int) -> DataLoader[tuple[Tensor, ...]]:
+    return DataLoader(TensorDataset(torch.randn(n_vectors, 4), torch.arange(n_vectors) % 3), batch_size)
+
+
+def test_an_epoch_of_warmup_counts_steps_where_gradients_are_accumulated(tmp_path: Path) -> None:
+    module = Classifier(nn.Linear(4, 3), num_classes=3, lr=0.1, schedule="constant", warmup_epochs=1)
+    rates: list[float] = []
+
+    class Rates(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"] / 0.1)
+
+    run = trainer(tmp_path, Rates(), max_epochs=2, accumulate_grad_batches=2)
+    run.fit(module, vectors(14, 2), vectors(2, 2))
+    # Seven batches are four steps, the last of one batch.
+    assert rates == pytest.approx([0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1.0, *[1.0] * 7])
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_every_image_counts_the_same_in_a_measured_loss(stage: str, tmp_path: Path) -> None:
+    module, batches = Classifier(nn.Linear(4, 3), num_classes=3), vectors(5, 4)
+    (found,) = getattr(trainer(tmp_path), stage)(module, batches, verbose=False)
+    expected = nn.functional.cross_entropy(module(batches.dataset.tensors[0]), batches.dataset.tensors[1])
+    assert found[f"{stage.removesuffix('idate')}/loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_teacher_in_train_mode_stays_as_it_is_and_is_asked_in_eval_mode(tmp_path: Path) -> None:
+    teacher = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)).train()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    modes: list[bool] = []
+    teacher.register_forward_hook(lambda *_: modes.append(teacher[0].training))
+    module = Classifier(nn.Linear(4, 3), num_classes=3, teacher=teacher, distill=0.5)
+    trainer(tmp_path, max_epochs=2).fit(module, vectors(8, 4), vectors(4, 4))
+    assert modes == [False] * 4
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
 class Stop(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         trainer.should_stop = trainer.global_step >= 2

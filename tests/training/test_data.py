@@ -20,6 +20,7 @@ from freqprune.training.datamodule import CIFAR10Data, DigitsData
 from freqprune.training.downloads import alone
 from freqprune.training.image_files import upright
 from freqprune.training.listed import ImageFolderData
+from freqprune.training.listing import Fitting
 from freqprune.training.loading import _fits
 from freqprune.training.sources import Images, channel_statistics, digits, stratified_split
 from tests.training.small import trainer
@@ -93,6 +94,16 @@ def test_split_is_stratified_seeded_and_disjoint() -> None:
     assert len(part.labels[:10].unique()) > 1
 
 
+def test_the_seed_of_the_split_says_which_images_are_held_out(tmp_path: Path) -> None:
+    write_tree(tmp_path)
+    first, again, other = (
+        ImageFolderData(tmp_path, val_fraction=0.25, split_seed=seed).split("val").pixels.flatten(1).unique(dim=0)
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
 def test_digits() -> None:
     source = digits()
     assert source.train.pixels.shape[1:] == (3, 32, 32)
@@ -161,6 +172,8 @@ def test_images_go_to_an_accelerator_that_has_room_for_them(monkeypatch: pytest.
 def test_limits_and_pixels(tmp_path: Path) -> None:
     data = ImageFolderData(write_tree(tmp_path), limit_train=5, limit_test=6, val_fraction=0.5)
     assert (len(data.split("train")), len(data.split("test"))) == (5, 6)
+    # Files are sorted by class: the first six are all of one.
+    assert len(data.split("test").labels.unique()) == 2
     assert torch.equal(data.pixels("val", 3), data.split("val").pixels[:3].float() / 255)
     with pytest.raises(InputError, match=r"n_images must lie in \[1, 20\]"):
         data.pixels("val", 21)
@@ -247,6 +260,17 @@ def test_image_size_resizes(tmp_path: Path) -> None:
     assert data.split("train").pixels.shape[1:] == (3, 16, 16)
 
 
+@pytest.mark.parametrize(
+    ("interpolation", "how"), [("bilinear", Image.Resampling.BILINEAR), ("bicubic", Image.Resampling.BICUBIC)]
+)
+def test_images_are_resized_as_by_pillow(interpolation: str, how: Image.Resampling) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    # The shorter side to 12, and 10 x 10 out of the middle of 18 x 12.
+    cut = np.array(image.resize((18, 12), how))[1:11, 4:14]
+    np.testing.assert_array_equal(Fitting(10, 12, interpolation)(image), cut)
+    np.testing.assert_array_equal(Fitting(10, None, interpolation)(image), np.array(image.resize((10, 10), how)))
+
+
 def test_statistics_must_fit_the_channels(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"data.mean must hold 3 values"):
         ImageFolderData(write_tree(tmp_path), mean=[0.5], std=[0.5]).setup()
@@ -271,6 +295,7 @@ def test_cifar10_goes_through_torchvision(tmp_path: Path, monkeypatch: pytest.Mo
         test[1].permute(1, 2, 0).numpy(),
         np.random.default_rng(False).integers(0, 256, (60, 32, 32, 3), dtype=np.uint8)[10],
     )
+    assert data.split("test").labels.tolist() == [i for i in range(10) for _ in range(6)]
     assert data.mean == [0.4914, 0.4822, 0.4465]
 
 

@@ -36,6 +36,16 @@ def test_the_same_images_as_from_the_folder(cache: str, folder: Path) -> None:
     assert (found.mean, found.std) == (expected.mean, expected.std)
 
 
+def test_the_part_that_is_called_test_comes_before_the_one_for_validation(folder: Path) -> None:
+    for number in range(2):
+        (folder / "validation" / f"class{number}").mkdir(parents=True)
+        shutil.copy(folder / "train" / f"class{number}" / "00.png", folder / "validation" / f"class{number}")
+    expected = ImageFolderData(folder).split("test").pixels
+    assert torch.equal(by_hub(folder).split("test").pixels[:], expected)
+    shutil.rmtree(folder / "test")
+    assert by_hub(folder).split("test").labels.tolist() == [0, 1]
+
+
 def test_labels_that_are_words(folder: Path) -> None:
     """As in a table of files and words beside the images."""
     rows = {"image": [str(folder / "test" / "class1" / f"0{i}.png") for i in range(4)], "kind": list("baba")}

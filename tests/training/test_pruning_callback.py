@@ -236,6 +236,27 @@ def test_another_name_of_the_whole_network_is_of_the_smaller_one(tmp_path: Path)
     assert sum(p.numel() for p in module.net.parameters()) < sum(p.numel() for p in Flat().parameters())
 
 
+def test_every_optimizer_goes_on_with_its_part_of_the_smaller_network(tmp_path: Path) -> None:
+    class Parts(Own):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:  # type: ignore[override]
+            pass
+
+        def configure_optimizers(self) -> Any:
+            first, *others = self.net.children()
+            return [torch.optim.SGD(part.parameters(), lr=0.01) for part in (first, nn.ModuleList(others))]
+
+    module, run = Parts(), trainer(tmp_path, cutting(epochs=(1,)), max_epochs=2)
+    run.fit(module, loader(), loader())
+    assert module.net.conv1.out_channels == 3
+    held = [[id(p) for p in optimizer.param_groups[0]["params"]] for optimizer in run.optimizers]
+    first, *others = module.net.children()
+    assert held == [list(map(id, part.parameters())) for part in (first, nn.ModuleList(others))]
+
+
 @pytest.mark.filterwarnings(WITHOUT_A_CALLBACK)
 def test_a_checkpoint_of_a_cut_network_of_any_kind_is_read(tmp_path: Path) -> None:
     class Net(nn.Module):

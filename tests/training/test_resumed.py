@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from freqprune.errors import InputError
 from freqprune.training.classifier import Classifier
 from freqprune.training.datamodule import DigitsData
+from freqprune.training.optimization import Optimization, take_settings
 from tests.training.small import trainer
 
 
@@ -57,6 +59,26 @@ def test_the_learning_rate_is_that_of_the_epoch_with_batches_of_another_size(
     trained(whole, tmp_path, batch_size)
     for epoch, rates in {**resumed.rates, **again.rates}.items():
         assert rates == pytest.approx(whole.rates[epoch])
+
+
+class Within(Seen):
+    """Leaves a checkpoint within the second epoch, and goes on."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == 6:
+            trainer.save_checkpoint(self.file)
+
+
+def test_a_training_that_ended_within_an_epoch_goes_on_with_the_rate_of_its_step(tmp_path: Path) -> None:
+    whole, resumed = Within(tmp_path), Seen(tmp_path)
+    trained(whole, tmp_path, 32)
+    with pytest.warns(UserWarning, match="a checkpoint that ended before the epoch ended"):
+        trained(resumed, tmp_path, 32, whole.file)
+    assert resumed.rates.keys() == {1, 2, 3}
+    # Epochs are of four steps.
+    assert resumed.rates[1] == pytest.approx(whole.rates[1][2:])
+    for epoch in (2, 3):
+        assert resumed.rates[epoch] == pytest.approx(whole.rates[epoch])
 
 
 def test_workers_read_the_images_of_the_epoch_that_a_training_goes_on_with(tmp_path: Path) -> None:
@@ -111,6 +133,16 @@ def test_a_training_goes_on_with_the_rate_that_is_asked_for(schedule: str, tmp_p
     assert lr == pytest.approx(0.001 if schedule == "constant" else 0.0005)
     assert (weight_decay, momentum) == (0.0, 0.5)
     assert rates.last["lr"] == pytest.approx(0.001 if schedule == "constant" else 0.0)
+
+
+def test_every_group_of_parameters_goes_on_with_what_is_asked_for() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    optimizer = Optimization(lr=0.1, decay_norms=False).optimizer(net)
+    schedule = LambdaLR(optimizer, lambda step: 0.5)
+    take_settings(schedule, Optimization(lr=0.01, weight_decay=0.2, decay_norms=False), net)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0]
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.005, 0.005])
+    assert schedule.base_lrs == [0.01, 0.01]
 
 
 def test_arguments_that_are_no_longer_given_do_not_stay(tmp_path: Path) -> None:

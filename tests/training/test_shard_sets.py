@@ -57,17 +57,21 @@ def test_pixels_and_labels(cache: str, shards: tuple[Path, Any]) -> None:
     assert found.classes == ("0", "1", "2")
 
 
-def test_a_shard_that_has_changed_is_read_again(shards: tuple[Path, Any]) -> None:
+@pytest.mark.parametrize(("name", "first"), [("train-1", 10), ("test-0", 20)])
+def test_a_shard_that_has_changed_is_read_again(name: str, first: int, shards: tuple[Path, Any]) -> None:
     folder, pixels = shards
     data(folder, cache="disk").setup()
-    with tarfile.open(folder / "test-0.tar", "w") as file:
+    pixels[first : first + 10] = 255 - pixels[first : first + 10]
+    with tarfile.open(folder / f"{name}.tar", "w") as file:
         for i in range(10):
-            add(file, f"some/test-0_{i}.json", b"{}")
-            add(file, f"some/test-0_{i}.cls", str(i % 3).encode())
-            add(file, f"some/test-0_{i}.png", png(255 - pixels[20 + i]))
-    os.utime(folder / "test-0.tar", ns=(0, 1))
-    found = data(folder, cache="disk").split("test").pixels[:]
-    assert np.array_equal(found.permute(0, 2, 3, 1).numpy(), 255 - pixels[20:])
+            add(file, f"some/{name}_{i}.json", b"{}")
+            add(file, f"some/{name}_{i}.cls", str(i % 3).encode())
+            add(file, f"some/{name}_{i}.png", png(pixels[first + i]))
+    os.utime(folder / f"{name}.tar", ns=(0, 1))
+    found = data(folder, cache="disk")
+    assert np.array_equal(found.split("test").pixels[:].permute(0, 2, 3, 1).numpy(), pixels[20:])
+    whole = torch.cat([found.split(split).pixels[:] for split in ("train", "val")]).permute(0, 2, 3, 1).flatten(1)
+    assert torch.equal(whole.unique(dim=0), torch.from_numpy(pixels[:20]).flatten(1).unique(dim=0))
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,16 @@ def test_works_in_any_lightning_module(images: Tensor, tmp_path: Path) -> None:
     assert list(rows[0])[-2:] == ["score", "important"]
 
 
+def test_the_score_is_of_the_components_that_are_asked_for(images: Tensor, tmp_path: Path) -> None:
+    tagging = FrequencyTagging(n_images=2, components=["f2"])
+    trainer(tmp_path, tagging, max_epochs=1).fit(Foreign(), loader(images), loader(images))
+    with (tmp_path / "importance.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 5
+    # Of one component alone it is the ratio of that component.
+    assert [row["score"] for row in rows] == [row["snr_f2"] for row in rows] != [row["snr_f1"] for row in rows]
+
+
 def test_tagging_does_not_change_training(tmp_path: Path) -> None:
     final = []
     for every in (0, 1):
