@@ -175,7 +175,7 @@ def check_training(cfg: DictConfig) -> None:
             f"resume = {common.resume} goes on with pruning and needs the dense network: "
             f"use prune.py with ckpt={trained} as well"
         )
-    if _is_set(cfg.pruning.get("enabled")):
+    if typed(bool, cfg.pruning.get("enabled", False), "pruning.enabled"):
         _check_precision(cfg)
     _check(cfg, common)
 

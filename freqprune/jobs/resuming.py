@@ -86,9 +86,11 @@ def interrupted(folder: Path, stage: str, epochs: int) -> Interrupted:
             f"resume = {folder} is a run with finetune.from_scratch={str(other == FROM_SCRATCH).lower()}; "
             "go on with that, or compare in a run of its own"
         )
+    # Not by its last checkpoint: callbacks may have ended it earlier.
+    had = record.read_json(folder / record.RUN).get("settings", {}).get("finetune", {}).get("epochs", epochs)
+    wants_more = stage in metrics and had < epochs
     if found.last is None or not found.last.is_file():
-        had = record.read_json(folder / record.RUN).get("settings", {}).get("finetune", {}).get("epochs", epochs)
-        if stage in metrics and had < epochs:
+        if wants_more:
             raise InputError(
                 f"resume = {folder} is complete after {had} epochs, finetune.epochs = {epochs} asks for more, and its "
                 f"{FOLDERS[stage]}/checkpoints/last.ckpt, to go on from, is gone; give the number of that run, or cut "
@@ -100,8 +102,8 @@ def interrupted(folder: Path, stage: str, epochs: int) -> Interrupted:
             f"resume = {folder} has {done} epochs of its training behind it, finetune.epochs = {epochs} asks for fewer "
             "in all; give the number of that run"
         )
-    if done < epochs:
-        # Complete with fewer epochs than are asked for now: what was measured of it will be measured again.
+    if wants_more:
+        # What was measured of the shorter training will be measured again.
         for name in (stage, *_AFTER_TRAINING):
             metrics.pop(name, None)
     return found

@@ -15,6 +15,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from pydantic import TypeAdapter
 
 from freqprune.errors import InputError
 
@@ -59,6 +60,7 @@ def _settings(cfg: DictConfig) -> dict[str, Any]:
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)
     settings.pop("output_dir", None)
+    # As a file holds them, to compare with one.
     found: dict[str, Any] = json.loads(json.dumps(_without_folder(settings, str(cfg.output_dir))))
     return found
 
@@ -120,12 +122,8 @@ def is_finished(folder: Path) -> bool:
         return False
     run = read_json(folder / RUN)
     # With pruning to follow, training is only the first half.
-    return not _is_true(run.get("settings", {}).get("pruning", {}).get("enabled", False))
-
-
-def _is_true(value: Any) -> bool:
-    """Whether a setting stands for true, which is a word where the command line said on or yes."""
-    return str(value).lower() in ("true", "on", "yes", "t", "y", "1")
+    # On the command line off and no are words.
+    return not TypeAdapter(bool).validate_python(run.get("settings", {}).get("pruning", {}).get("enabled", False))
 
 
 def done_before(cfg: DictConfig) -> bool:

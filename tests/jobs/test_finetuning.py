@@ -288,6 +288,13 @@ def test_a_complete_run_goes_on_where_more_epochs_are_asked_for(tmp_path: Path) 
     (tmp_path / "run.json").write_text(json.dumps({"settings": {"finetune": {"epochs": 1}}}))
     assert interrupted(tmp_path, "finetuned", 1).metrics == whole
     assert interrupted(tmp_path, "finetuned", 3).metrics == {"dense": {}}
+    (tmp_path / "finetune" / "metrics.jsonl").write_text("{}")
+    interrupted(tmp_path, "finetuned", 3).hand_over(tmp_path / "new", "finetuned")
+    assert (tmp_path / "new" / "finetune" / "metrics.jsonl").is_file()
+    # One that a callback ended early is complete as it is.
+    (tmp_path / "run.json").write_text(json.dumps({"settings": {"finetune": {"epochs": 3}}}))
+    assert interrupted(tmp_path, "finetuned", 3).metrics == whole
+    (tmp_path / "run.json").write_text(json.dumps({"settings": {"finetune": {"epochs": 1}}}))
     last.unlink()
     assert interrupted(tmp_path, "finetuned", 1).metrics == whole
     with pytest.raises(
