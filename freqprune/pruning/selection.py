@@ -69,7 +69,8 @@ def select(
         )
     costs = None
     if by_cost and macs is not None:
-        costs = _cost_of_a_filter(scores, ranked_by or macs, whole, steps=amount.scope == "per_ms")
+        cost = ranked_by if ranked_by is not None and amount.scope == "per_mac" else macs
+        costs = _cost_of_a_filter(scores, cost, whole, steps=amount.scope == "per_ms")
     blocks = _ranking(scores, amount, costs, whole)
     total = sum(map(len, scores.values()))
     if not blocks:

@@ -191,7 +191,9 @@ def test_per_mac_ranks_by_macs_where_the_amount_is_one_of_time() -> None:
     # 1 of 22 ms is enough; a filter of either goes first for what it saves.
     by_macs = kept(Amount(latency_cut=0.04, scope="per_mac"), scores, macs=ms, ranked_by=macs)
     assert by_macs == {"slow": [0, 1], "large": [1]}
-    assert kept(Amount(latency_cut=0.04, scope="per_ms"), scores, macs=ms) == {"slow": [1], "large": [0, 1]}
+    by_time = {"slow": [1], "large": [0, 1]}
+    assert kept(Amount(latency_cut=0.04, scope="per_ms"), scores, macs=ms) == by_time
+    assert kept(Amount(latency_cut=0.04, scope="per_ms"), scores, macs=ms, ranked_by=macs) == by_time
 
 
 def test_what_a_cut_can_spare_is_given_back_best_first() -> None:
