@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 
 ifdef UV
-  CREATE := $(UV) venv --quiet --allow-existing --python $(PYTHON) $(VENV)
+  CREATE := $(UV) venv --quiet --seed --allow-existing --python $(PYTHON) $(VENV)
   INSTALL := $(UV) pip install --quiet --python $(BIN)/python
 else
   CREATE := $(PYTHON) -m venv $(VENV)
