@@ -130,6 +130,11 @@ def filter_effects(
     images = normalizer(images, mean, std, device_of(model), images.dtype)(images).contiguous()
     check_answers(model, images[:1])
     site = find_sites(model, images[:1], [layer])[0]
+    if site.runs > 1:
+        log.warning(
+            "%s runs %d times in a forward: gates act on its first call, where a cut takes a filter out of all",
+            layer, site.runs,
+        )  # fmt: skip
     if site.stage == "convolution" and site.note:
         log.warning(
             "%s: gates act on the layer itself, and a norm behind it turns a closed filter into a constant, where a "

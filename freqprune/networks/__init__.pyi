@@ -3,6 +3,7 @@ from .answers import check_answers as check_answers
 from .answers import device_of as device_of
 from .answers import dtype_of as dtype_of
 from .answers import first as first
+from .answers import warn_of_batches as warn_of_batches
 from .blocks import ACTIVATION as ACTIVATION
 from .blocks import Shortcut as Shortcut
 from .blocks import drop_blocks as drop_blocks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.networks.hooks import evaluating
+
+log = logging.getLogger(__name__)
 
 # What PyTorch says of a ``view`` over a map whose channels lie last.
 OF_VIEW = "view size is not compatible"
@@ -32,6 +35,20 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return next((values.dtype for values in model.parameters()), torch.float32)
 
 
+def warn_of_batches(model: nn.Module) -> None:
+    """A warning if batch norms have no running statistics: an image's answer depends on the others of its batch."""
+    alone = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None
+    ]
+    if alone:
+        log.warning(
+            "%s normalises by its batch in eval mode too (track_running_stats=False): what an image or frame answers "
+            "depends on which others it is run with", ", ".join(alone[:3])
+        )  # fmt: skip
+
+
 def check_answers(model: nn.Module, batch: Tensor) -> None:
     """Run a network twice, in eval mode, which is restored.
 
@@ -43,10 +60,11 @@ def check_answers(model: nn.Module, batch: Tensor) -> None:
         InputError: if it does not run, answers with NaN or infinite values, or the second time answers otherwise: then
             nothing that is measured of it, and no proof, holds for the next call.
     """
+    warn_of_batches(model)
     name, size = type(model).__name__, " x ".join(map(str, batch.shape[1:]))
     with evaluating(model), torch.no_grad():
         try:
-            answers = [first(model(batch)) for _ in range(2)]
+            answers = [first(model(batch.clone())) for _ in range(2)]
         except Exception as error:
             raise InputError(
                 f"{name} does not run on images of {size} ({type(error).__name__}: {error}); {_way_out(str(error))}"

@@ -89,7 +89,7 @@ def load_network(path: str | Path, model: Mapping[str, Any] | None = None) -> St
                 "(or another)"
             )
         config, extra, said = dict(model), {}, {}
-        state = _strip_prefix(content.get("state_dict", content))
+        state = _uncompiled(content.get("state_dict", content))
     if model is not None and model.get("name") != config.get("name"):
         raise InputError(
             f"ckpt = {path} holds a {config.get('name')}, but model.name = {model.get('name')}; use "
@@ -103,6 +103,7 @@ def load_network(path: str | Path, model: Mapping[str, Any] | None = None) -> St
             )
     net = build_model(config)
     drop_blocks(net, said.get("blocks") or {})
+    state = _strip_prefix(state, net)
     if content.get("format") == PRUNED_FORMAT:
         resize(net, state)
         set_extras(net, content)
@@ -166,7 +167,7 @@ def _cut_while_trained(content: Mapping[str, Any]) -> Mapping[str, Any]:
 def _of_the_network(state: Mapping[str, Any]) -> dict[str, Any]:
     """The network's part of a module's state dict: of ours, what is under ``net``."""
     own = {key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")}
-    return _uncompiled(own) if own else _strip_prefix(state)
+    return _uncompiled(own or state)
 
 
 def _uncompiled(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,12 +175,14 @@ def _uncompiled(state: Mapping[str, Any]) -> dict[str, Any]:
     return {str(key).replace("_orig_mod.", ""): value for key, value in state.items()}
 
 
-def _strip_prefix(state: Mapping[str, Any]) -> dict[str, Any]:
-    state = _uncompiled(state)
+def _strip_prefix(state: Mapping[str, Any], net: nn.Module) -> Mapping[str, Any]:
+    """Without what a wrapper has put before every name, unless the network has such names itself."""
+    if {*state} & {*net.state_dict()}:
+        return state
     for prefix in _PREFIXES:
         if state and all(str(key).startswith(prefix) for key in state):
             return {key.removeprefix(prefix): value for key, value in state.items()}
-    return dict(state)
+    return state
 
 
 def _load(net: nn.Module, state: Mapping[str, Any], path: str | Path, config: Mapping[str, Any]) -> None:

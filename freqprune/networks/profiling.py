@@ -36,7 +36,7 @@ def macs_by_layer(model: nn.Module, example: Tensor) -> dict[str, int]:
         for parameter in asking:
             parameter.requires_grad_(False)
         with followable(model), torch.no_grad(), counter:
-            model(example[:1])
+            model(example[:1].clone())
     finally:
         for parameter in asking:
             parameter.requires_grad_(True)
@@ -59,7 +59,8 @@ def macs_by_layer(model: nn.Module, example: Tensor) -> dict[str, int]:
 
 
 def count_macs(model: nn.Module, example: Tensor) -> int:
-    """MACs of the convolutions and linear layers for one image.
+    """MACs of the convolutions and linear layers for one image; those in `torch.nn.MultiheadAttention`, which calls no
+    layer for them, do not count (after `freqprune.networks.open_heads` they do).
 
     >>> from freqprune import build_model
     >>> count_macs(build_model({"name": "resnet32"}), torch.zeros(1, 3, 32, 32))

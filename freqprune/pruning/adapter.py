@@ -57,7 +57,8 @@ class TagImportance:
             score = self._table.get(dependency.target.module)
             if score is None or dependency.handler not in (tp.prune_conv_out_channels, tp.prune_linear_out_channels):
                 continue
-            if len(score) != dependency.target.module.weight.shape[0]:
+            module = dependency.target.module
+            if len(score) != getattr(module, "out_channels", getattr(module, "out_features", None)):
                 raise InputError(
                     "the scores are of the unpruned network, but this layer has been pruned since; tag again, or prune "
                     "in one step"

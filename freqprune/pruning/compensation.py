@@ -65,6 +65,7 @@ def compensate(
     outputs = {
         member: torch.tensor(plan.unit(name).channels(sorted(indices.tolist())))
         for name, indices in kept.items()
+        if name not in plan.blocks
         for member in plan.unit(name).members
     }
     remarks = []

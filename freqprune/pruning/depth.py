@@ -59,7 +59,7 @@ def block_scores(
                 if name not in gone:
                     without = [blocks[one] for one in (*gone, name)]
                     answers = [answers_without(trace, fixed, batch, without) for batch in own]
-                    moved = sum(float((a - b).square().sum()) for a, b in zip(answers, dense, strict=True))
+                    moved = sum(float((a - b).double().square().sum()) for a, b in zip(answers, dense, strict=True))
                     change[name] = float(added_up(torch.tensor(moved, dtype=torch.float64)))
             gone.append(min(change, key=change.__getitem__))
             bare = change[gone[-1]] / sum(map(len, batches))

@@ -61,7 +61,7 @@ def movable_heads(model: nn.Module, example: Tensor) -> tuple[dict[str, Heads], 
     movable, tied = {}, []
     with evaluating(model), torch.no_grad():
         with hooked([(modules[heads.module], None, seen(name)) for name, heads in candidates.items()], kwargs=True):
-            model(example)
+            model(example.clone())
         for name, heads in candidates.items():
             if name in calls and _does_with_half(modules[heads.module], heads, *calls[name]):
                 movable[name] = heads

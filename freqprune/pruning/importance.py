@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError, closest
-from freqprune.networks import Trace, equal_batches
+from freqprune.networks import Trace, equal_batches, first
 from freqprune.pruning.blocks import answers_without
 from freqprune.pruning.graph import ChannelGraph
 from freqprune.tagging import Stimulus, TagResponse
@@ -58,8 +58,12 @@ class Evidence:
 
     def weight(self, layer: str) -> Tensor:
         """Weight of a layer as ``(n_filters, n_weights)``."""
-        weight = self.model.get_submodule(layer).weight
+        module = self.model.get_submodule(layer)
+        weight = module.weight
         assert isinstance(weight, Tensor)
+        if isinstance(module, nn.modules.conv._ConvTransposeNd):
+            # Inputs first, and of the outputs those of one group.
+            weight = weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)
         return weight.detach().flatten(1).double().cpu()
 
     def tags(self) -> TagResponse:
@@ -97,21 +101,21 @@ class Evidence:
     def gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Of every parameter, over the labelled images: gradient of the mean loss, and mean squared gradient of the
         single losses."""
-        first: dict[str, Tensor] = {}
-        second: dict[str, Tensor] = {}
+        means: dict[str, Tensor] = {}
+        squares: dict[str, Tensor] = {}
         twin = copy.deepcopy(self.model).eval().requires_grad_(True)
         n_images = sum(len(labels) for _, labels in self.labelled)
         for images, labels in self.labelled:
             for image, label in zip(images, labels, strict=True):
                 twin.zero_grad()
-                nn.functional.cross_entropy(twin(image[None]), label[None]).backward()
+                nn.functional.cross_entropy(first(twin(image[None])), label[None]).backward()
                 for name, parameter in twin.named_parameters():
                     if parameter.grad is not None:
                         gradient = parameter.grad / n_images
-                        first[name] = first[name] + gradient if name in first else gradient.clone()
+                        means[name] = means[name] + gradient if name in means else gradient.clone()
                         square = gradient.square() * n_images
-                        second[name] = second[name] + square if name in second else square
-        return {name: (first[name], second[name]) for name in first}
+                        squares[name] = squares[name] + square if name in squares else square
+        return {name: (means[name], squares[name]) for name in means}
 
 
 Criterion = Callable[[Evidence, str], Tensor]

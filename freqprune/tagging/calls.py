@@ -28,12 +28,12 @@ class Call:
 
 
 class Calls(list[Call]):
-    """The calls of a forward, with the tensors they speak of: as long as those live, no other tensor gets their
-    identity."""
+    """The calls of a forward, and what it answers, with the tensors they speak of: as long as those live, no other
+    tensor gets their identity."""
 
-    def __init__(self, calls: Sequence[Call], alive: list[Any]) -> None:
+    def __init__(self, calls: Sequence[Call], answers: list[tuple[int, int]], alive: list[Any]) -> None:
         super().__init__(calls)
-        self.alive = alive
+        self.answers, self.alive = answers, alive
 
 
 class _Trace(TorchFunctionMode):
@@ -88,12 +88,14 @@ def _stamps(values: Any) -> list[tuple[int, int]]:
 def first_tensor(output: Any) -> Tensor | None:
     if isinstance(output, Tensor):
         return output
+    if isinstance(output, Mapping):
+        output = list(output.values())
     if isinstance(output, list | tuple):
         return next((item for item in output if isinstance(item, Tensor)), None)
     return None
 
 
-def probe(model: nn.Module, example: Tensor, wanted: Sequence[str]) -> tuple[list[Call], dict[str, tuple[Tensor, int]]]:
+def probe(model: nn.Module, example: Tensor, wanted: Sequence[str]) -> tuple[Calls, dict[str, tuple[Tensor, int]]]:
     """One forward in eval mode: every call in order, and of each wanted layer its first output and the number of the
     call that made it."""
     modules = dict(model.named_modules())
@@ -131,5 +133,5 @@ def probe(model: nn.Module, example: Tensor, wanted: Sequence[str]) -> tuple[lis
         hooked([(m, enter(n), leave(n)) for n, m in followed]),
         trace,
     ):
-        model(example.clone())
-    return Calls(trace.calls, trace.alive), produced
+        answers = model(example.clone())
+    return Calls(trace.calls, _stamps(answers), [*trace.alive, answers]), produced

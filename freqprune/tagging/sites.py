@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,8 +70,10 @@ class Site:
         stage: ``"convolution"``, ``"norm"`` or ``"activation"``, what the reading really is.
         n_filters: number of filters.
         channel_dim: dimension of the output that counts filters.
-        note: why a later stage could not be read, empty if the request was met.
+        note: why a later stage could not be read, or that the layer runs more than once and is read in its first call;
+            empty if the request was met.
         then: activation to apply to the output when the network applies it by a function instead of a module.
+        runs: how often the layer runs in one forward.
     """
 
     layer: str
@@ -82,6 +84,7 @@ class Site:
     channel_dim: int
     note: str = ""
     then: Callable[[Tensor], Tensor] | None = None
+    runs: int = 1
 
 
 def find_sites(
@@ -124,18 +127,25 @@ def find_sites(
     missing = [name for name in wanted if name not in produced]
     if missing:
         raise InputError(f"the forward never runs {', '.join(missing)}; leave these layers out")
-    return [
+    runs = Counter(call.module for call in calls if call.kind == "module")
+    sites = [
         _follow(name, modules[name], tensor, start, calls, where)
         for name, (tensor, start) in sorted(produced.items(), key=lambda p: p[1][1])
     ]
+    return [_of_several(site, runs[site.layer]) if runs[site.layer] > 1 else site for site in sites]
+
+
+def _of_several(site: Site, runs: int) -> Site:
+    note = f"runs {runs} times in a forward; read in its first call"
+    return replace(site, runs=runs, note=f"{site.note}; {note}" if site.note else note)
 
 
 def find_folds(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> list[tuple[str, str]]:
     """Convolutions and the batch norms that can be folded into them without changing what is read at `sites`:
     ``(convolution, norm)`` names.
 
-    The convolution's output goes to that norm alone and is not read itself, both run once a forward, and neither their
-    weights nor their hooks serve anything else.
+    The convolution's output goes to that norm alone, is not read itself and is no answer of the network, both run once
+    a forward, and neither their weights and statistics nor their hooks serve anything else.
 
     Args:
         model: network, run in eval mode and restored.
@@ -150,13 +160,21 @@ def find_folds(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> list
     uses = Counter(stamp[0] for call in calls if call.kind == "function" for stamp in set(call.inputs))
     folds = []
     for name, (_, start) in produced.items():
-        consumers = _consumers(calls[start].output, start, calls)
+        stamp = calls[start].output
+        consumers = _consumers(stamp, start, calls)
         if name in read or runs[name] != 1 or len(consumers) != 1 or uses[id(modules[name].weight)] != 1:
+            continue
+        # Detached it is read as well.
+        others = [call for call in calls if call.kind == "function" and stamp in call.inputs and call.output != (0, 0)]
+        if len(others) != 1 or stamp in calls.answers:
             continue
         at, call = consumers[0]
         owner = next((c for c in calls[at:] if c.kind == "module" and c.output == call.output), None)
         norm = modules.get("" if owner is None else owner.module)
         if owner is None or not isinstance(norm, FOLDABLE) or runs[owner.module] != 1 or _hooks(norm):
+            continue
+        held = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        if any(uses[id(one)] != 1 for one in held if one is not None):
             continue
         if norm.running_mean is not None and modules[name].weight.dtype in (torch.float32, torch.float64):
             folds.append((name, owner.module))

@@ -207,6 +207,13 @@ def test_gates_before_a_function_of_the_network_are_told(
     assert ("gates act before it" in caplog.text) is said
 
 
+def test_layers_that_run_more_than_once_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    shared = nn.Conv2d(3, 3, 3, padding=1)
+    net = nn.Sequential(shared, nn.ReLU(), shared, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    filter_effects(net, IMAGES[:1], "0")
+    assert "0 runs 2 times in a forward: gates act on its first call" in caplog.text
+
+
 def test_filters_that_are_gated_before_a_norm_are_told(caplog: pytest.LogCaptureFixture) -> None:
     net = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),

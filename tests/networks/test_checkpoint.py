@@ -64,6 +64,25 @@ def test_plain_state_dicts(prefix: str, tmp_path: Path) -> None:
     assert torch.equal(load_network(tmp_path / "w.pt", {"name": "resnet8"}).net(X), net(X))
 
 
+class Wrapper(nn.Module):
+    """A network whose only child has the name that wrappers use."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.model = nn.Conv2d(3, num_classes, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x).mean((2, 3))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model."])
+def test_plain_state_dicts_of_wrappers(prefix: str, tmp_path: Path) -> None:
+    register_model("wrapper", Wrapper)
+    net = Wrapper()
+    torch.save({f"{prefix}{k}": v for k, v in net.state_dict().items()}, tmp_path / "w.pt")
+    assert torch.equal(load_network(tmp_path / "w.pt", {"name": "wrapper"}).net(X), net(X))
+
+
 class Harmful:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.system, ("touch executed",)

@@ -88,15 +88,39 @@ class ReadTwice(nn.Module):
             more = torch.max(y, 1, keepdim=True)[0]
         elif self.how == "chunk":
             more = y.chunk(2, 1)[0].sum(1, keepdim=True)
+        elif self.how == "detach":
+            more = y.detach().mean((2, 3), keepdim=True)
+        elif self.how == "data":
+            more = y.data.mean((2, 3), keepdim=True)
+        elif self.how == "norm":
+            more = self.bn.weight.abs().view(1, -1, 1, 1)
+        elif self.how == "statistics":
+            more = self.bn.running_mean.view(1, -1, 1, 1)  # type: ignore[union-attr]
         else:
             more = torch.zeros(y.shape)
             more[:] = y
         return torch.relu(self.bn(y)) * more
 
 
-@pytest.mark.parametrize("how", ["max", "chunk", "write"])
-def test_what_is_read_by_calls_of_many_results_is_not_folded(how: str) -> None:
+@pytest.mark.parametrize("how", ["max", "chunk", "write", "detach", "data", "norm", "statistics"])
+def test_what_is_read_elsewhere_is_not_folded(how: str) -> None:
     assert find_folds(trained(ReadTwice(how), torch.rand(4, 3, 8, 8)), torch.rand(1, 3, 8, 8), []) == []
+
+
+class WithItsMap(nn.Module):
+    """Answers with what a norm reads beside its logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.conv(x)
+        return self.bn(y).mean((2, 3)), y
+
+
+def test_what_a_network_answers_with_is_not_folded() -> None:
+    assert find_folds(trained(WithItsMap(), torch.rand(4, 3, 8, 8)), torch.rand(1, 3, 8, 8), []) == []
 
 
 @pytest.mark.parametrize("hooked", ["0", "1"])

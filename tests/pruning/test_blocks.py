@@ -198,7 +198,8 @@ def test_a_stream_of_a_block_that_goes_is_cut_all_the_same() -> None:
 def test_streams_and_blocks_are_made_up_for_at_once_too(method: str) -> None:
     torch.manual_seed(0)
     net, x = build_model({"name": "resnet14", "stage_widths": [4, 8, 8]}).eval(), torch.rand(8, 3, 16, 16)
-    plan, kept = Plan(net, x, blocks=True), {"layer1.1": GONE, "conv1": torch.arange(3)}
+    plan = Plan(net, x, blocks=True)
+    kept = {"layer1.1": GONE, "layer2.1": torch.tensor([0]), "conv1": torch.arange(3)}
     layers = [name for name in plan.silenced(kept) if not name.endswith("shortcut")]
     moments = input_moments(net, layers, [x], n_positions=None)
     small = plan.apply(kept)
@@ -215,7 +216,7 @@ def test_streams_and_blocks_are_made_up_for_at_once_too(method: str) -> None:
         return float((moved.mean((0, 2, 3)) if method == "mean" else moved).square().sum())
 
     before = off()
-    compensate(plan, small, {"conv1": kept["conv1"]}, moments, method)
+    compensate(plan, small, kept, moments, method)
     assert off() < (0.5 if method == "mean" else 0.95) * before
 
 
@@ -294,6 +295,30 @@ def test_a_cut_that_makes_up_for_nothing_ranks_blocks_so() -> None:
         alone = [(plan.apply({name: GONE})(pixels) - net(pixels)).square().sum(1).mean() for name in plan.blocks]
     # The first that goes, the one that changes least, scores its own change.
     assert min(float(done.scores[name]) for name in plan.blocks) == pytest.approx(float(min(alone)), rel=1e-3)
+
+
+@pytest.mark.parametrize("compensation", ["mean", "least_squares"])
+def test_a_cut_with_blocks_makes_up_at_once(compensation: str) -> None:
+    net, pixels = odd(), torch.rand(64, 3, 32, 32)
+    recipe = Recipe(
+        Amount(macs_cut=0.5, scope="per_mac"), "logit_error", blocks=True, calibrate_on="images",
+        compensation=compensation,
+    )  # fmt: skip
+    done = cut(net, Material(X, lambda p: p, calibration=pixels), recipe, Stimulus())
+    assert not {*done.kept} & {"plain", "scaled", "projected"}
+    assert sum(macs_by_layer(done.net, X[:1]).values()) <= 0.5 * sum(macs_by_layer(net, X[:1]).values())
+
+
+def test_blocks_of_a_network_in_half_precision_are_told_apart() -> None:
+    """Squared changes of logits add up to more than float16 can hold."""
+    net = odd().half()
+    with torch.no_grad():
+        net.head.weight.mul_(3000)
+        net.scaled.b.weight.mul_(1e-3)
+        net.scaled.b.bias.zero_()
+    found = block_scores(net, [X.half()], None)
+    assert all(score.isfinite().all() for score in found.values())
+    assert min(found, key=lambda name: float(found[name])) == "scaled"
 
 
 def test_the_cut_of_a_run_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:

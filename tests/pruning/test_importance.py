@@ -216,6 +216,40 @@ def test_scores_are_not_read_for_a_layer_that_has_been_pruned_since() -> None:
         pruner.step()
 
 
+def test_scores_of_transposed_convolutions_are_of_their_outputs() -> None:
+    for groups in (1, 2):
+        net = nn.Sequential(nn.ConvTranspose2d(16, 8, 2, groups=groups), nn.ReLU())
+        weight = net[0].weight.detach()
+        expected = torch.stack([
+            weight[16 // groups * (c * groups // 8) :][: 16 // groups, c % (8 // groups)].double().square().sum().sqrt()
+            for c in range(8)
+        ])  # fmt: skip
+        torch.testing.assert_close(scores("l2", Evidence(net), ["0"])["0"], expected)
+    net = nn.Sequential(nn.ConvTranspose2d(16, 8, 2), nn.Conv2d(8, 4, 1))
+    graph = tp.DependencyGraph().build_dependency(net, torch.rand(1, 16, 4, 4))
+    group = graph.get_pruning_group(net[0], tp.prune_conv_out_channels, idxs=[2, 5])
+    found = TagImportance(net, {"0": torch.arange(8.0)})(group)
+    assert found is not None
+    assert found.tolist() == [2, 5]
+
+
+class TwoAnswers(nn.Module):
+    """Logits, and something beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.conv2 = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 3, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.conv2(self.conv(x).relu())
+        return x.mean((2, 3)), x
+
+
+def test_gradients_of_a_network_with_several_answers_are_of_its_first() -> None:
+    evidence = Evidence(TwoAnswers(), labelled=[(torch.rand(2, 3, 8, 8), torch.tensor([0, 2]))])
+    assert float(evidence.gradients["conv.weight"][0].abs().sum()) > 0
+
+
 def test_coupled_layers_share_one_score(images: Tensor) -> None:
     net = build_model({"name": "resnet8"}).eval()
     table = {"conv1": torch.arange(16.0), "layer1.0.conv2": torch.arange(16.0).flip(0)}

@@ -285,6 +285,48 @@ def test_networks_that_take_views_are_tagged(images: Tensor) -> None:
         check_answers(Viewed(), images.to(memory_format=torch.channels_last))
 
 
+class Drawing(nn.Module):
+    """Draws in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.dropout(self.conv(x), 0.5)
+
+
+class InPlace(nn.Module):
+    """Normalises its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x -= 0.5
+        return self.conv(x).mean((2, 3))  # type: ignore[no-any-return]
+
+
+def test_chance_in_a_forward_is_told(images: Tensor, caplog: pytest.LogCaptureFixture) -> None:
+    tag(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5)), images, layers=["1"])
+    tag(InPlace(), images)
+    assert not caplog.text
+    tag(nn.Sequential(Drawing(), nn.ReLU()), images, layers=["0"])
+    assert "1 layers (0 first) answer the same image differently from call to call" in caplog.text
+
+
+def test_norms_of_the_batch_are_told(images: Tensor, caplog: pytest.LogCaptureFixture) -> None:
+    tag(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)), images)
+    assert "1 normalises by its batch in eval mode too (track_running_stats=False)" in caplog.text
+
+
+def test_a_forward_that_changes_its_input_answers_the_same_twice(images: Tensor) -> None:
+    before = images.clone()
+    check_answers(InPlace(), images)
+    assert torch.equal(images, before)
+
+
 def test_half_precision_of_doubles_is_told(images: Tensor, caplog: pytest.LogCaptureFixture) -> None:
     net = nn.Sequential(nn.Conv2d(3, 2, 3)).double()
     found, expected = (tag(net, images, half=half).layers["0"].amplitude for half in ("bfloat16", None))

@@ -79,7 +79,22 @@ def test_layers_run_twice_are_read_the_first_time(images: Tensor) -> None:
     shared = nn.Conv2d(3, 3, 3, padding=1)
     net = nn.Sequential(shared, nn.Tanh(), shared, nn.ReLU())
     (site,) = find_sites(net, images[:1], ["0"])
-    assert (site.module, site.call) == ("1", 0)
+    assert (site.module, site.call, site.runs) == ("1", 0, 2)
+    assert site.note == "runs 2 times in a forward; read in its first call"
+
+
+class AnswersByName(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"out": self.conv(x)}
+
+
+def test_a_module_that_answers_with_a_mapping_is_read(images: Tensor) -> None:
+    (site,) = find_sites(nn.Sequential(AnswersByName()), images[:1], ["0"])
+    assert (site.module, site.n_filters) == ("0", 3)
 
 
 def test_transformer_blocks_have_sites() -> None:
