@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from freqprune.errors import InputError
 from freqprune.jobs.config import Common, check_pruning, check_training, names_trained, no_such_key, read_common, typed
 from freqprune.jobs.explain_settings import check_explaining
+from freqprune.jobs.failed import let_go
 from freqprune.jobs.launched import run_id
 
 log = logging.getLogger(__name__)
@@ -145,9 +146,12 @@ def _refusing() -> Iterator[None]:
     """Bad input inside a job ends it with its message."""
     try:
         yield
-    except (InputError, OSError, HydraException) as error:
+    except Exception as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            let_go(error)
+            raise
         # Past Hydra, which would print a line of its own above; in a sweep that line says which job it was.
-        if HydraConfig.get().mode == RunMode.MULTIRUN or _message(error) is None:
+        if not isinstance(error, InputError | OSError | HydraException) or _message(error) is None:
             raise
         fail(_message(error) or "")
 

@@ -50,7 +50,7 @@ class ResumedCSVLogger(CSVLogger):
         """
         writer = self.experiment
         if self._earlier is not None and "epoch" in metrics:
-            kept = [row for row in self._earlier if row.get("epoch") and float(row["epoch"]) < float(metrics["epoch"])]
+            kept = _before(self._earlier, float(metrics["epoch"]))
             path = Path(self.log_dir) / METRICS
             if kept:
                 _write(path, kept)
@@ -59,6 +59,23 @@ class ResumedCSVLogger(CSVLogger):
                 writer.metrics_keys = []
             self._earlier = None
         super().log_metrics(dict(metrics), step)
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write what was logged, once it is known which earlier rows stay."""
+        if self._earlier is None:
+            super().save()
+
+
+def _before(rows: list[dict[str, str]], epoch: float) -> list[dict[str, str]]:
+    """Rows of the epochs before one; rows without an epoch, as learning rates have, by their steps."""
+    of_epochs = [row for row in rows if row.get("epoch") and float(row["epoch"]) < epoch]
+    until = max((float(row["step"]) for row in of_epochs if row.get("step")), default=-1.0)
+    return [
+        row
+        for row in rows
+        if (float(row["epoch"]) < epoch if row.get("epoch") else row.get("step") and float(row["step"]) <= until)
+    ]
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

@@ -59,7 +59,7 @@ def explain(cfg: DictConfig) -> tuple[Attribution, dict[str, Any]]:
     assembly.quiet()
     out = assembly.prepare_output(Path(whose.output_dir))
     like = {"_target_": "pytorch_lightning.Trainer", "accelerator": device.type, "devices": whose.processes}
-    with in_all_processes(like) as is_first:
+    with in_all_processes(like, "processes={processes}") as is_first:
         if is_first:
             record.write(out, cfg)
         rank, n_processes = rank_and_size()

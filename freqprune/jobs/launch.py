@@ -14,11 +14,12 @@ from freqprune.errors import InputError
 from freqprune.jobs.launched import launched
 from freqprune.processes import expect, rank_and_size, shared_work
 
+OF_TRAINERS = "trainer=ddp trainer.devices={devices} trainer.num_nodes={nodes}"
 _WHERE = ("accelerator", "devices", "num_nodes")
 
 
 @contextmanager
-def in_all_processes(trainer: Mapping[str, Any]) -> Iterator[bool]:
+def in_all_processes(trainer: Mapping[str, Any], ask: str = OF_TRAINERS) -> Iterator[bool]:
     """Run the block in as many processes as a Lightning trainer with these settings would, which share the work in it;
     whether this one is the first, which alone writes and speaks.
 
@@ -27,11 +28,12 @@ def in_all_processes(trainer: Mapping[str, Any]) -> Iterator[bool]:
 
     Args:
         trainer: settings of the trainer, with its ``_target_``.
+        ask: how another number of processes is asked for, with ``{processes}``, ``{devices}`` and ``{nodes}``.
 
     Raises:
         InputError: if torchrun or srun have started another number of processes.
     """
-    if world_size(trainer) == 1:
+    if world_size(trainer, ask) == 1:
         yield True
         return
     Fabric(**{key: trainer[key] for key in _WHERE if key in trainer}, strategy="ddp").launch()
@@ -48,7 +50,7 @@ def place(trainer: Mapping[str, Any]) -> pl.Trainer:
     return made
 
 
-def world_size(trainer: Mapping[str, Any]) -> int:
+def world_size(trainer: Mapping[str, Any], ask: str = OF_TRAINERS) -> int:
     """How many processes a Lightning trainer with these settings runs in; `freqprune.processes` is told those of this
     machine.
 
@@ -60,9 +62,9 @@ def world_size(trainer: Mapping[str, Any]) -> int:
     asked, there = made.num_devices * made.num_nodes, launched()
     if there is not None and there.processes != asked:
         raise InputError(
-            f"{there.by} has started {there.processes} processes, trainer.devices x trainer.num_nodes are {asked}: say "
-            f"trainer=ddp trainer.devices={there.processes // there.machines} trainer.num_nodes={there.machines}, or "
-            "start one process without it"
+            f"{there.by} has started {there.processes} processes, this job asks for {asked}: say "
+            + ask.format(processes=there.processes, devices=there.processes // there.machines, nodes=there.machines)
+            + ", or start one process without it"
         )
     expect(made.num_devices)
     size: int = made.world_size

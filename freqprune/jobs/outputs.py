@@ -75,6 +75,9 @@ def explore_training(
     path = settings.out / "importance.csv"
     if tagging.latest and path.is_file():
         epochs = filters_over_epochs(path, tagging.stimulus, tagging.criterion)
+        if not epochs:
+            # Tagged otherwise before the training went on here, and not since.
+            return
         plan, found = plan_of(net, example), tagging.latest["score"]
         inner = [] if plan is None else [plan.unit(name) for name in plan.layers if name in found]
         known = {unit.name: unit.by_filter(found[unit.name]) for unit in inner}

@@ -24,7 +24,7 @@ from freqprune.reports import record
 # Settings that say what was cut and in which order images come.
 _SAME = ("seed", "importance.criterion", *(f"pruning.{name}" for name in AMOUNTS))
 # Metrics that come after the training of the cut network.
-_AFTER_TRAINING = ("onnx", "int8", "exports", "finished")
+_AFTER_TRAINING = ("folded", "onnx", "int8", "exports", "finished")
 # What a training has logged.
 _LOGGED = (METRICS, METRICS_LINES, "hparams.yaml")
 

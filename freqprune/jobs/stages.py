@@ -19,6 +19,7 @@ from freqprune.jobs.settings import Settings
 from freqprune.networks import (
     OnnxModule,
     cost,
+    epochs_done,
     export,
     fold_norms,
     latency_ms,
@@ -61,7 +62,9 @@ class Run:
     def sizes(self) -> list[int]:
         """Batch sizes to time."""
         recipe = self.settings.recipe
-        return self.settings.latency.sizes(recipe is not None and recipe.amount.by_time)
+        found = self.settings.latency.sizes(recipe is not None and recipe.amount.by_time)
+        # A run that is gone on with was cut by the time of its own.
+        return sorted({*found, self.metrics.get("latency", {}).get("batch_size", found[0])})
 
     @property
     def trained(self) -> str:
@@ -187,6 +190,9 @@ class Run:
             folder, epochs = FOLDERS[self.trained], self.settings.finetune_epochs
             small = finetune(self.settings, self.data, small, net, epochs, folder, ckpt_path)
             self.metrics[self.trained] = {"test_accuracy": trainers.accuracy_of(self.settings, small, self.data)}
+            # A callback may have ended it earlier.
+            last = self.out / folder / "checkpoints" / "last.ckpt"
+            self.metrics[self.trained]["epochs"] = epochs_done(last) if last.is_file() else epochs
             log_stage(self.logger, self.trained, self.metrics[self.trained])
             self.write(small)
         self._deploy(net, small)
@@ -212,9 +218,22 @@ class Run:
         if "onnx" in deployed:
             self.latencies({"dense": net, "pruned": small, **deployed})
         if exported:
-            self.metrics["exports"] = exported
+            self.metrics["exports"] = {**self.metrics.get("exports", {}), **exported}
         if deployed or exported:
             self.write()
+
+    def _undeployed(self) -> bool:
+        """Whether something is asked for that an earlier run has not left here; what is not here is forgotten."""
+        for stage, file in (("onnx", "model.onnx"), ("int8", "model.int8.onnx")):
+            if not (self.out / file).is_file():
+                self.metrics.pop(stage, None)
+        if earlier := self.metrics.pop("exports", {}):
+            there = {file: value for file, value in earlier.items() if (self.out / file).is_file()}
+            self.metrics |= {"exports": there} if there else {}
+        asked = self.settings.exports
+        files = {"model.onnx": asked.onnx, "model.int8.onnx": asked.int8, "model.pt2": asked.torch_export}
+        found = self.metrics.get("exports", {})
+        return (asked.fold and "folded" not in self.metrics) or any(files[name] and name not in found for name in files)
 
     def go_on(self, net: nn.Module, earlier: Interrupted) -> tuple[dict[str, Any], dict[str, Any]]:
         """Go on with the fine-tuning of an interrupted run, as the unbroken run would have."""
@@ -226,7 +245,7 @@ class Run:
         if self.trained in self.metrics:
             if self.first:
                 show(f"{earlier.folder} is complete; its training is not repeated")
-            if "exports" not in self.metrics:
+            if self._undeployed():
                 self._deploy(net, small)
         else:
             small = self.recover(net, small, earlier.last)

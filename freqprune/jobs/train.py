@@ -38,6 +38,16 @@ CHANCE = 1.2
 COSTLY = 0.2
 
 
+class _Validated(pl.Callback):
+    """Steps behind the last validation."""
+
+    step: int | None = None
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.step = trainer.global_step
+
+
 def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """Train the configured network, tagging it as it goes, and test it at the end.
 
@@ -94,7 +104,8 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
             check_anew(classifier.net)
     pick_layers(classifier.net, settings.readout.layers)
     tagging = _tagging(settings, data)
-    trainer = trainers.make_trainer(settings, out, [tagging])
+    validated_at = _Validated()
+    trainer = trainers.make_trainer(settings, out, [tagging, validated_at])
     if trainer.is_global_zero:
         announce_training(settings, classifier.net, data, trainer, cut, done)
     start = time.perf_counter()
@@ -107,8 +118,8 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         record.clear([] if goes_on else [last, last.with_name("best.ckpt")])
     trainers.fit(trainer, classifier, data, common.ckpt_path, advice, common.compile)
     seconds = time.perf_counter() - start
-    if data.validates and math.isnan(trainers.metric(trainer, "val/accuracy")):
-        # No epoch was left to train, or none to validate after.
+    if data.validates and validated_at.step != trainer.global_step:
+        # No epoch was left to train, or none to validate after the last.
         with trainers.ended_by_sigterm(trainer):
             trainer.validate(classifier, datamodule=data, verbose=False)
     validated = {"val_accuracy": trainers.metric(trainer, "val/accuracy")} if data.validates else {}

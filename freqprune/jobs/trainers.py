@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
-from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import nn
 
 from freqprune.errors import InputError
+from freqprune.jobs.checkpoints import OF_LIGHTNING, AtomicCheckpoints, ModelCheckpoint
 from freqprune.jobs.compiled import compiled
 from freqprune.jobs.launch import place
 from freqprune.jobs.loggers import make_logger
 from freqprune.jobs.settings import Settings
-from freqprune.networks import device_of, write_atomically
+from freqprune.networks import device_of
 from freqprune.reports import is_quiet, show
 from freqprune.training import Classifier, ImageData
 
+log = logging.getLogger(__name__)
+
 # Callbacks of conf/common.yaml whose checkpoints are looked for in the run folder.
 _OURS = ("checkpoint", "last")
-
-
-class AtomicCheckpoints(TorchCheckpointIO):
-    """Checkpoints that appear complete or not at all, on any file system: a killed run never leaves half of one."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, checkpoint)
 
 
 def _of_stage(dirpath: str, out: Path, folder: Path) -> str:
@@ -65,7 +59,13 @@ def make_trainer(
     if settings.data.get("val_fraction") == 0:
         arguments = {**arguments, "limit_val_batches": 0}
         # What follows a validation metric would wait for it for ever.
-        configured = {name: spec for name, spec in configured.items() if "val/" not in str(spec.get("monitor"))}
+        waiting = [name for name, spec in configured.items() if "val/" in str(spec.get("monitor"))]
+        configured = {name: spec for name, spec in configured.items() if name not in waiting}
+        if logged and (others := [name for name in waiting if name not in _OURS]):
+            log.warning(
+                "data.val_fraction=0 leaves nothing to validate on: callbacks.%s, which follows a validation metric, "
+                "is left out", ", callbacks.".join(others)
+            )  # fmt: skip
     if is_quiet():
         configured.pop("progress", None)
         arguments = {**arguments, "enable_progress_bar": False}
@@ -77,6 +77,8 @@ def make_trainer(
                 f"callbacks.{name}.dirpath = {spec['dirpath']}: a run is gone on with from the checkpoints in its own "
                 "folder; choose that with hydra.run.dir, or add a callback of another name"
             )
+        if name in _OURS and spec.get("_target_") == OF_LIGHTNING:
+            spec["_target_"] = f"{ModelCheckpoint.__module__}.{ModelCheckpoint.__name__}"
         if given is not None:
             spec["dirpath"] = _of_stage(str(given), settings.out, folder)
     everything = [*callbacks, *(instantiate(spec) for spec in configured.values())]

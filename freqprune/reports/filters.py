@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from freqprune.pruning import Kept, Plan, Verdict
+from freqprune.reports.tables import described, what_was_shown
 from freqprune.tagging import Stimulus, TagResponse
 
 FloatArray = npt.NDArray[np.float64]
@@ -107,19 +108,26 @@ def _by_part(stimulus: Stimulus) -> list[str]:
 
 
 def filters_over_epochs(path: Path, stimulus: Stimulus, criterion: str, most: int = 24) -> list[Filters]:
-    """The filters at the tagged epochs of a training run.
+    """The filters at the tagged epochs of a training run; none if it was tagged otherwise.
 
     Args:
         path: of an ``importance.csv``. What it holds of the spectra is the SNR at the components.
         stimulus: the tags.
-        criterion: name of the scores in it.
+        criterion: name of the scores in it, where it does not say itself.
         most: epochs read, spread evenly with the first and the last among them; a file of hundreds would make a page
             that no browser likes.
     """
+    known = what_was_shown(path)
+    if known and known["tags"] != described(stimulus):
+        return []
+    criterion = known.get("criterion") or criterion
     by_epoch: dict[int, list[dict[str, str]]] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             by_epoch.setdefault(int(row["epoch"]), []).append(row)
+    wanted = {f"snr_{component.name}" for component in stimulus.components}
+    if not all(wanted <= {*rows[0]} for rows in by_epoch.values()):
+        return []
     # One page shows the same filters at all times: those of the last, where others were read or pruned before.
     filters = {epoch: [(row["layer"], row["filter"]) for row in rows] for epoch, rows in by_epoch.items()}
     epochs = [epoch for epoch in by_epoch if filters[epoch] == filters[max(by_epoch)]]

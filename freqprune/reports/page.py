@@ -219,11 +219,14 @@ def _what_was_done(settings: Mapping[str, Any], metrics: Mapping[str, Any]) -> l
             f"{percentages(metrics)['cut']:.1f} % of the MACs were cut.",
             f"Filters were kept by {settings['importance']['criterion']}.",
         ]
-    if "finetuned" in metrics:
-        done.append(f"The smaller network was fine-tuned for {_count(settings['finetune']['epochs'], 'epoch')}.")
-    if "from_scratch" in metrics:
-        epochs = _count(settings["finetune"]["epochs"], "epoch")
-        done.append(f"One of the same widths was trained from scratch for {epochs}.")
+    for stage, what in (
+        ("finetuned", "The smaller network was fine-tuned"),
+        ("from_scratch", "One of the same widths was trained from scratch"),
+    ):
+        if stage in metrics:
+            # Runs of earlier versions did not count them.
+            epochs = metrics[stage].get("epochs", settings["finetune"]["epochs"])
+            done.append(f"{what} for {_count(epochs, 'epoch')}.")
     return done
 
 

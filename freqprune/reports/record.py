@@ -30,7 +30,8 @@ PACKAGES = ("freqprune", "torch", "torchvision", "pytorch-lightning", "torch-pru
 def write_text(path: Path, text: str) -> Path:
     """Write a file, complete or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    # Names of files need not be text.
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(partial, path)
     return path
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from collections.abc import Mapping
+from dataclasses import fields
+from hashlib import sha256
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,7 +17,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from freqprune.pruning import Verdict
-from freqprune.tagging import TagResponse
+from freqprune.tagging import Stimulus, TagResponse
 
 STAGES = ("dense", "pruned", "recalibrated", "finetuned", "from_scratch", "folded", "onnx", "int8")
 
@@ -138,13 +141,15 @@ def write_importance(
     score: Mapping[str, Tensor],
     verdict: Verdict,
     since: int | None = None,
+    criterion: str | None = None,
 ) -> None:
     """Append an epoch's rows to ``importance.csv``; rows of this and later epochs, left by an interrupted run, are
     replaced, and those from epoch `since` on, at which this training began: they are another's.
 
     Columns: epoch, layer_index, layer, filter, ``snr_<component>`` and ``amplitude_<component>`` for every component,
-        score, important.
+        score, important. ``importance.json`` beside it says of which tags and of which `criterion`; rows of others go.
     """
+    shown, known = {"tags": described(response.stimulus), "criterion": criterion}, what_was_shown(path)
     components = response.components("all")
     readings = [f"{kind}_{c.name}" for kind in ("snr", "amplitude") for c in components]
     header = ["epoch", "layer_index", "layer", "filter", *readings, "score", "important"]
@@ -155,7 +160,7 @@ def write_importance(
             rows = list(csv.reader(file))
         earlier = (
             [row for row in rows[1:] if len(row) == len(header) and int(row[0]) < first]
-            if rows and rows[0] == header
+            if rows and rows[0] == header and known in ({}, shown)
             else []
         )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,6 +176,24 @@ def write_importance(
             ):
                 writer.writerow([epoch, index, layer, number, *(f"{v:.6g}" for v in row), f"{s:.6g}", int(flag)])
     partial.replace(path)
+    partial.write_text(json.dumps(shown, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path.with_suffix(".json"))
+
+
+def described(stimulus: Stimulus) -> dict[str, Any]:
+    """The settings of tags, as JSON has them; masks by their digest."""
+    found = {one.name: getattr(stimulus, one.name) for one in fields(stimulus) if one.init}
+    if isinstance(stimulus.parts, Tensor):
+        found["parts"] = sha256(stimulus.parts.cpu().numpy().tobytes()).hexdigest()
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=lambda values: values.tolist()))
+    return plain
+
+
+def what_was_shown(path: Path) -> dict[str, Any]:
+    """``tags`` and ``criterion`` of an ``importance.csv``; empty where none is known, as of earlier versions."""
+    beside = path.with_suffix(".json")
+    found: dict[str, Any] = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    return found
 
 
 def important_shares(path: Path) -> dict[int, dict[str, float]]:
@@ -232,7 +255,7 @@ def write_layers(path: Path, responses: Mapping[str, TagResponse]) -> None:
         two fundamentals),
     integration (intermodulation over fundamentals); empty where a filter does not answer.
     """
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(["group", "layer_index", "layer", "filter", "part_preference", "integration"])
         for group, response in responses.items():

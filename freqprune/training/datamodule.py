@@ -59,7 +59,7 @@ class ImageData(pl.LightningDataModule, ABC):
         num_workers: processes that read batches; if left out, one a core where images have to be decoded or
             `transforms` are to be done, none elsewhere.
         limit_train: use the first so many images of the training split only, e.g. for a quick trial.
-        limit_test: use the first so many test images only.
+        limit_test: use so many test images only, drawn at random by `split_seed`: they are often sorted by class.
     """
 
     def __init__(

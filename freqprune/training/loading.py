@@ -51,7 +51,15 @@ class _Batches(Dataset[Any]):
         if self.transforms is not None:
             # Drawn by seed, epoch and image: the same with any number of workers and processes, and after a resume.
             seeds = (hash((self.seed, number)) % 2**32 for number in numbers)
-            pixels = torch.stack([self.transforms.one(image, seed) for image, seed in zip(pixels, seeds, strict=True)])
+            done = [self.transforms.one(image, seed) for image, seed in zip(pixels, seeds, strict=True)]
+            if len(sizes := {tuple(image.shape[1:]) for image in done}) > 1:
+                return InputError(
+                    f"data.transforms leave images of different sizes, such as "
+                    f"{' and '.join(' x '.join(map(str, size)) for size in sorted(sizes)[:2])}, which make no batch: "
+                    "leave out what changes the size at random (expand of RandomRotation), or end with {name: Resize, "
+                    "size: [HEIGHT, WIDTH]}"
+                )
+            pixels = torch.stack(done)
         return pixels, self.images.labels[chosen]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,8 @@ _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 def free_memory() -> int | None:
-    """Bytes that this process may still take; None if the system does not say.
+    """Bytes that this process may still take; half of all memory where the system says no more than that, as macOS
+    does; None where it says nothing.
 
     A scheduler such as SLURM sets its limit on a group further up than the process is in: all up to the root count.
     """
@@ -21,7 +23,10 @@ def free_memory() -> int | None:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        return None
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        except (AttributeError, OSError, ValueError):
+            return None
     return min([free, *_left_of_groups()])
 
 

@@ -190,7 +190,8 @@ class FrequencyTagging(TagsInTraining):
         }
         if trainer.is_global_zero:
             folder = Path(self.folder or trainer.default_root_dir)
-            write_importance(folder / "importance.csv", trainer.current_epoch, response, score, verdict, self._since)
+            path, since = folder / "importance.csv", self._since
+            write_importance(path, trainer.current_epoch, response, score, verdict, since, self.criterion)
             self._since = None
         self.seconds = time.perf_counter() - start
         counts = {f"important/{layer}": float(count) for layer, count in verdict.counts.items()}

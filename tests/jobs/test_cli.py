@@ -6,12 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from freqprune.jobs.config import names_trained
+from freqprune.jobs.failed import let_go
 from freqprune.jobs.settings import read
 from freqprune.networks.registry import build_model
 from tests.conftest import ROOT
@@ -273,3 +277,34 @@ def test_names_may_be_words_for_no(tmp_path: Path) -> None:
 def test_an_amount_that_nothing_cuts_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     read(config("train", tmp_path, "pruning.macs_cut=0.5"))
     assert "pruning.macs_cut = 0.5 has no effect, as pruning=none cuts nothing" in caplog.text
+
+
+def test_a_failed_job_lets_go_of_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    stand_in = SimpleNamespace(run=object(), finish=lambda exit_code: ended.append(exit_code))
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)  # type: ignore[arg-type]
+
+    class Held:
+        """As large as a network."""
+
+    alive: list[Any] = []
+
+    def cause() -> None:
+        held = Held()
+        alive.append(weakref.ref(held))
+        raise ValueError("no memory")
+
+    def job() -> None:
+        held = Held()
+        alive.append(weakref.ref(held))
+        try:
+            cause()
+        except ValueError as error:
+            raise RuntimeError("failed") from error
+
+    with pytest.raises(RuntimeError) as kept:
+        job()
+    assert all(one() is not None for one in alive)
+    let_go(kept.value)
+    assert all(one() is None for one in alive)
+    assert ended == [1]

@@ -44,6 +44,26 @@ def test_a_resumed_table_goes_on_after_the_epochs_before(kind: Logger, tmp_path:
     ]
 
 
+def test_rows_without_an_epoch_go_and_stay_with_their_steps(tmp_path: Path) -> None:
+    """Learning rates are logged before the epoch that they belong to has an entry, and may fill the buffer first."""
+    first = logger_of(ResumedCSVLogger, tmp_path)
+    for epoch in range(2):
+        first.log_metrics({"lr": 0.1 - 0.01 * epoch}, step=10 * epoch)
+        first.log_metrics({"epoch": epoch, "loss": 10.0 + epoch}, step=10 * epoch + 9)
+    first.save()
+    second = logger_of(ResumedCSVLogger, tmp_path)
+    second.log_metrics({"lr": 0.05, "momentum": 0.9}, step=10)
+    second.save()
+    second.log_metrics({"epoch": 1, "loss": 7.0}, step=19)
+    second.save()
+    assert [(row["step"], row["epoch"], row["loss"], row["lr"], row["momentum"]) for row in rows(tmp_path)] == [
+        ("0", "", "", "0.1", ""),
+        ("9", "0", "10.0", "", ""),
+        ("10", "", "", "0.05", "0.9"),
+        ("19", "1", "7.0", "", ""),
+    ]
+
+
 def test_a_new_training_begins_with_an_empty_table(tmp_path: Path) -> None:
     for loss in (1.0, 2.0):
         logger = logger_of(ResumedCSVLogger, tmp_path)

@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +18,11 @@ from freqprune.jobs.finetuning import finetune
 from freqprune.jobs.prune import prune
 from freqprune.jobs.resuming import begin_anew, interrupted
 from freqprune.jobs.settings import read
+from freqprune.jobs.stages import Run
 from freqprune.jobs.train import train
 from freqprune.networks.blocks import Shortcut
 from freqprune.networks.checkpoint import epochs_done, load_network
+from freqprune.networks.exports import Exports
 from freqprune.networks.registry import build_model, register_model
 from tests.jobs.small import config
 
@@ -279,7 +282,7 @@ def test_a_new_run_leaves_what_is_not_of_an_earlier_one(tmp_path: Path) -> None:
 
 
 def test_a_complete_run_goes_on_where_more_epochs_are_asked_for(tmp_path: Path) -> None:
-    whole = {"dense": {}, "finetuned": {}, "onnx": {}, "exports": ["model.onnx"], "finished": True}
+    whole = {"dense": {}, "finetuned": {}, "folded": {}, "onnx": {}, "exports": {}, "finished": True}
     last = tmp_path / "finetune" / "checkpoints" / "last.ckpt"
     last.parent.mkdir(parents=True)
     torch.save({"epoch": 0}, last)
@@ -301,6 +304,28 @@ def test_a_complete_run_goes_on_where_more_epochs_are_asked_for(tmp_path: Path) 
         InputError, match=r"complete after 1 epochs, finetune\.epochs = 3 asks for more, and its finetune/"
     ):
         interrupted(tmp_path, "finetuned", 3)
+
+
+def test_a_complete_run_writes_what_it_has_not_written_yet(tmp_path: Path) -> None:
+    run = Run.__new__(Run)
+    run.out = tmp_path
+
+    def asks(**exports: bool) -> bool:
+        run.settings = SimpleNamespace(exports=Exports(**exports))  # type: ignore[assignment]
+        return run._undeployed()
+
+    run.metrics = {"onnx": {}, "exports": {"model.onnx": 0.0, "model.pt2": 0.0}}
+    (tmp_path / "model.onnx").write_text("")
+    assert not asks()
+    assert not asks(onnx=True)
+    # The other file is in another folder, or was deleted.
+    assert run.metrics == {"onnx": {}, "exports": {"model.onnx": 0.0}}
+    assert asks(onnx=True, torch_export=True)
+    assert asks(onnx=True, int8=True)
+    assert asks(fold=True)
+    (tmp_path / "model.onnx").unlink()
+    assert asks(onnx=True)
+    assert run.metrics == {}
 
 
 def test_a_folder_without_a_checkpoint_is_no_training_of_the_other_kind(tmp_path: Path) -> None:

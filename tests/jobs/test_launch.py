@@ -62,9 +62,11 @@ def test_each_process_has_a_device_of_its_own(told: Any, monkeypatch: pytest.Mon
 def test_other_processes_than_were_asked_for_are_refused(told: Any) -> None:
     told(**TORCHRUN)
     with pytest.raises(
-        InputError, match=r"torchrun has started 2 processes, .* are 1: say .*devices=2 trainer.num_nod"
+        InputError, match=r"torchrun has started 2 processes, .* for 1: say .*devices=2 trainer.num_nod"
     ):
         world_size(ONE)
+    with pytest.raises(InputError, match=r"for 1: say processes=2, or start one process"):
+        world_size(ONE, "processes={processes}")
     told(**SRUN)
     with pytest.raises(
         InputError, match=r"srun has started 8 .* say trainer=ddp trainer.devices=4 trainer.num_nodes=2"

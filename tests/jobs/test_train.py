@@ -141,6 +141,7 @@ def test_trains_with_a_loss_from_the_tags(
         (["data.transforms=[{name:RandomErasing,q:1}]"], "RandomErasing does not take"),
         (["matmul_precision=low"], "matmul_precision must be"),
         (["seed=-1"], "seed must be at least 0"),
+        (["seed=20260101123000"], r"seed must be at least 0 and below 2\*\*32 = 4294967296, got 20260101123000"),
         (["model.name=resnet33"], "model.name must be one of"),
         (["model.num_classes=7"], "the data have 10 classes"),
         (["data.val_fraction=2"], "val_fraction must lie"),
@@ -194,6 +195,21 @@ def test_a_training_with_no_epoch_left_is_what_it_was(tmp_path: Path) -> None:
     assert (tmp_path / "b" / "report.html").is_file()
     with pytest.raises(InputError, match=r"has 1 epochs behind it, trainer\.max_epochs = 0 asks for fewer in all"):
         train(config("train", tmp_path / "c", *common, f"ckpt_path={last}", "trainer.max_epochs=0"))
+
+
+def test_validation_accuracy_is_of_the_last_epoch(tmp_path: Path) -> None:
+    """Validated after every second of three epochs."""
+    metrics, objects = train(
+        config("train", tmp_path, "+trainer.check_val_every_n_epoch=2", "trainer.max_epochs=3", "data.limit_train=300")
+    )
+    images = objects["data"].split("val")
+    with torch.no_grad():
+        answers = objects["classifier"].net.eval()(objects["data"].normalize(images.pixels.float() / 255)).argmax(1)
+    assert metrics["val_accuracy"] == pytest.approx(float((answers == images.labels).float().mean()), abs=1e-6)
+    with (tmp_path / "metrics.csv").open() as file:
+        logged = [(row["epoch"], float(row["val/accuracy"])) for row in csv.DictReader(file) if row["val/accuracy"]]
+    assert logged[0][0] == "1"
+    assert logged[0][1] != pytest.approx(metrics["val_accuracy"], abs=1e-3)
 
 
 def test_training_refuses_what_only_pruning_reads(tmp_path: Path) -> None:

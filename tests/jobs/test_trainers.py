@@ -236,6 +236,17 @@ def test_a_test_that_is_killed_ends_with_the_usual_status(at: int, tmp_path: Pat
     assert ended.value.code == 128 + signal.SIGTERM
 
 
+def test_what_waits_for_a_validation_that_never_comes_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stop = "{_target_: pytorch_lightning.callbacks.EarlyStopping, monitor: val/accuracy, mode: max}"
+    settings = read(config("train", tmp_path, f"+callbacks.stop={stop}", "data.val_fraction=0"))
+    made = trainers.make_trainer(settings, tmp_path, [])
+    assert not made.early_stopping_callbacks
+    assert "callbacks.stop, which follows a validation metric, is left out" in caplog.text
+    caplog.clear()
+    trainers.make_trainer(read(config("train", tmp_path, "data.val_fraction=0")), tmp_path, [])
+    assert not caplog.text
+
+
 def test_a_callback_of_ones_own_writes_where_it_is_told(tmp_path: Path) -> None:
     more = "{_target_: pytorch_lightning.callbacks.ModelCheckpoint, dirpath: /x, every_n_epochs: 10}"
     settings = read(config("train", tmp_path, f"+callbacks.every={more}"))

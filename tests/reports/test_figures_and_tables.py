@@ -146,15 +146,25 @@ def test_filters_are_told_with_the_frequencies_of_their_components_in_hertz(tmp_
     assert found == {"f1": 6, "2f1": 12, "f2": 7.5, "2f2": 15, "f1+f2": 13.5, "f2-f1": 1.5}
 
 
-def test_a_file_in_the_place_of_another_appears_once_it_is_complete(tmp_path: Path) -> None:
+def test_a_file_in_the_place_of_another_appears_once_it_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str, **_: object) -> None:
+        path.write_bytes(text[:2].encode())
+        raise OSError("full")
+
+    # Names of files that are not UTF-8, as Python reads them.
+    assert record.write_text(tmp_path / "page.html", "caf\udce9.jpg").read_text() == "caf\\udce9.jpg"
     path = record.write_text(tmp_path / "metrics.json", "before")
     # Who reads on while it is replaced reads the one before to its end.
     with path.open() as reader:
         record.write_text(path, "after")
         assert reader.read() == "before"
     assert path.read_text() == "after"
-    with pytest.raises(UnicodeEncodeError):  # the writing breaks off
-        record.write_text(path, "half\ud800")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="full"):
+            record.write_text(path, "half")
     assert path.read_text() == "after"
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,26 @@ def test_scores_below_zero_are_not_divided_by_macs(plan: Plan, lowest: float, sc
     next(iter(found.values()))[0] = lowest
     assert trial_of(plan, None, "taylor", found).amount.scope == scope
     assert trial_of(plan, None, "taylor", found, Amount(macs_cut=0.5, scope="global")).amount.scope == "global"
+
+
+def test_epochs_that_were_tagged_otherwise_are_not_shown(response: TagResponse, tmp_path: Path) -> None:
+    path, verdict = tmp_path / "importance.csv", judge(response)
+    found = scores("snr", Evidence(nn.Module(), response), list(response.layers))
+    for epoch in range(2):
+        write_importance(path, epoch, response, found, verdict, criterion="snr")
+    assert [one.label for one in filters_over_epochs(path, STIMULUS, "amplitude")] == ["epoch 1", "epoch 2"]
+    assert "score_snr" in filters_over_epochs(path, STIMULUS, "amplitude")[0].columns
+    other = replace(STIMULUS, parts="top_bottom")
+    assert filters_over_epochs(path, other, "snr") == []
+    # Not known of which tags, but these have components that the file does not.
+    path.with_suffix(".json").unlink()
+    assert len(filters_over_epochs(path, other, "snr")) == 2
+    assert filters_over_epochs(path, replace(STIMULUS, max_order=STIMULUS.max_order + 1), "snr") == []
+    # A training that goes on under another criterion begins its own table.
+    write_importance(path, 2, response, found, verdict, criterion="snr")
+    assert len(filters_over_epochs(path, STIMULUS, "snr")) == 3
+    write_importance(path, 3, response, found, verdict, criterion="amplitude")
+    assert [one.label for one in filters_over_epochs(path, STIMULUS, "snr")] == ["epoch 4"]
 
 
 def test_parts_are_told_by_their_number_whatever_their_frequencies(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from freqprune.reports import run_figures
 from freqprune.reports.drawing import save
 from freqprune.reports.page import SweepPage, write_page
-from freqprune.reports.record import write_json
+from freqprune.reports.record import read_json, write_json
 
 BROWSER = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -94,6 +94,14 @@ def test_page_tells_what_was_done(run: Path) -> None:
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", text)
     assert "http" not in text
     assert "<script" not in text
+
+
+def test_the_page_tells_the_epochs_that_were_trained(run: Path) -> None:
+    """A callback may end a training earlier than its settings say."""
+    metrics = read_json(run / "metrics.json")
+    metrics["finetuned"]["epochs"] = 7
+    write_json(run / "metrics.json", metrics)
+    assert "The smaller network was fine-tuned for 7 epochs." in write_page(run).read_text()
 
 
 def test_the_page_tells_the_accuracy_of_each_kind_of_images(run: Path) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import os
 import pickle
 from contextvars import Context
 from pathlib import Path
@@ -199,3 +200,15 @@ def test_the_limit_of_a_group_further_up_counts(version: int, tmp_path: Path, mo
     monkeypatch.setattr(memory, "_OWN", own)
     monkeypatch.setattr(memory, "_GROUPS", groups)
     assert memory.free_memory() == 1000000 - 300000 + 100000
+
+
+def test_half_of_all_memory_counts_where_nothing_says_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS; on Windows nothing is said."""
+
+    def nothing(_: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(memory, "Path", nothing)
+    assert memory.free_memory() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    monkeypatch.delattr(os, "sysconf")
+    assert memory.free_memory() is None

@@ -361,6 +361,14 @@ def test_photographs_of_other_endings_are_taken_and_files_beside_them_are_not(tm
     assert len(data.split("train")) + len(data.split("test")) == len(files)
 
 
+def test_transforms_that_leave_images_of_many_sizes_are_refused() -> None:
+    data = DigitsData(
+        batch_size=8, limit_train=32, transforms=[{"name": "RandomRotation", "degrees": 40, "expand": True}]
+    )
+    with pytest.raises(InputError, match=r"data.transforms leave images of different sizes, such as .* Resize"):
+        data.on_before_batch_transfer(next(iter(data.train_dataloader())), 0)
+
+
 def test_trying_transforms_leaves_the_images() -> None:
     plain, erased = DigitsData(), DigitsData(transforms=[{"name": "RandomErasing", "p": 1, "inplace": True}])
     assert torch.equal(plain.pixels("train", 4), erased.pixels("train", 4))

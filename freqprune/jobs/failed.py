@@ -1,0 +1,25 @@
+"""A job of a sweep that failed lets go of what it holds, so that the others have room."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import traceback
+
+
+def let_go(error: BaseException) -> None:
+    """Free what the frames of an error hold, networks and images among it: Hydra keeps the error until the sweep ends.
+
+    A run of W&B that it leaves open ends too: the next job would log into it.
+    """
+    chain: BaseException | None = error
+    while chain is not None:
+        traceback.clear_frames(chain.__traceback__)
+        chain = chain.__cause__ or chain.__context__
+    # Only what the job itself has imported.
+    wandb, torch = sys.modules.get("wandb"), sys.modules.get("torch")
+    if wandb is not None and getattr(wandb, "run", None) is not None:
+        wandb.finish(exit_code=1)
+    gc.collect()
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
