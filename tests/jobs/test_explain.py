@@ -303,9 +303,9 @@ def test_every_command_and_every_piece_of_code_of_the_docs_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("digits").mkdir()
+    Path("photos").mkdir()
     for number, digit in enumerate(load_digits().images[:2]):
-        Image.fromarray((digit * 15.9).astype(np.uint8)).resize((32, 32)).save(f"digits/{number}.png")
+        Image.fromarray((digit * 15.9).astype(np.uint8)).resize((32, 32)).save(f"photos/{number}.png")
     blocks = re.findall(r"```(sh|python)\n(.*?)```", (ROOT / "docs" / "explain.md").read_text(), re.DOTALL)
     assert [kind for kind, _ in blocks] == ["sh", "python", "python"]
     for kind, text in blocks:
@@ -313,7 +313,7 @@ def test_every_command_and_every_piece_of_code_of_the_docs_runs(
             exec(compile(text.replace("forwards=512", "forwards=256"), "docs/explain.md", "exec"), {})
             continue
         for line in text.strip().splitlines():
-            command, job, *overrides = shlex.split(line)
+            command, job, *overrides = shlex.split(line, comments=True)
             assert (command, job) == ("freqprune", "explain")
             budget = "forwards=400" if "refine=2" in overrides else "forwards=64"
             explain(asked(tmp_path / "out", "grid=4", *overrides, "n_segments=8", budget, "limit=1"))

@@ -1,5 +1,4 @@
 import io
-import multiprocessing
 import struct
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from freqprune.training.listed import ImageFolderData
 from freqprune.training.listing import Fitting
 from freqprune.training.loading import _fits
 from freqprune.training.sources import Images, channel_statistics, digits, stratified_split
+from tests.forked import FORKED
 from tests.training.small import trainer
 from tests.training.test_defaults import crop_and_flip
 
@@ -392,8 +392,7 @@ def fetch(root: str, log: str) -> None:
 
 
 def test_one_process_downloads_at_a_time(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    both = [context.Process(target=fetch, args=(str(tmp_path), str(tmp_path / "log"))) for _ in range(2)]
+    both = [FORKED.Process(target=fetch, args=(str(tmp_path), str(tmp_path / "log"))) for _ in range(2)]
     for one in both:
         one.start()
     for one in both:
