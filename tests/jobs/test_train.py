@@ -255,6 +255,25 @@ def test_a_new_training_leaves_no_checkpoints_of_an_earlier_one(
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == (names if goes_on else set())
 
 
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_training_that_goes_on_leaves_no_cut_of_the_network_as_it_was(
+    epochs: int, trained: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
+    for name in ("metrics.json", "filters.csv", "pruned.ckpt"):
+        (tmp_path / name).write_text("{}")
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("freqprune.jobs.trainers.fit", killed)
+    ckpt = tmp_path / "checkpoints" / "last.ckpt"
+    with pytest.raises(KeyboardInterrupt):
+        train(config("train", tmp_path, f"trainer.max_epochs={epochs}", f"ckpt_path={ckpt}"))
+    left = {name for name in ("metrics.json", "filters.csv", "pruned.ckpt") if (tmp_path / name).is_file()}
+    assert left == ({"pruned.ckpt"} if epochs == 2 else {"metrics.json", "filters.csv", "pruned.ckpt"})
+
+
 def test_a_training_follows_its_seed(tmp_path: Path) -> None:
     settings = read(config("train", tmp_path, "seed=3"))
     assembly.seed(settings.common)
