@@ -117,28 +117,33 @@ def _explain(cfg: DictConfig) -> None:
 
 def _job(cfg: DictConfig, trains: Callable[[Common], bool]) -> None:
     """Train, prune or both, as the configuration says."""
+    _warn_on_stderr()
+    with _refusing():
+        _do(cfg, trains)
+
+
+def _do(cfg: DictConfig, trains: Callable[[Common], bool]) -> None:
+    """The job itself, in a call of its own: what that holds can go when it has failed."""
     # Light on purpose: what can be refused at once is refused before torch and Lightning are imported, which takes
     # seconds.
     from freqprune.reports import record
 
-    _warn_on_stderr()
-    with _refusing():
-        common = read_common(cfg)
-        training, pruning = trains(common), cfg.get("pruning") or {}
-        prunes = typed(bool, pruning.get("enabled", False), "pruning.enabled")
-        with record.failures_kept(Path(common.output_dir)):
-            check_training(cfg) if training else check_pruning(cfg)
-            if record.done_before(cfg):
-                return
-            from freqprune.jobs.prune import prune
-            from freqprune.jobs.train import train
+    common = read_common(cfg)
+    training, pruning = trains(common), cfg.get("pruning") or {}
+    prunes = typed(bool, pruning.get("enabled", False), "pruning.enabled")
+    with record.failures_kept(Path(common.output_dir)):
+        check_training(cfg) if training else check_pruning(cfg)
+        if record.done_before(cfg):
+            return
+        from freqprune.jobs.prune import prune
+        from freqprune.jobs.train import train
 
-            if not training:
-                prune(cfg)
-                return
-            _, objects = train(cfg)
-            if prunes:
-                prune(cfg, dense=objects["classifier"].net, data=objects["data"])
+        if not training:
+            prune(cfg)
+            return
+        _, objects = train(cfg)
+        if prunes:
+            prune(cfg, dense=objects["classifier"].net, data=objects["data"])
 
 
 @contextmanager

@@ -66,6 +66,12 @@ class ResumedCSVLogger(CSVLogger):
         if self._earlier is None:
             super().save()
 
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write the rest; where no epoch had an entry, after all the earlier rows."""
+        self._earlier = None
+        super().finalize(status)
+
 
 def _before(rows: list[dict[str, str]], epoch: float) -> list[dict[str, str]]:
     """Rows of the epochs before one; rows without an epoch, as learning rates have, by their steps."""

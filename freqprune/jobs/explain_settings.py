@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from freqprune.errors import InputError, at_least, check_file, one_of
-from freqprune.jobs.config import check_one_network, check_seed, import_modules, no_such_key, of_the_top, plain
+from freqprune.jobs.config import check_one_network, import_modules, no_such_key, of_the_top, plain
 from freqprune.reports import record
 from freqprune.training import ENDINGS
 
@@ -30,7 +30,7 @@ class Whose:
     output_dir: str
 
     def __post_init__(self) -> None:
-        check_seed(self.seed)
+        at_least(0, seed=self.seed)
         at_least(1, processes=self.processes)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import traceback
+from contextlib import suppress
 
 
 def let_go(error: BaseException) -> None:
@@ -13,13 +14,17 @@ def let_go(error: BaseException) -> None:
     A run of W&B that it leaves open ends too: the next job would log into it.
     """
     chain: BaseException | None = error
-    while chain is not None:
+    seen: list[BaseException] = []
+    while chain is not None and chain not in seen:
         traceback.clear_frames(chain.__traceback__)
+        seen.append(chain)
         chain = chain.__cause__ or chain.__context__
     # Only what the job itself has imported.
     wandb, torch = sys.modules.get("wandb"), sys.modules.get("torch")
     if wandb is not None and getattr(wandb, "run", None) is not None:
-        wandb.finish(exit_code=1)
+        # What went wrong must not be hidden by what goes wrong now.
+        with suppress(Exception):
+            wandb.finish(exit_code=1)
     gc.collect()
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from freqprune.errors import InputError
 from freqprune.jobs.csv_log import METRICS
 from freqprune.jobs.finetuning import FINETUNED, FOLDERS, FROM_SCRATCH
 from freqprune.jobs.jsonl import METRICS_LINES
-from freqprune.networks import epochs_done
+from freqprune.networks import Exports, epochs_done
+from freqprune.processes import from_first
 from freqprune.pruning import AMOUNTS
 from freqprune.reports import record
 
@@ -59,6 +61,22 @@ class Interrupted:
                 partial = (new / name).with_name(f"{Path(name).name}.partial")
                 shutil.copyfile(old / name, partial)
                 os.replace(partial, new / name)
+
+
+def read_by_first(folder: Path, stage: str, epochs: int) -> Interrupted:
+    """`interrupted`, read by the first of several processes, which writes into that folder as soon as it goes on."""
+    found = from_first(_interrupted_or_error, folder, stage, epochs)
+    if isinstance(found, InputError):
+        raise found
+    return found
+
+
+def _interrupted_or_error(folder: Path, stage: str, epochs: int) -> Interrupted | InputError:
+    try:
+        return interrupted(folder, stage, epochs)
+    except InputError as error:
+        # The others wait: they are to hear of it.
+        return error
 
 
 def interrupted(folder: Path, stage: str, epochs: int) -> Interrupted:
@@ -107,6 +125,22 @@ def interrupted(folder: Path, stage: str, epochs: int) -> Interrupted:
         for name in (stage, *_AFTER_TRAINING):
             metrics.pop(name, None)
     return found
+
+
+def forget_files(metrics: dict[str, Any], out: Path) -> None:
+    """Take out of the metrics what they say of files that are not in this folder."""
+    for stage, file in (("onnx", "model.onnx"), ("int8", "model.int8.onnx")):
+        if not (out / file).is_file():
+            metrics.pop(stage, None)
+    there = {file: value for file, value in metrics.pop("exports", {}).items() if (out / file).is_file()}
+    metrics |= {"exports": there} if there else {}
+
+
+def undeployed(metrics: Mapping[str, Any], out: Path, asked: Exports) -> bool:
+    """Whether something is asked for that an earlier run has not left here."""
+    files = {"model.onnx": asked.onnx, "model.int8.onnx": asked.int8, "model.pt2": asked.torch_export}
+    missing = [name for name, wanted in files.items() if wanted and name not in metrics.get("exports", {})]
+    return bool(missing) or (asked.fold and "folded" not in metrics)
 
 
 def check_same_cut(cfg: DictConfig, folder: Path) -> None:

@@ -14,7 +14,7 @@ from freqprune.jobs import assembly, trainers
 from freqprune.jobs.finetuning import FINETUNED, FOLDERS, FROM_SCRATCH, finetune
 from freqprune.jobs.loggers import log_results, log_stage, make_logger
 from freqprune.jobs.outputs import explore_cut, name_of, tell
-from freqprune.jobs.resuming import Interrupted, begin_anew
+from freqprune.jobs.resuming import Interrupted, begin_anew, forget_files, undeployed
 from freqprune.jobs.settings import Settings
 from freqprune.networks import (
     OnnxModule,
@@ -212,28 +212,19 @@ class Run:
             if file.name in exported:
                 deployed[stage] = OnnxModule(file)
                 self.metrics[stage] = {"file_bytes": file.stat().st_size}
+        # Asked for now, or dropped by a longer training: its cost was not measured with the cut.
+        untimed = "folded" in deployed and "latency_ms" not in self.metrics.get("folded", {})
+        if untimed:
+            self.metrics["folded"] = cost(last, self._batch(max(self.sizes)))
         for stage, one in deployed.items():
             self.metrics.setdefault(stage, {})["test_accuracy"] = trainers.accuracy_of(self.settings, one, self.data)
             log_stage(self.logger, stage, self.metrics[stage])
-        if "onnx" in deployed:
+        if "onnx" in deployed or untimed:
             self.latencies({"dense": net, "pruned": small, **deployed})
         if exported:
             self.metrics["exports"] = {**self.metrics.get("exports", {}), **exported}
         if deployed or exported:
             self.write()
-
-    def _undeployed(self) -> bool:
-        """Whether something is asked for that an earlier run has not left here; what is not here is forgotten."""
-        for stage, file in (("onnx", "model.onnx"), ("int8", "model.int8.onnx")):
-            if not (self.out / file).is_file():
-                self.metrics.pop(stage, None)
-        if earlier := self.metrics.pop("exports", {}):
-            there = {file: value for file, value in earlier.items() if (self.out / file).is_file()}
-            self.metrics |= {"exports": there} if there else {}
-        asked = self.settings.exports
-        files = {"model.onnx": asked.onnx, "model.int8.onnx": asked.int8, "model.pt2": asked.torch_export}
-        found = self.metrics.get("exports", {})
-        return (asked.fold and "folded" not in self.metrics) or any(files[name] and name not in found for name in files)
 
     def go_on(self, net: nn.Module, earlier: Interrupted) -> tuple[dict[str, Any], dict[str, Any]]:
         """Go on with the fine-tuning of an interrupted run, as the unbroken run would have."""
@@ -242,10 +233,11 @@ class Run:
         if self.first:
             earlier.hand_over(self.out, self.trained)
             self.write(small)
+        forget_files(self.metrics, self.out)
         if self.trained in self.metrics:
             if self.first:
                 show(f"{earlier.folder} is complete; its training is not repeated")
-            if self._undeployed():
+            if undeployed(self.metrics, self.out, self.settings.exports):
                 self._deploy(net, small)
         else:
             small = self.recover(net, small, earlier.last)

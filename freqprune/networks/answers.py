@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -43,10 +44,16 @@ def warn_of_batches(model: nn.Module) -> None:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None
     ]
     if alone:
-        log.warning(
-            "%s normalises by its batch in eval mode too (track_running_stats=False): what an image or frame answers "
-            "depends on which others it is run with", ", ".join(alone[:3])
-        )  # fmt: skip
+        _tell_of_batches(type(model).__name__, ", ".join(alone[:3]))
+
+
+@cache
+def _tell_of_batches(network: str, norms: str) -> None:
+    # Once: a job asks for the answers of a network many times.
+    log.warning(
+        "%s: %s normalises by its batch in eval mode too (track_running_stats=False): what an image or frame answers "
+        "depends on which others it is run with", network, norms
+    )  # fmt: skip
 
 
 def check_answers(model: nn.Module, batch: Tensor) -> None:

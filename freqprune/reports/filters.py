@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from freqprune.pruning import Kept, Plan, Verdict
-from freqprune.reports.tables import described, what_was_shown
+from freqprune.reports.shown import described, what_was_shown
 from freqprune.tagging import Stimulus, TagResponse
 
 FloatArray = npt.NDArray[np.float64]

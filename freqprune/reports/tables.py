@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import fields
-from hashlib import sha256
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,7 +14,8 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from freqprune.pruning import Verdict
-from freqprune.tagging import Stimulus, TagResponse
+from freqprune.reports.shown import described, what_was_shown, write_shown
+from freqprune.tagging import TagResponse
 
 STAGES = ("dense", "pruned", "recalibrated", "finetuned", "from_scratch", "folded", "onnx", "int8")
 
@@ -176,24 +174,7 @@ def write_importance(
             ):
                 writer.writerow([epoch, index, layer, number, *(f"{v:.6g}" for v in row), f"{s:.6g}", int(flag)])
     partial.replace(path)
-    partial.write_text(json.dumps(shown, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path.with_suffix(".json"))
-
-
-def described(stimulus: Stimulus) -> dict[str, Any]:
-    """The settings of tags, as JSON has them; masks by their digest."""
-    found = {one.name: getattr(stimulus, one.name) for one in fields(stimulus) if one.init}
-    if isinstance(stimulus.parts, Tensor):
-        found["parts"] = sha256(stimulus.parts.cpu().numpy().tobytes()).hexdigest()
-    plain: dict[str, Any] = json.loads(json.dumps(found, default=lambda values: values.tolist()))
-    return plain
-
-
-def what_was_shown(path: Path) -> dict[str, Any]:
-    """``tags`` and ``criterion`` of an ``importance.csv``; empty where none is known, as of earlier versions."""
-    beside = path.with_suffix(".json")
-    found: dict[str, Any] = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-    return found
+    write_shown(path, shown)
 
 
 def important_shares(path: Path) -> dict[int, dict[str, float]]:
@@ -245,7 +226,14 @@ def training_history(path: Path) -> dict[str, list[tuple[int, float]]]:
             for name in ("train/loss", "val/loss", "train/accuracy", "val/accuracy"):
                 if row.get(name):
                     found.setdefault(name, []).append((int(row["epoch"]), float(row[name])))
-    return found
+    # A validation after the training is of its last epoch, whatever Lightning counts.
+    last = max(
+        (epoch for name, values in found.items() if name.startswith("train/") for epoch, _ in values), default=None
+    )
+    return {
+        name: [(epoch if last is None else min(epoch, last), value) for epoch, value in values]
+        for name, values in found.items()
+    }
 
 
 def write_layers(path: Path, responses: Mapping[str, TagResponse]) -> None:

@@ -127,7 +127,7 @@ def tag(
     step = max(1, limit // len(first))
     starts = range(0, len(images), step)
     with Recorder(model, sites, SPATIAL[spatial], folds, HALF[half] if half is not None else None) as recorder:
-        _warn_of_chance(recorder, prepare(images[:1]))
+        recorder.tell_of_chance(prepare(images[:1]))
         for start in progress(starts) if progress is not None else starts:
             for one in passes:
                 size = max(1, limit // len(one.which))
@@ -149,17 +149,6 @@ def tag(
             response.noisy_snr = noisy.of(layer).mean("snr") if average == "snr" else None
         found[layer] = response
     return TagResponse(stimulus, noise_std, n_images, average, spatial, precision, found)
-
-
-def _warn_of_chance(recorder: Recorder, image: Tensor) -> None:
-    """A warning if a layer answers the same image otherwise from call to call."""
-    one, two = (recorder(image.clone()) for _ in range(2))
-    drawn = [layer for layer in one if (one[layer] - two[layer]).abs().max() > 1e-3 * one[layer].abs().max()]
-    if drawn:
-        log.warning(
-            "%d layers (%s first) answer the same image differently from call to call, also in eval mode: the forward "
-            "draws at random or counts its calls, and amplitudes hold that too", len(drawn), drawn[0]
-        )  # fmt: skip
 
 
 def frames_that_fit(n_values: int, device: torch.device) -> int:

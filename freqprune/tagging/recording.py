@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from freqprune.errors import InputError
 from freqprune.networks import evaluating, fused, hooked, replaced
 from freqprune.tagging.calls import first_tensor
 from freqprune.tagging.sites import Site
+
+log = logging.getLogger(__name__)
 
 
 class _Enough(Exception):  # noqa: N818 - control flow, not an error
@@ -52,6 +56,15 @@ def class_token(output: Tensor, channel_dim: int) -> Tensor:
 def _full(output: Tensor) -> Tensor:
     # The mean of a half-precision map, rounded to half precision again, would be noise in the time course.
     return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+
+
+@cache
+def _tell(n_layers: int, first: str) -> None:
+    # Once: a network may be tagged after every epoch, or by class.
+    log.warning(
+        "%d layers (%s first) answer the same image differently from call to call, also in eval mode: the forward "
+        "draws at random or counts its calls, and amplitudes hold that too", n_layers, first
+    )  # fmt: skip
 
 
 class Recorder:
@@ -129,6 +142,15 @@ class Recorder:
                 raise _Enough
 
         return hook
+
+    def tell_of_chance(self, image: Tensor) -> None:
+        """A warning if a site answers the same image otherwise from call to call."""
+        # What draws shall draw what it would have drawn.
+        with torch.random.fork_rng([image.device] if image.device.type == "cuda" else []):
+            one, two = (self(image.clone()) for _ in range(2))
+        drawn = [layer for layer in one if (one[layer] - two[layer]).abs().max() > 1e-3 * one[layer].abs().max()]
+        if drawn:
+            _tell(len(drawn), drawn[0])
 
     def __call__(self, frames: Tensor) -> dict[str, Tensor]:
         """Responses to a batch of frames ``(n_frames, ...)``, one tensor a layer, first dimension ``n_frames``."""

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.types import RunMode
 
+from freqprune.jobs import cli
 from freqprune.jobs.config import names_trained
 from freqprune.jobs.failed import let_go
 from freqprune.jobs.settings import read
@@ -304,7 +306,38 @@ def test_a_failed_job_lets_go_of_what_it_holds(monkeypatch: pytest.MonkeyPatch) 
 
     with pytest.raises(RuntimeError) as kept:
         job()
+    kept.value.__cause__.__cause__ = kept.value  # type: ignore[union-attr]
     assert all(one() is not None for one in alive)
     let_go(kept.value)
     assert all(one() is None for one in alive)
     assert ended == [1]
+
+    def down(exit_code: int) -> None:
+        raise ConnectionError
+
+    stand_in.finish = down
+    let_go(kept.value)
+
+
+def test_a_failed_job_holds_nothing_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Trained, and failed as it was to be pruned."""
+
+    class Net:
+        """As large as a network."""
+
+    def train(_: Any) -> Any:
+        net = Net()
+        alive.append(weakref.ref(net))
+        return {}, {"classifier": SimpleNamespace(net=net), "data": None}
+
+    def prune(_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    alive: list[Any] = []
+    monkeypatch.setattr("freqprune.jobs.train.train", train)
+    monkeypatch.setattr("freqprune.jobs.prune.prune", prune)
+    monkeypatch.setattr(cli.HydraConfig, "get", lambda: SimpleNamespace(mode=RunMode.MULTIRUN))
+    with pytest.raises(MemoryError) as kept:
+        cli._job(config("prune", tmp_path), lambda _: True)
+    assert kept.value is not None
+    assert alive[0]() is None

@@ -64,6 +64,16 @@ def test_rows_without_an_epoch_go_and_stay_with_their_steps(tmp_path: Path) -> N
     ]
 
 
+def test_rows_are_kept_where_no_epoch_has_an_entry(tmp_path: Path) -> None:
+    first = logger_of(ResumedCSVLogger, tmp_path)
+    first.log_metrics({"epoch": 0, "loss": 1.0}, step=0)
+    first.finalize("success")
+    second = logger_of(ResumedCSVLogger, tmp_path)
+    second.log_metrics({"test": 0.5}, step=1)
+    second.finalize("success")
+    assert [(row["epoch"], row["loss"], row["test"]) for row in rows(tmp_path)] == [("0", "1.0", ""), ("", "", "0.5")]
+
+
 def test_a_new_training_begins_with_an_empty_table(tmp_path: Path) -> None:
     for loss in (1.0, 2.0):
         logger = logger_of(ResumedCSVLogger, tmp_path)

@@ -3,7 +3,6 @@
 import csv
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,12 +12,11 @@ from torch import nn
 
 from freqprune import load_pruned
 from freqprune.errors import InputError
-from freqprune.jobs import assembly, trainers
+from freqprune.jobs import assembly, resuming, trainers
 from freqprune.jobs.finetuning import finetune
 from freqprune.jobs.prune import prune
-from freqprune.jobs.resuming import begin_anew, interrupted
+from freqprune.jobs.resuming import begin_anew, forget_files, interrupted, undeployed
 from freqprune.jobs.settings import read
-from freqprune.jobs.stages import Run
 from freqprune.jobs.train import train
 from freqprune.networks.blocks import Shortcut
 from freqprune.networks.checkpoint import epochs_done, load_network
@@ -307,25 +305,47 @@ def test_a_complete_run_goes_on_where_more_epochs_are_asked_for(tmp_path: Path) 
 
 
 def test_a_complete_run_writes_what_it_has_not_written_yet(tmp_path: Path) -> None:
-    run = Run.__new__(Run)
-    run.out = tmp_path
-
-    def asks(**exports: bool) -> bool:
-        run.settings = SimpleNamespace(exports=Exports(**exports))  # type: ignore[assignment]
-        return run._undeployed()
-
-    run.metrics = {"onnx": {}, "exports": {"model.onnx": 0.0, "model.pt2": 0.0}}
+    metrics: dict[str, Any] = {"onnx": {}, "exports": {"model.onnx": 0.0, "model.pt2": 0.0}}
     (tmp_path / "model.onnx").write_text("")
-    assert not asks()
-    assert not asks(onnx=True)
+    forget_files(metrics, tmp_path)
     # The other file is in another folder, or was deleted.
-    assert run.metrics == {"onnx": {}, "exports": {"model.onnx": 0.0}}
-    assert asks(onnx=True, torch_export=True)
-    assert asks(onnx=True, int8=True)
-    assert asks(fold=True)
+    assert metrics == {"onnx": {}, "exports": {"model.onnx": 0.0}}
+    for asked, missing in (
+        (Exports(), False),
+        (Exports(onnx=True), False),
+        (Exports(onnx=True, torch_export=True), True),
+        (Exports(onnx=True, int8=True), True),
+        (Exports(fold=True), True),
+    ):
+        assert undeployed(metrics, tmp_path, asked) is missing, asked
+    assert not undeployed({**metrics, "folded": {}}, tmp_path, Exports(fold=True))
     (tmp_path / "model.onnx").unlink()
-    assert asks(onnx=True)
-    assert run.metrics == {}
+    forget_files(metrics, tmp_path)
+    assert metrics == {}
+
+
+def test_a_fold_that_is_asked_for_later_is_measured(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    same = (
+        f"ckpt={trained[0] / 'checkpoints' / 'last.ckpt'}",
+        "importance=l2",
+        "pruning.ratio=0.5",
+        "latency.batch_sizes=[1]",
+    )
+    assert "folded" not in prune(config("prune", tmp_path, *same))[0]
+    metrics, _ = prune(config("prune", tmp_path, *same, f"resume={tmp_path}", "export.fold=true"))
+    assert set(metrics["folded"]) == set(metrics["pruned"])
+    assert metrics["folded"]["params"] < metrics["pruned"]["params"]
+
+
+def test_what_a_resume_is_refused_for_is_raised_in_all_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first reads, and hands on what is wrong instead of leaving the others to wait."""
+    handed: list[Any] = []
+    monkeypatch.setattr(resuming, "from_first", lambda work, *given: handed.append(work(*given)) or handed[0])
+    with pytest.raises(InputError, match="holds no pruned"):
+        resuming.read_by_first(tmp_path, "finetuned", 1)
+    assert isinstance(handed[0], InputError)
 
 
 def test_a_folder_without_a_checkpoint_is_no_training_of_the_other_kind(tmp_path: Path) -> None:

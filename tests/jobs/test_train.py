@@ -19,6 +19,7 @@ from freqprune.jobs.settings import read
 from freqprune.jobs.train import _tagging, train
 from freqprune.networks.checkpoint import load_network
 from freqprune.networks.registry import build_model
+from freqprune.reports.tables import training_history
 from tests.jobs.small import check_page, config
 
 
@@ -209,6 +210,8 @@ def test_validation_accuracy_is_of_the_last_epoch(tmp_path: Path) -> None:
     with (tmp_path / "metrics.csv").open() as file:
         logged = [(row["epoch"], float(row["val/accuracy"])) for row in csv.DictReader(file) if row["val/accuracy"]]
     assert logged[0][0] == "1"
+    # The point of the last epoch is drawn at it.
+    assert [epoch for epoch, _ in training_history(tmp_path / "metrics.csv")["val/accuracy"]] == [1, 2]
     assert logged[0][1] != pytest.approx(metrics["val_accuracy"], abs=1e-3)
 
 

@@ -3,12 +3,14 @@
 import base64
 import csv
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from freqprune import Amount, Plan, Stimulus, build_model, tag
@@ -16,6 +18,7 @@ from freqprune.networks import count_macs
 from freqprune.pruning import Evidence, Verdict, judge, scores
 from freqprune.reports import filters_of, filters_over_epochs, trial_of, with_cut, write_importance
 from freqprune.reports.filters import Filters
+from freqprune.reports.shown import described
 from freqprune.reports.trial import Trial
 from freqprune.tagging import TagResponse
 from tests.reports.conftest import STIMULUS
@@ -168,6 +171,20 @@ def test_epochs_that_were_tagged_otherwise_are_not_shown(response: TagResponse, 
     assert len(filters_over_epochs(path, STIMULUS, "snr")) == 3
     write_importance(path, 3, response, found, verdict, criterion="amplitude")
     assert [one.label for one in filters_over_epochs(path, STIMULUS, "snr")] == ["epoch 4"]
+
+
+def test_tags_are_told_as_json_has_them() -> None:
+    """Numbers of other libraries, as a project with OmegaConf or fractions hands them over."""
+    given = Stimulus(mode="contrast", pivot=OmegaConf.create([0.5, 0.4, 0.3]), frame_rate=Fraction(120))  # type: ignore[arg-type]
+    same = Stimulus(mode="contrast", pivot=[0.5, 0.4, 0.3], frame_rate=120.0)
+    assert described(given) == described(same)
+    masks = torch.zeros(2, 8, 8, dtype=torch.bool)
+    masks[0, :, :4], masks[1, :, 4:] = True, True
+    assert (
+        described(Stimulus(parts=masks))
+        == described(Stimulus(parts=masks.clone()))
+        != described(Stimulus(parts=~masks))
+    )
 
 
 def test_parts_are_told_by_their_number_whatever_their_frequencies(tmp_path: Path) -> None:

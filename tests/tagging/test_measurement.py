@@ -313,7 +313,18 @@ def test_chance_in_a_forward_is_told(images: Tensor, caplog: pytest.LogCaptureFi
     tag(InPlace(), images)
     assert not caplog.text
     tag(nn.Sequential(Drawing(), nn.ReLU()), images, layers=["0"])
-    assert "1 layers (0 first) answer the same image differently from call to call" in caplog.text
+    assert caplog.text.count("1 layers (0 first) answer the same image differently from call to call") == 1
+    tag(nn.Sequential(Drawing(), nn.ReLU()), images, layers=["0"])
+    assert caplog.text.count("answer the same image differently") == 1
+
+
+def test_trying_twice_leaves_the_random_numbers(images: Tensor) -> None:
+    net, x = Drawing(), images[:1]
+    recorder = Recorder(net, find_sites(net, x, ["conv"], "convolution"))
+    with recorder:
+        state = torch.get_rng_state()
+        recorder.tell_of_chance(x)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_norms_of_the_batch_are_told(images: Tensor, caplog: pytest.LogCaptureFixture) -> None:
