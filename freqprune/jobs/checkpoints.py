@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ class ModelCheckpoint(pl.callbacks.ModelCheckpoint):
         old, new = state_dict.get("dirpath"), self.dirpath
         best = state_dict.get("best_model_path")
         if old and new and best and old != new and (Path(new) / Path(best).name).is_file():
-            state_dict = {name: _moved(value, str(old), str(new)) for name, value in state_dict.items()}
+            state_dict = {name: _moved(value, str(old), str(new)) for name, value in state_dict.items()} | {
+                "dirpath": new
+            }
         super().load_state_dict(state_dict)
 
 
@@ -38,4 +41,4 @@ def _moved(value: Any, old: str, new: str) -> Any:
     """Paths that begin with a folder as they begin with another."""
     if isinstance(value, dict):
         return {_moved(key, old, new): one for key, one in value.items()}
-    return new + value[len(old) :] if isinstance(value, str) and value.startswith(old) else value
+    return new + value[len(old) :] if isinstance(value, str) and value.startswith((f"{old}/", old + os.sep)) else value
