@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
@@ -79,8 +80,13 @@ def explore_training(
             # Tagged otherwise before the training went on here, and not since.
             return
         plan, found = plan_of(net, example), tagging.latest["score"]
-        inner = [] if plan is None else [plan.unit(name) for name in plan.layers if name in found]
-        known = {unit.name: unit.by_filter(found[unit.name]) for unit in inner}
+        units = [] if plan is None else [plan.unit(name) for name in plan.layers]
+        # As a cut scores them: by the layer of a unit that answers most.
+        known = {
+            unit.name: torch.stack([unit.by_filter(found[member]) for member in unit.members]).amax(0)
+            for unit in units
+            if {*unit.members} <= {*found}
+        }
         trial = None if plan is None or not known else trial_of(plan, None, tagging.criterion, known)
         images = f"{tagging.latest['n_images']} images, pixel noise sd {tagging.latest['noise_std']:g}."
         note = f"{images} Spectra over training hold the components only; after prune.py they hold every frequency."
@@ -115,7 +121,9 @@ def explore_cut(
     path, earlier = settings.out / "importance.csv", []
     if path.is_file():
         earlier = filters_over_epochs(path, response.stimulus, training_criterion(settings))
-    same = [one for one in earlier if dict(one.widths) == dict(filters.widths)]
+    # One page has one kind of spectra.
+    alike = [one for one in earlier if ("snr" in one.columns) == ("snr" in filters.columns)]
+    same = [one for one in alike if dict(one.widths) == dict(filters.widths)]
     write_explorer(settings.out, title, [*same, filters], response.stimulus, trial, notes)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from freqprune.errors import InputError
 from freqprune.pruning.amount import Amount
+
+# Shares that differ by less are equal: an amount that is met exactly is met.
+ROUNDING = 1e-9
 
 Kept = dict[str, Tensor]
 """Filters kept a layer: sorted int64 indices into the dense layer."""
@@ -235,6 +239,7 @@ def _to_macs(
 ) -> Kept:
     dense = {layer: len(score) for layer, score in scores.items()}
     everything = macs(dense)
+    enough = cut - ROUNDING
 
     def cut_by(removed: list[_Bundle]) -> float:
         widths = dict(dense)
@@ -242,7 +247,7 @@ def _to_macs(
             widths[block.layer] -= len(block.filters)
         return 1 - macs(widths) / everything
 
-    if cut_by(blocks) < cut:
+    if cut_by(blocks) < enough:
         raise InputError(
             f"pruning.{name} = {cut:.4g} cannot be reached: with every layer at pruning.min_filters the cut is "
             f"{cut_by(blocks):.3f}; "
@@ -251,12 +256,21 @@ def _to_macs(
     low, high = 0, len(blocks)
     while low < high:  # fewest blocks that reach the cut; the cut only grows with every block
         middle = (low + high) // 2
-        low, high = (low, middle) if cut_by(blocks[:middle]) >= cut else (middle + 1, high)
+        low, high = (low, middle) if cut_by(blocks[:middle]) >= enough else (middle + 1, high)
     removed = blocks[:low]
     # The last block may overshoot; give back what the cut can spare, best filters first.
-    for block in reversed(removed[:-1]):
-        rest = [other for other in removed if other is not block]
-        last = not any(other.layer == block.layer and other.number > block.number for other in rest)
-        if last and cut_by(rest) >= cut:
-            removed = rest
-    return _without(scores, removed)
+    widths, count = dict(dense), Counter(block.layer for block in removed)
+    for block in removed:
+        widths[block.layer] -= len(block.filters)
+    spared = set()
+    for number in range(len(removed) - 2, -1, -1):
+        block = removed[number]
+        if block.number != count[block.layer] - 1:
+            continue
+        widths[block.layer] += len(block.filters)
+        if 1 - macs(widths) / everything >= enough:
+            spared.add(number)
+            count[block.layer] -= 1
+        else:
+            widths[block.layer] -= len(block.filters)
+    return _without(scores, [block for number, block in enumerate(removed) if number not in spared])

@@ -77,20 +77,22 @@ def _lead(stimulus: Stimulus, filters: Sequence[Filters]) -> str:
         f"{name} at {freq:g} Hz" for name, freq in zip(stimulus.part_names, stimulus.tag_freqs, strict=True)
     )
     count, layers = sum(filters[0].widths.values()), len(filters[0].widths)
-    return f"{count:,} filters of {layers} layers, each a dot. Parts of the images were tagged: {tags}."
+    of = f"{layers} layers" if layers > 1 else "one layer"
+    return f"{count:,} filters of {of}, each a dot. Parts of the images were tagged: {tags}."
 
 
 def _content(filters: Sequence[Filters], stimulus: Stimulus, trial: Trial | None) -> dict[str, Any]:
-    first = filters[0]
+    # Where filters were read is known of those that were read here.
+    last = filters[-1]
     return {
-        "layers": [{"name": name, "n": n, "at": first.places.get(name, "")} for name, n in first.widths.items()],
+        "layers": [{"name": name, "n": n, "at": last.places.get(name, "")} for name, n in last.widths.items()],
         "parts": [
             {"name": name, "freq": freq} for name, freq in zip(stimulus.part_names, stimulus.tag_freqs, strict=True)
         ],
         "components": [
             {"name": c.name, "freq": c.freq, "part": c.part, "aliases": list(c.aliases)} for c in stimulus.components
         ],
-        "reading": "SNR" if "snr" in first.columns else "amplitude",
+        "reading": "SNR" if "snr" in last.columns else "amplitude",
         "times": [one.packed() for one in filters],
         "trial": None if trial is None else trial.packed(),
     }

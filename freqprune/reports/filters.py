@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -121,21 +122,23 @@ def filters_over_epochs(path: Path, stimulus: Stimulus, criterion: str, most: in
     if known and known["tags"] != described(stimulus):
         return []
     criterion = known.get("criterion") or criterion
-    by_epoch: dict[int, list[dict[str, str]]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            by_epoch.setdefault(int(row["epoch"]), []).append(row)
-    wanted = {f"snr_{component.name}" for component in stimulus.components}
-    if not all(wanted <= {*rows[0]} for rows in by_epoch.values()):
-        return []
     # One page shows the same filters at all times: those of the last, where others were read or pruned before.
-    filters = {epoch: [(row["layer"], row["filter"]) for row in rows] for epoch, rows in by_epoch.items()}
-    epochs = [epoch for epoch in by_epoch if filters[epoch] == filters[max(by_epoch)]]
-    chosen = np.linspace(0, len(epochs) - 1, min(most, len(epochs))).round().astype(int)
+    names = {epoch: hash(tuple((row["layer"], row["filter"]) for row in rows)) for epoch, rows in _by_epoch(path)}
+    epochs = [epoch for epoch in names if names[epoch] == names[max(names)]]
+    chosen = {epochs[place] for place in np.linspace(0, len(epochs) - 1, min(most, len(epochs))).round().astype(int)}
+    wanted = {f"snr_{component.name}" for component in stimulus.components}
     return [
-        _of_an_epoch(by_epoch[epoch], f"epoch {epoch + 1}", stimulus, criterion)
-        for epoch in (epochs[place] for place in chosen)
+        _of_an_epoch(rows, f"epoch {epoch + 1}", stimulus, criterion)
+        for epoch, rows in _by_epoch(path)
+        if epoch in chosen and wanted <= {*rows[0]}
     ]
+
+
+def _by_epoch(path: Path) -> Iterator[tuple[int, list[dict[str, str]]]]:
+    """Rows of an ``importance.csv`` an epoch at a time: those of all may be more than memory holds."""
+    with path.open(newline="", encoding="utf-8") as file:
+        for epoch, rows in groupby(csv.DictReader(file), key=lambda row: int(row["epoch"])):
+            yield epoch, list(rows)
 
 
 def _of_an_epoch(rows: Sequence[Mapping[str, str]], label: str, stimulus: Stimulus, criterion: str) -> Filters:
@@ -196,7 +199,8 @@ def _by_channel(filters: Filters, plan: Plan, values: Mapping[str, Tensor]) -> F
     found = {layer: np.full(width, np.nan) for layer, width in filters.widths.items()}
     for name, of_unit in values.items():
         unit = plan.unit(name)
-        channels = of_unit.double().cpu().repeat_interleave(unit.width).numpy()
+        each = of_unit.double().cpu().repeat_interleave(unit.width // unit.n_parts)
+        channels = each.repeat(unit.n_parts).numpy()
         for layer in unit.members:
             if filters.widths.get(layer) == len(channels):
                 found[layer] = channels

@@ -180,8 +180,13 @@ def _of_a_run(folder: Path) -> dict[str, Any]:
         )
     if metrics:
         header, rows = stage_rows(metrics)
+        # Runs of earlier versions did not keep where.
+        where = metrics.get("timed_on", "cpu")
+        deployed = [stage for stage in ("onnx", "int8") if stage in metrics]
+        apart = "" if where.startswith("cpu") or not deployed else f", those of {' and '.join(deployed)} on cpu"
+        timed = f" Times are of forwards on {metrics['timed_on']}{apart}." if "timed_on" in metrics else ""
         tables.append({"caption": "Stages; changes are from the dense network. MACs are those of convolutions and "
-                                  "linear layers for one image.",
+                                  f"linear layers for one image.{timed}",
                        "header": header, "rows": rows})  # fmt: skip
     if "pruned" in metrics:
         title += [

@@ -248,7 +248,7 @@ def _over_depth(
     for (group, members), (colour, _) in zip((groups or {}).items(), styles, strict=True):
         # Matplotlib would leave out a name with a line in front, and set one with dollars.
         name = ("\u200b" if group[:1] == "_" else "") + group.replace("$", r"\$")
-        axis.plot(range(len(layers)), _medians(members), color=colour, linewidth=0.9, alpha=0.8, label=name)
+        axis.plot(range(len(layers)), _medians(members), ".-", color=colour, ms=3, lw=0.9, alpha=0.8, label=name)
     tidy(axis)
     layer_ticks(axis, layers)
     axis.set_ylabel(label, fontsize=9)

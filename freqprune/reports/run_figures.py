@@ -38,6 +38,9 @@ def training_curves(history: Mapping[str, Sequence[tuple[int, float]]]) -> Figur
                 style,
                 color=colour,
                 linewidth=1.3,
+                # One epoch is no line.
+                marker="o" if len(points) == 1 else None,
+                markersize=4,
                 label=name,
             )
         tidy(axis)
@@ -78,7 +81,9 @@ def _over_epochs(
     epochs = sorted(values)
     layers = list(dict.fromkeys(layer for epoch in epochs for layer in values[epoch]))
     grid = np.array([[values[epoch].get(layer, np.nan) for epoch in epochs] for layer in layers])
-    figure = Figure(figsize=(max(4.5, 0.3 * len(epochs) + 3), max(3.0, 0.18 * len(layers) + 1.2)), layout="constrained")
+    figure = Figure(
+        figsize=(min(12.0, max(4.5, 0.3 * len(epochs) + 3)), max(3.0, 0.18 * len(layers) + 1.2)), layout="constrained"
+    )
     axis = _coloured(figure, unit * grid, [name.removeprefix("net.") for name in layers], label, title, low, high)
     step = math.ceil(len(epochs) / 12)
     axis.set_xticks(range(0, len(epochs), step), [str(epochs[i] + 1) for i in range(0, len(epochs), step)], fontsize=8)

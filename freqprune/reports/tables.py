@@ -151,22 +151,18 @@ def write_importance(
     components = response.components("all")
     readings = [f"{kind}_{c.name}" for kind in ("snr", "amplitude") for c in components]
     header = ["epoch", "layer_index", "layer", "filter", *readings, "score", "important"]
-    earlier: list[list[str]] = []
     first = epoch if since is None else min(since, epoch)
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file))
-        earlier = (
-            [row for row in rows[1:] if len(row) == len(header) and int(row[0]) < first]
-            if rows and rows[0] == header and known in ({}, shown)
-            else []
-        )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
-        writer.writerows(earlier)
+        if path.exists() and known in ({}, shown):
+            # Row by row: those of all epochs may be more than memory holds.
+            with path.open(newline="", encoding="utf-8") as before:
+                rows = csv.reader(before)
+                if next(rows, None) == header:
+                    writer.writerows(row for row in rows if len(row) == len(header) and int(row[0]) < first)
         for index, layer in enumerate(response.layers):
             values = torch.cat([response.snr(layer, "all"), response.amplitude(layer, "all")], dim=1).tolist()
             for number, (row, s, flag) in enumerate(

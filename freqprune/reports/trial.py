@@ -27,6 +27,7 @@ class Unit:
         members: layers whose filters these are.
         n_filters: number of filters.
         width: channels that are one filter.
+        n_parts: equal parts of a layer that these are spread over, see `freqprune.pruning.Unit`.
         shares: by layer, the shares of its inputs and outputs that one filter is.
     """
 
@@ -35,6 +36,7 @@ class Unit:
     n_filters: int
     width: int
     shares: Mapping[str, tuple[float, float]]
+    n_parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Trial:
                     "members": list(unit.members),
                     "n": unit.n_filters,
                     "width": unit.width,
+                    "parts": unit.n_parts,
                     "shares": [[numbers[layer], *share] for layer, share in unit.shares.items()],
                 }
                 for unit in self.units
@@ -149,4 +152,4 @@ def _unit(plan: Plan, name: str) -> Unit:
     left = plan.graph.left({name: unit.n_filters - 1})
     shares = {layer: (1 - inputs, 1 - outputs) for layer, (inputs, outputs) in left.items()}
     touched = {layer: share for layer, share in shares.items() if max(share) > 1e-12}
-    return Unit(name, unit.members, unit.n_filters, unit.width, touched)
+    return Unit(name, unit.members, unit.n_filters, unit.width, touched, unit.n_parts)

@@ -82,7 +82,7 @@ def test_explain_writes_what_it_says(images: Path, tmp_path: Path) -> None:
             assert f"<td>{found.effects[image, part]:+.3g}</td>" in page
         for *_, value in found.strongest_pairs(image, 2, 0.05):
             assert f"<td>{value:+.3g}</td>" in page
-    assert page.count("The other 1 parts") == 3
+    assert page.count("The other 1 part<") == 3
     assert json.loads((tmp_path / "run.json").read_text())["settings"]["grid"] == 2
 
 

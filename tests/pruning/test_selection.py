@@ -214,3 +214,15 @@ def test_a_floor_is_a_multiple() -> None:
     amount = Amount(ratio=0.4, min_filters=10, multiple_of=8)
     found = remarks({"a": torch.arange(16), "b": torch.arange(24)}, {"a": 32, "b": 32}, amount)
     assert found == ["1 of 2 layers is at its floor of 16 filters: a"]
+
+
+@pytest.mark.parametrize("n_filters", [10, 20, 30, 49, 70, 80, 93])
+def test_an_amount_that_is_met_exactly_is_met(n_filters: int) -> None:
+    """Shares of filters are not what floating point says: 2 of 20 are a tenth."""
+    share = 1 - (1 - 1 / n_filters)
+    scores = {"a": torch.arange(float(n_filters))}
+    for removed in range(1, n_filters):
+        found = select(
+            scores, Amount(macs_cut=removed / n_filters), lambda widths: 1 - (n_filters - widths["a"]) * share
+        )
+        assert len(found["a"]) == n_filters - removed

@@ -5,6 +5,7 @@ import csv
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import nn
 from freqprune import Amount, Plan, Stimulus, build_model, tag
 from freqprune.networks import count_macs
 from freqprune.pruning import Evidence, Verdict, judge, scores
+from freqprune.pruning.graph import Unit
 from freqprune.reports import filters_of, filters_over_epochs, trial_of, with_cut, write_importance
 from freqprune.reports.filters import Filters
 from freqprune.reports.shown import described
@@ -171,6 +173,18 @@ def test_epochs_that_were_tagged_otherwise_are_not_shown(response: TagResponse, 
     assert len(filters_over_epochs(path, STIMULUS, "snr")) == 3
     write_importance(path, 3, response, found, verdict, criterion="amplitude")
     assert [one.label for one in filters_over_epochs(path, STIMULUS, "snr")] == ["epoch 4"]
+
+
+def test_filters_of_attention_heads_are_told_of_all_their_channels() -> None:
+    """Two heads of two channels each: queries, keys and values one after the other."""
+    unit = Unit("qkv", ("qkv",), 2, (), width=6, n_parts=3)
+    plan: Any = SimpleNamespace(unit=lambda _: unit, blocks={})
+    filters = Filters("now", {"qkv": 12}, {"snr": np.ones(12)}, np.arange(3.0), np.ones((12, 3)))
+    found = with_cut(filters, plan, "l2", {"qkv": torch.tensor([1.0, 2.0])}, {"qkv": torch.tensor([1])})
+    expected = np.full(12, 2.0)
+    expected[unit.channels([0])] = 1
+    assert np.array_equal(found.columns["score_l2"], expected)
+    assert np.array_equal(found.columns["kept"], expected - 1)
 
 
 def test_tags_are_told_as_json_has_them() -> None:

@@ -1,5 +1,8 @@
 // What a cut keeps: scores and MACs in, filters kept out, by the rules of freqprune.pruning.selection. No page needed.
 
+// Shares of the MACs that differ by less are equal: a cut that is met exactly is met.
+const ROUNDING = 1e-9;
+
 /** MACs with gone[u] filters missing from unit u. */
 function macsLeft(trial, gone) {
   const inputs = new Float64Array(trial.macs.length).fill(1), outputs = new Float64Array(trial.macs.length).fill(1);
@@ -67,7 +70,7 @@ function toMacs(trial, scores, amount, cut) {
   let low = 0, high = blocks.length;
   while (low < high) {
     const middle = (low + high) >> 1;
-    if (share(goneBy(trial, blocks.slice(0, middle))) >= cut) high = middle;
+    if (share(goneBy(trial, blocks.slice(0, middle))) >= cut - ROUNDING) high = middle;
     else low = middle + 1;
   }
   const removed = new Set(blocks.slice(0, low)), gone = goneBy(trial, removed), count = trial.units.map(() => 0);
@@ -76,7 +79,7 @@ function toMacs(trial, scores, amount, cut) {
   for (const block of blocks.slice(0, Math.max(0, low - 1)).reverse()) {
     if (block.number !== count[block.u] - 1) continue;
     gone[block.u] -= block.filters.length;
-    if (share(gone) >= cut) {
+    if (share(gone) >= cut - ROUNDING) {
       removed.delete(block);
       count[block.u]--;
     } else gone[block.u] += block.filters.length;

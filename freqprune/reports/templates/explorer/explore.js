@@ -42,8 +42,8 @@ const say = (filter) => { element("live").textContent = `${nameOf(filter)}: ${fa
 
 function facts(filter) {
   const found = columnNames().map((name) => [about(name).label, told(name, valuesOf(name)[filter])]);
-  // Among flags there is no rank: the first reading, SNR or amplitude, stands for them.
-  const ranked = about(state.colour).scale === "flag" ? columnNames()[0] : state.colour;
+  // Among flags and parts there is no rank: the first reading, SNR or amplitude, stands for them.
+  const ranked = ["flag", "part"].includes(about(state.colour).scale) ? columnNames()[0] : state.colour;
   const place = rank(valuesOf(ranked), filter), shown = about(ranked).label;
   return place ? [...found, [`rank by ${shown}`, `${place.layer} of ${place.of} in its layer, ${place.network.toLocaleString("en")} of ${place.all.toLocaleString("en")}`]] : found;
 }
@@ -54,19 +54,28 @@ function showFilters() {
   if (state.hovered !== null && !state.pins.includes(state.hovered) && shown.length < 2) shown.push(["", state.hovered]);
   const host = element("filters"), range = limits(time(), shown.map(([, filter]) => filter));
   element("hint").hidden = shown.length > 0;
+  // What was open or had the focus still is and has it.
+  const before = [...host.children].map((article) => ({ filter: article.dataset.filter, open: article.querySelector("details").open,
+    focused: article.querySelector("button") === document.activeElement }));
   host.replaceChildren(...shown.map(([letter, filter]) => {
     const button = make("button", { type: "button", textContent: letter ? "let go" : "pin" });
     button.addEventListener("click", () => pin(filter));
     const layer = data.layers[layerOf[filter]];
     const head = make("div", { className: "head" }, make("h3", { textContent: `${letter ? `${letter}: ` : ""}${nameOf(filter)}` }), button);
     const list = make("dl", {}, ...facts(filter).map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
-    const rows = peaks(time(), filter).map((c) => make("tr", {}, make("td", {}, c.name), make("td", {}, `${c.freq}`),
+    const rows = peaks(time(), filter).map((c) => make("tr", {}, make("td", {}, c.name), make("td", {}, `${+c.freq.toPrecision(6)}`),
       make("td", {}, c.part === null ? "intermodulation" : `harmonic of ${data.parts[c.part].name}`), make("td", {}, told("snr", c.value))));
     const table = make("table", {}, make("thead", {}, make("tr", {}, ...["component", "Hz", "kind", data.reading].map((word) => make("th", { scope: "col" }, word)))),
       make("tbody", {}, ...rows));
     const more = make("details", {}, make("summary", {}, `${data.reading} at all ${rows.length} components`), make("div", { className: "scroll" }, table));
-    return make("article", {}, head, make("p", { className: "soft", textContent: layer.at ? `read at ${layer.at}` : "" }), make("div", { className: "plot" }), list, more);
+    const was = before.find((one) => one.filter === `${filter}`);
+    more.open = was?.open ?? false;
+    const article = make("article", {}, head, make("p", { className: "soft", textContent: layer.at ? `read at ${layer.at}` : "" }), make("div", { className: "plot" }), list, more);
+    article.dataset.filter = filter;
+    return article;
   }));
+  const focused = before.find((one) => one.focused)?.filter;
+  if (focused !== undefined) host.querySelector(`[data-filter="${focused}"] button`)?.focus({ preventScroll: true });
   host.querySelectorAll(".plot").forEach((plot, i) => drawSpectrum(plot, time(), shown[i][1], range, shown.length > 1 ? 210 : 260));
 }
 
@@ -108,7 +117,9 @@ function chooseTime(number) {
 /** The cut as the settings stand. */
 function tryCut() {
   const { trial } = data, scores = trial.scores[element("criterion").value], byMacs = element("by").value === "macs";
-  const amount = { ...trial.amount, scope: element("scope").value };
+  const { min_filters, multiple_of } = trial.amount, floor = Math.ceil(min_filters / multiple_of) * multiple_of;
+  const unordered = byMacs && element("scope").value === "per_mac" && scores.some((found) => found?.some((v) => v < 0));
+  const amount = { ...trial.amount, scope: unordered ? "global" : element("scope").value };
   element("macs-row").hidden = element("scope-row").hidden = !byMacs;
   element("threshold-row").hidden = byMacs;
   const asked = Number(element("share").value) / 100, threshold = Number(element("threshold").value);
@@ -117,14 +128,17 @@ function tryCut() {
   tried.fill(NaN);
   trial.units.forEach((unit, u) => {
     if (!scores[u]) return;
-    const channels = Float32Array.from({ length: unit.n * unit.width }, (_, i) => found.kept[u][Math.floor(i / unit.width)]);
+    // A filter's channels lie together, but for attention heads, whose queries, keys and values are parts of their own.
+    const each = unit.width / unit.parts;
+    const channels = Float32Array.from({ length: unit.n * unit.width }, (_, i) => found.kept[u][Math.floor((i % (unit.n * each)) / each)]);
     for (const layer of data.layers) if (unit.members.includes(layer.name) && layer.n === channels.length) tried.set(channels, layer.start);
   });
   const all = trial.units.reduce((sum, unit) => sum + unit.n, 0), kept = found.counts.reduce((sum, count) => sum + count, 0);
   element("share-now").textContent = `${(100 * asked).toFixed(1)} %`;
   element("outcome").textContent = `${kept.toLocaleString("en")} of ${all.toLocaleString("en")} filters kept; ` +
     `${(found.macs / 1e6).toFixed(2)} of ${(found.whole / 1e6).toFixed(2)} M MACs left, ${(100 * cut).toFixed(1)} % cut` +
-    (byMacs && cut < asked ? `. More cannot go: every layer keeps ${trial.amount.min_filters}.` : ".");
+    (byMacs && cut < asked - ROUNDING ? `. More cannot go: every layer keeps ${floor}.` : ".") +
+    (unordered ? " Scores below 0 have no order per MAC: filters of all layers are ranked together." : "");
   element("outcome").dataset.kept = JSON.stringify(found.counts);
   element("outcome").dataset.macs = found.macs;
   if (state.colour === "trial") colour();
@@ -155,7 +169,7 @@ function setUpTrial() {
   // Moving the cut shows it.
   const shown = () => { element("colour").value = state.colour = "trial"; tryCut(); };
   on("share", "input", shown);
-  on("threshold", "input", shown);
+  on("threshold", "input", () => { if (element("threshold").value !== "") shown(); });
   on("quantile", "input", () => { element("threshold").value = thresholdAt(element("quantile").value); shown(); });
   tryCut();
 }

@@ -113,7 +113,10 @@ class NetworkMap {
 
   key(event) {
     if (!this.shown.length) return;
-    const now = this.current ?? this.shown[0].start, layer = data.layers[layerOf[now]];
+    if (event.altKey || event.ctrlKey || event.metaKey) return;
+    // From the first that is shown, where the one before is hidden.
+    const there = this.current !== null && this.current !== undefined && this.shown.includes(data.layers[layerOf[this.current]]);
+    const now = there ? this.current : this.shown[0].start, layer = data.layers[layerOf[now]];
     const position = this.shown.indexOf(layer), i = now - layer.start;
     const to = (step) => {
       const other = this.shown[Math.min(this.shown.length - 1, Math.max(0, position + step))];

@@ -87,7 +87,7 @@ function drawSpectrum(host, time, filter, range, height) {
       scales: { x: { time: false, range: [0, 1.03 * time.freqs.at(-1)] }, y: { distr: 3, range } },
       axes: [{ ...axis, label: "frequency (Hz)", labelSize: 18, size: 34 }, { ...axis, size: 46, values: (_, ticks) => ticks.map((v) => (v === null ? "" : `${+v.toPrecision(1)}`)) }],
       series: [
-        { label: "Hz", value: (_, freq) => (freq == null ? "–" : `${freq}${name(freq) ? ` (${name(freq)})` : ""}`) },
+        { label: "Hz", value: (_, freq) => (freq == null ? "–" : `${+freq.toPrecision(6)}${name(freq) ? ` (${name(freq)})` : ""}`) },
         { label: data.reading, stroke: soft, width: isWhole(time) ? 1 : 0, points: { show: false }, value: (plot, v) => (v == null ? (plot.cursor.idx == null ? "–" : "undefined") : number(v)) },
       ],
       hooks: { draw: [stems] },
