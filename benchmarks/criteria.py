@@ -73,7 +73,7 @@ def main() -> None:
         )  # fmt: skip
         # Criteria that read every position are measured on their own.
         key = seed, str(settings.recipe.tagging)
-        if key not in responses and "tags" in needs(name):
+        if key not in responses and "tags" in needs(settings.recipe.criterion):
             responses[key] = tag(
                 net, shown, settings.stimulus, mean=data.mean, std=data.std, seed=seed, **settings.recipe.tagging
             )

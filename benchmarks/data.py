@@ -79,7 +79,8 @@ def module(folder: Path, cache: str, options: argparse.Namespace) -> ImageFolder
     # What the batches ask a trainer for.
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
         training=True, current_epoch=0, world_size=1, global_rank=0, num_devices=1,
-        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        strategy=SimpleNamespace(root_device=torch.device("cpu")), state=SimpleNamespace(fn="test"),
+        precision_plugin=SimpleNamespace(convert_input=lambda batch: batch),
     )  # fmt: skip
     return data
 

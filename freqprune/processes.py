@@ -56,21 +56,23 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
 
 
-def own_share(batches: Iterable[T]) -> list[tuple[int, T]]:
+def own_share(batches: Iterable[T], or_none: bool = False) -> list[tuple[int, T]]:
     """What of some batches of calibration images this process takes, each with its number among all.
 
     Args:
         batches: the same in every process.
+        or_none: there may be fewer batches than processes, of which some then take none.
 
     Raises:
         InputError: for fewer batches than processes.
     """
     rank, size = rank_and_size()
     numbered = list(enumerate(batches))
-    if 0 < len(numbered) < size:
+    if 0 < len(numbered) < size and not or_none:
         raise InputError(
             f"{size} processes cannot share {len(numbered)} batches of calibration images: use fewer "
-            "(trainer.devices), or more images (pruning.calibration_images)"
+            "(trainer.devices), or more images (pruning.calibration_images and pruning.measured_images, n_images of "
+            "TagPruning)"
         )
     return numbered[rank::size]
 
@@ -102,13 +104,27 @@ def merged(own: Mapping[K, T]) -> dict[K, T]:
 
 
 def from_first(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """What the first process finds, which alone does the work; the others wait for it."""
+    """What the first process finds, which alone does the work; the others wait for it.
+
+    Raises:
+        Exception: in all of them, if the work fails: bad input as it is, else a RuntimeError that says what it was.
+    """
     rank, size = rank_and_size()
     if size == 1:
         return work(*args, **kwargs)
     import torch.distributed as dist
 
-    found: list[Any] = [work(*args, **kwargs) if rank == 0 else None]
+    found: list[Any] = [None, None]
+    failed: Exception | None = None
+    if rank == 0:
+        try:
+            found[0] = work(*args, **kwargs)
+        except Exception as error:
+            failed = error
+            known = isinstance(error, InputError)
+            found[1] = error if known else RuntimeError(f"the first process: {type(error).__name__}: {error}")
     dist.broadcast_object_list(found, src=0)
+    if failed is not None or found[1] is not None:
+        raise failed or found[1]
     result: T = found[0]
     return result

@@ -17,11 +17,11 @@ from freqprune.jobs.config import check_pruning
 from freqprune.jobs.finetuning import check_anew, check_finetuning
 from freqprune.jobs.launch import in_all_processes
 from freqprune.jobs.outputs import explore_cut, name_of, plan_of, tell, write_response
-from freqprune.jobs.resuming import check_same_cut, read_by_first
+from freqprune.jobs.resuming import check_same_cut, interrupted
 from freqprune.jobs.settings import Settings, read
 from freqprune.jobs.stages import Run
 from freqprune.networks import Stored, device_of
-from freqprune.processes import rank_and_size
+from freqprune.processes import from_first, rank_and_size
 from freqprune.pruning import Verdict, judge, needs, plan_cut
 from freqprune.reports import record
 from freqprune.tagging import TagResponse, in_sight, pick_layers, tag
@@ -78,7 +78,8 @@ def _pruned(
         check_anew(net)
         assembly.check_sizes(net, data, run.example)
     resumed = settings.common.resume
-    earlier = None if resumed is None else read_by_first(Path(resumed), run.trained, settings.finetune_epochs)
+    # One reads: it writes into that folder as soon as it goes on.
+    earlier = None if resumed is None else from_first(interrupted, Path(resumed), run.trained, settings.finetune_epochs)
     if planned and earlier is None:
         assembly.warn_of_seen_images(settings.common.pretrained, data)
     # After a training it was said before that.

@@ -19,7 +19,6 @@ from freqprune.jobs.csv_log import METRICS
 from freqprune.jobs.finetuning import FINETUNED, FOLDERS, FROM_SCRATCH
 from freqprune.jobs.jsonl import METRICS_LINES
 from freqprune.networks import Exports, epochs_done
-from freqprune.processes import from_first
 from freqprune.pruning import AMOUNTS
 from freqprune.reports import record
 
@@ -61,22 +60,6 @@ class Interrupted:
                 partial = (new / name).with_name(f"{Path(name).name}.partial")
                 shutil.copyfile(old / name, partial)
                 os.replace(partial, new / name)
-
-
-def read_by_first(folder: Path, stage: str, epochs: int) -> Interrupted:
-    """`interrupted`, read by the first of several processes, which writes into that folder as soon as it goes on."""
-    found = from_first(_interrupted_or_error, folder, stage, epochs)
-    if isinstance(found, InputError):
-        raise found
-    return found
-
-
-def _interrupted_or_error(folder: Path, stage: str, epochs: int) -> Interrupted | InputError:
-    try:
-        return interrupted(folder, stage, epochs)
-    except InputError as error:
-        # The others wait: they are to hear of it.
-        return error
 
 
 def interrupted(folder: Path, stage: str, epochs: int) -> Interrupted:

@@ -16,6 +16,7 @@ from .cutting import Cut as Cut
 from .cutting import cut as cut
 from .cutting import plan_cut as plan_cut
 from .evidence import n_measured as n_measured
+from .evidence import shared_batches as shared_batches
 from .graph import ChannelGraph as ChannelGraph
 from .importance import Evidence as Evidence
 from .in_sequence import Reconstruction as Reconstruction

@@ -59,7 +59,7 @@ def logit_errors(
     found = torch.zeros(len(counts), dtype=torch.float64)
     equal = equal_batches(batches)
     with torch.no_grad():
-        for outputs in _answers(model, solved, [batch for _, batch in own_share(equal)], trace):
+        for outputs in _answers(model, solved, [batch for _, batch in own_share(equal, or_none=True)], trace):
             found += torch.tensor([float((output - outputs[0]).double().square().sum()) for output in outputs[1:]])
     return (added_up(found) / sum(map(len, equal))).cummax(0).values
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.networks import device_of
+from freqprune.networks import device_of, equal_batches
 from freqprune.pruning.compensation import readers_of
 from freqprune.pruning.criteria import needs
 from freqprune.pruning.importance import Evidence
@@ -17,6 +17,8 @@ from freqprune.pruning.recipe import Material, Recipe
 from freqprune.pruning.surgery import Plan
 from freqprune.tagging import Progress, Stimulus, TagResponse, pick_layers, tag
 
+# Calibration images that are read at once.
+BATCH = 32
 # 256 images of 32 x 32.
 MEASURED_PIXELS = 256 * 32**2
 LEAST_MEASURED = 16
@@ -85,6 +87,17 @@ def gather(
     )
 
 
+def shared_batches(recipe: Recipe, images: Tensor) -> int | None:
+    """Batches of calibration images that the processes of a cut share, at the step that has fewest; None if it needs
+    none."""
+    kinds = (recipe.calibrate_on != "frames") + (recipe.calibrate_on != "images")
+    found = [-(-len(images) // BATCH) * kinds] if recipe.needs_moments else []
+    if recipe.compensation == "sequential":
+        each = (recipe.calibrate_on != "frames") + (recipe.calibrate_on != "images") * recipe.frames_an_image
+        found.append(len(equal_batches([images] * each)))
+    return min(found, default=None)
+
+
 def n_measured(recipe: Recipe, shape: torch.Size) -> int:
     """Images on which a change of the logits is measured, of ``(n_images, n_channels, height, width)``."""
     if recipe.measured_images is not None:
@@ -101,7 +114,7 @@ def calibration(
     device = device_of(net)
     generator = torch.Generator().manual_seed(recipe.seed)
     distinct, _ = stimulus.distinct_frames
-    for images in material.calibration[:n_images].split(32):
+    for images in material.calibration[:n_images].split(BATCH):
         if recipe.calibrate_on != "frames":
             yield material.normalize(images.to(device))
         if recipe.calibrate_on != "images":

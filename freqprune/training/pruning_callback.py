@@ -17,7 +17,17 @@ from torch import Tensor, nn
 from freqprune.errors import InputError
 from freqprune.networks import config_of, drop_blocks, dropped_blocks, of_the_dense, picks_of_shortcuts
 from freqprune.processes import shared_work
-from freqprune.pruning import Material, NothingToRemoveError, Plan, Recipe, check_components, cut, needs, plan_cut
+from freqprune.pruning import (
+    Material,
+    NothingToRemoveError,
+    Plan,
+    Recipe,
+    check_components,
+    cut,
+    needs,
+    plan_cut,
+    shared_batches,
+)
 from freqprune.tagging import Stimulus, normalizer_for
 from freqprune.training.carrying import carry_over
 from freqprune.training.replaceable import check_module, check_trainer
@@ -155,6 +165,11 @@ class TagPruning(TagsInTraining):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.enable_validation:
             raise InputError("TagPruning needs a validation loader: it tags validation images; pass val_dataloaders")
+        if self.n_images < trainer.world_size:
+            raise InputError(
+                f"n_images = {self.n_images} of TagPruning are too few for {trainer.world_size} processes, which take "
+                "one each at least; give more"
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what the first cut would refuse, before epochs are lost."""
@@ -177,6 +192,13 @@ class TagPruning(TagsInTraining):
                 "hold no labels: let them be (images, labels), or use another criterion"
             )
         plan_cut(self._net(pl_module), material.normalize(images[:1]), self.recipe)
+        batches = shared_batches(self.recipe, images)
+        if batches is not None and batches < trainer.world_size:
+            raise InputError(
+                f"n_images = {self.n_images} of TagPruning make {batches} batches to calibrate this recipe on, which "
+                f"{trainer.world_size} processes cannot share; give more, use fewer processes, or a recipe without "
+                "calibration, such as Recipe(Amount(macs_cut=0.3), 'amplitude')"
+            )
 
     def _material(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule

@@ -12,7 +12,7 @@ from torch import nn
 
 from freqprune import load_pruned
 from freqprune.errors import InputError
-from freqprune.jobs import assembly, resuming, trainers
+from freqprune.jobs import assembly, trainers
 from freqprune.jobs.finetuning import finetune
 from freqprune.jobs.prune import prune
 from freqprune.jobs.resuming import begin_anew, forget_files, interrupted, undeployed
@@ -335,17 +335,6 @@ def test_a_fold_that_is_asked_for_later_is_measured(trained: tuple[Path, dict[st
     metrics, _ = prune(config("prune", tmp_path, *same, f"resume={tmp_path}", "export.fold=true"))
     assert set(metrics["folded"]) == set(metrics["pruned"])
     assert metrics["folded"]["params"] < metrics["pruned"]["params"]
-
-
-def test_what_a_resume_is_refused_for_is_raised_in_all_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first reads, and hands on what is wrong instead of leaving the others to wait."""
-    handed: list[Any] = []
-    monkeypatch.setattr(resuming, "from_first", lambda work, *given: handed.append(work(*given)) or handed[0])
-    with pytest.raises(InputError, match="holds no pruned"):
-        resuming.read_by_first(tmp_path, "finetuned", 1)
-    assert isinstance(handed[0], InputError)
 
 
 def test_a_folder_without_a_checkpoint_is_no_training_of_the_other_kind(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from freqprune.networks.profiling import cost, peak_memory
 from freqprune.networks.registry import build_model
 from freqprune.pruning.amount import Amount
 from freqprune.pruning.cutting import Material, Recipe, cut, plan_cut
-from freqprune.pruning.evidence import calibration, n_measured
+from freqprune.pruning.evidence import calibration, n_measured, shared_batches
 from freqprune.pruning.in_sequence import Reconstruction
 from freqprune.pruning.surgery import Plan
 from freqprune.tagging.measurement import tag
@@ -416,3 +416,22 @@ def test_an_amount_beyond_every_floor_is_refused_before_anything_is_measured() -
     recipe = Recipe(Amount(macs_cut=0.5, scope="global", min_filters=8), layers="layer1.*.conv1", criterion="amplitude")
     with pytest.raises(InputError, match=r"pruning.macs_cut = 0.5 cannot be reached: with every layer at"):
         plan_cut(net, material().normalize(PIXELS[:1]), recipe)
+
+
+@pytest.mark.parametrize(
+    ("how", "n_images", "size", "batches"),
+    [
+        ({"criterion": "l2"}, 64, 32, None),
+        ({"criterion": "l2", "compensation": "least_squares"}, 64, 32, 2),
+        ({"criterion": "l2", "compensation": "least_squares"}, 65, 32, 3),
+        ({"criterion": "l2", "compensation": "mean", "calibrate_on": "both"}, 64, 32, 4),
+        # 64 images of 32 x 32 at once.
+        ({"criterion": "l2", "compensation": "sequential"}, 128, 32, 2),
+        ({"criterion": "l2", "compensation": "sequential", "calibrate_on": "both"}, 128, 32, 4),
+        ({"criterion": "redundancy", "compensation": "sequential"}, 32, 32, 1),
+    ],
+)
+def test_batches_that_processes_share_are_counted(
+    how: dict[str, Any], n_images: int, size: int, batches: int | None
+) -> None:
+    assert shared_batches(Recipe(Amount(macs_cut=0.3), **how), torch.zeros(n_images, 3, size, size)) == batches

@@ -68,6 +68,10 @@ def everything() -> dict[str, Any]:
     return {name: done(*how) for name, how in CUTS.items()} | {"parts": parts(), "attribution": shared}
 
 
+def _refused() -> None:
+    raise InputError("no cut")
+
+
 def one_process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -78,7 +82,14 @@ def one_process(rank: int, folder: str) -> None:
         with pytest.raises(InputError, match=r"2 processes cannot share 1 batches .*use fewer \(trainer\.devices\)"):
             own_share("a")
         assert float(added_up(torch.tensor(1.0 + rank))) == 3
+        assert own_share("a", or_none=True) == ([(0, "a")] if rank == 0 else [])
         assert from_first(int, rank + 5) == 5
+        # What fails in the first fails in all.
+        with pytest.raises(InputError, match="no cut"):
+            from_first(_refused)
+        with pytest.raises(ValueError if rank == 0 else RuntimeError, match="invalid literal"):
+            from_first(int, "five")
+        assert from_first(int, 6) == 6
         torch.save(everything(), f"{folder}/{rank}.pt")
     # Outside everyone is on his own again.
     assert float(added_up(torch.tensor(1.0 + rank))) == 1 + rank
