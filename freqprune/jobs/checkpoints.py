@@ -11,9 +11,6 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from freqprune.networks import write_atomically
 
-# Lightning's, as conf/common.yaml names it.
-OF_LIGHTNING = "pytorch_lightning.callbacks.ModelCheckpoint"
-
 
 class AtomicCheckpoints(TorchCheckpointIO):
     """Checkpoints that appear complete or not at all, on any file system: a killed run never leaves half of one."""

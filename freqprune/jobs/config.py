@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from freqprune.errors import InputError, check_file, closest, one_of
+from freqprune.errors import InputError, at_least, check_file, closest, one_of
 from freqprune.networks import cards
 
 T = TypeVar("T")
@@ -22,12 +22,6 @@ T = TypeVar("T")
 def plain(section: Any) -> Any:
     """A config section as plain dicts and lists, interpolations resolved."""
     return OmegaConf.to_container(section, resolve=True, throw_on_missing=True)
-
-
-def check_seed(seed: int) -> None:
-    """InputError for what NumPy and Lightning take for no seed."""
-    if not 0 <= seed < 2**32:
-        raise InputError(f"seed must be at least 0 and below 2**32 = {2**32}, got {seed}")
 
 
 @dataclass(frozen=True)
@@ -45,7 +39,10 @@ class Common:
     matmul_precision: str
 
     def __post_init__(self) -> None:
-        check_seed(self.seed)
+        at_least(0, seed=self.seed)
+        # NumPy takes no others.
+        if self.seed >= 2**32:
+            raise InputError(f"seed must be below 2**32 = {2**32}, got {self.seed}")
         one_of(("highest", "high", "medium"), matmul_precision=self.matmul_precision)
 
 

@@ -169,14 +169,9 @@ def name_of(net: nn.Module) -> str:
 def tell(settings: Settings, metrics: Mapping[str, Any], title: str, verdict: Verdict | None) -> None:
     """Print the table of stages, the important filters, the remarks and where everything lies."""
     show(stage_table(metrics, title))
-    # Runs of earlier versions did not keep where.
-    device = metrics.get("timed_on", "the machine of their run")
-    deployed = [stage for stage in ("onnx", "int8") if stage in metrics]
-    elsewhere = deployed and not device.startswith("cpu")
-    apart = f" ({' and '.join(deployed)} on cpu, with the way there)" if elsewhere else ""
     show(
-        f"latency: median of {settings.latency.n_runs} forwards on {device}{apart}, networks in turn; MACs of "
-        "convolutions and linear layers for one image"
+        f"latency: median of {settings.latency.n_runs} forwards on {tables.timed_on(metrics)}, networks in turn; MACs "
+        "of convolutions and linear layers for one image"
     )
     if verdict is not None:
         answering, everything = sum(verdict.counts.values()), sum(len(flags) for flags in verdict.important.values())

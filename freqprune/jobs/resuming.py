@@ -119,8 +119,8 @@ def forget_files(metrics: dict[str, Any], out: Path) -> None:
     metrics |= {"exports": there} if there else {}
 
 
-def undeployed(metrics: Mapping[str, Any], out: Path, asked: Exports) -> bool:
-    """Whether something is asked for that an earlier run has not left here."""
+def undeployed(metrics: Mapping[str, Any], asked: Exports) -> bool:
+    """Whether something is asked for that an earlier run has not left."""
     files = {"model.onnx": asked.onnx, "model.int8.onnx": asked.int8, "model.pt2": asked.torch_export}
     missing = [name for name, wanted in files.items() if wanted and name not in metrics.get("exports", {})]
     return bool(missing) or (asked.fold and "folded" not in metrics)

@@ -237,7 +237,7 @@ class Run:
         if self.trained in self.metrics:
             if self.first:
                 show(f"{earlier.folder} is complete; its training is not repeated")
-            if undeployed(self.metrics, self.out, self.settings.exports):
+            if undeployed(self.metrics, self.settings.exports):
                 self._deploy(net, small)
         else:
             small = self.recover(net, small, earlier.last)

@@ -116,7 +116,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         record.write(out, cfg, [record.TRAINING, record.METRICS, *record.PAGES])
         # Of an earlier training in this folder: it would be taken for one of this.
         record.clear([] if goes_on else [last, last.with_name("best.ckpt")])
-        if goes_on and not (isinstance(most, int) and most == done):
+        if goes_on and most != done:
             # What was cut and shown is of the network as it was.
             record.clear([path for name in (record.METRICS, *record.PAGES) for path in out.glob(name)])
     trainers.fit(trainer, classifier, data, common.ckpt_path, advice, common.compile)

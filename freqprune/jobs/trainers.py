@@ -17,7 +17,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import nn
 
 from freqprune.errors import InputError
-from freqprune.jobs.checkpoints import OF_LIGHTNING, AtomicCheckpoints, ModelCheckpoint
+from freqprune.jobs.checkpoints import AtomicCheckpoints
 from freqprune.jobs.compiled import compiled
 from freqprune.jobs.launch import place
 from freqprune.jobs.loggers import make_logger
@@ -77,8 +77,6 @@ def make_trainer(
                 f"callbacks.{name}.dirpath = {spec['dirpath']}: a run is gone on with from the checkpoints in its own "
                 "folder; choose that with hydra.run.dir, or add a callback of another name"
             )
-        if name in _OURS and spec.get("_target_") == OF_LIGHTNING:
-            spec["_target_"] = f"{ModelCheckpoint.__module__}.{ModelCheckpoint.__name__}"
         if given is not None:
             spec["dirpath"] = _of_stage(str(given), settings.out, folder)
     everything = [*callbacks, *(instantiate(spec) for spec in configured.values())]

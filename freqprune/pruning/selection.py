@@ -241,11 +241,14 @@ def _to_macs(
     everything = macs(dense)
     enough = cut - ROUNDING
 
-    def cut_by(removed: list[_Bundle]) -> float:
+    def left(removed: list[_Bundle]) -> dict[str, int]:
         widths = dict(dense)
         for block in removed:
             widths[block.layer] -= len(block.filters)
-        return 1 - macs(widths) / everything
+        return widths
+
+    def cut_by(removed: list[_Bundle]) -> float:
+        return 1 - macs(left(removed)) / everything
 
     if cut_by(blocks) < enough:
         raise InputError(
@@ -259,9 +262,7 @@ def _to_macs(
         low, high = (low, middle) if cut_by(blocks[:middle]) >= enough else (middle + 1, high)
     removed = blocks[:low]
     # The last block may overshoot; give back what the cut can spare, best filters first.
-    widths, count = dict(dense), Counter(block.layer for block in removed)
-    for block in removed:
-        widths[block.layer] -= len(block.filters)
+    widths, count = left(removed), Counter(block.layer for block in removed)
     spared = set()
     for number in range(len(removed) - 2, -1, -1):
         block = removed[number]

@@ -12,7 +12,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from freqprune.reports.record import METRICS, RUN, TRAINING, read_json, write_text
-from freqprune.reports.tables import percentages, stage_rows
+from freqprune.reports.tables import percentages, stage_rows, timed_on
 
 # Figures in the order of the page: file name without its ending, caption.
 CAPTIONS = {
@@ -180,11 +180,7 @@ def _of_a_run(folder: Path) -> dict[str, Any]:
         )
     if metrics:
         header, rows = stage_rows(metrics)
-        # Runs of earlier versions did not keep where.
-        where = metrics.get("timed_on", "cpu")
-        deployed = [stage for stage in ("onnx", "int8") if stage in metrics]
-        apart = "" if where.startswith("cpu") or not deployed else f", those of {' and '.join(deployed)} on cpu"
-        timed = f" Times are of forwards on {metrics['timed_on']}{apart}." if "timed_on" in metrics else ""
+        timed = f" Times are of forwards on {timed_on(metrics)}." if "timed_on" in metrics else ""
         tables.append({"caption": "Stages; changes are from the dense network. MACs are those of convolutions and "
                                   f"linear layers for one image.{timed}",
                        "header": header, "rows": rows})  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from freqprune.reports.record import read_json, write_json
 from freqprune.tagging import Stimulus
 
 
@@ -32,13 +33,9 @@ def _plain(value: Any) -> Any:
 
 def what_was_shown(path: Path) -> dict[str, Any]:
     """``tags`` and ``criterion`` of an ``importance.csv``; empty where none is known, as of earlier versions."""
-    beside = path.with_suffix(".json")
-    found: dict[str, Any] = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-    return found
+    return read_json(path.with_suffix(".json"))
 
 
 def write_shown(path: Path, shown: Mapping[str, Any]) -> None:
     """Say so, beside the file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(shown, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path.with_suffix(".json"))
+    write_json(path.with_suffix(".json"), shown)

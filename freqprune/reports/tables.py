@@ -51,6 +51,15 @@ def percentages(metrics: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
+def timed_on(metrics: Mapping[str, Any]) -> str:
+    """Where the times in the table of stages were measured, in words."""
+    # Runs of earlier versions did not keep where.
+    device: str = metrics.get("timed_on", "the machine of their run")
+    deployed = [stage for stage in ("onnx", "int8") if stage in metrics]
+    elsewhere = deployed and not device.startswith("cpu")
+    return f"{device} ({' and '.join(deployed)} on cpu, with the way there)" if elsewhere else device
+
+
 def stage_rows(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and a row for each stage that ran: accuracy, MACs, parameters, file size, peak memory and latency.
 

@@ -161,12 +161,10 @@ def find_folds(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> list
     folds = []
     for name, (_, start) in produced.items():
         stamp = calls[start].output
-        consumers = _consumers(stamp, start, calls)
+        consumers = _consumers(stamp, start, calls, detached=True)
         if name in read or runs[name] != 1 or len(consumers) != 1 or uses[id(modules[name].weight)] != 1:
             continue
-        # Detached it is read as well.
-        others = [call for call in calls if call.kind == "function" and stamp in call.inputs and call.output != (0, 0)]
-        if len(others) != 1 or stamp in calls.answers:
+        if stamp in calls.answers:
             continue
         at, call = consumers[0]
         owner = next((c for c in calls[at:] if c.kind == "module" and c.output == call.output), None)
@@ -236,11 +234,18 @@ def _channel_dim(layer: nn.Module, output: Tensor) -> int:
     return min(1, output.dim() - 1) if of_maps else output.dim() - 1
 
 
-def _consumers(stamp: tuple[int, int], position: int, calls: list[Call]) -> list[tuple[int, Call]]:
+def _consumers(
+    stamp: tuple[int, int], position: int, calls: list[Call], detached: bool = False
+) -> list[tuple[int, Call]]:
+    """What takes a tensor after a call; what only asks about it does not count, nor, unless `detached`, what hands its
+    values on without their gradient."""
     return [
         (i, c)
         for i, c in enumerate(calls)
-        if i > position and c.kind == "function" and stamp in c.inputs and _kind(c) != "query"
+        if i > position
+        and c.kind == "function"
+        and stamp in c.inputs
+        and (_kind(c) != "query" or (detached and c.output != (0, 0)))
     ]
 
 

@@ -165,11 +165,7 @@ class TagPruning(TagsInTraining):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.enable_validation:
             raise InputError("TagPruning needs a validation loader: it tags validation images; pass val_dataloaders")
-        if self.n_images < trainer.world_size:
-            raise InputError(
-                f"n_images = {self.n_images} of TagPruning are too few for {trainer.world_size} processes, which take "
-                "one each at least; give more"
-            )
+        self._check_share(self.n_images, trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what the first cut would refuse, before epochs are lost."""

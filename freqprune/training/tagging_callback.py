@@ -121,11 +121,8 @@ class FrequencyTagging(TagsInTraining):
         if self.every_n_epochs:
             pick_layers(self._network(pl_module), self.tag_settings["layers"])
         count = self.n_images if self.images is None else min(self.n_images, len(self.images))
-        if self.every_n_epochs and count < trainer.world_size:
-            raise InputError(
-                f"{count} images are too few for {trainer.world_size} processes, which take one each at least; give a "
-                "larger n_images=, or more images="
-            )
+        if self.every_n_epochs:
+            self._check_share(count, trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._since = trainer.current_epoch

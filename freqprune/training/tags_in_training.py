@@ -51,6 +51,14 @@ class TagsInTraining(pl.Callback):
         data = getattr(trainer, "datamodule", None)
         return getattr(data, "mean", None), getattr(data, "std", None)
 
+    def _check_share(self, count: int, trainer: pl.Trainer) -> None:
+        """InputError for fewer images than processes."""
+        if count < trainer.world_size:
+            raise InputError(
+                f"{count} images are too few for {trainer.world_size} processes, which take one each at least; give a "
+                "larger n_images= (and, where they are given, more images=)"
+            )
+
     def _validation_images(self, trainer: pl.Trainer) -> tuple[Tensor, Tensor | None]:
         """Images as the loader gives them, and their labels where it gives any."""
         loaders = trainer.val_dataloaders

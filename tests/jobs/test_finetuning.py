@@ -317,8 +317,8 @@ def test_a_complete_run_writes_what_it_has_not_written_yet(tmp_path: Path) -> No
         (Exports(onnx=True, int8=True), True),
         (Exports(fold=True), True),
     ):
-        assert undeployed(metrics, tmp_path, asked) is missing, asked
-    assert not undeployed({**metrics, "folded": {}}, tmp_path, Exports(fold=True))
+        assert undeployed(metrics, asked) is missing, asked
+    assert not undeployed({**metrics, "folded": {}}, Exports(fold=True))
     (tmp_path / "model.onnx").unlink()
     forget_files(metrics, tmp_path)
     assert metrics == {}
