@@ -91,8 +91,12 @@ class Attribution(OfParts):
     def maps(self) -> Tensor:
         """Smoothed effect of the part that each pixel belongs to, ``(n_images, height, width)``; zero outside all
         parts."""
-        found = self.smoothed.gather(1, self.parts.flatten(1).clamp(min=0)).view(self.parts.shape)
-        return torch.where(self.parts < 0, 0, found)
+        return torch.stack([self._map(image) for image in range(len(self.parts))])
+
+    def _map(self, image: int) -> Tensor:
+        parts = self.parts[image]
+        found = self.smoothed[image].gather(0, parts.flatten().clamp(min=0)).view(parts.shape)
+        return torch.where(parts < 0, 0, found)
 
     def strongest_pairs(self, image: int, n_pairs: int = 5, alpha: float | None = None) -> list[tuple[int, int, float]]:
         """Pairs of parts that interact most, by size; with `alpha` only those at this false discovery rate."""
@@ -145,9 +149,8 @@ class Attribution(OfParts):
             return bars(self.effects[image], self.standard_error[image], self.part_names, sure, pixels, title)
         pairs = self.strongest_pairs(image, n_pairs, alpha)
         marked = self.ranked(image, n_marked)
-        return picture(
-            self.maps[image], self.parts[image], self.significant(image, alpha), pixels, pairs, marked, title
-        )
+        sure = self.significant(image, alpha)
+        return picture(self._map(image), self.parts[image], sure, pixels, pairs, marked, title)
 
     def for_captum(self, n_channels: int = 3) -> Tensor:
         """Maps as an attribution of captum, of the shape of the network's inputs as its perturbation methods give it,

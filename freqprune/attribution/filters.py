@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +115,38 @@ def filter_effects(
     Raises:
         InputError: for an unknown layer, too few forwards, or a network that returns no logits.
     """
+    found = [
+        (*(one.T for one in estimate(design, answers, n_frames)), *find_interactions(design, answers[:, top], n_frames))
+        for design, answers, n_frames, top in _recordings(
+            model, images, layer, forwards, steepness, seed, progress, mean, std
+        )
+    ]
+    return FilterEffects(layer, *(torch.stack(column) for column in zip(*found, strict=True)))
+
+
+def filter_movement(model: nn.Module, images: Tensor, layer: str, seed: int = 0) -> Tensor:
+    """`FilterEffects.movement` of network inputs alone, image by image, without what the effects of all images would
+    take of memory; arguments as for `filter_effects`."""
+    moved = [
+        estimate(design, answers, n_frames)[0].square().sum(0)
+        for design, answers, n_frames, _ in _recordings(model, images, layer, seed=seed)
+    ]
+    return torch.stack(moved).mean(0)
+
+
+def _recordings(
+    model: nn.Module,
+    images: Tensor,
+    layer: str,
+    forwards: int | None = None,
+    steepness: float = 1.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Iterator[tuple[Tensor, Tensor, int, int]]:
+    """Of each image the gates ``(n_frames, n_filters)``, the logits ``(n_frames, n_classes)``, the frames of one
+    recording and the network's own answer; arguments as for `filter_effects`."""
     modules = dict(model.named_modules())
     module = modules.get(layer)
     if not isinstance(module, nn.Conv2d | nn.Linear):
@@ -129,6 +161,10 @@ def filter_effects(
     images = images.to(dtype_of(model))
     images = normalizer(images, mean, std, device_of(model), images.dtype)(images).contiguous()
     check_answers(model, images[:1])
+    with evaluating(model), torch.no_grad():
+        shape = first(model(images[:1])).shape
+    if len(shape) != 2:
+        raise InputError(f"the network must return logits, (n_images, n_classes), got {tuple(shape)}")
     site = find_sites(model, images[:1], [layer])[0]
     if site.runs > 1:
         log.warning(
@@ -137,8 +173,8 @@ def filter_effects(
         )  # fmt: skip
     if site.stage == "convolution" and site.note:
         log.warning(
-            "%s: gates act on the layer itself, and a norm behind it turns a closed filter into a constant, where a "
-            "cut takes both away (%s)", layer, site.note
+            "%s: gates act on the layer itself (%s); where a norm follows, it turns a closed filter into a constant, "
+            "and a cut takes both away", layer, site.note
         )  # fmt: skip
     if site.then is not None and not _scales(site, images):
         log.warning(
@@ -168,15 +204,8 @@ def filter_effects(
         opened[:], calls[:] = [share], [0]
         return first(model(image.expand(len(share), *image.shape))).cpu().double()
 
-    found = []
     hook: Callable[..., Tensor] = gate
     with evaluating(model), torch.inference_mode(), hooked([(modules[site.module], None, hook)]):
         for image in progress(list(images)) if progress is not None else images:
             answers = torch.cat([answer(some, image) for some in batches(design, image)])
-            if answers.dim() != 2:
-                raise InputError(f"the network must return logits, (n_images, n_classes), got {tuple(answers.shape)}")
-            effects, errors, p_values = estimate(design, answers, n_frames)
-            top = int(answer(torch.ones(1, n_filters), image).argmax())
-            pairs = find_interactions(design, answers[:, top], n_frames)
-            found.append((effects.T, errors.T, p_values.T, *pairs))
-    return FilterEffects(layer, *(torch.stack(column) for column in zip(*found, strict=True)))
+            yield design, answers, n_frames, int(answer(torch.ones(1, n_filters), image).argmax())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -21,6 +22,8 @@ from freqprune.errors import InputError, at_least, one_of
 from freqprune.networks import check_answers, device_of, dtype_of, evaluating, first
 from freqprune.processes import merged, rank_and_size
 from freqprune.tagging import HALF, Progress, check_pixels, normalizer
+
+log = logging.getLogger(__name__)
 
 # In parts; with more, waves of neighbours are too much alike for effects of one each.
 MOST_OVERLAP = 2.0
@@ -75,8 +78,8 @@ def attribute(
         steepness: 1 for sines, larger for gates that are more often open or closed, see `freqprune.attribution.gates`.
         overlap: in parts, how far a part gives of its wave to others, so that neighbours open and close together more
             often, see `freqprune.attribution.gates.overlapped`; 0 for none, 2 at most, beyond which neighbours can no
-            longer be told apart. With it `first_order` counts to a part what
-            its neighbours do along with it.
+            longer be told apart. With it effects are exact for scores that are linear in the parts only, and
+            `first_order` counts to a part what its neighbours do along with it.
         mean: channel means that the network's inputs are normalised with; none if left out.
         std: channel standard deviations, likewise.
         half: ``"float16"`` or ``"bfloat16"``: run the network in half precision by autocast.
@@ -98,15 +101,20 @@ def attribute(
         raise InputError(f"until must be a standard error above 0, got {until}")
     reader = _Reader(model, score, _dtype(half))
     prepare = normalizer(images, mean, std, device_of(model), dtype_of(model))
-    whole = prepare(images).contiguous()
-    check_answers(model, whole[:1])
+    check_answers(model, prepare(images[:1]).contiguous())
     fades_to = find_baseline(images.float(), baseline)
     if mean is not None and not (fades_to.min() >= -ROUNDING and fades_to.max() <= 1 + ROUNDING):
         raise InputError(
             f"baseline must hold pixels in [0, 1], as the images do, got values from {fades_to.min():.3g} to "
             f"{fades_to.max():.3g}; it is normalised like them"
         )
-    faded = prepare(fades_to).contiguous()
+
+    def ends_of(number: int) -> tuple[Tensor, Tensor]:
+        """An image and what it fades to, as the network takes them; not those of all images, which may be more than an
+        accelerator holds."""
+        whole, faded = (prepare(one[number : number + 1]).contiguous()[0] for one in (images, fades_to))
+        return whole, faded
+
     numbers, names = find_parts(model, images, parts, grid, segments, n_segments)
     check_frames(len(names), forwards)
     n_frames = frames_for(len(names))
@@ -123,18 +131,28 @@ def attribute(
     designs: list[Tensor] = []
     scores: list[Tensor] = []
     with evaluating(model), torch.inference_mode():
-        wanted = reader.targets(whole, target)
-        ends = [reader.read_each(inputs, wanted) for inputs in (whole, _closed(whole, faded, numbers))]
+        wanted = reader.targets((ends_of(number)[0] for number in range(len(images))), target)
+        ends = torch.stack(
+            [
+                torch.cat([reader.read(one[None], None if wanted is None else wanted[number]).float() for one in pair])
+                for number in range(len(images))
+                for pair in [_whole_and_closed(*ends_of(number), numbers[number])]
+            ]
+        )
+        _check_ends(ends, half)
+        at_hand: tuple[int, tuple[Tensor, Tensor]] | None = None
         for number, recording in progress(recordings) if progress is not None else recordings:
             if number in found:
                 continue  # sure enough before its last recording
             designs.append(opened(overlapped(tags[recording], where[number], overlap), steepness))
-            frames = _frames(whole[number], faded[number], numbers[number], designs[-1])
+            if at_hand is None or at_hand[0] != number:
+                at_hand = number, ends_of(number)
+            frames = _frames(*at_hand[1], numbers[number], designs[-1])
             scores += [reader.read(some, None if wanted is None else wanted[number]) for some in frames]
             last = recording + 1 == len(tags)
             if not last and until is None:
                 continue
-            fitted = _fitted(torch.cat(designs), torch.cat(scores), n_frames, where[number])
+            fitted = _fitted(torch.cat(designs), torch.cat(scores), n_frames, where[number], overlap > 0)
             if last or (until is not None and float(fitted.standard_error.max()) <= until):
                 found[number], n_taken[number] = fitted, n_frames * len(designs)
                 designs, scores = [], []
@@ -142,8 +160,10 @@ def attribute(
     fits = [everyone[number] for number in range(len(images))]
     each = {field.name: torch.stack([getattr(fit, field.name) for fit in fits]) for field in fields(OfParts)}
     taken = max(merged(n_taken).values())
+    # Made in inference mode, they could be used in no graph of gradients.
+    target, ends = None if wanted is None else wanted.clone(), ends.clone()
     return Attribution(
-        **each, target=wanted, whole=ends[0], baseline=ends[1], parts=numbers, part_names=names, forwards=taken
+        **each, target=target, whole=ends[:, 0], baseline=ends[:, 1], parts=numbers, part_names=names, forwards=taken
     )
 
 
@@ -159,7 +179,7 @@ class _Reader:
         with torch.autocast(inputs.device.type, dtype=self.half, enabled=self.half is not None):
             return self.model(inputs)
 
-    def targets(self, inputs: Tensor, given: int | Tensor | None) -> Tensor | None:
+    def targets(self, inputs: Iterable[Tensor], given: int | Tensor | None) -> Tensor | None:
         """Class to read of each image; None for a score of one's own."""
         if callable(self.score):
             return None
@@ -177,17 +197,28 @@ class _Reader:
             raise InputError(f"score must return one number an image, ({len(inputs)},), got {tuple(found.shape)}")
         return found
 
-    def read_each(self, inputs: Tensor, wanted: Tensor | None) -> Tensor:
-        """Score of each image, ``(n_images,)``."""
-        each: Any = [None] * len(inputs) if wanted is None else wanted
-        return torch.cat([self.read(one[None], at) for one, at in zip(inputs, each, strict=True)]).float()
+
+def _whole_and_closed(whole: Tensor, faded: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """An image as it is, and with every part at its baseline; what is in no part stays, as in the frames."""
+    if numbers.dim() == 3:
+        return whole, faded
+    return whole, torch.where((numbers < 0).to(whole.device), whole, faded)
 
 
-def _closed(whole: Tensor, faded: Tensor, numbers: Tensor) -> Tensor:
-    """Images with every part at its baseline; what is in no part stays, as in the frames."""
-    if numbers.dim() == 4:
-        return faded
-    return torch.where((numbers < 0)[:, None].to(whole.device), whole, faded)
+def _check_ends(ends: Tensor, half: str | None) -> None:
+    """Raise InputError for images whose scores ``(n_images, 2)``, as they are and at the baseline, are not finite."""
+    advice = "" if half is None else f"; half={half} may overflow: use bfloat16, or leave half out"
+    whole, closed = ends.isfinite().logical_not().unbind(1)
+    if whole.any():
+        raise InputError(
+            f"the network or the score function answers image {int(whole.nonzero()[0])} (the first is 0) with "
+            f"{float(ends[whole][0, 0])}{advice}"
+        )
+    if closed.any():
+        log.warning(
+            "%d of %d images answer with NaN or infinite values where every part is at its baseline; choose another "
+            "baseline%s", int(closed.sum()), len(ends), advice
+        )  # fmt: skip
 
 
 def _frames(whole: Tensor, faded: Tensor, numbers: Tensor, design: Tensor) -> Iterator[Tensor]:
@@ -201,7 +232,7 @@ def _frames(whole: Tensor, faded: Tensor, numbers: Tensor, design: Tensor) -> It
         yield torch.addcmul(faded, opened if at.dim() == 3 else opened[:, None], apart)
 
 
-def _fitted(design: Tensor, scores: Tensor, n_frames: int, where: Tensor) -> OfParts:
+def _fitted(design: Tensor, scores: Tensor, n_frames: int, where: Tensor, mixed: bool) -> OfParts:
     """Of the parts that an image has, those with a place; the others do nothing to it."""
     there = where.isfinite().all(1)
     design = design[:, there]
@@ -212,7 +243,7 @@ def _fitted(design: Tensor, scores: Tensor, n_frames: int, where: Tensor) -> OfP
         return torch.full(mask.shape, absent, dtype=torch.float64).masked_scatter(mask, found)
 
     effects, errors, p_values = (found[0] for found in estimate(design, scores[:, None], n_frames))
-    interactions, p_of_pairs = find_interactions(design, scores, n_frames)
+    interactions, p_of_pairs = find_interactions(design, scores, n_frames, mixed)
     return OfParts(
         of_all(effects),
         of_all(smoothed(design, scores, where[there])),

@@ -12,7 +12,7 @@ from freqprune.attribution.gates import halves
 FRAMES_A_PAIR = 8
 
 
-def find_interactions(design: Tensor, scores: Tensor, n_frames: int) -> tuple[Tensor, Tensor]:
+def find_interactions(design: Tensor, scores: Tensor, n_frames: int, mixed: bool = False) -> tuple[Tensor, Tensor]:
     """Interactions of all pairs of parts, and their p-values, ``(n_parts, n_parts)`` each.
 
     Every pair is first looked at alone, as the projection of the scores' even bins on the product of the two centred
@@ -21,34 +21,52 @@ def find_interactions(design: Tensor, scores: Tensor, n_frames: int) -> tuple[Te
     leave. A pair is as sure as the less sure of its two tests, t tests alone and in the common fit, and p is 1 for
     those that did not enter it.
 
+    Even bins also hold what each part does by itself in a curve, such as the square of its gate. Of waves of their own
+    that is as good as uncorrelated with any product; where waves are mixed, the squares of the gates are taken out
+    of the scores and the products first.
+
     Args:
         design: how far open each part was, ``(n_recordings * n_frames, n_parts)``.
         scores: ``(n_recordings * n_frames,)``.
         n_frames: of each recording.
+        mixed: parts give some of their waves to others, see `freqprune.attribution.gates.overlapped`.
     """
     gates, _ = halves(design.double(), n_frames)
     about = halves(scores.double() - scores.double().mean(), n_frames)[1]
     n_parts = design.shape[1]
     one, other = torch.ones(n_parts, n_parts).triu(1).nonzero(as_tuple=True)
-    alone, error = _projected(gates, about)
-    p_alone = p_values(alone[one, other], error[one, other], len(about) - 1, scores)
+    own = torch.cat([torch.ones_like(gates[:, :1]), gates.square()], 1) if mixed else gates[:, :0]
+    span = torch.linalg.qr(own).Q
+    about, n_left = _without(span, about), len(about) - max(1, span.shape[1])
+    alone, error = _projected(gates, about, span)
+    p_alone = p_values(alone[one, other], error[one, other], n_left, scores)
     chosen = p_alone.argsort()[: len(scores) // FRAMES_A_PAIR]
     products = gates[:, one[chosen]] * gates[:, other[chosen]]
-    products = products - products.mean(0)
+    products = _without(span, products - products.mean(0))
     inverse = torch.linalg.pinv(products.T @ products, hermitian=True)
     fitted = inverse @ products.T @ about
-    rest, freedom = about - products @ fitted, len(about) - len(chosen) - 1
+    rest, freedom = about - products @ fitted, n_left - len(chosen)
     errors = (inverse.diagonal().clamp(min=0) * rest.square().sum() / max(1, freedom)).sqrt()
     p_together = torch.maximum(p_values(fitted, errors, freedom, scores), p_alone[chosen])
-    together, sure = _projected(gates, rest)[0], torch.ones(n_parts, n_parts, dtype=torch.float64)
+    together, sure = _projected(gates, rest, span)[0], torch.ones(n_parts, n_parts, dtype=torch.float64)
     for first, second in ((one[chosen], other[chosen]), (other[chosen], one[chosen])):
         together[first, second] = fitted
         sure[first, second] = p_together
     return together.fill_diagonal_(0), sure
 
 
-def _projected(gates: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-    """Projections of a residual on the products of any two gates, and their standard errors."""
-    size = (gates.square().T @ gates.square()).clamp(min=torch.finfo(torch.float64).tiny)
+def _without(span: Tensor, values: Tensor) -> Tensor:
+    """What is left of values ``(n_frames, ...)`` beside orthonormal columns ``(n_frames, n)``."""
+    return values - span @ (span.T @ values)
+
+
+def _projected(gates: Tensor, rest: Tensor, span: Tensor) -> tuple[Tensor, Tensor]:
+    """Projections of a residual on the products of any two gates, as far as these lie beside `span`, in which the
+    residual has nothing; and their standard errors."""
+    size = gates.square().T @ gates.square()
+    for column in span.T:
+        size = size - ((gates * column[:, None]).T @ gates).square()
+    size = size.clamp(min=torch.finfo(torch.float64).tiny)
     found = (gates * rest[:, None]).T @ gates / size
-    return (found + found.T) / 2, (rest.square().sum() / max(1, len(rest) - 1) / size).sqrt()
+    freedom = max(1, len(rest) - max(1, span.shape[1]))
+    return (found + found.T) / 2, (rest.square().sum() / freedom / size).sqrt()

@@ -62,10 +62,12 @@ def attribute_fine(
         )  # fmt: skip
     if parts == "channels":
         raise InputError("refine splits parts of the image, which channels are not; use refine=0 or parts=grid")
+    if until is not None and not until > 0:
+        raise InputError(f"until must be a standard error above 0, got {until}")
     numbers, names = find_parts(model, images, parts, grid, segments, n_segments)
-    rows, columns = (grid, grid) if isinstance(grid, int) else grid
-    if segments is None and parts == "grid" and min(images.shape[-2] // rows, images.shape[-1] // columns) >= 2**refine:
-        _check_forwards(len(names), refine, forwards)
+    # Tiles alike split into four each time; of other parts it is known only that they do not become fewer.
+    tiles = segments is None and parts in ("grid", "patches")
+    _check_forwards(len(names), refine, forwards, 3 if tiles and _least_side(numbers[0]) >= 2**refine else 0)
     taken = 0
     for step in range(refine + 1):
         n_frames = frames_for(len(names))
@@ -81,12 +83,19 @@ def attribute_fine(
     return replace(found, part_names=names, forwards=taken + found.forwards)
 
 
-def _check_forwards(n_parts: int, refine: int, forwards: int) -> None:
-    """Refuse, before anything is recorded, fewer forwards than tiles need that can be split in four so often."""
+def _least_side(parts: Tensor) -> int:
+    """Pixels of the shortest side of rectangular parts ``(height, width)``."""
+    masks = [parts == number for number in parts[parts >= 0].unique()]
+    return min(int(mask.any(along).sum()) for mask in masks for along in (0, 1))
+
+
+def _check_forwards(n_parts: int, refine: int, forwards: int, more: int) -> None:
+    """Refuse, before anything is recorded, fewer forwards than are needed if each part that is split gives so many
+    `more`."""
     taken = 0
     for _ in range(refine):
         taken += frames_for(n_parts)
-        n_parts += 3 * max(1, n_parts // SHARE)
+        n_parts += more * max(1, n_parts // SHARE)
     _check_enough(refine, n_parts, taken, forwards)
 
 

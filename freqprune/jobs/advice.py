@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from freqprune.reports import show
+from freqprune.reports import record, show
 
 # What training and pruning have to agree on; the checkpoint says which network it is.
 SHARED = ("experiment", "data", "tagging", "imports", "trainer")
@@ -41,13 +41,17 @@ def advise(job: str, out: Path, of_weights: Mapping[str, Any]) -> None:
         of_weights: settings of the data that the weights of a library brought.
     """
     program = os.environ.get("FREQPRUNE_COMMAND", "python prune.py")
-    prune = f"{program.split()[0]} {'prune.py' if program.endswith('.py') else 'prune'}"
+    prune = _with_configs(f"{program.split()[0]} {'prune.py' if program.endswith('.py') else 'prune'}")
     _show(lambda overrides: commands(job, out, prune, overrides, of_weights))
 
 
 def advise_explaining(out: Path) -> None:
     """Print three commands that would follow an explanation; nothing in a sweep or for a job called from Python."""
-    _show(lambda overrides: after_explaining(out, overrides))
+    _show(lambda overrides: after_explaining(out, overrides, _with_configs("freqprune explain")))
+
+
+def _with_configs(program: str) -> str:
+    return " ".join([program, *([shlex.join(given)] if (given := record.config_dirs()) else [])])
 
 
 def _show(following: Callable[[Sequence[str]], list[str]]) -> None:
@@ -79,26 +83,28 @@ def typed_out(of_weights: Mapping[str, Any]) -> list[str]:
     return [f"data.{key}={str(value).replace(' ', '')}" for key, value in plain.items() if value is not None]
 
 
-def after_explaining(out: Path, overrides: Sequence[str]) -> list[str]:
+def after_explaining(out: Path, overrides: Sequence[str], explain: str = "freqprune explain") -> list[str]:
     """Three commands that would follow an explanation: look at it, more exact maps, finer ones, or, of parts that are
     not tiles, those from another baseline.
 
     Args:
         out: its folder.
         overrides: ``key=value`` as the job got them.
+        explain: how the program that explains is called.
     """
     given = {one.lstrip("+~").split("=")[0]: one for one in overrides}
 
-    def call(**more: str) -> str:
-        kept = [one for key, one in given.items() if key not in more]
-        return f"freqprune explain {shlex.join([*kept, *(f'{key}={value}' for key, value in more.items())])}"
+    def call(without: Sequence[str] = (), **more: str) -> str:
+        kept = [one for key, one in given.items() if key not in more and key not in without]
+        return f"{explain} {shlex.join([*kept, *(f'{key}={value}' for key, value in more.items())])}"
 
     tiles = not given.keys() & {"parts", "segments"}
     used = given.get("forwards", "").rpartition("=")[2]
     forwards = str(max(1024, 2 * int(used) if used.isdigit() else 0))
     return [
         f"python -m webbrowser {(out / 'explain.html').resolve().as_uri()}",
-        call(forwards=forwards, score="probability", overlap="0.7"),
+        # A standard error in other units would end it anywhere.
+        call(without=("until",), forwards=forwards, score="probability", overlap="0.7"),
         call(forwards=forwards, grid="4", refine="2") if tiles else call(forwards=forwards, baseline="blur"),
     ]
 

@@ -19,7 +19,7 @@ from freqprune.jobs.forecast import Forecast, of_explaining, of_pruning, of_trai
 from freqprune.jobs.outputs import name_of
 from freqprune.jobs.pace import Pace
 from freqprune.jobs.settings import Settings
-from freqprune.networks import count_macs, count_parameters, device_of
+from freqprune.networks import count_macs, count_parameters, device_of, dtype_of
 from freqprune.processes import rank_and_size
 from freqprune.pruning import Plan, Recipe
 from freqprune.reports import record, show
@@ -55,7 +55,10 @@ def announce_training(
     device = trainer.strategy.root_device
     ends = trainer.max_epochs not in (None, -1) and trainer.max_steps == -1
     todo = max(0, (trainer.max_epochs or 0) - done) if ends else None
-    said = f"train {'until it is stopped' if todo is None else _many(todo, 'epoch')}"
+    how_long = "until it is stopped" if todo is None else _many(todo, "epoch")
+    if trainer.max_steps != -1:
+        how_long = f"for at most {_many(trainer.max_steps, 'step')}"
+    said = f"train {how_long}"
     said += f" after {done}" if done else ""
     if data.progressive_resizing is not None:
         sides = data.smallest(data.pixels("val", 1)).shape[-2:]
@@ -118,13 +121,14 @@ def announce_explaining(out: Path, net: nn.Module, pixels: Tensor, tags: Tags) -
         tags: how their parts are tagged.
     """
     # How long a forward takes does not hang on the values.
-    inputs = pixels.to(device_of(net))
+    inputs = pixels[: pace.IMAGES].to(device_of(net), dtype_of(net))
 
     def forecast() -> Forecast:
         if tags.half is not None:
             return Forecast()
         own = -(-len(pixels) // rank_and_size()[1])
-        return Forecast(of_explaining(Pace(pace.of_forward(net, inputs)), own, tags.forwards), at_most=True)
+        seconds = of_explaining(Pace(pace.of_forward(net, inputs)), own, len(pixels), tags.forwards)
+        return Forecast(seconds, at_most=True)
 
     _announce(
         out,
@@ -140,6 +144,7 @@ def _announce(
     out: Path, network: str, said: str, forecast: Callable[[], Forecast], device: torch.device, faster: str = ""
 ) -> None:
     show(network, said)
+    record.clear([out / record.FORECAST])
     try:
         found = forecast()
     except InputError:

@@ -60,8 +60,11 @@ def main() -> None:
 
         try:
             gather(given.folders, given.out)
-        except InputError as error:
-            fail(str(error))
+        except (InputError, OSError) as error:
+            message = _message(error)
+            if message is None:
+                raise
+            fail(message)
     elif words in (["--help"], ["-h"]):
         print(USAGE)
     else:
@@ -107,12 +110,13 @@ def _explain(cfg: DictConfig) -> None:
     from freqprune.reports import record
 
     _warn_on_stderr()
-    with _refusing():
-        asked = check_explaining(cfg)
-        with record.failures_kept(Path(asked.whose.output_dir)):
-            from freqprune.jobs.explain import explain
+    with _refusing(), record.failures_kept(Path(str(cfg.output_dir))):
+        check_explaining(cfg)
+        if record.done_before(cfg, lambda folder: (folder / record.EXPLAINED).is_file()):
+            return
+        from freqprune.jobs.explain import explain
 
-            explain(cfg)
+        explain(cfg)
 
 
 def _job(cfg: DictConfig, trains: Callable[[Common], bool]) -> None:
@@ -128,10 +132,10 @@ def _do(cfg: DictConfig, trains: Callable[[Common], bool]) -> None:
     # seconds.
     from freqprune.reports import record
 
-    common = read_common(cfg)
-    training, pruning = trains(common), cfg.get("pruning") or {}
-    prunes = typed(bool, pruning.get("enabled", False), "pruning.enabled")
-    with record.failures_kept(Path(common.output_dir)):
+    with record.failures_kept(Path(str(cfg.output_dir))):
+        common = read_common(cfg)
+        training, pruning = trains(common), cfg.get("pruning") or {}
+        prunes = typed(bool, pruning.get("enabled", False), "pruning.enabled")
         check_training(cfg) if training else check_pruning(cfg)
         if record.done_before(cfg):
             return

@@ -4,6 +4,7 @@ they are for."""
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -133,6 +134,20 @@ WHOLE = ("64-true", "64", "16-true", "bf16-true", "transformer-engine", "transfo
 
 # What YAML takes for true and false, and Hydra's command line for words.
 TRUTHS = {"on": True, "yes": True, "off": False, "no": False}
+# Endings of keys of free sections whose words are names, and keys by which loggers call a run.
+NAMED = ("name", "_column", "_key")
+OF_A_RUN = ("project", "entity", "group", "version", "id", "notes", "prefix", "job_type")
+
+
+def with_booleans(value: Any) -> Any:
+    """on, off, yes and no as true and false, as sections with types have them; Hydra hands them on as words."""
+    if isinstance(value, dict):
+        return {
+            # A name may be no, as that of Norwegian.
+            key: one if key in OF_A_RUN or str(key).endswith(NAMED) else with_booleans(one)
+            for key, one in value.items()
+        }
+    return TRUTHS.get(value.lower(), value) if isinstance(value, str) else value
 
 
 def _is_set(value: Any) -> bool:
@@ -209,7 +224,19 @@ def check_pruning(cfg: DictConfig, at_hand: bool = False) -> None:
             "tag_loss=none here, and give the loss to train.py"
         )
     _check_precision(cfg)
+    if common.ckpt is not None:
+        _check_kept(Path(common.ckpt).resolve(), Path(common.output_dir).resolve())
     _check(cfg, common)
+
+
+def _check_kept(ckpt: Path, out: Path) -> None:
+    """Raise InputError for a network to prune that the run would write over."""
+    of_a_run = {"finetune", "from_scratch"}
+    inside = ckpt.relative_to(out).parts[0] if out in ckpt.parents else ""
+    if ckpt == out / "pruned.ckpt" or inside in of_a_run or re.fullmatch(r"step\d+", inside):
+        raise InputError(
+            f"ckpt = {ckpt} lies where this run writes its own network; choose another folder (hydra.run.dir)"
+        )
 
 
 def check_one_network(
@@ -282,7 +309,7 @@ def import_modules(names: Sequence[str]) -> None:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
-            if error.name != name:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise
             raise InputError(
                 f"imports: there is no module {name!r} beside the job's script, in {here} or among the installed "

@@ -69,7 +69,8 @@ class ResumedCSVLogger(CSVLogger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Write the rest; where no epoch had an entry, after all the earlier rows."""
-        self._earlier = None
+        if self._experiment is not None and self._experiment.metrics:
+            self._earlier = None
         super().finalize(status)
 
 

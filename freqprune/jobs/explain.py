@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from freqprune.networks import (
     check_answers,
     class_names,
     device_of,
+    dtype_of,
     first,
     preprocessing,
 )
@@ -62,6 +64,9 @@ def explain(cfg: DictConfig) -> tuple[Attribution, dict[str, Any]]:
     with in_all_processes(like, "processes={processes}") as is_first:
         if is_first:
             record.write(out, cfg)
+            # Of other images that were explained here.
+            drawn = {*(out / "maps").glob("*.png")} - {*find_images(asked.photographs)}
+            record.clear([out / record.EXPLAINED, out / "attribution.npz", *drawn])
         rank, n_processes = rank_and_size()
         own = torch.device(device.type, rank) if n_processes > 1 and device.type != "cpu" else device
         return _explained(asked, out, own, is_first)
@@ -77,7 +82,7 @@ def _explained(
     takes = _preprocessing(asked, stored)
     paths = find_images(asked.photographs)
     pixels = _read(paths, takes)
-    prepare = normalizer(pixels[:1], takes.mean, takes.std, device, torch.float32)
+    prepare = normalizer(pixels[:1], takes.mean, takes.std, device, dtype_of(net))
     check_answers(net, prepare(pixels[:1]).contiguous())
     classes = _classes(asked, net, pixels[:1], stored)
     if is_first:
@@ -181,15 +186,20 @@ def _baseline(given: str, pixels: Tensor, takes: Preprocessing) -> str | Tensor:
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """Names of the images, in order and each once."""
-    return [f"{number:0{len(str(len(paths)))}d}_{path.stem}" for number, path in enumerate(paths, 1)]
+    """Names of the images, in order and each once, short enough for the files that are called so."""
+    width = len(str(len(paths)))
+    return [f"{number:0{width}d}_{_short(path.stem)}" for number, path in enumerate(paths, 1)]
+
+
+def _short(stem: str, most: int = 200) -> str:
+    return os.fsdecode(os.fsencode(stem)[:most]) if len(os.fsencode(stem)) > most else stem
 
 
 def _classes(asked: Explaining, net: nn.Module, image: Tensor, stored: Stored) -> list[str] | None:
     """Names of the network's classes, where they are known."""
     if asked.telling.classes is not None:
         with torch.inference_mode():
-            n_classes = first(net(image.to(device_of(net)))).shape[1]
+            n_classes = first(net(image.to(device_of(net), dtype_of(net)))).shape[1]
         return read_classes(asked.telling.classes, n_classes)
     if asked.whose.pretrained:
         return list(CIFAR10_CLASSES)

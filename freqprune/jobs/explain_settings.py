@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from freqprune.errors import InputError, at_least, check_file, one_of
-from freqprune.jobs.config import check_one_network, import_modules, no_such_key, of_the_top, plain
+from freqprune.jobs.config import check_one_network, import_modules, no_such_key, of_the_top, plain, with_booleans
 from freqprune.reports import record
 from freqprune.training import ENDINGS
 
@@ -126,7 +126,7 @@ def read_explaining(cfg: DictConfig) -> Explaining:
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise InputError(f"{missing[0]} is not set; give {missing[0]}=VALUE")
-    model = {key: value for key, value in plain(cfg.model).items() if key != "fallback"}
+    model = {key: value for key, value in with_booleans(plain(cfg.model)).items() if key != "fallback"}
     return Explaining(
         of_the_top(Whose, cfg), of_the_top(Photographs, cfg), of_the_top(Tags, cfg), of_the_top(Telling, cfg), model
     )

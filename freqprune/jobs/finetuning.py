@@ -63,7 +63,7 @@ def finetune(
     epochs: int,
     name: str,
     ckpt_path: Path | None = None,
-) -> nn.Module:
+) -> tuple[nn.Module, int]:
     """Train a cut network.
 
     Args:
@@ -77,7 +77,8 @@ def finetune(
         ckpt_path: checkpoint of this training to go on from.
 
     Returns:
-        The trained network, in eval mode, where the teacher is.
+        The trained network, in eval mode, where the teacher is, and the epochs behind it: a callback may have ended
+        the training earlier.
     """
     # The same order of images whether or not something was drawn before, as after a resume.
     assembly.seed(settings.common)
@@ -108,7 +109,7 @@ def finetune(
     with nullcontext() if anew else data.whole():
         advice = f"interrupted while {doing}{resumable}"
         trainers.fit(trainer, classifier, data, start, advice, settings.common.compile)
-    return classifier.net.to(device_of(teacher)).eval()
+    return classifier.net.to(device_of(teacher)).eval(), trainer.current_epoch
 
 
 def _how_to_go_on(settings: Settings) -> str:

@@ -156,6 +156,9 @@ def of_pruning(
     showing, course, latency = settings.showing, settings.course, settings.latency
     n_val = len(data.split("val"))
     tags = of_tags(pace, settings.stimulus, settings.readout, min(showing.n_images, n_val))
+    if cut is not None and tags is not None and "tags" in needs(settings.scoring.criterion):
+        # Each step tags anew what the ones before have left.
+        tags = tags.times(1, course.steps)
     if showing.per_class:
         counts = data.split("val").labels.bincount().clamp(max=showing.n_images)
         clean = replace(settings.readout, noise_std=0.0)
@@ -214,10 +217,11 @@ def of_a_cut(pace: Pace, settings: Settings, data: ImageData, plan: Plan, chosen
     return seconds
 
 
-def of_explaining(pace: Pace, n_images: int, forwards: int) -> dict[str, Span | None]:
-    """Seconds of an explanation of images with so many forwards each."""
+def of_explaining(pace: Pace, n_own: int, n_images: int, forwards: int) -> dict[str, Span | None]:
+    """Seconds of an explanation with so many forwards an image, of which this process takes `n_own` and the first draws
+    all."""
     return {
-        "effects": pace.forward.times(n_images * forwards).times(*EXPLAINED),
+        "effects": pace.forward.times(n_own * forwards).times(*EXPLAINED),
         "pictures": PICTURE.times(n_images),
     }
 

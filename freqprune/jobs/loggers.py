@@ -136,11 +136,13 @@ def _filters(path: Path) -> Table:
 
 
 def _of_the_last_epoch(path: Path) -> Table:
+    rows: list[dict[str, str]] = []
     with path.open(newline="", encoding="utf-8") as file:
-        found = list(csv.DictReader(file))
-    last = max(int(row["epoch"]) for row in found)
-    header = [name for name in found[0] if name not in ("epoch", "layer_index") and not name.startswith("amplitude_")]
-    return header, [[row[name] for name in header] for row in found if int(row["epoch"]) == last]
+        # An epoch at a time: those of all may be more than memory holds.
+        for _, of_one in itertools.groupby(csv.DictReader(file), lambda row: row["epoch"]):
+            rows = list(of_one)
+    header = [name for name in rows[0] if name not in ("epoch", "layer_index") and not name.startswith("amplitude_")]
+    return header, [[row[name] for name in header] for row in rows]
 
 
 def _typed(rows: list[list[str]]) -> list[list[float | str | None]]:

@@ -75,7 +75,9 @@ def explore_training(
     keep."""
     path = settings.out / "importance.csv"
     if tagging.latest and path.is_file():
-        epochs = filters_over_epochs(path, tagging.stimulus, tagging.criterion)
+        # A training that went on to no tagged epoch may be given another now.
+        criterion = tagging.latest.get("criterion", tagging.criterion)
+        epochs = filters_over_epochs(path, tagging.stimulus, criterion)
         if not epochs:
             # Tagged otherwise before the training went on here, and not since.
             return
@@ -87,7 +89,7 @@ def explore_training(
             for unit in units
             if {*unit.members} <= {*found}
         }
-        trial = None if plan is None or not known else trial_of(plan, None, tagging.criterion, known)
+        trial = None if plan is None or not known else trial_of(plan, None, criterion, known)
         images = f"{tagging.latest['n_images']} images, pixel noise sd {tagging.latest['noise_std']:g}."
         note = f"{images} Spectra over training hold the components only; after prune.py they hold every frequency."
         write_explorer(settings.out, title, epochs, tagging.stimulus, trial, [note])
@@ -120,7 +122,7 @@ def explore_cut(
         notes.append(f"Scores are those before the first of {settings.course.steps} steps; kept is what all left.")
     path, earlier = settings.out / "importance.csv", []
     if path.is_file():
-        earlier = filters_over_epochs(path, response.stimulus, training_criterion(settings))
+        earlier = filters_over_epochs(path, response.stimulus, training_criterion(settings), beside=response)
     # One page has one kind of spectra.
     alike = [one for one in earlier if ("snr" in one.columns) == ("snr" in filters.columns)]
     same = [one for one in alike if dict(one.widths) == dict(filters.widths)]

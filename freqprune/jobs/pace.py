@@ -22,6 +22,8 @@ BUDGET_S = 0.1
 # A batch is followed by one this many times its size; of the first even if that takes so many seconds: what a call
 # costs besides its images, such as the update of the weights, shows only then.
 GROWTH, SECOND_S = 4, 4.0
+# Images of the largest batch that is timed.
+IMAGES = 64
 # What a machine that does other things as well, or has just begun, may make of the median.
 SLOWER = 1.5
 # Images that are read one after the other: of eight on they are decoded in threads, as a worker does not.
@@ -69,7 +71,7 @@ class Pace:
     fed: Span = NOTHING
 
 
-def of_forward(net: nn.Module, example: Tensor, most: int = 64) -> Span:
+def of_forward(net: nn.Module, example: Tensor, most: int = IMAGES) -> Span:
     """Seconds that an image takes in eval mode.
 
     Args:

@@ -86,7 +86,7 @@ def _pruned(
     if first and dense is None and earlier is None:
         announce_pruning(settings, net, data, run.example, planned, alone=rank_and_size()[1] == 1)
     if first:
-        record.write(settings.out, cfg, [record.METRICS, *record.PAGES])
+        record.write(settings.out, cfg, [record.METRICS, *record.PAGES, *record.OF_A_TRAINING])
     if earlier is not None:
         return run.go_on(net, earlier)
     run.metrics["network"] = name_of(net)

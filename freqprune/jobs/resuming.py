@@ -23,7 +23,9 @@ from freqprune.pruning import AMOUNTS
 from freqprune.reports import record
 
 # Settings that say what was cut and in which order images come.
-_SAME = ("seed", "importance.criterion", *(f"pruning.{name}" for name in AMOUNTS))
+_SAME = (
+    "seed", "importance.criterion", *(f"pruning.{name}" for name in AMOUNTS), "pruning.default_macs_cut",
+)  # fmt: skip
 # Metrics that come after the training of the cut network.
 _AFTER_TRAINING = ("folded", "onnx", "int8", "exports", "finished")
 # What a training has logged.
@@ -75,7 +77,8 @@ def interrupted(folder: Path, stage: str, epochs: int) -> Interrupted:
     """
     metrics = record.read_json(folder / record.METRICS)
     found = Interrupted(folder, metrics, folder / FOLDERS[stage] / "checkpoints" / "last.ckpt")
-    if not found.pruned.is_file() or not metrics:
+    # A look in its folder leaves metrics of the dense network alone.
+    if not found.pruned.is_file() or "pruned" not in metrics:
         raise InputError(
             f"resume = {folder} holds no pruned.ckpt and metrics.json: that run was interrupted before it had "
             "pruned; start it again"
@@ -142,22 +145,13 @@ def check_same_cut(cfg: DictConfig, folder: Path) -> None:
             )
 
 
-def begin_anew(out: Path, ckpt: str | None) -> None:
-    """Leave nothing of an earlier run in a folder that could be gone on with as if it were of the new one.
-
-    Args:
-        out: the folder.
-        ckpt: the network to prune, which stays wherever it is.
-    """
+def begin_anew(out: Path) -> None:
+    """Leave nothing of an earlier run in a folder that could be gone on with as if it were of the new one."""
     steps = [folder for folder in out.glob("step*") if re.fullmatch(r"step\d+", folder.name)]
     for folder in (*(out / name for name in FOLDERS.values()), *steps):
-        if ckpt is not None and record.lies_in(ckpt, folder):
-            continue
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         with suppress(OSError):
             for name in _LOGGED:
                 (folder / name).unlink(missing_ok=True)
             folder.rmdir()
-    for path in (out / "pruned.ckpt", out / record.METRICS):
-        if ckpt is None or path.resolve() != Path(ckpt).resolve():
-            path.unlink(missing_ok=True)
+    record.clear([out / "pruned.ckpt", out / record.METRICS])

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 
 from freqprune.errors import InputError, at_least, one_of
-from freqprune.jobs.config import TRUTHS, Common, no_such_key, plain, read_common, typed
+from freqprune.jobs.config import Common, no_such_key, plain, read_common, typed, with_booleans
 from freqprune.networks import Exports, Latency
 from freqprune.pruning import AMOUNTS, Amount, Judgement, Recipe, Reconstruction, needs
 from freqprune.tagging import Readout, Stimulus, TagLoss, find_components
@@ -96,9 +96,6 @@ SECTIONS: dict[str, tuple[type[Any], ...]] = {
 }
 # Sections whose keys are the arguments of whatever their _target_ (of model: its name) stands for.
 FREE = ("data", "model", "trainer", "logger", "callbacks")
-# Endings of keys of theirs whose words are names, and keys by which loggers call a run.
-NAMED = ("name", "_column", "_key")
-OF_A_RUN = ("project", "entity", "group", "version", "id", "notes", "prefix", "job_type")
 # Fields of a recipe that come from other sections.
 ELSEWHERE = {
     Recipe: ("amount", "criterion", "components", "tagging", "reconstruction", "seed", "latency"),
@@ -189,6 +186,13 @@ def read(cfg: DictConfig) -> Settings:
         raise InputError(
             "finetune.from_scratch trains the widths of a cut, and pruning=none cuts nothing; cut, or train"
         )
+    exports = _build(Exports, "export", values)
+    asked = [name for name, wanted in vars(exports).items() if wanted]
+    if asked and recipe is None:
+        raise InputError(
+            f"export.{asked[0]} writes the network that a cut leaves, and pruning=none cuts nothing; cut, or leave it "
+            "out (in code, freqprune.networks.export writes any network)"
+        )
     return Settings(
         common=read_common(cfg),
         stimulus=stimulus,
@@ -205,20 +209,9 @@ def read(cfg: DictConfig) -> Settings:
         finetune_epochs=tuned.epochs,
         from_scratch=tuned.from_scratch,
         latency=_build(Latency, "latency", values),
-        exports=_build(Exports, "export", values),
-        **{name: _with_booleans(values[name]) for name in FREE},
+        exports=exports,
+        **{name: with_booleans(values[name]) for name in FREE},
     )
-
-
-def _with_booleans(value: Any) -> Any:
-    """on, off, yes and no as true and false, as sections with types have them; Hydra hands them on as words."""
-    if isinstance(value, dict):
-        return {
-            # A name may be no, as that of Norwegian.
-            key: one if key in OF_A_RUN or str(key).endswith(NAMED) else _with_booleans(one)
-            for key, one in value.items()
-        }
-    return TRUTHS.get(value.lower(), value) if isinstance(value, str) else value
 
 
 T = TypeVar("T")

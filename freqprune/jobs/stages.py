@@ -19,7 +19,6 @@ from freqprune.jobs.settings import Settings
 from freqprune.networks import (
     OnnxModule,
     cost,
-    epochs_done,
     export,
     fold_norms,
     latency_ms,
@@ -143,14 +142,14 @@ class Run:
             known = response if step == 0 else None
             done = cut(small, self._material(), now, stimulus, known, assembly.bars())
             if step == 0 and self.first:
-                begin_anew(self.out, self.settings.common.ckpt)
+                begin_anew(self.out)
             return replace(done, net=done.net.to(memory_format=torch.channels_last))
 
         def between(small: nn.Module, step: int) -> nn.Module:
             self._recalibrate(small)
             if not course.step_epochs:
                 return small
-            return finetune(self.settings, self.data, small, net, course.step_epochs, f"step{step + 1}")
+            return finetune(self.settings, self.data, small, net, course.step_epochs, f"step{step + 1}")[0]
 
         done = cut_in_steps(plan, chosen, recipe, course.steps, cut_once, between)
         small, ours = done.net, done.kept
@@ -188,11 +187,9 @@ class Run:
             self.write(small)
         if self.settings.finetune_epochs:
             folder, epochs = FOLDERS[self.trained], self.settings.finetune_epochs
-            small = finetune(self.settings, self.data, small, net, epochs, folder, ckpt_path)
+            small, had = finetune(self.settings, self.data, small, net, epochs, folder, ckpt_path)
             self.metrics[self.trained] = {"test_accuracy": trainers.accuracy_of(self.settings, small, self.data)}
-            # A callback may have ended it earlier.
-            last = self.out / folder / "checkpoints" / "last.ckpt"
-            self.metrics[self.trained]["epochs"] = epochs_done(last) if last.is_file() else epochs
+            self.metrics[self.trained]["epochs"] = had
             log_stage(self.logger, self.trained, self.metrics[self.trained])
             self.write(small)
         self._deploy(net, small)
@@ -237,7 +234,8 @@ class Run:
         if self.trained in self.metrics:
             if self.first:
                 show(f"{earlier.folder} is complete; its training is not repeated")
-            if undeployed(self.metrics, self.settings.exports):
+            # One that was stopped as it exported holds what was measured before its training.
+            if not self.metrics.get("finished") or undeployed(self.metrics, self.settings.exports):
                 self._deploy(net, small)
         else:
             small = self.recover(net, small, earlier.last)

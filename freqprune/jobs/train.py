@@ -115,10 +115,12 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     if trainer.is_global_zero:
         record.write(out, cfg, [record.TRAINING, record.METRICS, *record.PAGES])
         # Of an earlier training in this folder: it would be taken for one of this.
-        record.clear([] if goes_on else [last, last.with_name("best.ckpt")])
+        own = [out / name for name in record.OF_A_TRAINING]
+        record.clear([] if goes_on else [last, last.with_name("best.ckpt"), *own])
         if goes_on and most != done:
             # What was cut and shown is of the network as it was.
-            record.clear([path for name in (record.METRICS, *record.PAGES) for path in out.glob(name)])
+            stale = (record.TRAINING, record.METRICS, *record.PAGES)
+            record.clear([path for name in stale for path in out.glob(name)])
     trainers.fit(trainer, classifier, data, common.ckpt_path, advice, common.compile)
     seconds = time.perf_counter() - start
     if data.validates and validated_at.step != trainer.global_step:

@@ -64,20 +64,26 @@ def check_answers(model: nn.Module, batch: Tensor) -> None:
         batch: network inputs, ``(n_images, n_channels, height, width)``.
 
     Raises:
-        InputError: if it does not run, answers with NaN or infinite values, or the second time answers otherwise: then
-            nothing that is measured of it, and no proof, holds for the next call.
+        InputError: if it does not run, answers with NaN or infinite values, changes its input in place, or the second
+            time answers otherwise: then nothing that is measured of it, and no proof, holds for the next call.
     """
     warn_of_batches(model)
     name, size = type(model).__name__, " x ".join(map(str, batch.shape[1:]))
     with evaluating(model), torch.no_grad():
         try:
-            answers = [first(model(batch.clone())) for _ in range(2)]
+            given = batch.clone(), batch.clone()
+            answers = [first(model(one)) for one in given]
         except Exception as error:
             raise InputError(
                 f"{name} does not run on images of {size} ({type(error).__name__}: {error}); {_way_out(str(error))}"
             ) from error
     if not all(answer.isfinite().all() for answer in answers):
         raise InputError(f"{name} answers images with NaN or infinite values")
+    if not torch.equal(given[0], batch):
+        raise InputError(
+            f"{name} changes the images that it is given, so that what runs on them after it sees others; write "
+            "x = x - mean in the place of x -= mean"
+        )
     if not torch.equal(*answers):
         raise InputError(
             f"{name} answers the same images differently from call to call, also in eval mode: its forward draws at "

@@ -9,7 +9,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor
 
-from freqprune.attribution import filter_effects
+from freqprune.attribution import filter_movement
 from freqprune.errors import InputError
 from freqprune.pruning.damage import corrected, logit_errors
 from freqprune.pruning.elimination import elimination_errors
@@ -116,7 +116,7 @@ def effect_score(evidence: Evidence, layer: str) -> Tensor:
     """How far the logits move when the filter opens, squared, with the layer's other filters half open: read off tags
     on all of them at once, see `freqprune.filter_effects`; without a gradient. Nothing makes up for the filter."""
     images = torch.cat([images for images, _ in evidence.labelled])
-    return filter_effects(evidence.model, images, layer, seed=evidence.seed).movement
+    return filter_movement(evidence.model, images, layer, seed=evidence.seed)
 
 
 @criterion("redundancy", "moments")

@@ -7,8 +7,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
-from freqprune.networks import Trace, equal_batches
-from freqprune.processes import added_up, own_share
+from freqprune.networks import Trace, equal_batches, images_at_once
+from freqprune.processes import added_up, own_share, rank_and_size
 from freqprune.pruning.blocks import answers_without, find_blocks
 from freqprune.pruning.in_sequence import Reconstruction
 from freqprune.pruning.reconstruction import error_without
@@ -42,7 +42,10 @@ def block_scores(
     Returns:
         ``(1,)`` for each block, by name, in the order of the network.
     """
-    batches = equal_batches(images)
+    everything = torch.cat(list(images))
+    # A batch at least for each process.
+    each = max(1, min(images_at_once(everything), len(everything) // rank_and_size()[1]))
+    batches = equal_batches([everything], each)
     trace = Trace(model, batches[0])
     blocks, fixed = find_blocks(model, trace), trace.inputs(model)
     blocks = {name: block for name, block in blocks.items() if among is None or name in among}

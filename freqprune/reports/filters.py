@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from freqprune.pruning import Kept, Plan, Verdict
-from freqprune.reports.shown import described, what_was_shown
+from freqprune.reports.shown import alike, described, shown_of, what_was_shown
 from freqprune.tagging import Stimulus, TagResponse
 
 FloatArray = npt.NDArray[np.float64]
@@ -108,7 +108,9 @@ def _by_part(stimulus: Stimulus) -> list[str]:
     return [f"f{number + 1}" for number in range(len(stimulus.tag_freqs))]
 
 
-def filters_over_epochs(path: Path, stimulus: Stimulus, criterion: str, most: int = 24) -> list[Filters]:
+def filters_over_epochs(
+    path: Path, stimulus: Stimulus, criterion: str, most: int = 24, beside: TagResponse | None = None
+) -> list[Filters]:
     """The filters at the tagged epochs of a training run; none if it was tagged otherwise.
 
     Args:
@@ -117,9 +119,10 @@ def filters_over_epochs(path: Path, stimulus: Stimulus, criterion: str, most: in
         criterion: name of the scores in it, where it does not say itself.
         most: epochs read, spread evenly with the first and the last among them; a file of hundreds would make a page
             that no browser likes.
+        beside: a response that they are shown beside, and have to be read like.
     """
     known = what_was_shown(path)
-    if known and known["tags"] != described(stimulus):
+    if not alike(known, {"tags": described(stimulus)} if beside is None else shown_of(beside)):
         return []
     criterion = known.get("criterion") or criterion
     # One page shows the same filters at all times: those of the last, where others were read or pruned before.

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +22,9 @@ from freqprune.errors import InputError
 # What a run is shown by.
 PAGES = ("report.html", "explore.html", "filters.csv", "layers.csv", "figures/*.png")
 RUN, METRICS, TRAINING, FAILED = "run.json", "metrics.json", "training.json", "failed.txt"
+# What a training leaves besides its checkpoints.
+OF_A_TRAINING = (TRAINING, "importance.csv", "importance.json", "metrics.csv", "metrics.jsonl")
+EXPLAINED = "explain.html"
 # Seconds that a job expected to take, by stage.
 FORECAST = "forecast.json"
 PACKAGES = ("freqprune", "torch", "torchvision", "pytorch-lightning", "torch-pruning", "hydra-core", "numpy", "scipy")
@@ -99,14 +102,21 @@ def write(out: Path, cfg: DictConfig, results: Sequence[str] = ()) -> None:
     if read_json(out / RUN).get("settings", settings) != settings and not goes_on:
         # Of the training whose network is pruned there is more to see.
         here = dense is not None and lies_in(dense, out)
-        clear([path for name in results if not (here and name in PAGES) for path in out.glob(name)])
+        spared = (*PAGES, *OF_A_TRAINING) if here else ()
+        clear([path for name in results if name not in spared for path in out.glob(name)])
     command = None
     if HydraConfig.initialized():
         job = HydraConfig.get()
         program = os.environ.get("FREQPRUNE_COMMAND", f"freqprune {job.job.name}")
-        command = f"{program} {shlex.join(job.overrides.task)}".strip()
+        command = f"{program} {shlex.join([*config_dirs(), *job.overrides.task])}".strip()
     machine = {"system": platform.platform(terse=True), "processor": platform.machine(), "cores": os.cpu_count()}
     write_json(out / RUN, {"command": command, "settings": settings, "versions": _versions(), "machine": machine})
+
+
+def config_dirs() -> list[str]:
+    """``--config-dir`` and its folder as words, if it was typed: settings may hang on what lies there."""
+    sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
+    return [word for one in sources if one.provider == "command-line" for word in ("--config-dir", one.path)]
 
 
 def clear(paths: Sequence[Path]) -> None:
@@ -127,8 +137,12 @@ def is_finished(folder: Path) -> bool:
     return not TypeAdapter(bool).validate_python(run.get("settings", {}).get("pruning", {}).get("enabled", False))
 
 
-def done_before(cfg: DictConfig) -> bool:
+def done_before(cfg: DictConfig, finished: Callable[[Path], bool] = is_finished) -> bool:
     """Whether this job of a sweep has been done: the sweep was killed and is started again in the same folder.
+
+    Args:
+        cfg: its settings.
+        finished: whether a folder holds a job of its kind that came to its end.
 
     Raises:
         InputError: if another job was done there.
@@ -136,7 +150,7 @@ def done_before(cfg: DictConfig) -> bool:
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return False
     out = Path(cfg.output_dir)
-    if not is_finished(out):
+    if not finished(out):
         return False
     if read_json(out / RUN).get("settings") != _settings(cfg):
         raise InputError(
@@ -160,5 +174,6 @@ def failures_kept(out: Path) -> Iterator[None]:
                 (out / FAILED).write_text(
                     f"{error}\n" if isinstance(error, InputError) else f"{type(error).__name__}: {error}\n",
                     encoding="utf-8",
+                    errors="backslashreplace",
                 )
         raise

@@ -1,4 +1,4 @@
-"""Of which tags and which criterion an `importance.csv` is: the file beside it that says so."""
+"""Of which tags, readings and criterion an `importance.csv` is: the file beside it that says so."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from freqprune.reports.record import read_json, write_json
-from freqprune.tagging import Stimulus
+from freqprune.tagging import Stimulus, TagResponse
 
 
 def described(stimulus: Stimulus) -> dict[str, Any]:
@@ -31,8 +31,25 @@ def _plain(value: Any) -> Any:
     return float(value)
 
 
+def shown_of(response: TagResponse) -> dict[str, Any]:
+    """What numbers have to have in common to be compared with those of a response: the ``tags``, how they were
+    ``read``, and the ``stages`` of the layers at which."""
+    read = {"noise_std": response.noise_std, "average": response.average, "spatial": response.spatial}
+    stages = {layer: one.site.stage for layer, one in response.layers.items()}
+    return {"tags": described(response.stimulus), "read": read, "stages": stages}
+
+
+def alike(known: Mapping[str, Any], shown: Mapping[str, Any]) -> bool:
+    """Whether two have that in common; what one does not say is not held against it, nor a layer that it lacks."""
+    both = known.keys() & shown.keys() - {"stages"}
+    before, now = known.get("stages", {}), shown.get("stages", {})
+    return all(known[one] == shown[one] for one in both) and all(
+        before[layer] == now[layer] for layer in before.keys() & now.keys()
+    )
+
+
 def what_was_shown(path: Path) -> dict[str, Any]:
-    """``tags`` and ``criterion`` of an ``importance.csv``; empty where none is known, as of earlier versions."""
+    """`shown_of` an ``importance.csv``, and the ``criterion``; empty where none is known, as of earlier versions."""
     return read_json(path.with_suffix(".json"))
 
 

@@ -114,7 +114,8 @@ def _overrides(path: Path, record: Mapping[str, Any]) -> Any:
     """As the job that ran recorded them; Hydra's own record is also that of a later job that was refused in this
     folder."""
     if record.get("command"):
-        return shlex.split(record["command"])[2:]
+        words = shlex.split(record["command"])[2:]
+        return words[2:] if words[:1] == ["--config-dir"] else words
     return OmegaConf.to_container(OmegaConf.load(path / ".hydra" / "overrides.yaml"), resolve=False)
 
 
@@ -296,5 +297,7 @@ def _program(sweep: Path, name: str) -> str:
     for path in _job_folders(sweep):
         with suppress(ValueError):
             if command := read_json(path / RUN).get("command"):
-                return f"freqprune {name}" if command.startswith("freqprune ") else f"python {name}.py"
+                program = f"freqprune {name}" if command.startswith("freqprune ") else f"python {name}.py"
+                words = shlex.split(command)[2:4]
+                return f"{program} {shlex.join(words)}" if words[:1] == ["--config-dir"] else program
     return f"python {name}.py"

@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from freqprune.pruning import Verdict
-from freqprune.reports.shown import described, what_was_shown, write_shown
+from freqprune.reports.shown import alike, shown_of, what_was_shown, write_shown
 from freqprune.tagging import TagResponse
 
 STAGES = ("dense", "pruned", "recalibrated", "finetuned", "from_scratch", "folded", "onnx", "int8")
@@ -154,9 +154,10 @@ def write_importance(
     replaced, and those from epoch `since` on, at which this training began: they are another's.
 
     Columns: epoch, layer_index, layer, filter, ``snr_<component>`` and ``amplitude_<component>`` for every component,
-        score, important. ``importance.json`` beside it says of which tags and of which `criterion`; rows of others go.
+        score, important. ``importance.json`` beside it says of which tags, read in which way, and of which
+        `criterion`; rows of others go.
     """
-    shown, known = {"tags": described(response.stimulus), "criterion": criterion}, what_was_shown(path)
+    shown, known = shown_of(response) | {"criterion": criterion}, what_was_shown(path)
     components = response.components("all")
     readings = [f"{kind}_{c.name}" for kind in ("snr", "amplitude") for c in components]
     header = ["epoch", "layer_index", "layer", "filter", *readings, "score", "important"]
@@ -166,7 +167,7 @@ def write_importance(
     with partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
-        if path.exists() and known in ({}, shown):
+        if path.exists() and alike(known, shown):
             # Row by row: those of all epochs may be more than memory holds.
             with path.open(newline="", encoding="utf-8") as before:
                 rows = csv.reader(before)

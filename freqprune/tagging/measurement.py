@@ -127,7 +127,7 @@ def tag(
     step = max(1, limit // len(first))
     starts = range(0, len(images), step)
     with Recorder(model, sites, SPATIAL[spatial], folds, HALF[half] if half is not None else None) as recorder:
-        recorder.tell_of_chance(prepare(images[:1]))
+        recorder.warn(prepare(images[:1]))
         for start in progress(starts) if progress is not None else starts:
             for one in passes:
                 size = max(1, limit // len(one.which))

@@ -67,6 +67,11 @@ def _tell(n_layers: int, first: str) -> None:
     )  # fmt: skip
 
 
+@cache
+def _tell_of_runs(layers: str) -> None:
+    log.warning("%s: run more than once in a forward, and are read in their first call only", layers)
+
+
 class Recorder:
     """Run frames through a network and return what its sites answer.
 
@@ -76,11 +81,9 @@ class Recorder:
     Args:
         model: the network.
         sites: where to read, from `find_sites`.
-        reduce: what to keep of each output: `map_mean` or `every_position`.
-
+        reduce: what to keep of each output: `map_mean`, `every_position`, `class_token`, or a function of one's own.
         folds: batch norms to fold into the convolutions before them while recording, from
             `freqprune.tagging.sites.find_folds`.
-
         half: run under autocast in this dtype, ``torch.float16`` or ``torch.bfloat16``.
         gradients: what is read keeps its gradient, as far as gradients are enabled.
 
@@ -143,8 +146,12 @@ class Recorder:
 
         return hook
 
-    def tell_of_chance(self, image: Tensor) -> None:
-        """A warning if a site answers the same image otherwise from call to call."""
+    def warn(self, image: Tensor) -> None:
+        """A warning if a site's layer runs several times a forward, and if one answers the same image otherwise from
+        call to call."""
+        several = [site.layer for site in self.sites if site.runs > 1]
+        if several:
+            _tell_of_runs(", ".join(several))
         # What draws shall draw what it would have drawn.
         with torch.random.fork_rng([image.device] if image.device.type == "cuda" else []):
             one, two = (self(image.clone()) for _ in range(2))

@@ -177,6 +177,7 @@ class FrequencyTagging(TagsInTraining):
         score = scores(self.criterion, Evidence(network, response, self.components), list(response.layers))
         self.latest = {
             "epoch": trainer.current_epoch,
+            "criterion": self.criterion,
             "layers": list(response.layers),
             "components": [c.name for c in response.components("all")],
             "noise_std": response.noise_std,

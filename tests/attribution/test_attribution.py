@@ -206,7 +206,7 @@ def test_the_answer_draws_itself() -> None:
         ({"baseline": torch.zeros(3, 8, 8)}, "baseline must have the shape"),
         ({"score": "margin"}, "score must be one of"),
         ({"score": lambda output: output}, "one number an image"),
-        ({"score": lambda output: output[:, 0] / 0}, "scores are not finite"),
+        ({"score": lambda output: output[:, 0] / 0}, r"answers image 0 \(the first is 0\) with"),
         ({"mean": [0.5] * 3}, "mean and std come together"),
         ({"mean": [0.5], "std": [1.0]}, "mean must hold 3 values"),
         ({"until": 0}, "until must be a standard error above 0"),
@@ -369,3 +369,68 @@ def test_white_stays_white_in_a_baseline(baseline: str) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     images, norm = torch.ones(1, 3, 100, 100), {"mean": [0.5] * 3, "std": [0.2] * 3}
     assert attribute(net, images, grid=2, forwards=64, baseline=baseline, **norm).effects.abs().max() < 1e-5
+
+
+def test_a_curved_answer_to_one_part_is_no_interaction_where_waves_are_mixed() -> None:
+    """The right half is never read; the square of the left one's wave lies all over the product of the two."""
+    net = OfTiles(lambda tiles: tiles.unflatten(1, (4, 4))[..., :2].mean((1, 2)) ** 2)
+    for steepness in (1.0, 4.0):
+        found = attribute(
+            net, torch.ones(1, 3, 16, 16), 0, grid=(1, 2), forwards=512, baseline=torch.zeros(3, 16, 16),
+            steepness=steepness, overlap=0.7,
+        )  # fmt: skip
+        assert found.strongest_pairs(0, 5, alpha=0.01) == []
+    # What two halves do together is found all the same.
+    net = OfTiles(lambda tiles: tiles.unflatten(1, (4, 4))[..., :2].mean((1, 2)) * tiles[:, 3])
+    images = torch.ones(1, 3, 16, 16)
+    found = attribute(net, images, 0, grid=(1, 2), forwards=512, baseline=0 * images[0], steepness=1.0, overlap=0.7)
+    ((one, other, value),) = found.strongest_pairs(0, 5, alpha=0.01)
+    assert (one, other) == (0, 1)
+    assert value == pytest.approx(1.0, rel=0.05)
+
+
+def test_images_that_answer_nothing_finite_are_named_before_any_frame(caplog: pytest.LogCaptureFixture) -> None:
+    net, seen = OfTiles(lambda tiles: tiles[:, 0]), []
+    net.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    images = IMAGES.clone()
+    images[2, 0, 0, 0] = torch.nan
+    with pytest.raises(InputError, match=r"answers image 2 \(the first is 0\) with nan"):
+        attribute(net, images, 0, grid=4, forwards=128)
+    assert max(seen) == 1
+    # Of an image without contrast a network that standardises says nothing.
+    shown = attribute(
+        OfTiles(lambda tiles: tiles[:, 0] / (tiles.std(1) > 1e-3).float()), IMAGES, 0, grid=4, forwards=64
+    )
+    assert not shown.baseline.isfinite().any()
+    assert "3 of 3 images answer with NaN or infinite values where every part is at its baseline" in caplog.text
+
+
+def test_images_lie_on_the_device_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from freqprune.attribution import images as module
+
+    given, sizes = module.normalizer, []
+
+    def watched(*args: Any) -> Any:
+        prepare = given(*args)
+        return lambda pixels: (sizes.append(len(pixels)), prepare(pixels))[1]
+
+    expected = attribute(OfTiles(lambda tiles: tiles[:, 0]), IMAGES, 0, grid=4, forwards=64)
+    monkeypatch.setattr(module, "normalizer", watched)
+    found = attribute(OfTiles(lambda tiles: tiles[:, 0]), IMAGES, 0, grid=4, forwards=64)
+    assert set(sizes) == {1}
+    assert torch.equal(found.effects, expected.effects)
+
+
+def test_what_is_found_can_be_used_in_a_graph_of_gradients() -> None:
+    net = OfTiles(lambda tiles: tiles[:, 0])
+    found = attribute(net, IMAGES, grid=4, forwards=64)
+    assert found.target is not None
+    nn.functional.cross_entropy(net(IMAGES), found.target).backward()
+    assert net.scale.grad is not None
+    found.whole.sub_(found.baseline)
+
+
+def test_a_figure_draws_its_own_map_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = attribute(OfTiles(lambda tiles: tiles[:, 0]), IMAGES, 0, grid=4, forwards=64)
+    monkeypatch.setattr(type(found), "maps", property(lambda self: pytest.fail("of all images")))
+    assert found.plot(1).axes

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from freqprune import Amount, Material, Recipe, Stimulus, cut
+from freqprune.attribution import filters
 from freqprune.attribution.filters import FilterEffects, filter_effects
 from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
@@ -104,8 +105,10 @@ def test_filters_of_the_first_of_two_layers(net: nn.Module) -> None:
     assert (found.effects[:, [0, 1, 3]].abs().amax(2) > 1e-4).all()
 
 
-def test_the_criterion_is_how_far_the_logits_move(net: nn.Module) -> None:
+def test_the_criterion_is_how_far_the_logits_move(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     labelled = [(IMAGES[:2], torch.zeros(2, dtype=torch.long)), (IMAGES[2:], torch.zeros(1, dtype=torch.long))]
+    # Pairs are of no use to it, and of thousands of filters they take gigabytes.
+    monkeypatch.setattr(filters, "find_interactions", lambda *_: pytest.fail("no pairs"))
     found = scores("effect", Evidence(net, labelled=labelled), ["second"])["second"]
     with torch.no_grad():
         whole = net(IMAGES)
@@ -160,8 +163,11 @@ def test_filters_refuse(net: nn.Module) -> None:
         filter_effects(net, IMAGES, "third")
     with pytest.raises(InputError, match="6 parts need an odd bin each: forwards must be at least 24, got 20"):
         filter_effects(net, IMAGES, "second", forwards=20)
-    with pytest.raises(InputError, match="the network must return logits"):
-        filter_effects(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), IMAGES, "0")
+    maps, seen = nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), []
+    maps.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    with pytest.raises(InputError, match=r"the network must return logits, .*, got \(1, 4, 14, 14\)"):
+        filter_effects(maps, IMAGES, "0")
+    assert max(seen) == 1
 
 
 def _prelu(x: Tensor) -> Tensor:
@@ -220,7 +226,8 @@ def test_filters_that_are_gated_before_a_norm_are_told(caplog: pytest.LogCapture
         nn.Linear(4, 3),
     ).eval()  # fmt: skip
     filter_effects(net, torch.rand(1, 3, 16, 16), "0")
-    assert "0: gates act on the layer itself, and a norm behind it" in caplog.text
+    assert "0: gates act on the layer itself (no activation of its own" in caplog.text
+    assert "where a norm follows" in caplog.text
 
 
 def test_pixels_are_checked_where_they_are_to_be_normalised() -> None:

@@ -42,7 +42,7 @@ def test_two_pairs_are_found_and_nothing_else() -> None:
         together[0, 1] = together[1, 0] = together[2, 5] = together[5, 2] = 0
         assert together.abs().max() < 1e-2
         odd, even = halves(centred, 256)[0], halves(scores - scores.mean(), 256)[1]
-        alone, error = _projected(odd, even)
+        alone, error = _projected(odd, even, odd[:, :0])
         passed_alone += len(pairs_found(p_values_of(alone, error, len(even) - 1, scores)) - {(0, 1), (2, 5)})
     # What the fit of the strongest together is for.
     assert passed_alone / 20 == pytest.approx(6.5)

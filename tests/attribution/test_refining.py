@@ -93,3 +93,19 @@ def test_too_few_forwards_are_refused_before_any_recording() -> None:
     with pytest.raises(InputError, match=r"112 parts need 448 frames, after 256 .* at least 704, got 512"):
         attribute_fine(Counted(), torch.rand(5, 3, 32, 32), refine=1, grid=8, forwards=512)
     assert Counted.seen == 0
+    with pytest.raises(InputError, match="until must be a standard error above 0, got 0"):
+        attribute_fine(Counted(), torch.rand(5, 3, 32, 32), refine=1, grid=4, forwards=512, until=0)
+    # Of parts of any shape it is known that they do not become fewer.
+    segments = torch.arange(64).view(8, 8).repeat_interleave(4, 0).repeat_interleave(4, 1)
+    with pytest.raises(InputError, match=r"64 parts need 256 frames, after 256 .* at least 512, got 500"):
+        attribute_fine(Counted(), torch.rand(5, 3, 32, 32), refine=1, segments=segments, forwards=500)
+    assert Counted.seen == 0
+
+
+def test_too_few_forwards_for_patches_are_refused_before_any_recording() -> None:
+    seen: list[int] = []
+    net = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    with pytest.raises(InputError, match=r"112 parts need 448 frames, after 256 .* at least 704, got 512"):
+        attribute_fine(net, torch.rand(5, 3, 32, 32), refine=1, parts="patches", forwards=512)
+    assert sum(seen) < 64

@@ -3,11 +3,13 @@
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from freqprune.jobs import advice
 from freqprune.jobs.advice import after_explaining, commands
 from freqprune.jobs.config import check_pruning
 from freqprune.jobs.explain_settings import check_explaining
@@ -15,6 +17,7 @@ from freqprune.jobs.jsonl import JSONLinesLogger
 from freqprune.jobs.settings import read
 from freqprune.networks import save_pruned
 from freqprune.networks.registry import build_model
+from freqprune.reports import record
 from tests.conftest import ROOT
 
 TRAINED = ["data=digits", "data.limit_train=96", "model=resnet8", "trainer.max_epochs=1", "tagging.n_frames=480"]
@@ -71,7 +74,9 @@ def test_what_is_advised_can_be_typed(job: str, given: list[str], out: Path) -> 
 def test_what_is_advised_after_an_explanation_can_be_typed(more: list[str], out: Path) -> None:
     images = out / "one.png"
     images.write_bytes(b"")
-    found = after_explaining(out, [f"images='{images}'", "pretrained=true", *more])
+    found = after_explaining(out, [f"images='{images}'", "pretrained=true", "until=0.1", *more])
+    # A standard error of logits means something else of probabilities.
+    assert ["until=0.1" in one for one in found] == [False, False, True]
     assert found[0] == f"python -m webbrowser {(out / 'explain.html').as_uri()}"
     for command in found[1:]:
         words = shlex.split(command)
@@ -168,3 +173,26 @@ def test_an_experiments_network_does_not_stand_for_that_of_the_checkpoint(out: P
         with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
             cfg = compose("prune", [*words, f"output_dir={out}"])
         assert read(cfg).model["name"] is None
+
+
+def test_commands_keep_the_folder_of_configs_that_was_typed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    typed = SimpleNamespace(
+        runtime=SimpleNamespace(
+            config_sources=[
+                SimpleNamespace(provider="main", path="/conf"),
+                SimpleNamespace(provider="command-line", path="/my configs"),
+            ]
+        ),
+        mode=None,
+        overrides=SimpleNamespace(task=["experiment=mine", "pretrained=true"]),
+    )
+    hydra = SimpleNamespace(initialized=lambda: True, get=lambda: typed)
+    for module in (record, advice):
+        monkeypatch.setattr(module, "HydraConfig", hydra)
+    monkeypatch.setenv("FREQPRUNE_COMMAND", "freqprune prune")
+    said: list[str] = []
+    monkeypatch.setattr(advice, "show", lambda *lines: said.extend(lines))
+    advice.advise("look", out, {})
+    advice.advise_explaining(out)
+    with_configs = [one.strip() for one in said if "--config-dir '/my configs'" in one]
+    assert [one.split()[:2] for one in with_configs] == 2 * [["freqprune", "prune"]] + 2 * [["freqprune", "explain"]]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hydra.types import RunMode
 
+from freqprune.errors import InputError
 from freqprune.jobs import cli
 from freqprune.jobs.config import names_trained
 from freqprune.jobs.failed import let_go
@@ -60,6 +61,7 @@ AT_ONCE = [
     ("prune.py", ["pretrained=true", "resume=nowhere"], "resume = nowhere is not a folder"),
     ("prune.py", ["pretrained=true", "data=image_folder"], "data.root is not set"),
     ("prune.py", ["pretrained=true", "imports=[nothing_there]"], "there is no module 'nothing_there'"),
+    ("prune.py", ["pretrained=true", "imports=[nothing.there]"], "there is no module 'nothing.there'"),
     (
         "prune.py",
         ["pretrained=true", "data=image_folder", "data.root=nowhere"],
@@ -341,3 +343,23 @@ def test_a_failed_job_holds_nothing_itself(monkeypatch: pytest.MonkeyPatch, tmp_
         cli._job(config("prune", tmp_path), lambda _: True)
     assert kept.value is not None
     assert alive[0]() is None
+
+
+def test_a_job_that_is_refused_for_no_section_says_so_in_its_folder(tmp_path: Path) -> None:
+    """In a table of a sweep it would be one that was killed, or still runs."""
+    with pytest.raises(InputError):
+        cli._do(config("prune", tmp_path, "seed=-1"), lambda _: False)
+    assert "seed must be at least 0, got -1" in (tmp_path / "failed.txt").read_text()
+
+
+def test_a_table_that_cannot_be_written_is_said_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "sweep.md")
+
+    monkeypatch.setattr("freqprune.reports.gather", full)
+    monkeypatch.setattr(sys, "argv", ["freqprune", "sweep", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert capsys.readouterr().err.startswith("error: No space left on device: sweep.md; check the free space")

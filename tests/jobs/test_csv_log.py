@@ -121,3 +121,18 @@ def test_lines_of_stages_follow_the_training_and_the_stages_before(tmp_path: Pat
     assert lines(tmp_path) == [{"step": 0, "epoch": 0, "loss": 5.0}, *stages]
     logger_of(JSONLinesLogger, tmp_path).write_line({"dense/macs": 3.0})
     assert lines(tmp_path) == [{"step": 0, "epoch": 0, "loss": 5.0}, {"step": None, "dense/macs": 3.0}]
+
+
+def test_a_training_without_an_epoch_left_keeps_one_row_of_each_stage(tmp_path: Path) -> None:
+    """Lightning finalizes its loggers after a fit of no epochs, too; the test follows."""
+    first = logger_of(ResumedCSVLogger, tmp_path)
+    for epoch in range(2):
+        first.log_metrics({"epoch": epoch, "loss": 10.0 + epoch}, step=epoch)
+    first.log_metrics({"epoch": 2, "test": 0.4}, step=2)
+    first.save()
+    second = logger_of(ResumedCSVLogger, tmp_path)
+    assert second.experiment is not None
+    second.finalize("success")
+    second.log_metrics({"epoch": 2, "test": 0.5}, step=2)
+    second.save()
+    assert [(row["epoch"], row["test"]) for row in rows(tmp_path)] == [("0", ""), ("1", ""), ("2", "0.5")]

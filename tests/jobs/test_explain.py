@@ -352,3 +352,20 @@ def test_quiet_reading_prints_nothing(
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     read_images([tmp_path / "a.png"] * 120, None, None, "bilinear")
     assert capfd.readouterr().out == ""
+
+
+def test_networks_of_double_precision_and_names_of_any_length(images: Path, tmp_path: Path) -> None:
+    net = build_model({"name": "resnet8"}).eval()
+    of_mean = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    save_pruned(tmp_path / "double.ckpt", net.double(), {}, of_mean)
+    name = "é" * 120
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / f"{name}.png").write_bytes((images / "a.png").read_bytes())
+    found, objects = explain(
+        asked(tmp_path / "out", f"images={tmp_path / 'images'}", f"ckpt={tmp_path / 'double.ckpt'}")
+    )
+    expected = attribute(net, objects["pixels"], grid=2, forwards=32, **of_mean)
+    assert torch.equal(found.effects, expected.effects)
+    (figure,) = (tmp_path / "out" / "maps").iterdir()
+    assert figure.stem == f"1_{name[:100]}"
+    assert (tmp_path / "out" / "explain.html").is_file()

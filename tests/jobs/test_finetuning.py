@@ -273,14 +273,24 @@ def test_a_new_run_leaves_what_is_not_of_an_earlier_one(tmp_path: Path) -> None:
         file.write_text("")
     for logged in ("hparams.yaml", "metrics.csv", "metrics.jsonl"):
         (tmp_path / "from_scratch" / logged).write_text("")
-    begin_anew(tmp_path, str(files["finetune"]))
+    begin_anew(tmp_path)
     assert not (tmp_path / "from_scratch").exists()
-    assert {name for name, file in files.items() if file.is_file()} == {"finetune", "step_lr_study", "checkpoints"}
+    assert {name for name, file in files.items() if file.is_file()} == {"step_lr_study", "checkpoints"}
     assert not (tmp_path / "pruned.ckpt").exists()
 
 
+@pytest.mark.parametrize("where", ["pruned.ckpt", "finetune/checkpoints/last.ckpt", "step2/checkpoints/last.ckpt"])
+def test_the_network_to_prune_is_not_written_over(where: str, tmp_path: Path) -> None:
+    ckpt = tmp_path / where
+    ckpt.parent.mkdir(parents=True, exist_ok=True)
+    ckpt.write_text("of value")
+    with pytest.raises(InputError, match=r"lies where this run writes its own network; choose another folder"):
+        prune(config("prune", tmp_path, f"ckpt={ckpt}"))
+    assert ckpt.read_text() == "of value"
+
+
 def test_a_complete_run_goes_on_where_more_epochs_are_asked_for(tmp_path: Path) -> None:
-    whole = {"dense": {}, "finetuned": {}, "folded": {}, "onnx": {}, "exports": {}, "finished": True}
+    whole = {"dense": {}, "pruned": {}, "finetuned": {}, "folded": {}, "onnx": {}, "exports": {}, "finished": True}
     last = tmp_path / "finetune" / "checkpoints" / "last.ckpt"
     last.parent.mkdir(parents=True)
     torch.save({"epoch": 0}, last)
@@ -288,7 +298,7 @@ def test_a_complete_run_goes_on_where_more_epochs_are_asked_for(tmp_path: Path) 
     (tmp_path / "metrics.json").write_text(json.dumps(whole))
     (tmp_path / "run.json").write_text(json.dumps({"settings": {"finetune": {"epochs": 1}}}))
     assert interrupted(tmp_path, "finetuned", 1).metrics == whole
-    assert interrupted(tmp_path, "finetuned", 3).metrics == {"dense": {}}
+    assert interrupted(tmp_path, "finetuned", 3).metrics == {"dense": {}, "pruned": {}}
     (tmp_path / "finetune" / "metrics.jsonl").write_text("{}")
     interrupted(tmp_path, "finetuned", 3).hand_over(tmp_path / "new", "finetuned")
     assert (tmp_path / "new" / "finetune" / "metrics.jsonl").is_file()
@@ -302,6 +312,10 @@ def test_a_complete_run_goes_on_where_more_epochs_are_asked_for(tmp_path: Path) 
         InputError, match=r"complete after 1 epochs, finetune\.epochs = 3 asks for more, and its finetune/"
     ):
         interrupted(tmp_path, "finetuned", 3)
+    # A look at the network in the folder of a cut.
+    (tmp_path / "metrics.json").write_text('{"dense": {}, "finished": true}')
+    with pytest.raises(InputError, match="interrupted before it had pruned"):
+        interrupted(tmp_path, "finetuned", 1)
 
 
 def test_a_complete_run_writes_what_it_has_not_written_yet(tmp_path: Path) -> None:
@@ -335,6 +349,39 @@ def test_a_fold_that_is_asked_for_later_is_measured(trained: tuple[Path, dict[st
     metrics, _ = prune(config("prune", tmp_path, *same, f"resume={tmp_path}", "export.fold=true"))
     assert set(metrics["folded"]) == set(metrics["pruned"])
     assert metrics["folded"]["params"] < metrics["pruned"]["params"]
+    # One that was stopped as it exported holds the accuracy of the cut, before fine-tuning.
+    stopped = json.loads((tmp_path / "metrics.json").read_text())
+    del stopped["finished"]
+    stopped["folded"]["test_accuracy"] = -1.0
+    (tmp_path / "metrics.json").write_text(json.dumps(stopped))
+    again, _ = prune(config("prune", tmp_path, *same, f"resume={tmp_path}", "export.fold=true"))
+    assert again["finished"]
+    assert again["folded"]["test_accuracy"] == pytest.approx(again["finetuned"]["test_accuracy"], abs=0.03)
+
+
+def test_exports_without_a_cut_are_refused(tmp_path: Path) -> None:
+    for name in ("prune", "train"):
+        with pytest.raises(InputError, match=r"export\.fold writes the network that a cut leaves, and pruning=none"):
+            read(config(name, tmp_path, "pruning=none", "export.fold=true"))
+
+
+def test_epochs_of_fine_tuning_are_those_that_were_trained(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """A checkpoint after every second epoch is not of the third; without one, a training that ends early has fewer."""
+    ckpt = f"ckpt={trained[0] / 'checkpoints' / 'last.ckpt'}"
+    few = ("importance=l2", "pruning.ratio=0.5", "latency.batch_sizes=[1]")
+    metrics, _ = prune(
+        config("prune", tmp_path / "a", ckpt, *few, "finetune.epochs=3", "+callbacks.last.every_n_epochs=2")
+    )
+    assert metrics["finetuned"]["epochs"] == 3
+    early = "{_target_: pytorch_lightning.callbacks.EarlyStopping, monitor: train/loss, patience: 0, min_delta: 1e9}"
+    metrics, _ = prune(
+        config(
+            "prune", tmp_path / "b", ckpt, *few, "finetune.epochs=9", "callbacks.last=null", f"+callbacks.stop={early}"
+        )
+    )
+    assert metrics["finetuned"]["epochs"] == 2
 
 
 def test_a_folder_without_a_checkpoint_is_no_training_of_the_other_kind(tmp_path: Path) -> None:

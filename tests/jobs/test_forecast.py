@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from freqprune.jobs import pace
 from freqprune.jobs.announce import announce_explaining, announce_pruning, announce_training
 from freqprune.jobs.explain_settings import Tags
-from freqprune.jobs.forecast import Forecast, of_a_cut, of_explaining, of_pruning, of_training
+from freqprune.jobs.forecast import PICTURE, Forecast, of_a_cut, of_explaining, of_pruning, of_training
 from freqprune.jobs.pace import Pace, Span
 from freqprune.jobs.settings import Settings, read
 from freqprune.networks import build_model
@@ -118,7 +118,20 @@ def test_a_pruning_is_its_stages(data: DigitsData, planned: tuple[Plan, list[str
     assert tuned == Span(0.75 * 2 * (96 * 3 + n_val * 1.5), 2 * (96 * 3 + n_val * 1.5))
     look = of_pruning(KNOWN, settings(tmp_path, "pruning=none"), data, None)
     assert list(look) == ["tags", "tests and report"]
-    assert of_explaining(KNOWN, 3, 512)["effects"] == Span(3 * 512, 3 * 512 * 2)
+    # The first of two processes draws the pictures of all images.
+    explained = of_explaining(KNOWN, 3, 6, 512)
+    # Each step tags anew, if the criterion reads tags.
+    for criterion, times in (("snr", 5), ("l2", 1)):
+        one, several = (
+            of_pruning(KNOWN, settings(tmp_path, f"importance={criterion}", f"pruning.steps={n}"), data, planned)[
+                "tags"
+            ]
+            for n in (1, 5)
+        )
+        assert one is not None
+        assert several == one.times(1, times)
+    assert explained["effects"] == Span(3 * 512, 3 * 512 * 2)
+    assert explained["pictures"] == PICTURE.times(6)
 
 
 def test_it_is_said_in_words_with_what_is_not_counted() -> None:
@@ -243,6 +256,8 @@ def test_a_forecast_never_ends_a_job(
     monkeypatch.setattr(pace, "of_forward", broken)
     announce_explaining(tmp_path, net, pixels, tags)
     assert len(capsys.readouterr().out.splitlines()) == 2
+    # Nor are those of an earlier job in the folder this one's.
+    assert not (tmp_path / "forecast.json").exists()
     assert "how long this takes cannot be said (RuntimeError: no memory)" in caplog.text
 
 

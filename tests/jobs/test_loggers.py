@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +129,18 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: 
     with pytest.raises(InputError, match=r"logger = WandbLogger needs a package .*pip install 'freqprune\[wandb\]'"):
         make_logger(settings(tmp_path, "logger=wandb"), tmp_path)
     assert make_logger(settings(tmp_path, "logger=none"), tmp_path) is None
+
+
+def test_a_table_of_many_epochs_is_not_held_in_memory(tmp_path: Path) -> None:
+    def peak(epochs: int) -> int:
+        lines = ["epoch,layer_index,layer,filter,snr_f1,amplitude_f1,score,important"]
+        lines += [f"{epoch},0,conv1,{number},1.5,7,2,1" for epoch in range(epochs) for number in range(200)]
+        (tmp_path / "importance.csv").write_text("\n".join(lines))
+        tracemalloc.start()
+        results(tmp_path)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    one = peak(1)
+    assert peak(50) < 4 * one

@@ -19,6 +19,7 @@ from freqprune.jobs.settings import read
 from freqprune.jobs.train import _tagging, train
 from freqprune.networks.checkpoint import load_network
 from freqprune.networks.registry import build_model
+from freqprune.reports.record import OF_A_TRAINING
 from freqprune.reports.tables import training_history
 from tests.jobs.small import check_page, config
 
@@ -247,6 +248,8 @@ def test_a_new_training_leaves_no_checkpoints_of_an_earlier_one(
     (tmp_path / "checkpoints").mkdir()
     for name in names:
         shutil.copy(trained[0] / "checkpoints" / name, tmp_path / "checkpoints")
+    for name in OF_A_TRAINING:
+        (tmp_path / name).write_text("")
 
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -256,6 +259,9 @@ def test_a_new_training_leaves_no_checkpoints_of_an_earlier_one(
     with pytest.raises(KeyboardInterrupt):
         train(config("train", tmp_path, "trainer.max_epochs=2", *more))
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == (names if goes_on else set())
+    assert {name for name in OF_A_TRAINING if (tmp_path / name).is_file()} == (
+        {*OF_A_TRAINING} - {"training.json"} if goes_on else set()
+    )
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
@@ -263,7 +269,8 @@ def test_a_training_that_goes_on_leaves_no_cut_of_the_network_as_it_was(
     epochs: int, trained: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
-    for name in ("metrics.json", "filters.csv", "pruned.ckpt"):
+    names = {"metrics.json", "filters.csv", "pruned.ckpt", "training.json"}
+    for name in names:
         (tmp_path / name).write_text("{}")
 
     def killed(*_: Any) -> None:
@@ -273,8 +280,9 @@ def test_a_training_that_goes_on_leaves_no_cut_of_the_network_as_it_was(
     ckpt = tmp_path / "checkpoints" / "last.ckpt"
     with pytest.raises(KeyboardInterrupt):
         train(config("train", tmp_path, f"trainer.max_epochs={epochs}", f"ckpt_path={ckpt}"))
-    left = {name for name in ("metrics.json", "filters.csv", "pruned.ckpt") if (tmp_path / name).is_file()}
-    assert left == ({"pruned.ckpt"} if epochs == 2 else {"metrics.json", "filters.csv", "pruned.ckpt"})
+    left = {name for name in names if (tmp_path / name).is_file()}
+    assert left == ({"pruned.ckpt"} if epochs == 2 else names)
+    assert (tmp_path / "importance.csv").is_file()
 
 
 def test_a_training_follows_its_seed(tmp_path: Path) -> None:

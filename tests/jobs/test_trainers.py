@@ -166,7 +166,7 @@ def test_a_fine_tuned_network_lies_where_its_teacher_does(tmp_path: Path, monkey
     settings = read(config("prune", tmp_path, "pretrained=true"))
     data = assembly.load_data(assembly.data_settings(settings))
     monkeypatch.setattr(trainers, "fit", lambda *_: None)
-    found = finetune(settings, data, net, teacher, 1, "finetune")
+    found, _ = finetune(settings, data, net, teacher, 1, "finetune")
     assert device_of(found).type == "meta"
 
 

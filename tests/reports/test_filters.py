@@ -175,6 +175,24 @@ def test_epochs_that_were_tagged_otherwise_are_not_shown(response: TagResponse, 
     assert [one.label for one in filters_over_epochs(path, STIMULUS, "snr")] == ["epoch 4"]
 
 
+def test_epochs_that_were_read_otherwise_are_not_shown_beside(response: TagResponse, tmp_path: Path) -> None:
+    path, verdict = tmp_path / "importance.csv", judge(response)
+    found = scores("snr", Evidence(nn.Module(), response), list(response.layers))
+    write_importance(path, 0, response, found, verdict, criterion="snr")
+    louder, first = replace(response, noise_std=0.05), next(iter(response.layers))
+    before = response.layers[first]
+    assert before.site.stage != "convolution"
+    earlier = replace(before, site=replace(before.site, stage="convolution"))
+    at_convolutions = replace(response, layers={**response.layers, first: earlier})
+    # A layer that one lacks says nothing against it.
+    fewer = replace(response, layers={name: one for name, one in response.layers.items() if name != first})
+    for beside, n_shown in ((response, 1), (fewer, 1), (louder, 0), (at_convolutions, 0)):
+        assert len(filters_over_epochs(path, STIMULUS, "snr", beside=beside)) == n_shown
+    # Nor do they stand in one table.
+    write_importance(path, 1, louder, found, verdict, criterion="snr")
+    assert [one.label for one in filters_over_epochs(path, STIMULUS, "snr")] == ["epoch 2"]
+
+
 def test_filters_of_attention_heads_are_told_of_all_their_channels() -> None:
     """Two heads of two channels each: queries, keys and values one after the other."""
     unit = Unit("qkv", ("qkv",), 2, (), width=6, n_parts=3)

@@ -203,9 +203,15 @@ def test_what_a_job_recorded_counts_not_what_was_refused_in_its_folder(tmp_path:
     (tmp_path / "0" / "run.json").write_text(json.dumps({**record, "command": "python prune.py importance=l2"}))
     (found,) = read_sweep(tmp_path)
     assert found.overrides == {"importance": "l2"}
+    command = "freqprune prune --config-dir 'my configs' importance=l2"
+    (tmp_path / "0" / "run.json").write_text(json.dumps({**record, "command": command}))
+    assert read_sweep(tmp_path)[0].overrides == {"importance": "l2"}
     with pytest.raises(InputError, match="refused"), failures_kept(tmp_path / "0"):
         raise InputError("refused")
     assert not (tmp_path / "0" / "failed.txt").exists()
+    with pytest.raises(InputError), failures_kept(tmp_path):
+        raise InputError("caf\udce9.jpg is no image")
+    assert (tmp_path / "failed.txt").read_text() == "caf\\udce9.jpg is no image\n"
 
 
 @pytest.mark.parametrize(

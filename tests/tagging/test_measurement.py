@@ -323,7 +323,7 @@ def test_trying_twice_leaves_the_random_numbers(images: Tensor) -> None:
     recorder = Recorder(net, find_sites(net, x, ["conv"], "convolution"))
     with recorder:
         state = torch.get_rng_state()
-        recorder.tell_of_chance(x)
+        recorder.warn(x)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -332,9 +332,10 @@ def test_norms_of_the_batch_are_told(images: Tensor, caplog: pytest.LogCaptureFi
     assert "1 normalises by its batch in eval mode too (track_running_stats=False)" in caplog.text
 
 
-def test_a_forward_that_changes_its_input_answers_the_same_twice(images: Tensor) -> None:
+def test_a_forward_that_changes_its_input_is_refused_where_others_run_on_it(images: Tensor) -> None:
     before = images.clone()
-    check_answers(InPlace(), images)
+    with pytest.raises(InputError, match=r"InPlace changes the images that it is given.* x = x - mean"):
+        check_answers(InPlace(), images)
     assert torch.equal(images, before)
 
 
