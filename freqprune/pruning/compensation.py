@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ def compensate(
     kept: Mapping[str, Tensor],
     moments: Mapping[str, Tensor],
     method: str,
+    by_mean: Collection[str] = (),
 ) -> list[str]:
     """Change the weights of a pruned network, in place, so that its layers come close to what they computed before.
 
@@ -49,6 +50,7 @@ def compensate(
             `freqprune.pruning.moments.input_moments` on the dense network.
         method: ``"mean"``: add the mean response of what was removed; ``"least_squares"``: the weights on what is kept
             that come closest to the old output; ``"none"``.
+        by_mean: layers that get the mean response only, as those that were seen in too few samples.
 
     Returns:
         Remarks on layers where only a part could be done.
@@ -59,6 +61,7 @@ def compensate(
     one_of(("none", *AT_ONCE), method=method)
     if method == "none":
         return []
+    kept = plan.sensible(kept)
     dense, pruned = dict(plan.model.named_modules()), dict(small.named_modules())
     followers = _norms_after(plan)
     # A cut leaves the filters in their order, whatever that of the numbers is.
@@ -87,7 +90,7 @@ def compensate(
         removed = columns_of(old, sorted(set(channels)))
         stays = torch.ones(weight.shape[1], dtype=torch.bool)
         stays[removed] = False
-        if method == "least_squares":
+        if method == "least_squares" and layer not in by_mean:
             solved, constant = least_squares(weight, moments[layer], stays.nonzero().flatten(), has_constant)
         else:
             solved, constant = weight[:, stays], mean_response(weight, moments[layer], removed)

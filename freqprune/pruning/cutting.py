@@ -9,19 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.networks import IndexShortcut, device_of, equal_batches
+from freqprune.networks import IndexShortcut, Trace, device_of, equal_batches
 from freqprune.processes import from_first
 from freqprune.pruning.amount import Amount
-from freqprune.pruning.compensation import compensate
+from freqprune.pruning.blocks import answers_without
+from freqprune.pruning.compensation import compensate, readers_of
 from freqprune.pruning.criteria import needs, scores
 from freqprune.pruning.depth import ONE_PASS, block_scores
 from freqprune.pruning.evidence import calibration, gather, n_measured
 from freqprune.pruning.importance import Evidence
+from freqprune.pruning.moments import no_moments_of
 from freqprune.pruning.recipe import Material, Recipe
 from freqprune.pruning.reconstruction import reconstruct
 from freqprune.pruning.selection import Kept, remarks, select
 from freqprune.pruning.surgery import Plan
-from freqprune.pruning.tempo import Promise, to_time
+from freqprune.pruning.tempo import Clock, Promise, to_time
 from freqprune.tagging import Progress, Stimulus, TagResponse, pick_layers
 
 
@@ -57,11 +59,19 @@ def plan_cut(net: nn.Module, example: Tensor, recipe: Recipe) -> tuple[Plan, lis
             without its readings.
     """
     plan = Plan(net, example, blocks=recipe.with_blocks)
-    if recipe.blocks and not plan.blocks:
+    # Where some have gone in an earlier step, there may be no other.
+    needed = recipe.blocks and not plan.gone
+    if needed and not plan.blocks:
         raise InputError(f"{type(net).__name__} has no residual block that may go as a whole; use pruning.blocks=false")
     plan.spare_blocks(recipe.layers, recipe.exclude)
-    if recipe.blocks and not plan.blocks:
+    if needed and not plan.blocks:
         raise InputError("pruning.layers and pruning.exclude spare every residual block; use pruning.blocks=false")
+    plan.keep_stuck_blocks()
+    if needed and not plan.blocks:
+        raise InputError(
+            f"{type(net).__name__} does not run as it should without any of its residual blocks "
+            f"({', '.join(plan.stuck)}): they give or take something else than one map; use pruning.blocks=false"
+        )
     picked = plan.choose(recipe.layers, recipe.exclude, recipe.streams)
     misread = plan.misread(picked)
     chosen = [name for name in picked if name not in misread]
@@ -70,12 +80,19 @@ def plan_cut(net: nn.Module, example: Tensor, recipe: Recipe) -> tuple[Plan, lis
             f"torch-pruning misreads how the channels of {', '.join(misread)} pass through {type(net).__name__}, and "
             "pruning.layers leaves nothing else to prune"
         )
-    if recipe.amount.macs_cut is not None and not plan.blocks:
+    if (recipe.amount.macs_cut is not None or recipe.amount.ratio is not None) and not plan.blocks:
         # Whatever the scores, an amount beyond every layer's floor is refused here already.
         try:
             select({name: torch.ones(plan.unit(name).n_filters) for name in chosen}, recipe.amount, plan.macs)
         except InputError as error:
-            raise InputError("; ".join([str(error), *_kept_whole(misread)])) from None
+            raise type(error)("; ".join([str(error), *_kept_whole(misread)])) from None
+    if recipe.compensation == "sequential":
+        trace = plan.trace if plan.blocks else Trace(net, plan.example, "pruning.compensation=least_squares")
+        with torch.no_grad():
+            answer = answers_without(trace, trace.inputs(net), plan.example, ())
+        trace.check(net, plan.example, answer, "use pruning.compensation=least_squares")
+    if recipe.needs_moments:
+        _check_readers(plan, chosen)
     if "moments" in needs(recipe.criterion):
         modules = dict(net.named_modules())
         kinds = (nn.Conv2d, nn.Linear, IndexShortcut)
@@ -128,10 +145,14 @@ def cut(
     """
     example = material.normalize(material.images[:1].to(device_of(net)))
     plan, chosen = plan_cut(net, example, recipe)
+    clock: list[Clock] = []
+    if recipe.amount.by_time:
+        # What is timed in one process is timed while the others wait.
+        from_first(lambda: clock.append(Clock(plan, material, recipe, progress)))
     evidence = gather(plan, chosen, material, recipe, stimulus, response, progress)
     misread = [name for name in plan.choose(recipe.layers, recipe.exclude, recipe.streams) if name not in chosen]
     chosen, notes = _seen_enough(plan, chosen, evidence.short, recipe)
-    notes += _kept_whole(misread)
+    notes += _kept_whole(misread) + _not_followed(plan, recipe)
     found = scores(recipe.criterion, evidence, chosen, progress)
     if plan.blocks:
         # Only in sequence a cut makes up for whole blocks.
@@ -141,8 +162,7 @@ def cut(
     amount, promise = recipe.amount, None
     try:
         if amount.by_time:
-            # What is timed in one process is timed while the others wait.
-            kept, amount, more, promise = from_first(to_time, plan, found, material, recipe, progress)
+            kept, amount, more, promise = from_first(lambda: to_time(plan, found, clock[0], recipe, progress))
             notes += more
         else:
             kept = select(found, amount, plan.macs, plan.blocks)
@@ -161,6 +181,18 @@ def cut(
     return Cut(small, inner, found, evidence.response, notes, plan.dropped(kept), promise)
 
 
+def _check_readers(plan: Plan, chosen: Sequence[str]) -> None:
+    """Raise InputError for units that are read by layers whose inputs are not taken moments of."""
+    modules = dict(plan.model.named_modules())
+    for name in chosen:
+        for reader in readers_of(plan.graph, [name]):
+            if why := no_moments_of(modules[reader]):
+                raise InputError(
+                    f"{reader!r} {why}; leave what it reads out (pruning.exclude={name}), or do without moments "
+                    "(importance=amplitude pruning.compensation=none)"
+                )
+
+
 def _kept_whole(misread: Sequence[str]) -> list[str]:
     """A remark on the layers that torch-pruning misreads, if there are any."""
     if not misread:
@@ -169,6 +201,23 @@ def _kept_whole(misread: Sequence[str]) -> list[str]:
         f"{len(misread)} layers keep their filters, as torch-pruning misreads how their channels pass through the "
         f"network: {', '.join(misread)}"
     ]
+
+
+def _not_followed(plan: Plan, recipe: Recipe) -> list[str]:
+    """Remarks on what nobody chose to keep: layers whose channels cannot be followed, and blocks that a trial found to
+    be more than they seem."""
+    found = []
+    if recipe.layers is None and plan.graph.unfollowed:
+        found.append(
+            f"{len(plan.graph.unfollowed)} layers keep their filters, as their channels cannot be followed: "
+            f"{', '.join(plan.graph.unfollowed)}"
+        )
+    if plan.stuck:
+        found.append(
+            f"{len(plan.stuck)} residual blocks stay, as the network does not run without them as it should: "
+            f"{', '.join(plan.stuck)}"
+        )
+    return found
 
 
 def _seen_enough(
@@ -211,11 +260,20 @@ def _made_up_for(
     """The smaller network after the compensation that the recipe asks for, and remarks."""
     if recipe.compensation == "sequential":
         batches = equal_batches(calibration(plan.model, material, recipe, stimulus))
-        how = replace(recipe.reconstruction, seed=recipe.seed)
+        how = replace(recipe.reconstruction, seed=recipe.reconstruction.seed or recipe.seed)
         without = plan.dropped(kept)
         twin, notes = reconstruct(plan.model, plan.silenced(kept), batches, how, progress, without)
         return plan.apply(kept, weights=twin), notes
-    return small, compensate(plan, small, kept, evidence.moments or {}, recipe.compensation)
+    lost = plan.silenced(kept)
+    short = {name: lacks for name, lacks in evidence.short.items() if name in lost}
+    notes = compensate(plan, small, kept, evidence.moments or {}, recipe.compensation, by_mean=short)
+    if short and recipe.compensation == "least_squares":
+        worst = max(short, key=short.__getitem__)
+        notes.append(
+            f"{len(short)} layers have fewer samples than inputs, worst {worst}, which lacks {short[worst]}: what they "
+            "lost is made up for by its mean only; more calibration images (pruning.calibration_images) would help"
+        )
+    return small, notes
 
 
 def _some(plan: Plan, material: Material, recipe: Recipe, stimulus: Stimulus) -> list[Tensor]:

@@ -13,6 +13,7 @@ from freqprune.errors import InputError
 from freqprune.networks import PLAIN, Trace, equal_batches, evaluating, replaced
 from freqprune.processes import added_up, own_share
 from freqprune.pruning.moments import least_squares
+from freqprune.pruning.surroundings import bias_of
 
 Readers = Mapping[str, tuple[Tensor, Tensor, Tensor]]
 """Layers that read a layer's filters: weight, moments and columns, as for
@@ -97,8 +98,17 @@ def _go_on(
     """Run operations, some layers replaced; the network's answer, once it is there."""
 
     def instead(node: Any, read: Callable[[Any], Any]) -> Any:
-        layer = layers.get(trace.layers.get(node, ""))
-        return PLAIN if layer is None else node.target(read(node.args[0]), layer.weight, layer.bias, *node.args[3:])
+        name = trace.layers.get(node, "")
+        layer = layers.get(name)
+        if layer is None:
+            return PLAIN
+        bias: Any = layer.bias
+        given = bias_of(node)
+        if given is not None and trace.source(given) != f"{name}.bias":
+            # The forward makes it of other parameters: the layer's has, beside its own, the constant alone.
+            own = next((fixed[at] for at in fixed if trace.source(at) == f"{name}.bias"), 0.0)
+            bias = bias - own + read(given)
+        return node.target(read(node.args[0]), layer.weight, bias, *node.args[3:])
 
     for _ in trace.walk(values, fixed, instead, nodes):
         pass

@@ -63,7 +63,9 @@ def _partners(group: Any, module: nn.Module, names: Mapping[nn.Module, str]) -> 
     operations: list[str] = []
     for dependency, _ in group:
         target = dependency.target.module
-        arithmetic = next((word for word in _ARITHMETIC if word in dependency.target.name), None)
+        # With a number it couples nothing.
+        of_two = len(dependency.target.inputs) > 1
+        arithmetic = next((word for word in _ARITHMETIC if of_two and word in dependency.target.name), None)
         if target is not module and (
             dependency.handler in _OUT or isinstance(target, IndexShortcut | nn.GroupNorm | nn.LayerNorm)
         ):
@@ -97,12 +99,16 @@ def _members(group: Any, names: Mapping[nn.Module, str]) -> list[str]:
         elif (
             (name is not None and not isinstance(module, _PLAIN))
             or isinstance(module, nn.Parameter)
-            or "Div" in dependency.target.name
+            or ("Div" in dependency.target.name and len(dependency.target.inputs) > 1)
         ):
             return []
     widths = {dependency.target.module.weight.shape[0] for dependency, _ in group if dependency.handler in _OUT}
     reads = any(dependency.handler in _IN for dependency, _ in group)
     return found if len(widths) == 1 and reads else []
+
+
+# Beginnings of what is said of layers that cannot be cut for the way in which the network is written.
+_UNFOLLOWED = ("channels that torch-pruning cannot follow", "a number of heads", "a parameter that is of")
 
 
 class ChannelGraph:
@@ -241,6 +247,11 @@ class ChannelGraph:
             seen.add((name, inwards))
             share = len(idxs) / target.weight.shape[1 if inwards else 0]
             self._losses[name].append((layer, "in" if inwards else "out", share))
+
+    @property
+    def unfollowed(self) -> list[str]:
+        """Layers that keep their filters because of how they are written, not of what they are added to."""
+        return [layer for layer, others in self.coupled.items() if others[:1] and others[0].startswith(_UNFOLLOWED)]
 
     @property
     def units(self) -> dict[str, Unit]:

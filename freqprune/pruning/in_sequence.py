@@ -26,7 +26,7 @@ class Reconstruction:
             same target, and it is solved again.
         memory_gb: gigabytes that the activations of all calibration images may take; fewer images are used where more
             would be needed.
-        seed: of the positions.
+        seed: of the positions; 0 in a `Recipe`: its own.
 
     Raises:
         InputError: for an argument out of range.

@@ -45,6 +45,17 @@ def input_moments(
     return counted_moments(model, layers, batches, n_positions, seed)[0]
 
 
+def no_moments_of(module: nn.Module) -> str:
+    """Why moments of the inputs of a layer cannot be taken; empty if they can."""
+    if not (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)):
+        return (
+            f"is a {type(module).__name__}, and moments are taken of 2-D convolutions without groups and of linear "
+            "layers"
+        )
+    n_values = module.weight[0].numel()
+    return f"reads {n_values} values, at most {MAX_VALUES} can be inverted" if n_values > MAX_VALUES else ""
+
+
 def counted_moments(
     model: nn.Module,
     layers: Sequence[str],
@@ -59,17 +70,10 @@ def counted_moments(
     """
     modules = dict(model.named_modules())
     for name in layers:
-        module = modules[name]
-        if not (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)):
+        if why := no_moments_of(modules[name]):
             raise InputError(
-                f"{name!r} is a {type(module).__name__}; moments are taken of 2-D convolutions without groups and of "
-                "linear layers"
-            )
-        if module.weight[0].numel() > MAX_VALUES:
-            raise InputError(
-                f"{name!r} reads {module.weight[0].numel()} values, at most {MAX_VALUES} can be inverted; leave the "
-                "layer before it out (pruning.exclude), "
-                "or do without moments (importance=amplitude pruning.compensation=none)"
+                f"{name!r} {why}; leave the layer before it out (pruning.exclude), or do without moments "
+                "(importance=amplitude pruning.compensation=none)"
             )
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}

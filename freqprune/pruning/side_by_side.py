@@ -12,7 +12,7 @@ from torch.fx import Node
 from freqprune.networks import LINEAR, Trace, run
 from freqprune.processes import added_up, own_share
 from freqprune.pruning.blocks import shortcuts_of, without_channels
-from freqprune.pruning.surroundings import constant_in, goes_into, scale_of
+from freqprune.pruning.surroundings import bias_of, constant_in, goes_into, scale_of
 
 
 class SideBySide:
@@ -112,13 +112,24 @@ class SideBySide:
         return norm, [other for other in others if other in self.twin and self.twin[other][0].shape == shape]
 
     def _constant_of(self, node: Node, norm: Node | None) -> Tensor | None:
-        """What is added to the products of a layer in the twin: its bias, or what went into the norm's mean."""
-        layer = self.trace.layers[node]
-        bias: Any = self.twin_net.get_submodule(layer).bias
-        if bias is not None:
-            return bias.detach().clone()
-        where = constant_in(self.trace, self.twin_net, layer, norm)
-        if where is None:
-            return None
+        """What is added to the products of a layer in the twin: its bias, and what went into the norm's mean."""
+        bias, where = self._bias(node), constant_in(self.trace, node, norm)
+        if where is None or where[1] > 0:
+            return bias
         dense, twin = (fixed[self.trace.placeholder(where[0])] for fixed in self.fixed)
-        return where[1] * (twin - dense)
+        moved: Tensor = where[1] * (twin - dense)
+        return moved if bias is None else bias + moved
+
+    def _bias(self, node: Node, batch: int = 0) -> Tensor | None:
+        """What a layer's operation adds to its products in the twin: its own parameter, or what the forward makes of
+        others."""
+        bias = bias_of(node)
+        if not isinstance(bias, Node):
+            return None
+        found: Tensor = self._reader(self.twin, self.fixed[1], batch)(bias)
+        return found.detach().clone()
+
+    def _foreign_bias(self, node: Node, batch: int) -> Tensor | None:
+        """`_bias` of a layer, if it is not its own parameter."""
+        own = self.trace.source(bias_of(node)) == f"{self.trace.layers[node]}.bias"
+        return None if own else self._bias(node, batch)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError, closest
-from freqprune.networks import Trace, drop_blocks
+from freqprune.networks import Trace, drop_blocks, dropped_blocks
 from freqprune.pruning.blocks import Block, find_blocks
 from freqprune.pruning.graph import ChannelGraph, Unit
 from freqprune.pruning.proof import prove, prove_in_training
@@ -33,6 +34,8 @@ class Plan:
             together.
         coupled: all other convolutions, with what shares their channels.
         blocks: residual blocks that may go, see `freqprune.pruning.blocks`; their names stand for one filter each.
+        gone: blocks that the network has lost already.
+        stuck: blocks that `keep_stuck_blocks` has taken out.
 
     Raises:
         InputError: for a network that cannot be followed.
@@ -48,6 +51,7 @@ class Plan:
         layers = {name for name, module in model.named_modules() if _has_macs(module)}
         self.unreached = sorted(layers - self.graph.left({}).keys())
         self.blocks: dict[str, Block] = {}
+        self.gone, self.stuck = list(dropped_blocks(model)), list[str]()
         if blocks:
             self.trace = Trace(model, self.example, "pruning.blocks=false, with pruning.macs_cut for an amount of time")
             self.blocks = find_blocks(model, self.trace)
@@ -78,8 +82,8 @@ class Plan:
         everything = self._convolutions()
         allowed = [*self.layers, *(self.streams if streams else [])]
         owner = {member: name for name in allowed for member in self.unit(name).members}
-        wanted = allowed if include is None else match_layers(everything, include)
-        dropped = [] if exclude is None else match_layers(everything, exclude)
+        wanted = allowed if include is None else [name for name in self._match(include) if name in everything]
+        dropped = [] if exclude is None else self._match(exclude)
         chosen = [name for name in wanted if name not in dropped]
         shared = [name for name in chosen if name in self.coupled and name not in owner]
         if shared:
@@ -105,15 +109,45 @@ class Plan:
     def spare_blocks(
         self, include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None
     ) -> None:
-        """Let no block go that holds a layer which patterns exclude, or an inner layer that they do not pick.
+        """Let no block go that holds a layer which patterns exclude, or an inner layer that they do not pick, nor one
+        of which they pick none.
 
         Raises:
             InputError: for patterns that match nothing.
         """
-        spared = set() if exclude is None else set(match_layers(self._convolutions(), exclude))
+        spared = set() if exclude is None else {*self._match(exclude)}
         if include is not None:
-            spared |= {*self.layers} - {*match_layers(self._convolutions(), include)}
+            picked = {*self._match(include)}
+            spared |= {*self.layers} - picked
+            spared |= {
+                layer for block in self.blocks.values() if not picked & {*block.layers} for layer in block.layers
+            }
         self.blocks = {name: block for name, block in self.blocks.items() if not spared & {*block.layers}}
+
+    def keep_stuck_blocks(self) -> None:
+        """Let no block go without which the network does not run as the proof asks for: found by a trial, of all
+        together, then of each alone. One that hands on more than a map, such as a pair, shows only there."""
+
+        def fails(names: Sequence[str]) -> bool:
+            try:
+                self.apply(dict.fromkeys(names, torch.tensor([], dtype=torch.long)))
+            except Exception:
+                # Whatever a forward trips over that gets something else than it expects.
+                return True
+            return False
+
+        self.stuck = [name for name in self.blocks if fails([name])] if self.blocks and fails(list(self.blocks)) else []
+        self.blocks = {name: block for name, block in self.blocks.items() if name not in self.stuck}
+
+    def _match(self, patterns: str | Sequence[str]) -> list[str]:
+        """Layers that patterns match, those of blocks too; once blocks have gone, a pattern may match none of what is
+        left, unless all do."""
+        layers = (layer for block in self.blocks.values() for layer in block.layers)
+        names = list(dict.fromkeys([*self._convolutions(), *layers]))
+        if self.gone:
+            given = [patterns] if isinstance(patterns, str) else list(patterns)
+            patterns = [one for one in given if fnmatch.filter(names, one)] or patterns
+        return match_layers(names, patterns)
 
     def _convolutions(self) -> list[str]:
         """Layers that patterns may name: those that can lose filters alone, and those that share them."""
@@ -241,7 +275,7 @@ class Plan:
     def silenced(self, kept: Mapping[str, Tensor]) -> dict[str, list[int]]:
         """Input channels, by layer that reads them, that carry removed filters."""
         found: dict[str, list[int]] = {}
-        for name, indices in kept.items():
+        for name, indices in self.sensible(kept).items():
             gone = [] if name in self.blocks else self._removed(name, indices)
             for reader, channels in self.graph.read_channels(name, gone).items() if gone else ():
                 found.setdefault(reader, []).extend(channels)

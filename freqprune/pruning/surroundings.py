@@ -7,7 +7,7 @@ from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Node
 
 from freqprune.networks import BATCH_NORM, IDENTITIES, LINEAR, SUMS, Trace
@@ -77,10 +77,17 @@ def scale_of(norm: Node, fixed: Mapping[Node, Tensor]) -> Tensor:
     return torch.where(scale.abs() < least, torch.where(scale < 0, -least, least), scale)
 
 
-def constant_in(trace: Trace, net: nn.Module, layer: str, norm: Node | None) -> tuple[str, int] | None:
-    """Where a constant added to a layer's output goes: its bias, or, with the other sign, the norm's mean."""
-    if net.get_submodule(layer).bias is not None:
-        return f"{layer}.bias", 1
+def bias_of(node: Node) -> Any:
+    """What a layer's operation adds to its products, as an argument of it; None if it adds nothing."""
+    return node.args[2] if len(node.args) > 2 else None
+
+
+def constant_in(trace: Trace, node: Node, norm: Node | None) -> tuple[str, int] | None:
+    """Where a constant added to a layer's output goes: its bias, or, with the other sign, the norm's mean. A bias that
+    the forward computes, of parameters elsewhere, is none."""
+    own = f"{trace.layers[node]}.bias"
+    if trace.source(bias_of(node)) == own:
+        return own, 1
     mean: Any = None if norm is None else norm.args[3]
     name = trace.source(mean)
     return None if name is None or len(mean.users) != 1 else (name, -1)

@@ -58,15 +58,63 @@ class Promise:
         }  # fmt: skip
 
 
+class Clock:
+    """What a network and its operations take, and what of it is to go. Made before anything else is measured for a cut:
+    a target that takes no such network, or a time that asks for nothing, shows here.
+
+    Args:
+        plan: of the network.
+        material: its images make the batch that is timed.
+        recipe: amount, and where it counts.
+        progress: see `freqprune.tag`.
+
+    Raises:
+        InputError: for a network that the target cannot run, a time above what it takes, or a damaged file of times.
+    """
+
+    def __init__(self, plan: Plan, material: Material, recipe: Recipe, progress: Progress | None = None) -> None:
+        how, device = recipe.latency, plan.example.device
+        pixels = material.images[torch.arange(how.batch_size) % len(material.images)].to(device)
+        self.plan, self.batch = plan, material.normalize(pixels)
+        self.dense = _ready(plan.model)
+        self.time_dense = runner(self.dense, self.batch, how.target)
+        eager = runner(self.dense, self.batch)
+        dense_ms = compare(eager, eager, N_PAIRS[0]).dense_ms
+        self.target_ms = (
+            dense_ms if how.target == "eager" else compare(self.time_dense, self.time_dense, N_PAIRS[0]).dense_ms
+        )
+        asked = recipe.amount.latency_cut
+        if asked is None:
+            assert recipe.amount.latency_ms is not None
+            asked = 1 - recipe.amount.latency_ms / self.target_ms
+            if asked <= 0:
+                raise InputError(
+                    f"pruning.latency_ms = {recipe.amount.latency_ms:g} asks for no less than the network takes "
+                    f"already, {self.target_ms:.4g} ms at batch {how.batch_size}"
+                )
+        self.asked = asked
+        whole = plan.blocks and how.batch_size == 1
+        self.trace = plan.trace if whole else Trace(self.dense, self.batch, "pruning.macs_cut")
+        self.blocks = plan.blocks_of(self.trace)
+        folder = Path(how.folder) if how.folder is not None else Path.home() / ".cache" / "freqprune"
+        self.times = Times(self.dense, self.trace, self.batch, dense_ms, cache_file(folder, device), progress)
+
+    def ms(self, widths: Mapping[str, int]) -> float:
+        """Milliseconds of a forward with `widths` filters left in the named units, and 0 of a block that is gone."""
+        gone = {node for name, block in self.blocks.items() if widths.get(name, 1) == 0 for node in block.gone}
+        units = {name: width for name, width in widths.items() if name not in self.blocks}
+        return self.times.ms(self.plan.graph.left(units), gone)
+
+
 def to_time(
-    plan: Plan, scores: Mapping[str, Tensor], material: Material, recipe: Recipe, progress: Progress | None = None
+    plan: Plan, scores: Mapping[str, Tensor], clock: Clock, recipe: Recipe, progress: Progress | None = None
 ) -> tuple[Kept, Amount, list[str], Promise]:
     """Choose what to keep so that the measured time falls by what `recipe.amount` asks for.
 
     Args:
         plan: of the network.
         scores: of filters and blocks.
-        material: its images make the batch that is timed.
+        clock: of it.
         recipe: amount, and where it counts.
         progress: see `freqprune.tag`.
 
@@ -76,44 +124,19 @@ def to_time(
     Raises:
         InputError: for a time that cannot be reached, or a device too noisy to measure.
     """
-    how, device = recipe.latency, plan.example.device
-    pixels = material.images[torch.arange(how.batch_size) % len(material.images)].to(device)
-    batch = material.normalize(pixels)
-    dense = _ready(plan.model)
-    time_dense = runner(dense, batch, how.target)
-    eager = runner(dense, batch)
-    dense_ms = compare(eager, eager, N_PAIRS[0]).dense_ms
-    target_ms = dense_ms if how.target == "eager" else compare(time_dense, time_dense, N_PAIRS[0]).dense_ms
-    trace = plan.trace if plan.blocks and how.batch_size == 1 else Trace(dense, batch, "pruning.macs_cut")
-    blocks = plan.blocks_of(trace)
-    folder = Path(how.folder) if how.folder is not None else Path.home() / ".cache" / "freqprune"
-    times = Times(dense, trace, batch, dense_ms, cache_file(folder, device), progress)
-
-    def ms(widths: Mapping[str, int]) -> float:
-        gone = {node for name in blocks if widths.get(name, 1) == 0 for node in blocks[name].gone}
-        units = {name: width for name, width in widths.items() if name not in blocks}
-        return times.ms(plan.graph.left(units), gone)
-
-    asked = recipe.amount.latency_cut
-    if asked is None:
-        assert recipe.amount.latency_ms is not None
-        asked = 1 - recipe.amount.latency_ms / target_ms
-        if asked <= 0:
-            raise InputError(
-                f"pruning.latency_ms = {recipe.amount.latency_ms:g} asks for no less than the network takes already, "
-                f"{target_ms:.4g} ms at batch {how.batch_size}"
-            )
+    how, device, asked, target_ms = recipe.latency, plan.example.device, clock.asked, clock.target_ms
     wanted, said = recipe.amount, []
     if wanted.multiple_of == AUTO:
-        smallest = min(len(score) for name, score in scores.items() if name not in blocks)
-        wanted = replace(wanted, multiple_of=times.multiple(dense, trace, batch, max(1, smallest // 2)))
+        smallest = min(len(score) for name, score in scores.items() if name not in plan.blocks)
+        multiple = clock.times.multiple(clock.dense, clock.trace, clock.batch, max(1, smallest // 2))
+        wanted = replace(wanted, multiple_of=multiple)
         said = [f"widths are multiples of {wanted.multiple_of}, by the steps in the measured times of the layers"]
     goal, best = asked, None
     for _ in range(N_TRIES):
         amount = replace(wanted, latency_ms=None, latency_cut=min(goal, 0.99))
         try:
             by = plan.macs if amount.scope == "per_mac" else None
-            kept = plan.sensible(select(scores, amount, ms, plan.blocks, by))
+            kept = plan.sensible(select(scores, amount, clock.ms, plan.blocks, by))
         except InputError as error:
             if best is None and recipe.amount.latency_ms is not None:
                 raise InputError(
@@ -128,7 +151,8 @@ def to_time(
                 f"a cut of {100 * asked:.1f} % of the time cannot be reached; {100 * best[1].saved:.1f} % was "
                 f"measured. {error}"
             ) from error
-        speed = _measured(time_dense, _ready(plan.apply(kept, check=False)), batch, how.target, progress)
+        small = _ready(plan.apply(kept, check=False))
+        speed = _measured(clock.time_dense, small, clock.batch, how.target, progress)
         off = speed.saved - asked
         if best is None or _badness(off) < _badness(best[1].saved - asked):
             best = kept, speed

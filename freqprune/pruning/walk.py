@@ -17,6 +17,7 @@ from freqprune.processes import from_first
 from freqprune.pruning.blocks import Block, answers_without, shortcuts_of
 from freqprune.pruning.equations import Sums, solve
 from freqprune.pruning.in_sequence import Reconstruction
+from freqprune.pruning.moments import MAX_VALUES
 from freqprune.pruning.patches import Geometry, pick
 from freqprune.pruning.refinement import Segment, gauss_newton
 from freqprune.pruning.side_by_side import SideBySide
@@ -27,8 +28,6 @@ log = logging.getLogger(__name__)
 HELD_OUT = 4
 # Pixels of the images of one Gauss-Newton step, 1,200 of 32 x 32: larger images have more positions to learn from.
 STEP_PIXELS = 1200 * 32**2
-# Most inputs of a layer that are solved for at once: the matrix of 8,192 takes half a gigabyte.
-MAX_VALUES = 8192
 
 
 class Walk(SideBySide):
@@ -133,6 +132,8 @@ class Walk(SideBySide):
             generator = torch.Generator().manual_seed(seed % 2**63)
             chosen = pick(geometry.n_positions(x.shape), self.how.positions, generator)
             target = geometry.outputs(self.dense[node][i], chosen)
+            if (added := self._foreign_bias(node, i)) is not None:
+                target = target - added
             for other in others:
                 shift = geometry.outputs(self.dense[other][i] - self.twin[other][i], chosen)
                 target = target + (shift if norm is None else shift / scale_of(norm, self.fixed[0]))
@@ -152,7 +153,7 @@ class Walk(SideBySide):
         n_samples, n_unknowns = sum(part.n_samples for part in parts), int(stays.sum()) + 1
         if n_samples < n_unknowns:
             self.short[layer] = n_unknowns - n_samples
-        goes_to = constant_in(self.trace, self.twin_net, layer, norm)
+        goes_to = constant_in(self.trace, node, norm)
         left = weight.detach().flatten(1)[:, stays]
         solved = solve(parts, left, stays[stays], self.how.ridge, goes_to is not None)
         if solved is None:
@@ -187,12 +188,12 @@ class Walk(SideBySide):
         if not path:
             return False
         source, feeding = path[0], self.trace.layers[path[0]]
-        goes_to = constant_in(self.trace, self.twin_net, feeding, goes_into(source)[0])
+        goes_to = constant_in(self.trace, source, goes_into(source)[0])
         scale: Tensor | float = 1.0 if norm is None else self._channelwise(scale_of(norm, self.fixed[0]), node)
         own_constant = self._constant_of(node, norm)
         weight = self.twin_net.get_parameter(f"{feeding}.weight").detach()
-        own: Any = self.twin_net.get_submodule(feeding).bias
-        constant = weight.new_zeros(len(weight)) if own is None else own.detach()
+        own = self._bias(source)
+        constant = weight.new_zeros(len(weight)) if own is None else own
         reader = self.twin_net.get_parameter(f"{self.trace.layers[node]}.weight").detach()
         # A step must not bring back what the cut has taken from the layer.
         stays = self._stays(feeding, weight, source).to(weight)

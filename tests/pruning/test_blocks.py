@@ -378,3 +378,89 @@ def test_blocks_with_layers_that_are_spared_stay(patterns: dict[str, str], left:
     if patterns:
         with pytest.raises(InputError, match="spare every residual block"):
             plan_cut(net, torch.rand(1, 3, 32, 32), replace(recipe, layers="conv1", exclude=None, streams=True))
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (x + self.b(F.relu(self.a(x))),)
+
+
+class Pairs(nn.Module):
+    """Blocks that hand on more than a map: without them, the network gets one where it takes a pair."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.plain = nn.Conv2d(3, 6, 3, padding=1), Plain(6)
+        self.pairs, self.head = nn.ModuleList([Pair(), Pair()]), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.plain(self.stem(x))
+        for pair in self.pairs:
+            x = pair(x)[0]
+        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_blocks_that_hand_on_more_than_a_map_stay() -> None:
+    net = Pairs().eval()
+    assert list(Plan(net, X, blocks=True).blocks) == ["plain", "pairs.0", "pairs.1"]
+    recipe = Recipe(Amount(macs_cut=0.3, scope="per_mac"), "logit_error", blocks=True, calibrate_on="images")
+    plan, _ = plan_cut(net, X, recipe)
+    assert list(plan.blocks) == ["plain"]
+    done = cut(net, Material(X, lambda p: p, calibration=torch.rand(64, 3, 32, 32)), recipe, Stimulus())
+    assert any("2 residual blocks stay, as the network does not run without them" in one for one in done.remarks)
+    net.plain = nn.Identity()  # type: ignore[assignment]
+    with pytest.raises(InputError, match=r"without any of its residual blocks \(pairs\.0, pairs\.1\)"):
+        plan_cut(net, X, recipe)
+
+
+class Mixer(nn.Module):
+    """Blocks of depthwise convolutions, which are no units of their own (ConvMixer)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6, 4)
+        self.blocks = nn.ModuleList(nn.ModuleList([Mixed(), nn.Conv2d(6, 6, 1)]) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for depthwise, pointwise in self.blocks:  # type: ignore[misc]
+            x = F.relu(pointwise(depthwise(x)))
+        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fn = nn.Conv2d(6, 6, 3, padding=1, groups=6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.relu(self.fn(x))
+
+
+def test_patterns_spare_blocks_without_units() -> None:
+    plan = Plan(Mixer().eval(), X, blocks=True)
+    assert list(plan.blocks) == ["blocks.0.0", "blocks.1.0"]
+    plan.spare_blocks(exclude="blocks.0.*")
+    assert list(plan.blocks) == ["blocks.1.0"]
+    plan = Plan(Mixer().eval(), X, blocks=True)
+    plan.spare_blocks(exclude="blocks.0.0*")
+    assert list(plan.blocks) == ["blocks.1.0"]
+    plan = Plan(Mixer().eval(), X, blocks=True)
+    plan.spare_blocks(include="blocks.1.*")
+    assert list(plan.blocks) == ["blocks.1.0"]
+
+
+def test_what_is_made_up_for_is_what_is_cut() -> None:
+    """A stream that is led by a block which goes keeps its filters."""
+    net = build_model({"name": "resnet14", "shortcut": "B"}).eval()
+    plan = Plan(net, X, blocks=True)
+    stream = next(name for name in plan.streams if name.startswith("layer2.0."))
+    kept = {"layer2.0": GONE, stream: torch.arange(8)}
+    assert plan.silenced(kept) == plan.silenced({"layer2.0": GONE})
+    small = plan.apply(kept)
+    moments = input_moments(net, [name for name, one in net.named_modules() if isinstance(one, nn.Conv2d)], [X])
+    assert compensate(plan, small, kept, moments, "mean") == []

@@ -25,6 +25,7 @@ from freqprune.tagging.stimulus import Stimulus
 from freqprune.training.carrying import carry_over
 from freqprune.training.classifier import Classifier
 from freqprune.training.pruning_callback import TagPruning
+from tests.pruning.test_heads import tokens
 
 PIXELS = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -429,9 +430,67 @@ def test_an_amount_beyond_every_floor_is_refused_before_anything_is_measured() -
         ({"criterion": "l2", "compensation": "sequential"}, 128, 32, 2),
         ({"criterion": "l2", "compensation": "sequential", "calibrate_on": "both"}, 128, 32, 4),
         ({"criterion": "redundancy", "compensation": "sequential"}, 32, 32, 1),
+        ({"criterion": "logit_error", "blocks": True, "measured_images": 1}, 64, 32, 1),
+        ({"criterion": "logit_error", "blocks": True, "calibrate_on": "both"}, 128, 64, 8),
     ],
 )
 def test_batches_that_processes_share_are_counted(
     how: dict[str, Any], n_images: int, size: int, batches: int | None
 ) -> None:
     assert shared_batches(Recipe(Amount(macs_cut=0.3), **how), torch.zeros(n_images, 3, size, size)) == batches
+
+
+def test_layers_seen_in_too_few_samples_are_made_up_for_by_their_mean() -> None:
+    """Of 6 samples, least squares would leave nothing of a reader of 48 inputs but what these span."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 3)).eval()
+    how = {"criterion": "l2", "compensation": "least_squares", "calibrate_on": "images"}
+    recipe = Recipe(Amount(ratio=0.25, scope="layer"), **how)  # type: ignore[arg-type]
+    done = cut(net, material(calibration=PIXELS), recipe, Stimulus())
+    assert any("worst 4, which lacks 59: what they lost is made up for by its mean only" in one for one in done.remarks)
+    assert torch.equal(done.net[4].weight, net[4].weight[:, done.kept["0"]])
+    with torch.no_grad():
+        torch.testing.assert_close(done.net(PIXELS * 2 - 1).mean(0), net(PIXELS * 2 - 1).mean(0), rtol=1e-4, atol=1e-5)
+    done = cut(net, material(calibration=torch.rand(80, 3, 16, 16)), recipe, Stimulus())
+    assert done.remarks == []
+    assert not torch.equal(done.net[4].weight, net[4].weight[:, done.kept["0"]])
+
+
+class Chooses(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(y if y.sum() > 0 else -y).mean((2, 3))  # type: ignore[no-any-return]
+
+
+def test_what_cannot_be_made_up_for_or_measured_is_refused_before_anything_is_measured() -> None:
+    half, image = Amount(ratio=0.5, scope="layer"), PIXELS[:1]
+    with pytest.raises(InputError, match=r"torch\.export cannot follow"):
+        plan_cut(Chooses(), image, Recipe(half, "l2", compensation="sequential"))
+    large = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 16 * 16, 10))
+    with pytest.raises(InputError, match=r"'3' reads 16384 values, at most 8192 .*pruning\.exclude=0"):
+        plan_cut(large, image, Recipe(half, "redundancy"))
+    with pytest.raises(InputError, match=r"pruning\.ratio = 0\.99 asks for 111 of 112 filters.*only 109 can go"):
+        plan_cut(build_model({"name": "resnet8"}), image, Recipe(Amount(ratio=0.99)))
+
+
+def test_a_seed_of_the_positions_is_the_recipes_unless_it_has_one() -> None:
+    torch.manual_seed(0)
+    net, calibrated = chain(), material(calibration=torch.rand(40, 3, 16, 16))
+    few = Recipe(Amount(ratio=0.5, scope="layer"), "l2", layers="0", compensation="sequential", calibrate_on="images")
+
+    def solved(seed: int, recipe_seed: int) -> Tensor:
+        how = Reconstruction(positions=8, seed=seed, rounds=0)
+        return cut(net, calibrated, replace(few, reconstruction=how, seed=recipe_seed), Stimulus()).net[2].weight
+
+    assert torch.equal(solved(0, 5), solved(5, 0))
+    assert not torch.equal(solved(5, 0), solved(6, 0))
+
+
+def test_layers_that_cannot_be_followed_are_named() -> None:
+    net, x = tokens("talking"), torch.rand(2, 3, 32, 32)
+    remarks = cut(net, Material(x, lambda p: p), Recipe(Amount(ratio=0.3), "l2"), Stimulus()).remarks
+    assert any("1 layers keep their filters, as their channels cannot be followed: attn.qkv" in one for one in remarks)

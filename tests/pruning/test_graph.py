@@ -1,11 +1,16 @@
 """Units of filters: what writes them and what reads them, by name."""
 
+from collections.abc import Callable
+
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models import mobilenet_v2
 
 from freqprune.networks.registry import build_model
 from freqprune.pruning.graph import ChannelGraph
+from freqprune.pruning.surgery import Plan
 
 
 def test_readers_are_the_layers_that_multiply_a_units_filters_and_no_others() -> None:
@@ -30,3 +35,21 @@ def test_a_linear_layer_after_pooling_reads_the_last_filters() -> None:
     )
     unit = ChannelGraph(net, torch.zeros(1, 3, 8, 8)).inner["0"]
     assert (unit.members, unit.n_filters, unit.readers) == (("0",), 4, ("5",))
+
+
+@pytest.mark.parametrize("function", [lambda x: x / 2, lambda x: F.relu6(x + 3) / 6, lambda x: x - 1])
+def test_arithmetic_with_numbers_couples_nothing(function: Callable[[Tensor], Tensor]) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(F.relu(function(self.a(x)))).mean((2, 3))  # type: ignore[no-any-return]
+
+    net, x = Scaled().eval(), torch.rand(2, 3, 16, 16)
+    plan = Plan(net, x)
+    assert plan.layers == ["a"]
+    assert plan.misread(plan.layers) == []
+    kept = torch.tensor([0, 3, 5])
+    assert plan.apply({"a": kept}).get_parameter("a.weight").shape[0] == 3

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from freqprune.networks.profiling import count_macs
 from freqprune.networks.registry import build_model
@@ -14,6 +14,7 @@ from freqprune.pruning.in_steps import InSteps, cut_in_steps
 from freqprune.pruning.selection import NothingToRemoveError
 from freqprune.pruning.surgery import Plan
 from freqprune.tagging.stimulus import Stimulus
+from tests.pruning.test_blocks import Plain
 
 PIXELS = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 MATERIAL = Material(PIXELS, lambda pixels: pixels * 2 - 1, [0.5] * 3, [0.5] * 3, calibration=PIXELS)
@@ -48,6 +49,33 @@ def test_steps_add_up(kind: str) -> None:
     assert step_amount(Amount(**{kind: 0.6}), 1, 3, 0.6) is None
     assert step_amount(Amount(**{kind: 0.6}), 1, 3, 0.55) is None
     assert step_amount(Amount(threshold=2.0), 1, 3, 0.5) == Amount(threshold=2.0)
+
+
+class Once(nn.Module):
+    """One block, which does next to nothing, and more to cut behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.tail = nn.Conv2d(3, 6, 3, padding=1), Plain(6), nn.Conv2d(6, 8, 3, padding=1)
+        self.last, self.head = nn.Conv2d(8, 6, 3, padding=1), nn.Linear(6, 4)
+        nn.init.normal_(self.block.b.weight, std=1e-5)
+        nn.init.zeros_(self.block.b.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.last(self.tail(self.block(self.stem(x))).relu()).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("layers", [None, ["tail", "block.a"]])
+def test_later_steps_go_on_where_the_blocks_have_gone(layers: list[str] | None) -> None:
+    """A step that finds no block left, or a pattern of a layer that went with one, is not refused for that."""
+    torch.manual_seed(0)
+    recipe = Recipe(
+        Amount(macs_cut=0.6, scope="per_mac"), "logit_error", blocks=True, calibrate_on="images", layers=layers
+    )
+    net = Once().eval()
+    found, _, _ = in_steps(net, recipe, 2)
+    assert found.dropped == ["block"]
+    assert count_macs(found.net, PIXELS[:1]) <= 0.4 * count_macs(net, PIXELS[:1])
 
 
 @pytest.fixture

@@ -14,10 +14,12 @@ from torchvision.models import mobilenet_v2, resnet18
 
 from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
-from freqprune.networks.trace import equal_batches
+from freqprune.networks.trace import Trace, equal_batches
 from freqprune.pruning import walk
+from freqprune.pruning.damage import logit_errors
 from freqprune.pruning.equations import Equations, Sums, solve
 from freqprune.pruning.in_sequence import Reconstruction
+from freqprune.pruning.moments import input_moments
 from freqprune.pruning.reconstruction import mute, reconstruct
 from freqprune.pruning.refinement import Segment, gauss_newton
 from freqprune.pruning.surgery import Plan
@@ -400,3 +402,45 @@ def test_without_held_out_batches_the_ridge_is_not_the_least(
     reconstruct(Odd("").eval(), {"b": [1, 2]}, batches, Reconstruction(ridge=None, rounds=0))
     assert len(set(used)) == n_tried
     assert n_tried > 1 or set(used) == {1e-2}
+
+
+class Elsewhere(nn.Module):
+    """Adds a bias that is made of other parameters, as the queries, keys and values of BEiT, EVA and Swin v2 do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 6, bias=False)
+        self.q, self.v = nn.Parameter(torch.full((3,), 3.0)), nn.Parameter(torch.full((3,), 3.0))
+        self.c, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x.flatten(2).transpose(1, 2)))
+        x = F.linear(x, self.b.weight, torch.cat((self.q, self.v)))
+        return self.head(F.relu(self.c(F.relu(x))).mean(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_a_bias_that_the_forward_makes_of_other_parameters_counts_once(rounds: int) -> None:
+    torch.manual_seed(0)
+    net, x = Elsewhere().eval(), images()
+    double(net.a)
+    twin, _ = reconstruct(net, {"b": [4, 5, 6, 7]}, equal_batches([x], 8), replace(EXACT, rounds=rounds))
+    new = images(seed=5)
+    muted = copy.deepcopy(net)
+    mute(muted, {"b": [4, 5, 6, 7]})
+    with torch.no_grad():
+        made_up, cut = (float((one(new) - net(new)).abs().max()) for one in (twin, muted))
+    assert made_up < 2e-3 * cut
+
+
+def test_it_counts_once_in_the_measured_change_of_the_logits_too() -> None:
+    torch.manual_seed(0)
+    net, x = Elsewhere().eval(), images(8)
+    double(net.a)
+    moments = input_moments(net, ["b"], [x], n_positions=None)
+    weight = net.b.weight.detach()
+    columns = torch.arange(8)[:, None]
+    order = torch.tensor([4, 5, 6, 7, 0, 1, 2, 3])
+    copies, everything = logit_errors(net, {"b": (weight, moments["b"], columns)}, order, [4, 8], [x], Trace(net, x))
+    assert float(copies) < 1e-6
+    assert float(everything) > 1e-6

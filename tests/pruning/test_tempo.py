@@ -145,7 +145,8 @@ def test_milliseconds_are_those_of_where_it_counts(
     how = recipe(tmp_path, latency_ms=0.72 * dense_ms)
     how = replace(how, latency=replace(how.latency, target=target))
     scores = {"0": torch.arange(1.0, 21.0)}
-    kept, _, _, promise = tempo.to_time(Plan(net.eval(), PIXELS[:1]), scores, Material(PIXELS[:4], lambda p: p), how)
+    plan = Plan(net.eval(), PIXELS[:1])
+    kept, _, _, promise = tempo.to_time(plan, scores, tempo.Clock(plan, Material(PIXELS[:4], lambda p: p), how), how)
     assert promise.asked == pytest.approx(0.28)
     # All multiplications go with the filters of the first layer, of which five are 25 % and six 30 %.
     assert kept["0"].tolist() == [*range(6, 20)]
@@ -283,3 +284,15 @@ def test_bad_multiples(settings: dict[str, Any], message: str) -> None:
 def test_a_selection_alone_measures_no_multiple() -> None:
     with pytest.raises(InputError, match="auto is found by cut, which measures; give a number here"):
         select({"a": torch.arange(4.0)}, Amount(latency_cut=0.5, multiple_of="auto"), lambda widths: 1.0)
+
+
+@pytest.mark.usefixtures("_by_macs")
+def test_what_a_few_forwards_tell_is_asked_before_anything_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempo, "compare", lambda *forwards: Speed(10.0, 10.0, 0.0, 0.0))
+    monkeypatch.setattr("freqprune.pruning.cutting.gather", lambda *_: pytest.fail("measured"))
+    net = build_model({"name": "resnet8"}).eval()
+    material = Material(PIXELS[:4], lambda p: p, calibration=PIXELS)
+    with pytest.raises(InputError, match=r"latency_ms = 1000 asks for no less than the network takes already, 10 ms"):
+        cut(net, material, recipe(tmp_path, latency_ms=1000.0), Stimulus())
