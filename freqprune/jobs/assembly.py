@@ -244,20 +244,23 @@ def check_match(net: nn.Module, data: ImageData, stored: Stored) -> None:
     check_answers(net, data.normalize(data.pixels("val", 1)).to(device_of(net)))
 
 
-def check_sizes(net: nn.Module, data: ImageData, example: Tensor) -> None:
-    """Run a network on images as they are and in the least size that is trained on.
+def check_sizes(net: nn.Module, data: ImageData, example: Tensor, epochs: int | None) -> None:
+    """Run a network on images as they are and in every size that is trained on in so many epochs.
 
     Raises:
         InputError: if it does not run on one of them.
     """
     check_answers(net, example)
-    small = data.smallest(example)
-    if small.shape == example.shape:
+    resizing = data.progressive_resizing
+    if resizing is None or epochs is None or epochs < 1:
         return
-    try:
-        check_answers(net, small)
-    except InputError as error:
-        raise InputError(
-            f"data.progressive_resizing begins with images of {' x '.join(map(str, small.shape[-2:]))}: {error}; raise "
-            "initial_scale, or leave progressive_resizing out for networks of one size"
-        ) from error
+    whole = data.training_size()
+    for sides in sorted({resizing.sides(epoch, epochs, *whole) for epoch in range(epochs)}):
+        try:
+            check_answers(net, nn.functional.interpolate(example, size=sides))
+        except InputError as error:
+            raise InputError(
+                f"data.progressive_resizing has images of {' x '.join(map(str, sides))} on the way: {error}; raise "
+                "size_increment to what the network's sides have to be multiples of, or initial_scale, or leave "
+                "progressive_resizing out for networks of one size"
+            ) from error

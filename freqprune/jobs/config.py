@@ -290,7 +290,7 @@ def _check(cfg: DictConfig, common: Common) -> None:
     if not isinstance(data, DictConfig):
         raise InputError("data is not set; name one of its choices, e.g. data=cifar10")
     root = data.get("root")
-    if str(data.get("_target_")).endswith("ImageFolderData") and not Path(str(root)).is_dir():
+    if str(data.get("_target_")).endswith("ImageFolderData") and not Path(str(root)).expanduser().is_dir():
         raise InputError(f"data.root = {root} is not a folder; it must hold train/<class>/*.png and test/<class>/*.png")
     _check_compiled(cfg, common)
     import_modules(common.imports)

@@ -76,7 +76,7 @@ def _pruned(
         check_finetuning(settings, data)
     if planned and settings.from_scratch:
         check_anew(net)
-        assembly.check_sizes(net, data, run.example)
+        assembly.check_sizes(net, data, run.example, settings.finetune_epochs)
     resumed = settings.common.resume
     # One reads: it writes into that folder as soon as it goes on.
     earlier = None if resumed is None else from_first(interrupted, Path(resumed), run.trained, settings.finetune_epochs)

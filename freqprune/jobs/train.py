@@ -6,6 +6,7 @@ import logging
 import math
 import shlex
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from freqprune.jobs.launch import world_size
 from freqprune.jobs.loggers import log_results
 from freqprune.jobs.outputs import explore_training, figures_of_training, training_criterion
 from freqprune.jobs.settings import Settings, read
-from freqprune.networks import build_model, check_resumable, device_of, rebuilt_from
+from freqprune.networks import build_model, check_resumable, device_of, dtype_of, rebuilt_from
 from freqprune.pruning import plan_cut
 from freqprune.reports import record, show, show_folder, write_page
 from freqprune.tagging import TagLoss, pick_layers
@@ -36,6 +37,19 @@ log = logging.getLogger(__name__)
 CHANCE = 1.2
 # Share of a step's time that a loss from the tags may take before it is said how it takes less.
 COSTLY = 0.2
+
+
+class _Begins(pl.Callback):
+    """Does something once, when nothing of a training can be refused any more."""
+
+    def __init__(self, begin: Callable[[], None]) -> None:
+        super().__init__()
+        self.begin: Callable[[], None] | None = begin
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        begin, self.begin = self.begin, None
+        if begin is not None and trainer.is_global_zero:
+            begin()
 
 
 class _Validated(pl.Callback):
@@ -91,7 +105,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         **asdict(settings.optimizer),
     )
     example = data.normalize(data.pixels("val", 1))
-    assembly.check_sizes(classifier.net, data, example)
+    assembly.check_sizes(classifier.net, data, example, most)
     if classifier.tag_loss is not None:
         classifier.tag_loss.check(classifier.net, example)
         if data.progressive_resizing is not None:
@@ -104,15 +118,10 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
             check_anew(classifier.net)
     pick_layers(classifier.net, settings.readout.layers)
     tagging = _tagging(settings, data)
-    validated_at = _Validated()
-    trainer = trainers.make_trainer(settings, out, [tagging, validated_at])
-    if trainer.is_global_zero:
-        announce_training(settings, classifier.net, data, trainer, cut, done)
-    start = time.perf_counter()
     last = out / "checkpoints" / "last.ckpt"
-    advice = f"interrupted; to go on, if an epoch was complete: {shlex.quote(override('ckpt_path', last))}"
     goes_on = common.ckpt_path is not None and record.lies_in(common.ckpt_path, out)
-    if trainer.is_global_zero:
+
+    def begin() -> None:
         record.write(out, cfg, [record.TRAINING, record.METRICS, *record.PAGES])
         # Of an earlier training in this folder: it would be taken for one of this.
         own = [out / name for name in record.OF_A_TRAINING]
@@ -121,7 +130,16 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
             # What was cut and shown is of the network as it was.
             stale = (record.TRAINING, record.METRICS, *record.PAGES)
             record.clear([path for name in stale for path in out.glob(name)])
+
+    validated_at, begins = _Validated(), _Begins(begin)
+    trainer = trainers.make_trainer(settings, out, [tagging, validated_at, begins])
+    if trainer.is_global_zero:
+        announce_training(settings, classifier.net, data, trainer, cut, done)
+    start = time.perf_counter()
+    advice = f"interrupted; to go on, if an epoch was complete: {shlex.quote(override('ckpt_path', last))}"
     trainers.fit(trainer, classifier, data, common.ckpt_path, advice, common.compile)
+    # Where no epoch was left to train.
+    begins.on_train_start(trainer, classifier)
     seconds = time.perf_counter() - start
     if data.validates and validated_at.step != trainer.global_step:
         # No epoch was left to train, or none to validate after the last.
@@ -139,7 +157,9 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         record.write_json(out / record.TRAINING, metrics)
         figures_of_training(tagging, out)
         title = f"{config['name']}, {metrics['epochs']} epochs, seed {common.seed}"
-        explore_training(settings, tagging, title, classifier.net, example.to(device_of(classifier.net)))
+        explore_training(
+            settings, tagging, title, classifier.net, example.to(device_of(classifier.net), dtype_of(classifier.net))
+        )
         write_page(out)
         log_results(trainer.logger, out, last=settings.recipe is None)
         total = sum(int(flags.sum()) for flags in tagging.latest.get("important", {}).values())

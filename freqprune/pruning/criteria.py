@@ -11,6 +11,7 @@ from torch import Tensor
 
 from freqprune.attribution import filter_movement
 from freqprune.errors import InputError
+from freqprune.networks import IndexShortcut
 from freqprune.pruning.damage import corrected, logit_errors
 from freqprune.pruning.elimination import elimination_errors
 from freqprune.pruning.graph import ChannelGraph
@@ -91,10 +92,14 @@ def l2_score(evidence: Evidence, layer: str) -> Tensor:
 
 @criterion("random")
 def random_score(evidence: Evidence, layer: str) -> Tensor:
-    """Uniform noise: the control that any criterion has to beat."""
+    """Uniform noise: the control that any criterion has to beat. Of layers whose filters go together one number each:
+    the largest of several, or the mean over a head's channels, would be uniform no more."""
+    units = () if evidence.graph is None else evidence.graph.units.values()
+    unit = next((one for one in units if layer in one.members), None)
+    name, n_filters = (layer, len(evidence.weight(layer))) if unit is None else (unit.name, unit.n_filters)
     names = [name for name, _ in evidence.model.named_modules()]
-    generator = torch.Generator().manual_seed(evidence.seed * 1_000_003 + names.index(layer))
-    return torch.rand(len(evidence.weight(layer)), generator=generator, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(evidence.seed * 1_000_003 + names.index(name))
+    return torch.rand(n_filters, generator=generator, dtype=torch.float64)
 
 
 @criterion("activation", "labels")
@@ -133,12 +138,11 @@ def logit_error_score(evidence: Evidence, layer: str) -> Tensor:
     estimates = logit_redundancy_score(evidence, layer)
     order, n_filters = estimates.argsort(stable=True), len(estimates)
     counts = sorted({-(-n_filters * eighth // 8) for eighth in range(1, 9)})
-    return corrected(
-        estimates,
-        order,
-        counts,
-        logit_errors(evidence.model, _readers(evidence, layer), order, counts, evidence.frames, evidence.trace),
+    readers, frames = _readers(evidence, layer), evidence.frames
+    measured = logit_errors(
+        evidence.model, readers, order, counts, frames, evidence.trace, shortcuts_read(evidence.graph, layer)
     )
+    return corrected(estimates, order, counts, measured)
 
 
 @criterion("logit_redundancy", "moments", "gradients")
@@ -184,6 +188,14 @@ def _readers(evidence: Evidence, layer: str) -> dict[str, tuple[Tensor, Tensor, 
     return readers
 
 
+def shortcuts_read(graph: ChannelGraph | None, layer: str) -> dict[str, list[list[int]]]:
+    """Input channels, filter by filter, of shortcuts without weights that hand on the filters of `layer`."""
+    assert graph is not None
+    modules = dict(graph.model.named_modules())
+    found = _channels(graph, layer, graph.units[layer].n_filters)
+    return {name: channels for name, channels in found.items() if isinstance(modules[name], IndexShortcut)}
+
+
 def _channels(graph: ChannelGraph, layer: str, n_filters: int) -> dict[str, list[list[int]]]:
     """Input channels, filter by filter, of each layer that reads the filters of `layer`."""
     together, of_first = graph.read_channels(layer, range(n_filters)), graph.read_channels(layer, [0])
@@ -205,10 +217,15 @@ def _by_torch_pruning(
     gradients it needs."""
     assert evidence.graph is not None
     parameters = dict(evidence.graph.twin.named_parameters())
+    given = {} if order is None else {name: pair[order] for name, pair in evidence.gradients.items()}
+    half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in parameters.values())
+    # In half precision squares of gradients would be zeros: one factor for all leaves their order.
+    scale = max((float(one.abs().max()) for one in given.values()), default=0.0) if half else 1.0
     for name, parameter in parameters.items():
-        parameter.grad = (
-            None if order is None or name not in evidence.gradients else evidence.gradients[name][order].to(parameter)
-        )
+        gradient = given.get(name)
+        # torch-pruning takes it for granted that all have one, though a second answer may be all that reads a layer.
+        missing = torch.zeros_like(parameter) if order == 0 else None
+        parameter.grad = missing if gradient is None else (gradient / (scale or 1.0)).to(parameter)
     found = importance(evidence.graph.group(layer))
     for parameter in parameters.values():
         parameter.grad = None

@@ -14,7 +14,7 @@ from freqprune.processes import from_first
 from freqprune.pruning.amount import Amount
 from freqprune.pruning.blocks import answers_without
 from freqprune.pruning.compensation import compensate, readers_of
-from freqprune.pruning.criteria import needs, scores
+from freqprune.pruning.criteria import needs, scores, shortcuts_read
 from freqprune.pruning.depth import ONE_PASS, block_scores
 from freqprune.pruning.evidence import calibration, gather, n_measured
 from freqprune.pruning.importance import Evidence
@@ -152,7 +152,7 @@ def cut(
     evidence = gather(plan, chosen, material, recipe, stimulus, response, progress)
     misread = [name for name in plan.choose(recipe.layers, recipe.exclude, recipe.streams) if name not in chosen]
     chosen, notes = _seen_enough(plan, chosen, evidence.short, recipe)
-    notes += _kept_whole(misread) + _not_followed(plan, recipe)
+    notes += _kept_whole(misread) + _not_followed(plan, chosen, recipe)
     found = scores(recipe.criterion, evidence, chosen, progress)
     if plan.blocks:
         # Only in sequence a cut makes up for whole blocks.
@@ -203,10 +203,16 @@ def _kept_whole(misread: Sequence[str]) -> list[str]:
     ]
 
 
-def _not_followed(plan: Plan, recipe: Recipe) -> list[str]:
-    """Remarks on what nobody chose to keep: layers whose channels cannot be followed, and blocks that a trial found to
-    be more than they seem."""
+def _not_followed(plan: Plan, chosen: Sequence[str], recipe: Recipe) -> list[str]:
+    """Remarks on what nobody chose to keep, layers whose channels cannot be followed and blocks that a trial found to
+    be more than they seem; and on what a criterion does not see."""
     found = []
+    unseen = [name for name in chosen if shortcuts_read(plan.graph, name)]
+    if unseen and recipe.criterion in ("redundancy", "logit_redundancy"):
+        found.append(
+            f"importance={recipe.criterion} does not see what the filters of {', '.join(unseen)} do through shortcuts "
+            "without weights (option A), for which nothing makes up; importance=logit_error does"
+        )
     if recipe.layers is None and plan.graph.unfollowed:
         found.append(
             f"{len(plan.graph.unfollowed)} layers keep their filters, as their channels cannot be followed: "

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.networks import PLAIN, Trace, equal_batches, evaluating, replaced
+from freqprune.networks import PLAIN, Trace, equal_batches, evaluating, hooked, replaced
 from freqprune.processes import added_up, own_share
+from freqprune.pruning.blocks import shortcuts_of, without_channels
 from freqprune.pruning.moments import least_squares
+from freqprune.pruning.proof import silence
 from freqprune.pruning.surroundings import bias_of
 
 Readers = Mapping[str, tuple[Tensor, Tensor, Tensor]]
@@ -27,6 +29,7 @@ def logit_errors(
     counts: Sequence[int],
     batches: Sequence[Tensor],
     trace: Trace | None = None,
+    shortcuts: Mapping[str, Sequence[Sequence[int]]] | None = None,
 ) -> Tensor:
     """Mean squared change of the logits without the first filters of an order, the others making up for them by least
     squares.
@@ -39,6 +42,8 @@ def logit_errors(
         batches: network inputs.
         trace: the network's operations for batches as `equal_batches` makes them: what comes before the layers then
             runs once for all counts.
+        shortcuts: input channels, filter by filter, of modules without weights that hand the filters on
+            (`freqprune.networks.IndexShortcut`), by name: nothing makes up for what these no longer hand on.
 
     Returns:
         Squared change, summed over the logits, mean over the inputs, ``(n_counts,)``; never below that of fewer filters
@@ -57,35 +62,53 @@ def logit_errors(
     solved = [
         {name: _without(modules[name], *reader, order[:count]) for name, reader in readers.items()} for count in counts
     ]
+    gone = [order[:count].tolist() for count in counts]
+    silenced = [
+        {name: [channel for one in some for channel in each[one]] for name, each in (shortcuts or {}).items()}
+        for some in gone
+    ]
     found = torch.zeros(len(counts), dtype=torch.float64)
     equal = equal_batches(batches)
+    own = [batch for _, batch in own_share(equal, or_none=True)]
     with torch.no_grad():
-        for outputs in _answers(model, solved, [batch for _, batch in own_share(equal, or_none=True)], trace):
+        for outputs in _answers(model, solved, silenced, own, trace):
             found += torch.tensor([float((output - outputs[0]).double().square().sum()) for output in outputs[1:]])
     return (added_up(found) / sum(map(len, equal))).cummax(0).values
 
 
 def _answers(
-    model: nn.Module, solved: Sequence[Mapping[str, nn.Module]], batches: Sequence[Tensor], trace: Trace | None
+    model: nn.Module,
+    solved: Sequence[Mapping[str, nn.Module]],
+    silenced: Sequence[Mapping[str, Sequence[int]]],
+    batches: Sequence[Tensor],
+    trace: Trace | None,
 ) -> Iterator[list[Tensor]]:
-    """For each batch the logits of the network and then of the network with each set of layers in the place of its
-    own."""
+    """For each batch the logits of the network and then of the network with each set of layers in the place of its own,
+    and some channels of its shortcuts silenced."""
     if trace is None or not all(name in trace.layers.values() for layers in solved for name in layers):
         with evaluating(model):
             for batch in batches:
                 outputs = [model(batch)]
-                for layers in solved:
-                    with replaced(model, layers):
+                for layers, channels in zip(solved, silenced, strict=True):
+                    hooks = [(model.get_submodule(name), silence(some), None) for name, some in channels.items()]
+                    with replaced(model, layers), hooked(hooks):
                         outputs.append(model(batch))
                 yield outputs
         return
     fixed = trace.inputs(model)
-    start = min(at for at, node in enumerate(trace.nodes) if trace.layers.get(node) in solved[0])
+    muted = [
+        {node: channels[name] for node, name in shortcuts_of(trace, channels).items()} for channels in ({}, *silenced)
+    ]
+    changed = {node for node, name in trace.layers.items() if name in solved[0]} | {*muted[-1]}
+    start = min(at for at, node in enumerate(trace.nodes) if node in changed)
     for batch in batches:
         values: dict[Any, Any] = {trace.entrance: batch}
-        _go_on(trace, trace.nodes[:start], values, fixed, {})
+        _go_on(trace, trace.nodes[:start], values, fixed, {}, {})
         # What comes before the layers is the same for all.
-        yield [_go_on(trace, trace.nodes[start:], dict(values), fixed, layers) for layers in ({}, *solved)]
+        yield [
+            _go_on(trace, trace.nodes[start:], dict(values), fixed, layers, channels)
+            for layers, channels in zip(({}, *solved), muted, strict=True)
+        ]
 
 
 def _go_on(
@@ -94,14 +117,15 @@ def _go_on(
     values: dict[Any, Any],
     fixed: Mapping[Any, Tensor],
     layers: Mapping[str, nn.Module],
+    muted: Mapping[Any, Sequence[int]],
 ) -> Any:
-    """Run operations, some layers replaced; the network's answer, once it is there."""
+    """Run operations, some layers replaced and some channels silenced; the network's answer, once it is there."""
 
     def instead(node: Any, read: Callable[[Any], Any]) -> Any:
         name = trace.layers.get(node, "")
         layer = layers.get(name)
         if layer is None:
-            return PLAIN
+            return without_channels(node, muted[node], read) if node in muted else PLAIN
         bias: Any = layer.bias
         given = bias_of(node)
         if given is not None and trace.source(given) != f"{name}.bias":

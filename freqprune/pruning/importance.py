@@ -111,7 +111,9 @@ class Evidence:
                 nn.functional.cross_entropy(first(twin(image[None])), label[None]).backward()
                 for name, parameter in twin.named_parameters():
                     if parameter.grad is not None:
-                        gradient = parameter.grad / n_images
+                        # Squares of what half precision still holds are zeros there.
+                        wide = torch.promote_types(parameter.dtype, torch.float32)
+                        gradient = parameter.grad.to(wide) / n_images
                         means[name] = means[name] + gradient if name in means else gradient.clone()
                         square = gradient.square() * n_images
                         squares[name] = squares[name] + square if name in squares else square

@@ -102,14 +102,6 @@ def masked_forward(model: nn.Module, silenced: Mapping[str, Sequence[int]], inpu
         inputs: input batch.
     """
 
-    def silence(channels: Sequence[int]) -> Callable[..., Any]:
-        def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            x = args[0].clone()
-            x[(..., list(channels)) if isinstance(module, nn.Linear) else (slice(None), list(channels))] = 0
-            return (x, *args[1:])
-
-        return before
-
     modules = dict(model.named_modules())
     with (
         evaluating(model),
@@ -117,6 +109,17 @@ def masked_forward(model: nn.Module, silenced: Mapping[str, Sequence[int]], inpu
         hooked([(modules[name], silence(channels), None) for name, channels in silenced.items()]),
     ):
         return model(inputs)
+
+
+def silence(channels: Sequence[int]) -> Callable[..., Any]:
+    """A forward pre-hook that sets some channels (of a linear layer: features) of the input to zero."""
+
+    def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = args[0].clone()
+        x[(..., list(channels)) if isinstance(module, nn.Linear) else (slice(None), list(channels))] = 0
+        return (x, *args[1:])
+
+    return before
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -136,7 +136,7 @@ def write_filters(path: Path, response: TagResponse, verdict: Verdict | None) ->
                             "" if p_values is None else f"{p_values[number, i]:.3g}",
                             flag,
                             response.noise_std,
-                            why[number],
+                            "" if snr[number, i].isfinite() else why[number],
                         ]
                     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,12 +64,14 @@ def _replay(func: Any, args: Any, kwargs: Any) -> Callable[[Tensor], Tensor] | N
     if not args:
         return None
     settings = {**kwargs, "inplace": False} if "inplace" in kwargs else kwargs
+    # Without the tensor that it was called on, which whoever keeps this would keep as well.
+    return functools.partial(_again, func, args[1:], settings)
 
-    def again(x: Tensor) -> Tensor:
-        # A name that ends in _ works in place.
-        return func(x.clone() if func.__name__.endswith("_") else x, *args[1:], **settings)
 
-    return again
+def _again(func: Any, rest: Any, settings: Mapping[str, Any], x: Tensor) -> Tensor:
+    # A name that ends in _ works in place.
+    found: Tensor = func(x.clone() if func.__name__.endswith("_") else x, *rest, **settings)
+    return found
 
 
 def _stamp(tensor: Tensor) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -18,13 +18,15 @@ from freqprune.tagging.layers import pick_layers
 from freqprune.tagging.readout import HALF, SPATIAL, Readout
 from freqprune.tagging.recording import Recorder
 from freqprune.tagging.response import LayerResponse, TagResponse
-from freqprune.tagging.sites import find_folds, find_sites
+from freqprune.tagging.sites import Site, find_folds, find_sites
 from freqprune.tagging.spectrum import frame_transform
 from freqprune.tagging.stimulus import Stimulus, check_pixels
 
 log = logging.getLogger(__name__)
 
 _TOGETHER = ""
+# Bytes of what is read at all positions that are held at a time.
+KEPT = 2**30
 
 T = TypeVar("T")
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -124,13 +126,26 @@ def tag(
     )
     passes = [clean, noisy] if noise_std > 0 else [clean]
     numbers = list(range(len(images))) if numbers is None else [int(n) for n in numbers]
-    step = max(1, limit // len(first))
-    starts = range(0, len(images), step)
-    with Recorder(model, sites, SPATIAL[spatial], folds, HALF[half] if half is not None else None) as recorder:
+
+    def recording(sites: Sequence[Site]) -> Recorder:
+        return Recorder(model, sites, SPATIAL[spatial], folds, HALF[half] if half is not None else None)
+
+    with recording(sites) as recorder:
         recorder.warn(prepare(images[:1]))
-        for start in progress(starts) if progress is not None else starts:
+        one_frame = recorder(prepare(images[:1])) if spatial == "map" else {}
+    groups, at_once = [sites], len(images)
+    if one_frame:
+        # What is read of all frames of an image is held until their spectra are taken.
+        sizes = {layer: read.nbytes for layer, read in one_frame.items()}
+        most = budget_for(device, KEPT) // max(len(one.which) for one in passes)
+        groups = sites_that_fit(sites, sizes, most)
+        at_once = max(1, most // max(sum(sizes[site.layer] for site in group) for group in groups))
+    step = max(1, min(limit // len(first), at_once))
+    todo = [(group, start) for group in groups for start in range(0, len(images), step)]
+    for group, start in progress(todo) if progress is not None else todo:
+        with recording(group) as recorder:
             for one in passes:
-                size = max(1, limit // len(one.which))
+                size = max(1, min(limit // len(one.which), at_once))
                 for at in range(start, min(start + step, len(images)), size):
                     stop = min(at + size, start + step, len(images))
                     one.run(recorder, images[at:stop], prepare, limit, seed, numbers[at:stop])
@@ -157,10 +172,32 @@ def frames_that_fit(n_values: int, device: torch.device) -> int:
 
     A frame is taken to need 64 maps of the input's resolution in float32, once.
     """
-    budget = 2**26
-    if device.type == "cuda":
-        budget = torch.cuda.mem_get_info(device)[0] // 4
-    return max(1, budget // (n_values * 64 * 4 // 3))
+    return max(1, budget_for(device, 2**26) // (n_values * 64 * 4 // 3))
+
+
+def budget_for(device: torch.device, of_cpu: int) -> int:
+    """Bytes that one thing may take: a quarter of an accelerator's free memory."""
+    return int(torch.cuda.mem_get_info(device)[0] // 4) if device.type == "cuda" else of_cpu
+
+
+def sites_that_fit(sites: Sequence[Site], sizes: Mapping[str, int], most: int) -> list[list[Site]]:
+    """Sites in their order, as many at a time as have at most so many bytes together, one at least; with all positions
+    of all layers of a large network there would be gigabytes of each image.
+
+    Args:
+        sites: where is read.
+        sizes: bytes of what is read of a frame, by layer.
+        most: bytes of a frame.
+    """
+    groups: list[list[Site]] = [[]]
+    taken = 0
+    for site in sites:
+        if groups[-1] and taken + sizes[site.layer] > most:
+            groups.append([])
+            taken = 0
+        groups[-1].append(site)
+        taken += sizes[site.layer]
+    return groups
 
 
 class _Pass:
@@ -206,7 +243,7 @@ class _Pass:
                 frames = frames + self.noise_std * noise.to(frames)
             for layer, response in recorder(prepare(frames.flatten(0, 1))).items():
                 pieces.setdefault(layer, []).append(response.unflatten(0, (len(images), len(some))))
-        courses = {layer: torch.cat(parts, dim=1) for layer, parts in pieces.items()}
+        courses = {layer: torch.cat(pieces.pop(layer), dim=1) for layer in list(pieces)}
         for layer, course in courses.items():
             if not torch.isfinite(course).all():
                 raise InputError(

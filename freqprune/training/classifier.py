@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -19,6 +21,8 @@ from freqprune.networks import build_model, drop_blocks, rebuilt_from
 from freqprune.tagging import TagLoss
 from freqprune.training.averaging import MovingAverage
 from freqprune.training.optimization import Optimization, check_same_optimizer, go_on_by_epochs, take_settings
+
+log = logging.getLogger(__name__)
 
 # With more classes than so many the share of images whose class is among the first five answers is measured too.
 _FEW = 10
@@ -211,6 +215,13 @@ class Classifier(pl.LightningModule):
         own = type(self).configure_optimizers is Classifier.configure_optimizers
         if own and self._trainer is not None and self.trainer.state.fn == "fit":
             check_same_optimizer(self.optimization, checkpoint.get("hyper_parameters", {}))
+            if not self.optimization.ema and "current_model_state" in checkpoint:
+                # The optimizer's state is of the weights themselves, not of their average.
+                checkpoint["state_dict"] = checkpoint["current_model_state"]
+                rank_zero_only(log.warning)(
+                    "the checkpoint was trained with ema = %g, and this training has none: it goes on with the weights "
+                    "themselves, not with their average", checkpoint.get("hyper_parameters", {}).get("ema", math.nan)
+                )  # fmt: skip
 
     def on_train_start(self) -> None:
         trainer, done = self.trainer, self.trainer.current_epoch
@@ -282,6 +293,11 @@ class Classifier(pl.LightningModule):
             )
         total = 1 if math.isinf(steps) else max(1, int(steps))
         warmup = round(warmup_epochs * self._steps_an_epoch()) if warmup_epochs else 0
+        if warmup >= total and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_only(log.warning)(
+                "warmup_epochs = %g are %d steps, and the training has %d: the rate never reaches lr, nor falls; use "
+                "fewer, or train for longer", warmup_epochs, warmup, total
+            )  # fmt: skip
         scheduler = LambdaLR(optimizer, self.optimization.rate(total, warmup))
         self._schedule = scheduler
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -87,8 +87,8 @@ class ImageData(pl.LightningDataModule, ABC):
             ("limit_train", limit_train, 1),
             ("limit_test", limit_test, 1),
         ):
-            if value is not None and value < low:
-                raise InputError(f"data.{name} must be at least {low}, got {value}")
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+                raise InputError(f"data.{name} must be a whole number of at least {low}, got {value!r}")
         if not 0 <= val_fraction < 1:
             raise InputError(f"data.val_fraction must lie between 0 (no validation) and 1, got {val_fraction}")
         if (mean is None) != (std is None):
@@ -121,6 +121,14 @@ class ImageData(pl.LightningDataModule, ABC):
     def smallest(self, images: Tensor) -> Tensor:
         """Images ``(n_images, n_channels, height, width)`` in the least size that is trained on."""
         return images if self.progressive_resizing is None else self.progressive_resizing(images, 0, 2**20)
+
+    def training_size(self) -> tuple[int, int]:
+        """Height and width of the images that are trained on, as the transforms leave them."""
+        self.setup()
+        assert self._whole is not None
+        image = self._whole.pixels[0]
+        height, width = (self.transforms.one(image.clone(), seed=0) if self.transforms.single else image).shape[-2:]
+        return height, width
 
     @property
     def validates(self) -> bool:
@@ -277,7 +285,7 @@ class CIFAR10Data(ImageData):
         if settings.get("mean") is None and settings.get("std") is None:
             settings |= {"mean": CIFAR10_MEAN, "std": CIFAR10_STD}
         super().__init__(**settings)
-        self.root, self.download = root, download
+        self.root, self.download = Path(root).expanduser(), download
 
     def load(self) -> Source:
         return cifar10(self.root, self.download)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,10 @@ class HuggingFaceData(ListedData):
         self._files = Path(files[0]["filename"]).parent if files else self._files
         image = _column(parts[train_name], "image", self.columns[0])
         label = _column(parts[train_name], "label", self.columns[1])
+        # Words are classes of the whole data set; one that a part lacks is refused, or asked for, below.
+        words = _words(parts[name][label] for name in (train_name, test_name)) if self.n_classes is not None else None
         train, test = (
-            HubListing(parts[name], image, label, f"{self.path} ({name})") for name in (train_name, test_name)
+            HubListing(parts[name], image, label, f"{self.path} ({name})", words) for name in (train_name, test_name)
         )
         return train, test, self._classes(train, test)
 
@@ -99,13 +101,19 @@ class HuggingFaceData(ListedData):
         except ImportError:
             raise InputError("data=huggingface needs datasets: pip install 'freqprune[datasets]'") from None
         try:
-            return datasets.load_dataset(self.path, self.config_name, **self.arguments)
+            found = datasets.load_dataset(self.path, self.config_name, **self.arguments)
         except (OSError, ValueError, RuntimeError, TypeError) as error:
             raise InputError(
                 f"data.path = {self.path} could not be loaded ({type(error).__name__}: {error}); on a machine without "
                 "a network it must have been loaded once, or be files: data.path=imagefolder "
                 "+data.arguments.data_dir=FOLDER"
             ) from error
+        if not isinstance(found, datasets.DatasetDict):
+            raise InputError(
+                f"data.arguments {self.arguments} load a {type(found).__name__} of {self.path}; leave out split and "
+                "streaming, and name its parts with data.train_split and data.test_split"
+            )
+        return found
 
 
 class HubListing(Listing):
@@ -116,7 +124,7 @@ class HubListing(Listing):
         named: whether the data name them; otherwise they are numbers.
     """
 
-    def __init__(self, dataset: Any, image: str, label: str, place: str) -> None:
+    def __init__(self, dataset: Any, image: str, label: str, place: str, words: Sequence[str] | None = None) -> None:
         self.dataset, self.image, self.place = dataset.select_columns([image]), image, place
         # Other files, or another part of them, under the same path are other data.
         self.beside, self.version = place, dataset._fingerprint
@@ -127,7 +135,7 @@ class HubListing(Listing):
         if not isinstance(found[0], str) and min(found) < 0:
             raise InputError(f"{place} has images without a label; leave them out, or name another part")
         if names is None:
-            names = sorted(set(found)) if isinstance(found[0], str) else range(max(found) + 1)
+            names = (words or sorted(set(found))) if isinstance(found[0], str) else range(max(found) + 1)
             found = [names.index(value) for value in found]
         self.labels, self.classes = torch.tensor(found), tuple(map(str, names))
 
@@ -146,6 +154,12 @@ class HubListing(Listing):
 
     def digest(self) -> str:
         return hashlib.sha256(self._identity.encode()).hexdigest()
+
+
+def _words(columns: Iterable[Any]) -> list[str] | None:
+    """The words that columns of labels hold, in their order; None for labels that are numbers."""
+    found = {label for column in columns for label in column[:]}
+    return sorted(found) if all(isinstance(label, str) for label in found) else None
 
 
 def _column(dataset: Any, what: str, name: str | None) -> str:

@@ -86,13 +86,13 @@ class ImageFolderData(ListedData):
         **settings: Any,
     ) -> None:
         super().__init__(image_size, resize, interpolation, **settings)
-        self.root, self.n_classes = root, n_classes
+        self.root, self.n_classes = Path(root).expanduser(), n_classes
 
     def beside(self) -> Path:
-        return Path(self.root)
+        return self.root
 
     def listings(self) -> tuple[Listing, Listing, tuple[str, ...]]:
-        root = Path(self.root)
+        root = self.root
         if not root.is_dir():
             raise InputError(
                 f"data.root = {root} is not a folder; it must hold train/<class>/*.png and test/<class>/*.png"

@@ -209,14 +209,26 @@ def go_on_by_epochs(schedule: LambdaLR, done: int, steps: int) -> None:
         group["lr"] = lr
 
 
+# Arguments of torch's optimizers for which these keep a state, that another training has not left.
+WITH_STATE = ("amsgrad", "centered", "momentum")
+
+
 def check_same_optimizer(here: Optimization, stored: Mapping[str, Any]) -> None:
     """Raise InputError where a training would go on with the state of another optimizer; `stored` are the settings of
     the checkpoint."""
     for name in ("name", "decay_norms"):
         if name in stored and _meant(stored[name]) != _meant(getattr(here, name)):
             raise InputError(
-                f"the checkpoint was trained with optimizer.{name} = {stored[name]}, and this training says "
-                f"{getattr(here, name)}: its optimizer cannot go on with that state; give the same, or train anew"
+                f"the checkpoint was trained with {name} = {stored[name]} of its optimizer, and this training says "
+                f"{getattr(here, name)}: it cannot go on with that state; give the same (optimizer.{name}, of a "
+                f"fine-tuning finetune.{name}), or train anew"
+            )
+    before = stored.get("arguments") or {}
+    for name in WITH_STATE:
+        if here.arguments.get(name) and not before.get(name):
+            raise InputError(
+                f"the checkpoint was trained without arguments.{name} of its optimizer, which keeps a state of its own "
+                "for that: leave it out, or train anew"
             )
 
 

@@ -201,13 +201,7 @@ class TagPruning(TagsInTraining):
     ) -> tuple[Tensor, Material, torch.memory_format]:
         """Pixels of validation images, what a cut is made with, and how the network wants its images to lie."""
         mean, std = self._normalization(trainer)
-        trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        stage, trainer.state.stage = trainer.state.stage, pl.trainer.states.RunningStage.VALIDATING
-        try:
-            # In the validation stage batches come without augmentation.
-            raw, labels = self._validation_images(trainer)
-        finally:
-            trainer.state.stage = stage
+        raw, labels = self._at_the_start(trainer, pl_module)
         images = _of_all(self._pixels(raw, mean, std), trainer)
         labels = None if labels is None else _of_all(labels, trainer)
         net = self._net(pl_module)

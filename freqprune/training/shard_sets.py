@@ -58,7 +58,7 @@ class WebDatasetData(ListedData):
         self.label_key, self.n_classes = label_key, n_classes
 
     def beside(self) -> Path:
-        return Path(self.shards["train_shards"]).parent
+        return Path(_found("train_shards", self.shards["train_shards"])[0]).parent
 
     def listings(self) -> tuple[Listing, Listing, tuple[str, ...]]:
         train, test = (ShardListing(_found(key, of), self.keys, self.label_key) for key, of in self.shards.items())
@@ -72,7 +72,7 @@ class WebDatasetData(ListedData):
 
 
 def _found(key: str, pattern: str) -> list[str]:
-    found = sorted(glob.glob(pattern))
+    found = sorted(glob.glob(os.path.expanduser(pattern)))
     if not found:
         raise InputError(
             f"data.{key} = {pattern} matches no file; give a pattern of tar files on this machine, train-*.tar"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -125,7 +126,17 @@ class FrequencyTagging(TagsInTraining):
             self._check_share(count, trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse images that could not be tagged, before epochs are lost."""
         self._since = trainer.current_epoch
+        last = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
+        if not self.every_n_epochs or self.every_n_epochs > last:
+            return
+        images = self.images
+        if images is None:
+            with isolate_rng():
+                first = self._at_the_start(trainer, pl_module, trainer.world_size)[0]
+            images = self._pixels(first, *self._normalization(trainer))
+        self.stimulus.masks(*images.shape[-2:])
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._epoch_start = time.perf_counter()
@@ -165,7 +176,7 @@ class FrequencyTagging(TagsInTraining):
             # Lightning's sampler deals the images out in turn: image i of this process is number rank + i * world_size
             # of all.
             if self.images is None:
-                images = self._pixels(self._validation_images(trainer)[0], mean, std)
+                images = self._pixels(self._validation_images(trainer, pl_module)[0], mean, std)
             else:
                 images = self.images[: self.n_images][trainer.global_rank :: trainer.world_size].to(pl_module.device)
             numbers = [trainer.global_rank + i * trainer.world_size for i in range(len(images))]

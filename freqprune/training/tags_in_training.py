@@ -8,6 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from freqprune.errors import InputError
 from freqprune.tagging import pixels_of
@@ -59,15 +60,36 @@ class TagsInTraining(pl.Callback):
                 "larger n_images= (and, where they are given, more images=)"
             )
 
-    def _validation_images(self, trainer: pl.Trainer) -> tuple[Tensor, Tensor | None]:
-        """Images as the loader gives them, and their labels where it gives any."""
+    def _at_the_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, n_images: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`_validation_images` outside the validation."""
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        stage, trainer.state.stage = trainer.state.stage, pl.trainer.states.RunningStage.VALIDATING
+        try:
+            # In the validation stage batches come without augmentation.
+            return self._validation_images(trainer, pl_module, n_images)
+        finally:
+            trainer.state.stage = stage
+
+    def _validation_images(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, n_images: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """This process's share of the first images as the loader gives them, and of their labels where it gives any."""
         loaders = trainer.val_dataloaders
         loader: Iterable[Any] = loaders[0] if isinstance(loaders, list | tuple) else loaders  # type: ignore[assignment]
-        wanted = len(range(trainer.global_rank, self.n_images, trainer.world_size))
+        n_images, rank, size = n_images or self.n_images, trainer.global_rank, trainer.world_size
+        dealt = size == 1 or _is_dealt(loader)
+        # Of a loader that is not dealt out, each process takes its share of the same images.
+        wanted, share = (
+            (len(range(rank, n_images, size)), slice(None)) if dealt else (n_images, slice(rank, None, size))
+        )
         found: list[Tensor] = []
         labels: list[Tensor] = []
         for batch in loader:
-            moved = trainer.strategy.batch_to_device(batch)
+            # As Lightning's loops do; the strategy calls the other hooks.
+            ready = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+            moved = trainer.strategy.batch_to_device(ready)
             found.append(self._images_of(moved))
             label = (
                 moved.get("label", moved.get("labels"))
@@ -80,7 +102,8 @@ class TagsInTraining(pl.Callback):
                 labels.append(label)
             if sum(map(len, found)) >= wanted:
                 break
-        return torch.cat(found)[:wanted], torch.cat(labels)[:wanted] if len(labels) == len(found) else None
+        all_labels = torch.cat(labels)[:wanted][share] if len(labels) == len(found) else None
+        return torch.cat(found)[:wanted][share], all_labels
 
     def _images_of(self, batch: Any) -> Tensor:
         images = (
@@ -95,20 +118,30 @@ class TagsInTraining(pl.Callback):
                 f"{type(self).__name__} expects validation batches (images, ...), {{'image': images, ...}} or images "
                 "of shape (n_images, n_channels, height, width)"
             )
-        return images.float()
+        return images
 
     def _pixels(self, images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
-        """Undo the normalisation; rounding that leaves [0, 1] by less than 1e-3 is clipped, more means that mean and
-        std are wrong."""
-        images = pixels_of(images, mean, std)
+        """Undo the normalisation; rounding that leaves [0, 1] by less than 1e-3, or that of half precision, is clipped,
+        more means that mean and std are wrong."""
+        slack = max(1e-3, torch.finfo(images.dtype).eps) if images.is_floating_point() else 1e-3
+        images = pixels_of(images.float(), mean, std)
         low, high = images.amin().item(), images.amax().item()
-        if low < -1e-3 or high > 1 + 1e-3:
+        if low < -slack or high > 1 + slack:
             raise InputError(
                 f"validation images hold values from {low:.3g} to {high:.3g} after undoing the normalisation (mean "
                 f"{mean}, std {std}), expected pixels in [0, 1]; give {type(self).__name__} the mean and std that the "
                 "batches are normalised with"
             )
         return images.clamp(0, 1)
+
+
+def _is_dealt(loader: Any) -> bool:
+    """Whether a loader gives each process images of its own: Lightning's sampler deals them out, unless it was told not
+    to; what a stream gives is its own business."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return True
+    samplers = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
+    return any(isinstance(one, DistributedSampler) for one in samplers)
 
 
 def _is_pair(batch: Any) -> bool:

@@ -56,10 +56,10 @@ class TorchvisionData(ListedData):
     def __init__(self, name: str, root: str | Path = "data", download: bool = True, **settings: Any) -> None:
         super().__init__(**settings)
         one_of(sorted(SETS), **{"data.name": name})
-        self.set_name, self.root, self.download = name, root, download
+        self.set_name, self.root, self.download = name, Path(root).expanduser(), download
 
     def beside(self) -> Path:
-        return Path(self.root)
+        return self.root
 
     def listings(self) -> tuple[Listing, Listing, tuple[str, ...]]:
         train, test = (self._part(arguments) for arguments in SETS[self.set_name])
@@ -75,8 +75,9 @@ class TorchvisionData(ListedData):
         kind = getattr(datasets, self.set_name)
         # They take no such argument, or refuse it although the folder is there.
         asked = {"download": True} if self.download and self.set_name not in NOT_DOWNLOADED else {}
-        Path(self.root).mkdir(parents=True, exist_ok=True)
         try:
+            if asked:
+                self.root.mkdir(parents=True, exist_ok=True)
             with alone(self.root) if asked else nullcontext():
                 dataset = kind(str(self.root), **arguments, **asked)
         except (OSError, RuntimeError, ValueError) as error:

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from freqprune.errors import InputError, closest
 
+# Seeds that transforms are tried with.
+TRIES = 40
+
 
 class Transforms:
     """Transforms by name, in their order.
@@ -47,6 +50,9 @@ class Transforms:
         names = ", ".join(type(transform).__name__ for transform in self.single)
         try:
             found = self.one(image, seed=0)
+            # Some do what they do to a share of the images only.
+            for seed in range(1, TRIES):
+                self.one(image.clone(), seed)
         except (RuntimeError, TypeError, ValueError) as error:
             raise InputError(
                 f"data.transforms ({names}) do not run on images of {' x '.join(map(str, image.shape))}: {error}"
@@ -88,7 +94,8 @@ class Transforms:
 def _made(entry: Any) -> Any:
     from torchvision.transforms import v2
 
-    if isinstance(entry, v2.Transform):
+    # Of another library, as Hydra has made it of _target_.
+    if callable(entry) and not isinstance(entry, type):
         return entry
     arguments = dict(entry) if isinstance(entry, Mapping) else {"name": entry}
     name = str(arguments.pop("name", None))
@@ -102,6 +109,9 @@ def _made(entry: Any) -> Any:
             f"data.transforms: torchvision.transforms.v2 has no transform {name!r}{closest(name, known)}; say "
             "{name: RandomErasing, p: 0.1} or, of another library, {_target_: module.Class}"
         )
+    if isinstance(arguments.get("transforms"), list | tuple):
+        # RandomApply, RandomChoice and their like.
+        arguments["transforms"] = [_made(one) for one in arguments["transforms"]]
     try:
         return getattr(v2, name)(**arguments)
     except (TypeError, ValueError) as error:

@@ -21,6 +21,7 @@ from freqprune.networks.checkpoint import load_network
 from freqprune.networks.registry import build_model
 from freqprune.reports.record import OF_A_TRAINING
 from freqprune.reports.tables import training_history
+from freqprune.training.classifier import Classifier
 from tests.jobs.small import check_page, config
 
 
@@ -239,6 +240,10 @@ def test_the_network_trained_by_default_is_no_setting_of_a_network(tmp_path: Pat
     assert "fallback" not in _network_to_prune(read(cfg)).net.config
 
 
+def killed(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("goes_on", [False, True])
 def test_a_new_training_leaves_no_checkpoints_of_an_earlier_one(
     goes_on: bool, trained: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -250,18 +255,32 @@ def test_a_new_training_leaves_no_checkpoints_of_an_earlier_one(
         shutil.copy(trained[0] / "checkpoints" / name, tmp_path / "checkpoints")
     for name in OF_A_TRAINING:
         (tmp_path / name).write_text("")
-
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("freqprune.jobs.trainers.fit", killed)
+    monkeypatch.setattr(Classifier, "training_step", killed)
     more = [f"ckpt_path={tmp_path / 'checkpoints' / 'last.ckpt'}"] if goes_on else []
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
         train(config("train", tmp_path, "trainer.max_epochs=2", *more))
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == (names if goes_on else set())
-    assert {name for name in OF_A_TRAINING if (tmp_path / name).is_file()} == (
-        {*OF_A_TRAINING} - {"training.json"} if goes_on else set()
-    )
+    left = {name for name in OF_A_TRAINING if (tmp_path / name).is_file()} - {"metrics.csv", "metrics.jsonl"}
+    assert left == ({"importance.csv", "importance.json"} if goes_on else set())
+
+
+def test_what_the_trainer_refuses_leaves_what_was_there(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Another optimizer's state, or a training without an end, shows only as Lightning sets the training up."""
+    shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
+    for name in ("metrics.json", "report.html"):
+        (tmp_path / name).write_text("{}")
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.json")}
+    ckpt = f"ckpt_path={tmp_path / 'checkpoints' / 'last.ckpt'}"
+    for more, said in (
+        ((ckpt, "trainer.max_epochs=2", "optimizer.decay_norms=false"), "cannot go on with that state"),
+        (("trainer.max_epochs=-1",), "follows the length of the training"),
+    ):
+        with pytest.raises(InputError, match=said):
+            train(config("train", tmp_path, *more))
+        now = {path: path.read_bytes() for path in tmp_path.glob("*.json") if path.name != "forecast.json"}
+        assert now == {path: content for path, content in before.items() if path.name != "forecast.json"}
+        assert (tmp_path / "report.html").is_file()
+        assert (tmp_path / "checkpoints" / "best.ckpt").is_file()
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
@@ -272,13 +291,11 @@ def test_a_training_that_goes_on_leaves_no_cut_of_the_network_as_it_was(
     names = {"metrics.json", "filters.csv", "pruned.ckpt", "training.json"}
     for name in names:
         (tmp_path / name).write_text("{}")
-
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("freqprune.jobs.trainers.fit", killed)
+    monkeypatch.setattr(Classifier, "training_step", killed)
+    # With no epoch left it is the test that comes next.
+    monkeypatch.setattr("freqprune.jobs.train._tested", killed)
     ckpt = tmp_path / "checkpoints" / "last.ckpt"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
         train(config("train", tmp_path, f"trainer.max_epochs={epochs}", f"ckpt_path={ckpt}"))
     left = {name for name in names if (tmp_path / name).is_file()}
     assert left == ({"pruned.ckpt"} if epochs == 2 else names)

@@ -155,3 +155,24 @@ def test_operations_that_do_not_come_to_the_answer_are_not_measured_with() -> No
     net = Shifted().eval()
     assert Evidence(net, frames=[torch.rand(4, 3, 8, 8)]).trace is None
     assert Evidence(build_model({"name": "resnet8"}).eval(), frames=[torch.rand(4, 3, 8, 8)]).trace is not None
+
+
+def test_what_a_shortcut_without_weights_hands_on_counts() -> None:
+    """Option A: the only way from the first stage to the logits; nothing makes up for what is lost on it."""
+    torch.manual_seed(0)
+    net = build_model({"name": "resnet8", "stage_widths": [6, 8, 8]}).eval()
+    with torch.no_grad():
+        net.layer1[0].conv1.weight.zero_()  # type: ignore[index, union-attr]
+        net.layer2[0].conv1.weight.zero_()  # type: ignore[index, union-attr]
+    plan = Plan(net, X[:1])
+    evidence = evidence_of(net, plan, ["conv1"])
+    assert evidence.trace is not None
+    found = scores("logit_error", evidence, ["conv1"])["conv1"]
+    evidence.__dict__["trace"] = None
+    torch.testing.assert_close(scores("logit_error", evidence, ["conv1"])["conv1"], found, rtol=1e-4, atol=1e-9)
+    order = found.argsort(stable=True)
+    small = plan.apply({"conv1": order[3:].sort().values})
+    with torch.no_grad():
+        moved = float((small(X) - net(X)).square().sum(1).mean())
+    assert moved > 0
+    assert float(found[order[:3]].sum()) >= 0.999 * moved

@@ -402,3 +402,69 @@ def test_scores_of_weights_norms_and_gradients_by_hand() -> None:
     # Most of it is the filter's own.
     own_taylor = (net[0].weight * gradient).abs().flatten(1).sum(1).detach()
     assert torch.corrcoef(torch.stack([taylor.float(), own_taylor]))[0, 1] > 0.5
+
+
+def test_random_is_uniform_where_filters_go_together() -> None:
+    """The largest of the numbers of three layers that write a stream would lie at 0.75 in the mean."""
+    net = build_model({"name": "resnet14"})
+    graph = ChannelGraph(net, torch.rand(1, 3, 16, 16))
+    assert len(graph.streams["conv1"].members) == 3
+    drawn = [scores("random", Evidence(net, graph=graph, seed=seed), ["conv1"])["conv1"] for seed in range(50)]
+    assert float(torch.cat(drawn).mean()) == pytest.approx(0.5, abs=0.05)
+    inner = scores("random", Evidence(net, graph=graph), ["layer1.0.conv1"])["layer1.0.conv1"]
+    assert torch.equal(inner, scores("random", Evidence(net), ["layer1.0.conv1"])["layer1.0.conv1"])
+
+
+def test_layers_that_only_a_second_answer_reads_have_no_gradient() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.fc, self.proj = nn.Conv2d(3, 8, 3), nn.Linear(8, 5), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = self.a(x).relu().mean((2, 3))
+            return self.fc(h), self.proj(h)
+
+    torch.manual_seed(0)
+    net, x, y = Two().eval(), torch.rand(4, 3, 8, 8), torch.arange(4)
+    found = scores("taylor", Evidence(net, graph=ChannelGraph(net, x), labelled=[(x, y)]), ["a"])["a"]
+    assert found.shape == (8,)
+    assert len(found.unique()) == 8
+
+
+def test_gradients_of_half_precision_are_no_zeros() -> None:
+    """The square of 1e-4 is less than half of float16's smallest number."""
+    net = a_unit()
+    gradients = {
+        name: (torch.rand_like(one) * 1e-4, (torch.rand_like(one) * 1e-4).square())
+        for name, one in net.named_parameters()
+    }
+    labelled = [(torch.rand(1, 3, 12, 12), torch.zeros(1, dtype=torch.long))]
+    graph = ChannelGraph(net, labelled[0][0])
+    for name in ("hessian", "taylor"):
+        single = Evidence(net, graph=graph, labelled=labelled)
+        single.__dict__["gradients"] = gradients
+        expected = scores(name, single, ["0"])["0"]
+        graph.twin.half()
+        found = scores(name, single, ["0"])["0"]
+        graph.twin.float()
+        torch.testing.assert_close(found / found.max(), expected / expected.max(), rtol=0.01, atol=0)
+
+
+def test_lamp_and_taylor_by_hand() -> None:
+    net, images, labels = a_unit(), torch.rand(6, 3, 12, 12), torch.arange(6) % 3
+    graph = ChannelGraph(net, images)
+    evidence = Evidence(net, graph=graph, labelled=[(images, labels)])
+    # Of the filters in the order of their norm each over the sum of itself and all that are larger.
+    norms = scores("group_l2", evidence, ["0"])["0"]
+    order = norms.argsort()
+    ranked, expected = norms[order], torch.empty_like(norms)
+    expected[order] = ranked / ranked.flip(0).cumsum(0).flip(0)
+    torch.testing.assert_close(scores("lamp", evidence, ["0"])["0"], expected, rtol=1e-4, atol=0)
+    for one in net.parameters():
+        one.grad = None
+    nn.functional.cross_entropy(net(images), labels).backward()
+    own = (net[0].weight * net[0].weight.grad).abs().sum((1, 2, 3))
+    read = (net[3].weight * net[3].weight.grad).abs().sum((0, 2, 3))
+    found = scores("taylor", evidence, ["0"])["0"]
+    torch.testing.assert_close(found, ((own + read) / 2).detach().double(), rtol=1e-4, atol=1e-8)

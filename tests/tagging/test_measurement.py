@@ -1,6 +1,8 @@
 """The whole measurement, against nets whose answer is known on paper and against the plain way of running it."""
 
 import math
+import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from freqprune.errors import InputError
 from freqprune.networks.answers import check_answers
 from freqprune.networks.registry import build_model
+from freqprune.tagging import measurement
 from freqprune.tagging.loss import TagLoss
 from freqprune.tagging.measurement import tag
 from freqprune.tagging.recording import Recorder, map_mean
@@ -344,3 +347,56 @@ def test_half_precision_of_doubles_is_told(images: Tensor, caplog: pytest.LogCap
     found, expected = (tag(net, images, half=half).layers["0"].amplitude for half in ("bfloat16", None))
     assert "half = bfloat16 has no effect on a network of float64" in caplog.text
     assert torch.equal(found, expected)
+
+
+def test_positions_of_all_layers_are_read_in_groups_that_fit(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = build_model({"name": "resnet8"}).eval()
+    expected = tag(net, images, spatial="map", layers="layer*.conv1")
+    held: list[int] = []
+    given = measurement._Pass._spectra
+
+    def watched(self: Any, course: Tensor) -> Tensor:
+        held.append(course.nbytes)
+        return given(self, course)
+
+    called = Recorder.__call__
+
+    def read(self: Recorder, frames: Tensor) -> dict[str, Tensor]:
+        found = called(self, frames)
+        held.append(sum(one.nbytes for one in found.values()) * 240 // len(frames))
+        return found
+
+    monkeypatch.setattr(measurement._Pass, "_spectra", watched)
+    monkeypatch.setattr(Recorder, "__call__", read)
+    # Of 16 x 16 pixels: 16 * 256, 32 * 64 and 64 * 16 numbers a frame, 4 bytes each, of 240 frames.
+    monkeypatch.setattr(measurement, "KEPT", 4 * 240 * 16 * 256)
+    found = tag(net, images, spatial="map", layers="layer*.conv1")
+    # The first three calls look at all layers of one frame.
+    assert sorted(held)[-4] <= measurement.KEPT
+    for layer in expected.layers:
+        torch.testing.assert_close(found.amplitude(layer), expected.amplitude(layer), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(found.snr(layer), expected.snr(layer), rtol=1e-6, atol=1e-9, equal_nan=True)
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.relu(self.conv(x), inplace=True).mean((2, 3))
+
+
+def test_a_response_holds_nothing_of_the_network_that_it_was_read_of(images: Tensor) -> None:
+    response = tag(Functional(), images)
+    assert response.layers["conv"].site.then is not None
+    again = pickle.loads(pickle.dumps(response))
+    assert torch.equal(again.amplitude("conv"), response.amplitude("conv"))
+    assert not any(isinstance(one, Tensor) for one in response.layers["conv"].site.then.args[1])  # type: ignore[attr-defined]
+
+
+def test_layers_that_run_twice_are_told_once(images: Tensor, caplog: pytest.LogCaptureFixture) -> None:
+    conv = nn.Conv2d(3, 3, 3)
+    for _ in range(2):
+        tag(nn.Sequential(conv, nn.ReLU(), conv, nn.ReLU()), images)
+    assert caplog.text.count("0: run more than once in a forward") == 1

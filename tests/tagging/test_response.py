@@ -230,6 +230,10 @@ def test_a_filter_that_hardly_leaves_its_mean_has_a_score() -> None:
     torch.manual_seed(0)
     response = tag(Still().eval(), WHITE.expand(4, -1, -1, -1))
     assert response.why_no_snr("conv") == ["noise-free", "", "", ""]
+    # Nor are the other ratios to that noise any.
+    for ratios in (response.z_score("conv"), response.power_ratio("conv")):
+        assert ratios[0].isnan().all()
+        assert ratios[1:].isfinite().all()
     evidence = Evidence(Still(), response, "fundamentals")
     found = scores("snr", evidence, ["conv"])["conv"]
     least = response.amplitude("conv")[0] / response.rounding("conv")[0]

@@ -144,7 +144,7 @@ def test_an_image_that_goes_while_training_is_named(folder: Path) -> None:
     ("settings", "message"),
     [
         ({"cache": "dsk"}, "data.cache must be one of auto, memory, disk, none, got 'dsk'; did you mean disk"),
-        ({"num_workers": -1}, "data.num_workers must be at least 0, got -1"),
+        ({"num_workers": -1}, "data.num_workers must be a whole number of at least 0, got -1"),
         ({"image_size": 0}, "data.image_size must be at least 1, got 0"),
         ({"interpolation": "cubic"}, "data.interpolation must be one of bilinear, bicubic, got 'cubic'"),
     ],

@@ -193,11 +193,11 @@ def test_no_image_is_held_out_where_none_is_wanted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_size": 0}, "data.batch_size must be at least 1"),
+        ({"batch_size": 0}, "data.batch_size must be a whole number of at least 1"),
         ({"val_fraction": -0.1}, r"val_fraction must lie between 0 \(no validation\) and 1, got -0.1"),
         ({"mean": [0.5]}, "come together"),
-        ({"crop_padding": -1}, "crop_padding must be at least 0"),
-        ({"limit_train": 0}, "limit_train must be at least 1"),
+        ({"crop_padding": -1}, "crop_padding must be a whole number of at least 0"),
+        ({"limit_train": 0}, "limit_train must be a whole number of at least 1"),
     ],
 )
 def test_bad_settings(settings: dict[str, object], message: str) -> None:
@@ -398,3 +398,9 @@ def test_one_process_downloads_at_a_time(tmp_path: Path) -> None:
     for one in both:
         one.join()
     assert (tmp_path / "log").read_text().split() == ["in", "out", "in", "out"]
+
+
+@pytest.mark.parametrize("value", [1e3, 2.5, True])
+def test_numbers_of_images_are_whole(value: object) -> None:
+    with pytest.raises(InputError, match=r"data\.limit_train must be a whole number of at least 1, got"):
+        DigitsData(limit_train=value)  # type: ignore[arg-type]

@@ -87,3 +87,24 @@ def test_other_data_under_one_path_have_files_of_their_own(folder: Path, tmp_pat
     for images, n_files in ((folder, 2), (other, 4), (folder, 4)):
         by_hub(images, cache="disk", cache_dir=tmp_path / "bytes").setup()
         assert len(list((tmp_path / "bytes").glob("*.pixels"))) == n_files
+
+
+@pytest.mark.parametrize("more", [{"split": "train"}, {"streaming": True}])
+def test_arguments_that_load_something_else_are_refused(more: dict[str, Any], folder: Path) -> None:
+    arguments = {"data_dir": str(folder), **more}
+    with pytest.raises(InputError, match=r"leave out split and streaming, and name its parts with data\.train_split"):
+        HuggingFaceData("imagefolder", arguments=arguments).setup()
+
+
+def test_words_that_one_part_lacks_are_classes_where_that_is_meant(folder: Path) -> None:
+    parts = datasets.load_dataset("imagefolder", data_dir=str(folder))
+    for name, kinds in (("train", "abc"), ("test", "ab")):
+        words = [kinds[number % len(kinds)] for number in range(len(parts[name]))]
+        parts[name].add_column("kind", words).remove_columns("label").to_parquet(folder / f"{name}.parquet")
+    files = {name: str(folder / f"{name}.parquet") for name in ("train", "test")}
+    how: dict[str, Any] = {"label_column": "kind", "arguments": {"data_files": files}, "val_fraction": 0.25}
+    with pytest.raises(InputError, match="only one of them has c"):
+        HuggingFaceData("parquet", **how).setup()
+    meant = HuggingFaceData("parquet", n_classes=3, **how)
+    assert set(meant.split("test").labels.tolist()) == {0, 1}
+    assert meant.classes == ("a", "b", "c")

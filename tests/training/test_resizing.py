@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from freqprune.errors import InputError
+from freqprune.jobs.assembly import check_sizes
 from freqprune.training.classifier import Classifier
 from freqprune.training.datamodule import DigitsData
 from freqprune.training.resizing import ProgressiveResizing
@@ -115,3 +116,25 @@ def test_fine_tuning_sees_whole_images() -> None:
         assert fit(data, max_epochs=2).trained == {0: {(32, 32)}, 1: {(32, 32)}}
     assert data.smallest(torch.rand(1, 3, 32, 32)).shape == (1, 3, 16, 16)
     assert DigitsData(**DATA).smallest(torch.rand(1, 3, 32, 32)).shape == (1, 3, 32, 32)
+
+
+def test_a_network_is_tried_on_every_size_that_is_trained_on() -> None:
+    class Eights(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 10, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.shape[-1] % 8 == 0, "sides must be multiples of 8"
+            return self.conv(x).mean((2, 3))  # type: ignore[no-any-return]
+
+    data = DigitsData(progressive_resizing={}, **DATA)
+    example = data.normalize(data.pixels("val", 1))
+    # From 16 to 32 in ten epochs by way of 20.
+    with pytest.raises(InputError, match=r"(?s)images of 20 x 20 on the way: .*multiples of 8.*raise size_increment"):
+        check_sizes(Eights(), data, example, 10)
+    eights = DigitsData(progressive_resizing={"size_increment": 8}, **DATA)
+    check_sizes(Eights(), eights, example, 10)
+    # What transforms leave is what is trained on.
+    cropped = DigitsData(transforms=[{"name": "RandomResizedCrop", "size": 24}], **DATA)
+    assert cropped.training_size() == (24, 24)

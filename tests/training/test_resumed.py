@@ -194,8 +194,40 @@ def test_the_same_optimizer_by_another_name_goes_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("other", [{"name": "AdamW", "lr": 0.001}, {"decay_norms": False}])
 def test_the_state_of_another_optimizer_is_refused(other: dict[str, Any], tmp_path: Path) -> None:
     go_on(tmp_path)
-    with pytest.raises(InputError, match=f"optimizer.{next(iter(other))} = .*cannot go on with that state"):
+    with pytest.raises(InputError, match=f"{next(iter(other))} = .*cannot go on with that state"):
         go_on(tmp_path, tmp_path / "last.ckpt", **other)
+
+
+def test_a_state_that_the_optimizer_has_not_kept_is_asked_for_by_name(tmp_path: Path) -> None:
+    adam = {"name": "AdamW", "lr": 0.001}
+    go_on(tmp_path, **adam)
+    with pytest.raises(InputError, match=r"trained without arguments\.amsgrad .*leave it out"):
+        go_on(tmp_path, tmp_path / "last.ckpt", **adam, arguments={"amsgrad": True})
+
+
+def test_without_an_average_a_training_goes_on_with_the_weights_themselves(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Begins(Rates):
+        weights: dict[str, Tensor]
+
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            self.weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
+
+    class Saves(Rates):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            # At the end of the training the average is all that is left.
+            trainer.save_checkpoint(tmp_path / "middle.ckpt")
+
+    go_on(tmp_path, None, Saves(), ema=0.9)
+    stored = torch.load(tmp_path / "middle.ckpt", weights_only=True)
+    begins = Begins()
+    with pytest.warns(UserWarning, match="EMAWeightAveraging"):
+        go_on(tmp_path, tmp_path / "middle.ckpt", begins)
+    assert "goes on with the weights themselves, not with their average" in caplog.text
+    for name, value in stored["current_model_state"].items():
+        assert torch.equal(begins.weights[name], value), name
+    assert any(not torch.equal(value, stored["state_dict"][name]) for name, value in begins.weights.items())
 
 
 def test_a_checkpoint_is_tested_whatever_the_optimizer(tmp_path: Path) -> None:

@@ -57,6 +57,18 @@ def test_pixels_and_labels(cache: str, shards: tuple[Path, Any]) -> None:
     assert found.classes == ("0", "1", "2")
 
 
+def test_bytes_lie_beside_the_first_shard_that_a_pattern_matches(shards: tuple[Path, Any]) -> None:
+    folder, _ = shards
+    (folder / "a1").mkdir()
+    for shard in folder.glob("*.tar"):
+        shard.rename(folder / "a1" / shard.name)
+    WebDatasetData(
+        str(folder / "a*" / "train-*.tar"), str(folder / "a*" / "test-*.tar"), cache="disk", val_fraction=0.4
+    ).setup()
+    assert {path.name for path in folder.iterdir()} == {"a1"}
+    assert (folder / "a1" / ".freqprune").is_dir()
+
+
 @pytest.mark.parametrize(("name", "first"), [("train-1", 10), ("test-0", 20)])
 def test_a_shard_that_has_changed_is_read_again(name: str, first: int, shards: tuple[Path, Any]) -> None:
     folder, pixels = shards

@@ -191,7 +191,7 @@ def test_wrong_normalisation_and_network_are_named(images: Tensor, tmp_path: Pat
         trainer(tmp_path, FrequencyTagging(n_images=2, network="net")).fit(Foreign(), loader(images), loader(images))
     data = DataLoader(TensorDataset(torch.rand(4, 7), torch.zeros(4)), batch_size=2)
     with pytest.raises(InputError, match="expects validation batches"):
-        FrequencyTagging(n_images=2)._validation_images(_Fake(data))  # type: ignore[arg-type]
+        FrequencyTagging(n_images=2)._validation_images(_Fake(data), pl.LightningModule())  # type: ignore[arg-type]
 
 
 class _Fake:
@@ -246,3 +246,60 @@ def test_a_second_training_in_a_folder_begins_its_table(tmp_path: Path) -> None:
 
     assert epochs(1) == {"0", "1"}
     assert epochs(2) == {"1"}
+
+
+class Halved(Foreign):
+    """Normalises its batches before they are transferred."""
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return {**batch, "image": (batch["image"] - 0.5) / 0.25}
+
+
+def test_images_are_those_that_the_hooks_of_a_module_make(images: Tensor, tmp_path: Path) -> None:
+    module, normalised = Halved(), {"mean": [0.5] * 3, "std": [0.25] * 3}
+    tagging = FrequencyTagging(n_images=2, **normalised)
+    trainer(tmp_path, tagging, max_epochs=1).fit(module, loader(images), loader(images))
+    expected = tag(module, images[:2], **normalised).snr("body.0", "all")
+    torch.testing.assert_close(tagging.latest["snr"]["body.0"], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_images_that_could_not_be_tagged_are_refused_before_the_training(images: Tensor, tmp_path: Path) -> None:
+    steps: list[int] = []
+
+    class Steps(pl.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            steps.append(1)
+
+    bad = images * 4 - 2
+    tagging = FrequencyTagging(n_images=2, every_n_epochs=2)
+    with pytest.raises(InputError, match="after undoing the normalisation"):
+        trainer(tmp_path, tagging, Steps(), max_epochs=2).fit(Foreign(), loader(bad), loader(bad))
+    assert not steps
+    # One that never comes is not looked at.
+    trainer(tmp_path, FrequencyTagging(n_images=2, every_n_epochs=9), Steps(), max_epochs=1).fit(
+        Foreign(), loader(bad), loader(bad)
+    )
+    assert steps
+
+
+def test_a_network_in_half_precision_is_tagged(tmp_path: Path) -> None:
+    """(0 - 0.485) / 0.229 in bfloat16 is that of a pixel of -0.0016."""
+    data = DigitsData(mean=[0.485] * 3, std=[0.229] * 3, limit_train=32, batch_size=16, num_workers=0)
+    module, tagging = (
+        Classifier({"name": "resnet8", "stage_widths": [4, 4, 8]}),
+        FrequencyTagging(n_images=2, network="net"),
+    )
+    trainer(tmp_path, tagging, max_epochs=1, precision="bf16-true").fit(module, datamodule=data)
+    assert tagging.latest["n_images"] == 2
+
+
+def test_images_of_a_loader_that_nobody_deals_out(images: Tensor) -> None:
+    """Each process sees all of them, and takes its share."""
+    tagging = FrequencyTagging(n_images=3)
+    for rank, share in ((0, [0, 2]), (1, [1])):
+        fake = _Fake(loader(images))
+        fake.global_rank, fake.world_size = rank, 2
+        found, labels = tagging._validation_images(fake, pl.LightningModule())  # type: ignore[arg-type]
+        assert torch.equal(found, images[share])
+        assert labels is not None
+        assert len(labels) == len(share)

@@ -10,6 +10,7 @@ from PIL import Image
 from torchvision import datasets
 
 from freqprune.errors import InputError
+from freqprune.training.datamodule import CIFAR10Data
 from freqprune.training.torchvision_sets import SETS, DatasetListing, TorchvisionData
 
 
@@ -89,3 +90,12 @@ def test_what_is_refused(tmp_path: Path) -> None:
     (tmp_path / "FashionMNIST" / "raw" / "t10k-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, 30) + labels)
     with pytest.raises(InputError, match=r"only one part has Bag, Ankle boot: images are missing from data.root"):
         TorchvisionData("FashionMNIST", tmp_path, download=False).setup()
+
+
+def test_a_root_in_the_home_folder_and_one_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for kind in (lambda: TorchvisionData("SVHN", "~/d", download=False), lambda: CIFAR10Data("~/d", download=False)):
+        with pytest.raises(InputError, match=f"is not in data.root = {tmp_path / 'home' / 'd'}"):
+            kind().setup()
+    assert list(tmp_path.iterdir()) == []

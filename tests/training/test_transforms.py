@@ -146,3 +146,16 @@ def test_what_is_refused(transforms: Any, message: str) -> None:
 def test_an_evaluation_size_that_is_too_large() -> None:
     with pytest.raises(InputError, match=r"data.eval_size = 40 is more than the images have: 32 x 32 pixels"):
         DigitsData(eval_size=40, **PLAIN).setup()
+
+
+def test_transforms_of_others_and_within_others() -> None:
+    image = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
+    grey = {"name": "Grayscale", "num_output_channels": 3}
+    own = Transforms([torch.nn.Identity(), {"name": "RandomApply", "transforms": [grey], "p": 0.5}])
+    own.bind(10, image)
+    drawn = [own.one(image, seed) for seed in range(8)]
+    assert {bool((one[0] == one[1]).all()) for one in drawn} == {True, False}
+    # What is done to few images is tried as well.
+    seldom = Transforms([{"name": "RandomErasing", "p": 0.1, "value": [1, 2]}])
+    with pytest.raises(InputError, match=r"RandomErasing.* do not run on images"):
+        seldom.bind(10, image)
