@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 from collections.abc import Mapping
@@ -30,6 +31,8 @@ from freqprune.networks import (
     check_answers,
     config_of,
     device_of,
+    evaluating,
+    first,
     load_network,
     preprocessing,
     pretrained_path,
@@ -152,16 +155,19 @@ def settings_of_weights(settings: Settings) -> dict[str, Any]:
     given = settings.data
     own = {key: value for key, value in asdict(found).items() if key in given and given[key] is None}
     # Each of these pairs is set as a whole, or left.
-    for first, second in (("mean", "std"), ("image_size", "resize")):
-        if not {first, second} <= own.keys():
-            own = {key: value for key, value in own.items() if key not in (first, second)}
+    for pair in ({"mean", "std"}, {"image_size", "resize"}):
+        if not pair <= own.keys():
+            own = {key: value for key, value in own.items() if key not in pair}
     return own
 
 
 def with_classes(config: Mapping[str, Any], data: ImageData) -> dict[str, Any]:
     given = config.get("num_classes")
     if given is None and trained(config):
-        known = rebuilt_from(config, build_model(config))["num_classes"]
+        known = rebuilt_from(config, build_model(config)).get("num_classes")
+        if known is None:
+            # One of the user's own, which has an argument of that name.
+            return {**config, "num_classes": len(data.classes)}
         if known != len(data.classes):
             raise InputError(
                 f"the weights of {config['name']} tell {known} classes apart, the data have {len(data.classes)}; ask "
@@ -207,8 +213,12 @@ def check_match(net: nn.Module, data: ImageData, stored: Stored) -> None:
         stored: what its file says of it.
     """
     wrong: list[str] = []
-    config = config_of(net)
-    classes = config.get("num_classes")
+    example = data.normalize(data.pixels("val", 1)).to(device_of(net))
+    classes = config_of(net).get("num_classes")
+    with contextlib.suppress(InputError):
+        # Its last layer may be another than its config says; what it cannot run on is told below.
+        check_answers(net, example)
+        classes = _n_answers(net, example)
     if classes is not None and classes != len(data.classes):
         wrong.append(
             f"the network tells {classes} classes apart, the data have {len(data.classes)}; use the data it was "
@@ -241,7 +251,20 @@ def check_match(net: nn.Module, data: ImageData, stored: Stored) -> None:
             "data: accuracies are wrong unless they mean the same in the same order",
             len(other), len(data.classes), *other[0],
         )  # fmt: skip
-    check_answers(net, data.normalize(data.pixels("val", 1)).to(device_of(net)))
+    check_answers(net, example)
+    _n_answers(net, example)
+
+
+def _n_answers(net: nn.Module, example: Tensor) -> int:
+    """Classes that a network answers for."""
+    with evaluating(net), torch.no_grad():
+        answer = first(net(example))
+    if answer.dim() != 2:
+        raise InputError(
+            f"{type(net).__name__} must return logits, (n_images, n_classes), got {tuple(answer.shape)}: register a "
+            "network around it whose forward does"
+        )
+    return int(answer.shape[1])
 
 
 def check_sizes(net: nn.Module, data: ImageData, example: Tensor, epochs: int | None) -> None:

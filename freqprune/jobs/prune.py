@@ -20,7 +20,7 @@ from freqprune.jobs.outputs import explore_cut, name_of, plan_of, tell, write_re
 from freqprune.jobs.resuming import check_same_cut, interrupted
 from freqprune.jobs.settings import Settings, read
 from freqprune.jobs.stages import Run
-from freqprune.networks import Stored, device_of
+from freqprune.networks import Stored, check_export, device_of
 from freqprune.processes import from_first, rank_and_size
 from freqprune.pruning import Verdict, judge, needs, plan_cut
 from freqprune.reports import record
@@ -74,6 +74,7 @@ def _pruned(
     planned = None if settings.recipe is None else plan_cut(net, run.example, settings.recipe)
     if planned:
         check_finetuning(settings, data)
+        from_first(check_export, net, run.example, settings.exports)
     if planned and settings.from_scratch:
         check_anew(net)
         assembly.check_sizes(net, data, run.example, settings.finetune_epochs)

@@ -11,12 +11,14 @@ from .blocks import dropped_blocks as dropped_blocks
 from .checkpoint import Stored as Stored
 from .checkpoint import check_resumable as check_resumable
 from .checkpoint import epochs_done as epochs_done
+from .checkpoint import kept_by_all as kept_by_all
 from .checkpoint import load_network as load_network
 from .checkpoint import load_pruned as load_pruned
 from .checkpoint import of_the_dense as of_the_dense
 from .checkpoint import save_pruned as save_pruned
 from .checkpoint import save_weights as save_weights
 from .exports import Exports as Exports
+from .exports import check_export as check_export
 from .exports import export as export
 from .extras import picks_of_shortcuts as picks_of_shortcuts
 from .files import write_atomically as write_atomically

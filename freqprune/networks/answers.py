@@ -20,9 +20,10 @@ OF_VIEW = "view size is not compatible"
 
 
 def first(output: Any) -> Tensor:
-    """The first tensor of a network's output."""
+    """The first tensor of a network's output, whatever it is wrapped in: a loss that was not asked for is None."""
     while not isinstance(output, Tensor):
-        output = next(iter(output.values() if isinstance(output, Mapping) else output))
+        parts = output.values() if isinstance(output, Mapping) else output
+        output = next(one for one in parts if one is not None)
     return output
 
 

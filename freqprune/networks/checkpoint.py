@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.networks.blocks import drop_blocks, dropped_blocks
-from freqprune.networks.extras import extras, set_extras, take_types
+from freqprune.networks.extras import built_otherwise, extras, set_extras, take_types
 from freqprune.networks.files import read, write_atomically
 from freqprune.networks.heads import by_new_names
 from freqprune.networks.libraries import SET_BY_WEIGHTS, WEIGHTS
@@ -69,19 +70,23 @@ def load_network(path: str | Path, model: Mapping[str, Any] | None = None) -> St
         extra: dict[str, Any] = {"kept": dict(content["kept"])}
         said = content
     elif "hyper_parameters" in content and "state_dict" in content:
-        named = content["hyper_parameters"].get("model")
-        if not isinstance(named, Mapping | None):
-            raise InputError(
-                f"ckpt = {path}: its hyper-parameter model is a {type(named).__name__}, expected a dict; say which "
-                "network with model=..."
-            )
-        if named is None and model is None:
+        # Modules of others call by these names what they like.
+        said = {
+            key: value
+            for key, value in content["hyper_parameters"].items()
+            if isinstance(value, list if key == "classes" else Mapping)
+        }
+        named = said.get("model", {})
+        if "name" not in named and model is None:
             raise InputError(
                 f"ckpt = {path} does not name its network; say which with model=..., one of {', '.join(model_names())}"
             )
-        config = dict(named or model or {})
+        config = dict(named if "name" in named else model or {})
         state = _of_the_network(content["state_dict"])
-        extra, said = {}, content["hyper_parameters"]
+        cuts = _cut_while_trained(content)
+        extra = {"kept": kept_by_all(cuts["kept"], cuts.get("dropped", ()))} if cuts else {}
+        # Of a module that does not keep them among its own settings.
+        said |= {"blocks": said.get("blocks") or (cuts.get("dropped") or [{}])[-1]}
     else:
         if model is None:
             raise InputError(
@@ -156,6 +161,23 @@ def of_the_dense(kept: Mapping[str, Tensor], earlier: Mapping[str, Sequence[int]
     for layer, indices in kept.items():
         found[layer] = [found[layer][i] if layer in found else int(i) for i in indices.tolist()]
     return found
+
+
+def kept_by_all(
+    cuts: Sequence[Mapping[str, Sequence[int]]], dropped: Sequence[Mapping[str, Any]]
+) -> dict[str, list[int]]:
+    """Filters that some cuts, one after the other, have left of the dense network, without layers of blocks that are
+    gone after the last.
+
+    Args:
+        cuts: filters kept of each layer, counted in the network before each cut.
+        dropped: blocks that were gone after each.
+    """
+    found: dict[str, list[int]] = {}
+    for kept in cuts:
+        found = of_the_dense({name: torch.tensor(indices) for name, indices in kept.items()}, found)
+    gone = tuple(f"{block}." for block in (dropped[-1] if dropped else ()))
+    return {name: indices for name, indices in found.items() if not name.startswith(gone)}
 
 
 def _cut_while_trained(content: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -250,6 +272,12 @@ def save_pruned(
     resize(twin, net.state_dict())
     more = extras(net, twin)
     _load(twin, net.state_dict(), path, config)
+    if odd := built_otherwise(net, twin):
+        raise InputError(
+            f"{type(net).__name__} is not what its config {dict(config)} builds: {', '.join(odd[:5])} are other "
+            "modules, or have other settings, which no tensor says; register a function that builds it so "
+            "(register_model), and pass save_pruned(model={'name': ...})"
+        )
     content = {
         "format": PRUNED_FORMAT,
         "model": dict(config),

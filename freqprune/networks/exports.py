@@ -5,15 +5,17 @@ from __future__ import annotations
 import importlib.util
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from freqprune.errors import InputError
+from freqprune.errors import InputError, first_line
 from freqprune.networks.answers import device_of, first
 from freqprune.networks.hooks import evaluating
 from freqprune.networks.runtimes import OnnxModule
@@ -109,17 +111,43 @@ def _written(net: nn.Module, example: Tensor, folder: Path, onnx: bool, torch_ex
         # The exporters' remarks about their own internals.
         warnings.simplefilter("ignore")
         if torch_export:
-            torch.export.save(torch.export.export(net, (pair,), dynamic_shapes=dynamic), folder / "model.pt2")
-            again = first(torch.export.load(folder / "model.pt2").module()(inputs))
+            with _told("torch_export"):
+                torch.export.save(torch.export.export(net, (pair,), dynamic_shapes=dynamic), folder / "model.pt2")
+                again = first(torch.export.load(folder / "model.pt2").module()(inputs))
             found["model.pt2"] = _difference("model.pt2", again, expected)
         if onnx:
             path = folder / "model.onnx"
-            torch.onnx.export(
-                net, (pair,), str(path), dynamo=True, dynamic_shapes=dynamic, external_data=False, verbose=False
-            )
-            again = OnnxModule(path)(inputs)
+            with _told("onnx"):
+                torch.onnx.export(
+                    net, (pair,), str(path), dynamo=True, dynamic_shapes=dynamic, external_data=False, verbose=False
+                )
+                again = OnnxModule(path)(inputs)
             found["model.onnx"] = _difference("model.onnx", again, expected)
     return found
+
+
+@contextmanager
+def _told(setting: str) -> Iterator[None]:
+    """What an exporter cannot take, in words."""
+    try:
+        yield
+    except (InputError, OSError):
+        raise
+    except Exception as error:  # Exporters have many, of no common kind.
+        raise InputError(
+            f"export.{setting} = true cannot take this network ({first_line(error)}); leave it out, or write its "
+            "forward without what depends on values"
+        ) from error
+
+
+def check_export(net: nn.Module, example: Tensor, asked: Exports) -> None:
+    """Export a network for a trial, before it is cut and trained.
+
+    Raises:
+        InputError: as `export`.
+    """
+    with TemporaryDirectory() as folder:
+        export(net, example, Path(folder), asked.onnx, asked.torch_export)
 
 
 def _quantised(net: nn.Module, folder: Path, batches: Sequence[Tensor]) -> float:
@@ -143,7 +171,7 @@ def _quantised(net: nn.Module, folder: Path, batches: Sequence[Tensor]) -> float
     finally:
         root.setLevel(level)
     small = OnnxModule(folder / "model.int8.onnx")
-    same = [small(batch).argmax(1) == net(batch).argmax(1) for batch in batches]
+    same = [small(batch).argmax(1) == first(net(batch)).argmax(1) for batch in batches]
     return float(torch.cat(same).double().mean())
 
 

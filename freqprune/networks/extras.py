@@ -40,7 +40,8 @@ def extras(net: nn.Module, twin: nn.Module) -> dict[str, dict[str, Any]]:
         "buffers": {
             name: buffer.detach().cpu().contiguous()
             for name, buffer in _buffers_of(net).items()
-            if name in buffers and not torch.equal(buffer.cpu(), buffers[name].cpu())
+            if name in buffers
+            and (buffer.dtype != buffers[name].dtype or not torch.equal(buffer.cpu(), buffers[name].cpu()))
         },
     }
 
@@ -54,7 +55,31 @@ def set_extras(net: nn.Module, given: Mapping[str, Any]) -> None:
         module.set_index(torch.tensor(one["index"], dtype=torch.long))
     for name, buffer in (given.get("buffers") or {}).items():
         owner, _, child = name.rpartition(".")
+        if buffer.is_floating_point():
+            # As `take_types` does with what a state dict holds.
+            buffer = buffer.to(torch.promote_types(buffer.dtype, net.get_buffer(name).dtype))
         setattr(net.get_submodule(owner), child, buffer)
+
+
+# Settings of modules that change what they compute and that no tensor holds.
+_SETTINGS = ("kernel_size", "stride", "padding", "dilation", "padding_mode", "ceil_mode", "eps", "transform_input")
+
+
+def built_otherwise(net: nn.Module, twin: nn.Module) -> list[str]:
+    """Modules by name that are others than in a network of the same config: of other settings, or, without tensors, of
+    another class; a dropout that was taken out changes no answer."""
+    same = dict(twin.named_modules())
+
+    def differs(one: nn.Module, other: nn.Module) -> bool:
+        if any(getattr(one, name, None) != getattr(other, name, None) for name in _SETTINGS):
+            return True
+        silent = isinstance(one, nn.Identity) and "drop" in type(other).__name__.lower()
+        tensors = [*one.parameters(), *one.buffers(), *other.parameters(), *other.buffers()]
+        return not tensors and type(one) is not type(other) and not silent
+
+    return [
+        name or "the network" for name, module in net.named_modules() if name in same and differs(module, same[name])
+    ]
 
 
 def take_types(net: nn.Module, state: Mapping[str, Any]) -> None:

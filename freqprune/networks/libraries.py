@@ -31,14 +31,14 @@ class Preprocessing:
 
     Attributes:
         image_size: height and width of its input.
-        resize: the shorter side is resized to this before the middle is cut out.
+        resize: the shorter side is resized to this before the middle is cut out; None: the whole image is squashed.
         mean: channel means, of pixels in [0, 1].
         std: channel standard deviations, likewise.
         interpolation: ``"bilinear"`` or ``"bicubic"``.
     """
 
     image_size: int
-    resize: int
+    resize: int | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str
@@ -61,6 +61,7 @@ def library_builder(name: str) -> Callable[..., nn.Module] | None:
         timm = _timm()
         if not timm.is_model(kind):
             raise InputError(f"model.name = {name!r}: timm has no model {kind!r}{closest(kind, timm.list_models())}")
+        _timm_cfg(kind)
         return lambda **arguments: _from_timm(kind, **arguments)
     return None
 
@@ -74,8 +75,9 @@ def rebuilt_from(config: Mapping[str, Any], net: nn.Module) -> dict[str, Any]:
     """Config that builds a network of the same shape without trained weights."""
     if not trained(config):
         return dict(config)
-    own: Any = net.config
-    return dict(own)
+    # A network may have something else that it calls its config.
+    own: Any = getattr(net, "built_from", None) or net.config
+    return {key: value for key, value in own.items() if key not in WEIGHTS}
 
 
 def preprocessing(config: Mapping[str, Any]) -> Preprocessing | None:
@@ -97,10 +99,11 @@ def preprocessing(config: Mapping[str, Any]) -> Preprocessing | None:
     if name.startswith(TIMM) and config.get("pretrained"):
         timm = _timm()
         found = timm.data.resolve_data_config(
-            pretrained_cfg=timm.get_pretrained_cfg(name.removeprefix(TIMM)).to_dict(), use_test_size=False
+            pretrained_cfg=_timm_cfg(name.removeprefix(TIMM)).to_dict(), use_test_size=False
         )
         size = found["input_size"][-1]
-        resize = int(size / found["crop_pct"])
+        squashed = found["crop_mode"] == "squash" and found["crop_pct"] == 1
+        resize = None if squashed else int(size / found["crop_pct"])
         return Preprocessing(size, resize, tuple(found["mean"]), tuple(found["std"]), found["interpolation"])
     return None
 
@@ -116,7 +119,7 @@ def class_names(config: Mapping[str, Any]) -> list[str] | None:
         names = list(_weights(name.removeprefix(TORCHVISION), config["weights"]).meta["categories"])
     if name.startswith(TIMM) and config.get("pretrained"):
         timm = _timm()
-        cfg = timm.get_pretrained_cfg(name.removeprefix(TIMM)).to_dict()
+        cfg = _timm_cfg(name.removeprefix(TIMM)).to_dict()
         subset = timm.data.infer_imagenet_subset(cfg)
         names = None if subset is None else timm.data.ImageNetInfo(subset).label_descriptions()
     return names if config.get("num_classes") in (None, len(names or ())) else None
@@ -134,6 +137,25 @@ def _timm() -> Any:
     except ImportError:
         raise InputError("networks of timm need timm: pip install 'freqprune[timm]'") from None
     return timm
+
+
+def _timm_cfg(kind: str) -> Any:
+    """What timm knows of a network and its weights, by an earlier name of it too; empty where it knows nothing, as of a
+    network that somebody has registered with it.
+
+    Raises:
+        InputError: for weights that it does not have.
+    """
+    timm = _timm()
+    now = timm.models.get_deprecated_models().get(kind) or kind
+    try:
+        found = timm.get_pretrained_cfg(now)
+    except RuntimeError as error:
+        known = timm.list_models(f"{kind.split('.')[0]}.*", pretrained=True) or timm.list_models(pretrained=True)
+        raise InputError(
+            f"model.name = {TIMM}{kind!r}: timm has no such weights ({_line(error)}){closest(kind, known)}"
+        ) from None
+    return timm.models.PretrainedCfg() if found is None else found
 
 
 def _weights(kind: str, name: Any) -> Any:
@@ -189,14 +211,14 @@ def _from_timm(kind: str, pretrained: bool = False, num_classes: int | None = No
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise
-        cfg = timm.get_pretrained_cfg(kind)
+        cfg = _timm_cfg(kind)
         where = f"the repository {cfg.hf_hub_id} of the Hugging Face hub" if cfg.hf_hub_id else cfg.url
         raise InputError(
             f"the weights of timm/{kind} could not be read ({_line(error)}); on a machine with a network run this once "
             f"and copy {_hub_folder()}, or fetch {where} and give the file as "
             "model.pretrained_cfg_overlay.file=FILE"
         ) from error
-    trained_for = timm.get_pretrained_cfg(kind).num_classes
+    trained_for = _timm_cfg(kind).num_classes
     if pretrained and num_classes is not None and num_classes != trained_for:
         log.warning("the last layer of timm/%s is new: %d classes instead of %d", kind, num_classes, trained_for)
     arguments = {key: value for key, value in arguments.items() if not key.startswith("pretrained_cfg")}

@@ -13,6 +13,7 @@ from weakref import WeakSet, finalize
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,7 +36,7 @@ def macs_by_layer(model: nn.Module, example: Tensor) -> dict[str, int]:
     try:
         for parameter in asking:
             parameter.requires_grad_(False)
-        with followable(model), torch.no_grad(), counter:
+        with followable(model), torch.no_grad(), counter, _LinearCalls(model) as calls:
             model(example[:1].clone())
     finally:
         for parameter in asking:
@@ -55,7 +56,27 @@ def macs_by_layer(model: nn.Module, example: Tensor) -> dict[str, int]:
         if leaf is not None:
             # A fused multiply-add is two operations.
             found[leaf] = found.get(leaf, 0) + sum(operations.values()) // 2
-    return found
+    # A forward may multiply with a layer's weight itself, as Swin, BEiT and EVA do for queries, keys and values.
+    return {name: max(found.get(name, 0), calls.macs.get(name, 0)) for name in {**found, **calls.macs}}
+
+
+class _LinearCalls(TorchFunctionMode):
+    """MACs of ``torch.nn.functional.linear`` with the weights of a network's linear layers, by layer."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        self.macs: dict[str, int] = {}
+        self._names = {id(module.weight): name for name, module in layers}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is nn.functional.linear:
+            weight: Any = args[1] if len(args) > 1 else (kwargs or {})["weight"]
+            name = self._names.get(id(weight))
+            if name is not None:
+                self.macs[name] = self.macs.get(name, 0) + out.numel() * weight.shape[1]
+        return out
 
 
 def count_macs(model: nn.Module, example: Tensor) -> int:

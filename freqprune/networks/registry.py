@@ -73,9 +73,12 @@ def build_model(config: Mapping[str, Any]) -> nn.Module:
     builder = _builder(name)
     try:
         inspect.signature(builder).bind(**arguments)
-        net = builder(**arguments)
+        # Libraries take any argument, and say which ones they do not know. What a network of one's own trips over is
+        # its own business.
+        net = None if name in _BUILDERS else builder(**arguments)
     except TypeError as error:
         raise InputError(f"model {name!r} does not take these arguments: {error}") from None
+    net = builder(**arguments) if net is None else net
     if not config_of(net):
         given: Any = {"name": name, **arguments}
         # A network may have something else of that name.
@@ -114,6 +117,9 @@ def resize(net: nn.Module, state: Mapping[str, Any]) -> None:
         ):
             continue
         if isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
+            if weight.shape[2:] != old.shape[2:]:
+                # No cut changes a kernel, and its padding would not follow.
+                continue
             if module.groups > 1 and module.in_channels == module.out_channels:
                 module.groups = len(weight) * module.groups // module.out_channels
             module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups

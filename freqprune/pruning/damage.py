@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.networks import PLAIN, Trace, equal_batches, evaluating, hooked, replaced
+from freqprune.networks import PLAIN, Trace, equal_batches, evaluating, first, hooked, replaced
 from freqprune.processes import added_up, own_share
 from freqprune.pruning.blocks import shortcuts_of, without_channels
 from freqprune.pruning.moments import least_squares
@@ -55,8 +55,8 @@ def logit_errors(
     if not batches:
         raise InputError("no batch was given to measure the change of the logits on")
     with evaluating(model), torch.no_grad():
-        answer = model(batches[0])
-    if not isinstance(answer, Tensor) or answer.dim() != 2:
+        answer = first(model(batches[0]))
+    if answer.dim() != 2:
         raise InputError("the network must return logits, (n_images, n_classes), to measure their change")
     modules = dict(model.named_modules())
     solved = [
@@ -88,11 +88,11 @@ def _answers(
     if trace is None or not all(name in trace.layers.values() for layers in solved for name in layers):
         with evaluating(model):
             for batch in batches:
-                outputs = [model(batch)]
+                outputs = [first(model(batch))]
                 for layers, channels in zip(solved, silenced, strict=True):
                     hooks = [(model.get_submodule(name), silence(some), None) for name, some in channels.items()]
                     with replaced(model, layers), hooked(hooks):
-                        outputs.append(model(batch))
+                        outputs.append(first(model(batch)))
                 yield outputs
         return
     fixed = trace.inputs(model)

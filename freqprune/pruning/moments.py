@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.networks import evaluating, hooked, images_at_once
+from freqprune.networks import evaluating, first, hooked, images_at_once
 from freqprune.processes import added_up, own_share
 from freqprune.pruning.patches import Geometry, multiplications, pick
 from freqprune.tagging import Progress, in_sight
@@ -161,8 +161,8 @@ def output_gradients(
             generator.manual_seed(seed * 1_000_003 + number)
             outputs.clear()
             # Frozen networks have no gradients unless the input asks for them.
-            logits = model(batch.detach().requires_grad_(True))
-            if not isinstance(logits, Tensor) or logits.dim() != 2:
+            logits = first(model(batch.detach().requires_grad_(True)))
+            if logits.dim() != 2:
                 raise InputError("the network must return logits, (n_images, n_classes), to take gradients of")
             missing = sorted(set(layers) - {name for name, _ in outputs})
             if missing:

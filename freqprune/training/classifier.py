@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
 from freqprune.errors import InputError, check_fields
-from freqprune.networks import build_model, drop_blocks, rebuilt_from
+from freqprune.networks import build_model, drop_blocks, first, rebuilt_from
 from freqprune.tagging import TagLoss
 from freqprune.training.averaging import MovingAverage
 from freqprune.training.optimization import Optimization, check_same_optimizer, go_on_by_epochs, take_settings
@@ -134,9 +134,7 @@ class Classifier(pl.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images ``(n_images, n_channels, height, width)`` to logits ``(n_images, num_classes)``."""
-        logits = self.net(images)
-        assert isinstance(logits, Tensor)
-        return logits
+        return first(self.net(images))
 
     def setup(self, stage: str) -> None:
         # Before a distributed run takes its view of the gradients: with strides changed after that it would mix their
@@ -158,7 +156,7 @@ class Classifier(pl.LightningModule):
     def _distillation(self, logits: Tensor, images: Tensor) -> Tensor:
         """Distance of the softened outputs from the teacher's (Hinton, Vinyals & Dean 2015, arXiv 1503.02531)."""
         with torch.no_grad():
-            target = nn.functional.log_softmax(self._teacher[0](images) / self.temperature, dim=1)
+            target = nn.functional.log_softmax(first(self._teacher[0](images)) / self.temperature, dim=1)
         own = nn.functional.log_softmax(logits / self.temperature, dim=1)
         # Gradients of the softened outputs shrink with the square of the temperature.
         return nn.functional.kl_div(own, target, reduction="batchmean", log_target=True) * self.temperature**2

@@ -53,8 +53,10 @@ class Fitting:
         """An RGB image as ``(height, width, 3)``."""
         size, how = self.image_size, _INTERPOLATIONS[self.interpolation]
         if self.resize is not None and size is not None:
-            share = self.resize / min(image.size)
-            image = image.resize((round(image.width * share), round(image.height * share)), how)
+            # As torchvision rounds the longer side.
+            shorter = min(image.size)
+            width, height = (int(self.resize * side / shorter) for side in image.size)
+            image = image.resize((width, height), how)
             left, top = (round((side - size) / 2) for side in image.size)
             image = image.crop((left, top, left + size, top + size))
         elif size is not None and image.size != (size, size):

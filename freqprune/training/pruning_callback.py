@@ -15,7 +15,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.networks import config_of, drop_blocks, dropped_blocks, of_the_dense, picks_of_shortcuts
+from freqprune.networks import config_of, drop_blocks, dropped_blocks, kept_by_all, picks_of_shortcuts
 from freqprune.processes import shared_work
 from freqprune.pruning import (
     Material,
@@ -97,11 +97,7 @@ class TagPruning(TagsInTraining):
     @property
     def kept_of_dense(self) -> dict[str, list[int]]:
         """Filters of the dense network that are left, by unit."""
-        found: dict[str, list[int]] = {}
-        for kept in self.kept:
-            found = of_the_dense({name: torch.tensor(indices) for name, indices in kept.items()}, found)
-        gone = tuple(f"{block}." for block in (self.dropped[-1] if self.dropped else ()))
-        return {name: indices for name, indices in found.items() if not name.startswith(gone)}
+        return kept_by_all(self.kept, self.dropped)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":

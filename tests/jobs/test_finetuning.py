@@ -75,8 +75,8 @@ class Own(nn.Module):
         ("train", ["pruning=filters", "finetune.from_scratch=true"], "has weights but no reset_parameters"),
         (
             "train",
-            ["data.progressive_resizing={}"],
-            r"(?s)begins with images of 16 x 16: Own does not run .*initial_scale",
+            ["data.progressive_resizing={}", "trainer.max_epochs=3"],
+            r"(?s)has images of 16 x 16 on the way: Own does not run .*initial_scale",
         ),
         ("prune", ["pretrained=true", "finetune.from_scratch=true", "finetune.epochs=0"], r"finetune\.epochs, got 0"),
         ("prune", ["pretrained=true", "finetune.from_scratch=true", "pruning=none"], "pruning=none cuts nothing"),

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 import freqprune
 from freqprune.errors import InputError
+from freqprune.jobs.assembly import with_classes
 from freqprune.networks.checkpoint import load_network, load_pruned, save_pruned
 from freqprune.networks.files import read
+from freqprune.networks.libraries import rebuilt_from
 from freqprune.networks.registry import build_model, register_model
 from freqprune.networks.resnet import IndexShortcut
 from freqprune.pruning.surgery import Plan
+from freqprune.training.datamodule import DigitsData
 
 X = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 CLASSES = [f"kind {i}" for i in range(10)]
@@ -178,7 +181,7 @@ def test_no_damage_ends_in_anything_but_a_message(pruned: tuple[Path, torch.nn.M
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"state_dict": {}, "hyper_parameters": {"model": "resnet8"}}, "its hyper-parameter model is a str"),
+        ({"state_dict": {}, "hyper_parameters": {"model": "resnet8"}}, "does not name its network; say which with"),
         ({"state_dict": 3, "hyper_parameters": {}}, "state_dict is a int, expected a dict"),
         ({"format": "freqprune.pruned/1", "model": {}}, "is incomplete: it has no state_dict, kept, normalization"),
         ({"state_dict": {}, "hyper_parameters": {}}, "does not name its network"),
@@ -299,3 +302,89 @@ def test_checkpoints_of_other_modules_and_of_compiled_networks(prefix: str, tmp_
 def test_compiled_networks_are_saved_as_they_are(tmp_path: Path) -> None:
     save_pruned(tmp_path / "p.ckpt", cast(nn.Module, torch.compile(build_model({"name": "resnet8"}))), {})
     assert load_pruned(tmp_path / "p.ckpt").get_parameter("conv1.weight").shape == (16, 3, 3, 3)
+
+
+@pytest.mark.parametrize("what", ["stem", "pool", "activation", "kernel"])
+def test_networks_that_their_config_does_not_build_are_not_saved(what: str, tmp_path: Path) -> None:
+    net = build_model({"name": "torchvision/resnet18", "num_classes": 10}).eval()
+    if what == "stem":
+        net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    elif what == "kernel":
+        net.conv1 = nn.Conv2d(3, 64, 3, padding=3, stride=2, bias=False)
+    elif what == "pool":
+        net.maxpool = nn.Identity()
+    else:
+        net.layer1[0].relu = nn.Identity()  # type: ignore[index, union-attr]
+    with pytest.raises(InputError, match=r"conv1|maxpool|layer1\.0\.relu"):
+        save_pruned(tmp_path / "p.ckpt", net, {})
+    assert not (tmp_path / "p.ckpt").exists()
+
+
+def test_a_dropout_that_was_taken_out_changes_no_answer(tmp_path: Path) -> None:
+    net = build_model({"name": "torchvision/mobilenet_v2", "num_classes": 4}).eval()
+    net.classifier[0] = nn.Identity()  # type: ignore[index, operator]
+    save_pruned(tmp_path / "p.ckpt", net, {})
+    x = torch.rand(1, 3, 32, 32)
+    torch.testing.assert_close(load_pruned(tmp_path / "p.ckpt")(x), net(x))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"model": "resnet8"},
+        {"model": {"_target_": "a.B"}},
+        {"classes": 10, "blocks": [3, 4, 6, 3], "normalization": "imagenet"},
+    ],
+)
+def test_hyper_parameters_of_others_are_their_own_business(said: dict[str, object], tmp_path: Path) -> None:
+    net = build_model({"name": "resnet8"})
+    state = {f"net.{key}": value for key, value in net.state_dict().items()}
+    torch.save({"state_dict": state, "hyper_parameters": said}, tmp_path / "x.ckpt")
+    found = load_network(tmp_path / "x.ckpt", {"name": "resnet8"})
+    assert all(torch.equal(a, b) for a, b in zip(found.net.parameters(), net.parameters(), strict=True))
+    assert (found.classes, found.normalization) == ([], {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_tables_that_no_state_dict_holds_have_the_type_of_the_weights(dtype: torch.dtype, tmp_path: Path) -> None:
+    class Positions(nn.Module):
+        def __init__(self, num_classes: int = 4) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, num_classes, 3), nn.Linear(2, num_classes)
+            self.register_buffer("table", torch.linspace(0, 1, 2), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).mean((2, 3)) + self.fc(self.table)  # type: ignore[no-any-return]
+
+    name = f"positions in {dtype}"
+    register_model(name, Positions)
+    save_pruned(tmp_path / "p.ckpt", build_model({"name": name}).to(dtype), {})
+    again = load_pruned(tmp_path / "p.ckpt")
+    assert again(torch.rand(1, 3, 8, 8, dtype=torch.promote_types(dtype, torch.float32))).isfinite().all()
+
+
+def test_what_a_constructor_trips_over_is_no_wrong_argument() -> None:
+    class Broken(nn.Module):
+        def __init__(self, num_classes: int = 4) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, num_classes)  # type: ignore[call-arg]
+
+    register_model("broken", Broken)
+    with pytest.raises(TypeError, match="kernel_size"):
+        build_model({"name": "broken"})
+    with pytest.raises(InputError, match="does not take these arguments"):
+        build_model({"name": "broken", "depth": 3})
+
+
+def test_own_networks_may_load_weights_of_their_own() -> None:
+    class Loads(nn.Module):
+        def __init__(self, num_classes: int = 4, pretrained: bool = False) -> None:
+            super().__init__()
+            self.conv, self.pretrained = nn.Conv2d(3, num_classes, 3), pretrained
+
+    register_model("loads", Loads)
+    config = {"name": "loads", "pretrained": True}
+    assert rebuilt_from(config, build_model(config)) == {"name": "loads"}
+    data = DigitsData(limit_train=32)
+    data.setup()
+    assert with_classes(config, data) == {**config, "num_classes": 10}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.networks.exports import Exports, export
+from freqprune.networks.exports import Exports, check_export, export
 from freqprune.networks.registry import build_model
 from freqprune.networks.runtimes import OnnxModule
 from freqprune.pruning.surgery import Plan
@@ -91,3 +91,35 @@ def test_a_network_of_doubles_that_answers_a_mapping(tmp_path: Path) -> None:
 
     found = export(Answers().double().eval(), torch.rand(1, 3, 8, 8).double(), tmp_path, torch_export=True)
     assert found["model.pt2"] <= 1e-12
+
+
+class Chooses(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).mean((2, 3))
+        return y if y.mean() > 0 else -y
+
+
+@pytest.mark.parametrize("asked", [{"torch_export": True}, {"onnx": True}])
+def test_what_an_exporter_cannot_take_is_said_in_words(asked: dict[str, bool], tmp_path: Path) -> None:
+    net, x = Chooses().eval(), torch.rand(1, 3, 8, 8)
+    with pytest.raises(InputError, match=rf"export\.{next(iter(asked))} = true cannot take this network"):
+        export(net, x, tmp_path, **asked)
+    with pytest.raises(InputError, match="cannot take this network"):
+        check_export(net, x, Exports(**asked))
+
+
+def test_eight_bits_of_a_network_that_answers_a_mapping(tmp_path: Path) -> None:
+    class Answers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.conv(x).mean((2, 3))}
+
+    x = torch.rand(4, 3, 8, 8)
+    assert export(Answers().eval(), x, tmp_path, onnx=True, calibration=[x])["model.int8.onnx"] >= 0.5

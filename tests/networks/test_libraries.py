@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import pytest
@@ -148,3 +149,27 @@ def test_weights_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_timm_does_not_have() -> None:
     with pytest.raises(InputError, match="timm has no model 'resnet10'"):
         build_model({"name": "timm/resnet10"})
+    with pytest.raises(InputError, match=r"timm has no such weights .*c3_in2k.*did you mean"):
+        build_model({"name": "timm/resnet10t.c3_in2k"})
+
+
+@NO_TIMM
+def test_names_that_timm_has_given_up_and_networks_of_others_in_it() -> None:
+    import timm
+
+    with pytest.warns(UserWarning, match="deprecated model name gluon_resnet18_v1b"):
+        assert build_model({"name": "timm/gluon_resnet18_v1b", "num_classes": 5}).num_classes == 5
+
+    def own_in_timm(pretrained: bool = False, **arguments: Any) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, arguments.get("num_classes", 7), 3))
+
+    own_in_timm.__module__ = "timm.models.resnet"
+    timm.models.register_model(own_in_timm)
+    assert build_model({"name": "timm/own_in_timm", "num_classes": 4})[0].out_channels == 4  # type: ignore[index]
+
+
+@NO_TIMM
+def test_images_are_squashed_where_the_weights_ask_for_it() -> None:
+    found = preprocessing({"name": "timm/eva02_base_patch14_448", "pretrained": True})
+    assert found is not None
+    assert (found.image_size, found.resize) == (448, None)

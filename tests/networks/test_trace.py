@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
+from freqprune.networks.profiling import macs_by_layer
 from freqprune.networks.trace import Trace, equal_batches, run, same_answer
 from tests.pruning.doubled import Concatenated, Residual, images, settled
 
@@ -71,3 +72,18 @@ def test_answers_are_the_same_up_to_the_last_digits_of_their_type(dtype: torch.d
     assert same_answer(expected, expected + digit)
     assert not same_answer(expected, expected + 0.1 * expected.abs().max())
     assert not same_answer(expected, expected[:-1])
+
+
+def test_layers_whose_weight_the_forward_multiplies_with_itself_count() -> None:
+    """As Swin, BEiT and EVA do for queries, keys and values."""
+
+    class Itself(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x.flatten(2).transpose(1, 2))
+            return nn.functional.linear(x, self.b.weight, self.b.bias).mean(1)
+
+    assert macs_by_layer(Itself(), torch.rand(1, 3, 4, 4)) == {"a": 16 * 3 * 8, "b": 16 * 8 * 6}

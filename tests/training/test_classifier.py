@@ -180,3 +180,15 @@ def test_steps_of_the_loss_are_those_of_the_whole_training(tmp_path: Path) -> No
 def test_bad_optimizer(settings: dict[str, float], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Classifier({"name": "resnet8"}, **settings)  # type: ignore[arg-type]
+
+
+def test_networks_may_wrap_their_answer() -> None:
+    class Answers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor | None]:
+            return {"loss": None, "logits": self.fc(x.mean((2, 3)))}
+
+    assert Classifier(Answers(), num_classes=3)(torch.rand(2, 3, 8, 8)).shape == (2, 3)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets import CIFAR10
+from torchvision.transforms.v2 import functional
 
 from freqprune.errors import InputError
 from freqprune.jobs.photographs import read_images
@@ -269,6 +270,14 @@ def test_images_are_resized_as_by_pillow(interpolation: str, how: Image.Resampli
     cut = np.array(image.resize((18, 12), how))[1:11, 4:14]
     np.testing.assert_array_equal(Fitting(10, 12, interpolation)(image), cut)
     np.testing.assert_array_equal(Fitting(10, None, interpolation)(image), np.array(image.resize((10, 10), how)))
+
+
+@pytest.mark.parametrize("size", [(420, 300), (300, 421)])
+def test_photographs_are_prepared_as_by_torchvision(size: tuple[int, int]) -> None:
+    """As its weights ask for: 232 / 300 of 420 are 324.8 pixels, and 324 there."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    expected = functional.center_crop(functional.resize(image, [232]), [224, 224])
+    np.testing.assert_array_equal(Fitting(224, 232)(image), np.array(expected))
 
 
 def test_statistics_must_fit_the_channels(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from freqprune.errors import InputError
+from freqprune.networks.blocks import drop_blocks, dropped_blocks
 from freqprune.networks.checkpoint import load_network, save_weights
-from freqprune.networks.registry import register_model
+from freqprune.networks.registry import build_model, register_model
 from freqprune.pruning.amount import Amount
 from freqprune.pruning.recipe import Recipe
 from freqprune.pruning.surgery import Plan
@@ -275,5 +276,23 @@ def test_a_checkpoint_of_a_cut_network_of_any_kind_is_read(tmp_path: Path) -> No
     run.save_checkpoint(tmp_path / "last.ckpt")
     save_weights(tmp_path / "weights.ckpt", tmp_path / "last.ckpt")
     images = torch.rand(2, 3, 32, 32)
+    cuts = next(one for one in run.callbacks if isinstance(one, TagPruning))  # type: ignore[attr-defined]
     for name in ("last.ckpt", "weights.ckpt"):
-        torch.testing.assert_close(load_network(tmp_path / name).net(images), module.net.eval()(images))
+        found = load_network(tmp_path / name)
+        torch.testing.assert_close(found.net(images), module.net.eval()(images))
+        # A further cut counts on from there.
+        assert found.kept == cuts.kept_of_dense
+
+
+def test_blocks_that_went_while_a_module_of_others_trained_are_known(tmp_path: Path) -> None:
+    """Its own settings say nothing of them."""
+    net = build_model({"name": "resnet14"}).eval()
+    drop_blocks(net, {"layer1.1": []})
+    gone = dropped_blocks(net)
+    assert list(gone) == ["layer1.1"]
+    state = {f"net.{key}": value for key, value in net.state_dict().items()}
+    cuts = {"TagPruning": {"kept": [{}, {"layer1.0.conv1": [*range(16)]}], "dropped": [{}, gone], "shape": [3, 32, 32]}}
+    torch.save({"state_dict": state, "hyper_parameters": {}, "callbacks": cuts}, tmp_path / "last.ckpt")
+    images = torch.rand(2, 3, 32, 32)
+    found = load_network(tmp_path / "last.ckpt", {"name": "resnet14"})
+    torch.testing.assert_close(found.net(images), net(images))
