@@ -22,10 +22,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from freqprune.errors import InputError
-from freqprune.jobs.config import Common, check_pruning, check_training, names_trained, no_such_key, read_common, typed
+from freqprune.jobs.config import Common, check_pruning, check_training, names_trained, read_common
 from freqprune.jobs.explain_settings import check_explaining
 from freqprune.jobs.failed import let_go
 from freqprune.jobs.launched import run_id
+from freqprune.jobs.values import no_such_key, typed
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ from typing import Any, TypeVar, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 
 from freqprune.errors import InputError, at_least, one_of
-from freqprune.jobs.config import Common, no_such_key, plain, read_common, typed, with_booleans
+from freqprune.jobs.config import Common, read_common
+from freqprune.jobs.values import no_such_key, plain, typed, with_booleans
 from freqprune.networks import Exports, Latency
 from freqprune.pruning import AMOUNTS, Amount, Judgement, Recipe, Reconstruction, needs
 from freqprune.tagging import Readout, Stimulus, TagLoss, find_components

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +14,11 @@ from freqprune.errors import InputError
 from freqprune.networks.blocks import drop_blocks, dropped_blocks
 from freqprune.networks.extras import built_otherwise, extras, set_extras, take_types
 from freqprune.networks.files import read, write_atomically
-from freqprune.networks.heads import by_new_names
 from freqprune.networks.libraries import SET_BY_WEIGHTS, WEIGHTS
 from freqprune.networks.registry import build_model, config_of, model_names, resize
+from freqprune.networks.state_dicts import load_into, of_the_network, uncompiled, without_prefix
 
 PRUNED_FORMAT = "freqprune.pruned/1"
-_PREFIXES = ("module.", "net.", "model.")
 
 
 @dataclass
@@ -82,7 +80,7 @@ def load_network(path: str | Path, model: Mapping[str, Any] | None = None) -> St
                 f"ckpt = {path} does not name its network; say which with model=..., one of {', '.join(model_names())}"
             )
         config = dict(named if "name" in named else model or {})
-        state = _of_the_network(content["state_dict"])
+        state = of_the_network(content["state_dict"])
         cuts = _cut_while_trained(content)
         extra = {"kept": kept_by_all(cuts["kept"], cuts.get("dropped", ()))} if cuts else {}
         # Of a module that does not keep them among its own settings.
@@ -94,7 +92,7 @@ def load_network(path: str | Path, model: Mapping[str, Any] | None = None) -> St
                 "(or another)"
             )
         config, extra, said = dict(model), {}, {}
-        state = _uncompiled(content.get("state_dict", content))
+        state = uncompiled(content.get("state_dict", content))
     if model is not None and model.get("name") != config.get("name"):
         raise InputError(
             f"ckpt = {path} holds a {config.get('name')}, but model.name = {model.get('name')}; use "
@@ -108,7 +106,7 @@ def load_network(path: str | Path, model: Mapping[str, Any] | None = None) -> St
             )
     net = build_model(config)
     drop_blocks(net, said.get("blocks") or {})
-    state = _strip_prefix(state, net)
+    state = without_prefix(state, net)
     if content.get("format") == PRUNED_FORMAT:
         resize(net, state)
         set_extras(net, content)
@@ -116,7 +114,7 @@ def load_network(path: str | Path, model: Mapping[str, Any] | None = None) -> St
     elif _cut_while_trained(content):
         resize(net, state)
         set_extras(net, _cut_while_trained(content))
-    _load(net, state, path, config)
+    load_into(net, state, path, config)
     extra |= {"normalization": dict(said.get("normalization") or {}), "classes": list(said.get("classes") or ())}
     return Stored(net.eval(), config, **extra)
 
@@ -186,57 +184,6 @@ def _cut_while_trained(content: Mapping[str, Any]) -> Mapping[str, Any]:
     return said if said.get("kept") else {}
 
 
-def _of_the_network(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The network's part of a module's state dict: of ours, what is under ``net``."""
-    own = {key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")}
-    return _uncompiled(own or state)
-
-
-def _uncompiled(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what torch.compile puts between a module and the network in it."""
-    return {str(key).replace("_orig_mod.", ""): value for key, value in state.items()}
-
-
-def _strip_prefix(state: Mapping[str, Any], net: nn.Module) -> Mapping[str, Any]:
-    """Without what a wrapper has put before every name, unless the network has such names itself."""
-    if {*state} & {*net.state_dict()}:
-        return state
-    for prefix in _PREFIXES:
-        if state and all(str(key).startswith(prefix) for key in state):
-            return {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
-
-
-def _load(net: nn.Module, state: Mapping[str, Any], path: str | Path, config: Mapping[str, Any]) -> None:
-    expected = net.state_dict()
-    # The versions of its modules are of the state dict that was given.
-    versions = getattr(state, "_metadata", None)
-    state = by_new_names(net, state)
-    # Counters of seen batches are absent from older checkpoints and change nothing in eval mode.
-    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
-    unknown = [key for key in state if key not in expected]
-    shapes = [
-        f"{key} is {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
-        for key in expected
-        if isinstance(state.get(key), Tensor) and state[key].shape != expected[key].shape
-    ]
-    if missing or unknown or shapes:
-        parts = [
-            f"{len(keys)} {what}, e.g. {keys[0]}"
-            for what, keys in (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
-            if keys
-        ]
-        raise InputError(
-            f"ckpt = {path} does not fit {config.get('name')} (model.num_classes = {config.get('num_classes')}): "
-            f"tensors {'; '.join(parts)}; "
-            "check model=..., model.shortcut, model.num_classes"
-        )
-    loaded = OrderedDict(state)
-    # Versions of modules, which some networks cannot be loaded without; plain dicts have lost them.
-    loaded._metadata = versions or getattr(expected, "_metadata", None)  # type: ignore[attr-defined]
-    net.load_state_dict(loaded, strict=False)
-
-
 def save_pruned(
     path: str | Path,
     net: nn.Module,
@@ -271,7 +218,7 @@ def save_pruned(
     drop_blocks(twin, dropped_blocks(net))
     resize(twin, net.state_dict())
     more = extras(net, twin)
-    _load(twin, net.state_dict(), path, config)
+    load_into(twin, net.state_dict(), path, config)
     if odd := built_otherwise(net, twin):
         raise InputError(
             f"{type(net).__name__} is not what its config {dict(config)} builds: {', '.join(odd[:5])} are other "

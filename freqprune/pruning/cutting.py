@@ -24,6 +24,7 @@ from freqprune.pruning.reconstruction import reconstruct
 from freqprune.pruning.selection import Kept, remarks, select
 from freqprune.pruning.surgery import Plan
 from freqprune.pruning.tempo import Clock, Promise, to_time
+from freqprune.pruning.trials import misread_units, stuck_blocks
 from freqprune.tagging import Progress, Stimulus, TagResponse, pick_layers
 
 
@@ -66,14 +67,14 @@ def plan_cut(net: nn.Module, example: Tensor, recipe: Recipe) -> tuple[Plan, lis
     plan.spare_blocks(recipe.layers, recipe.exclude)
     if needed and not plan.blocks:
         raise InputError("pruning.layers and pruning.exclude spare every residual block; use pruning.blocks=false")
-    plan.keep_stuck_blocks()
+    plan.leave_blocks(stuck_blocks(plan))
     if needed and not plan.blocks:
         raise InputError(
             f"{type(net).__name__} does not run as it should without any of its residual blocks "
             f"({', '.join(plan.stuck)}): they give or take something else than one map; use pruning.blocks=false"
         )
     picked = plan.choose(recipe.layers, recipe.exclude, recipe.streams)
-    misread = plan.misread(picked)
+    misread = misread_units(plan, picked)
     chosen = [name for name in picked if name not in misread]
     if not chosen:
         raise InputError(
@@ -293,12 +294,6 @@ def _overshoot(plan: Plan, kept: Kept, amount: Amount) -> list[str]:
     got = 1 - plan.macs({name: len(indices) for name, indices in kept.items()}) / plan.macs({})
     if abs(got - amount.macs_cut) <= 0.01:
         return []
-    if got < amount.macs_cut:
-        return [
-            f"{100 * got:.1f} % of the MACs cut instead of {100 * amount.macs_cut:.1f} %: residual streams whose first "
-            "layer goes with its block keep their filters"
-        ]
-    return [
-        f"{100 * got:.1f} % of the MACs cut instead of {100 * amount.macs_cut:.1f} %: filters that go together "
-        "allow no closer cut"
-    ]
+    less = "residual streams whose first layer goes with its block keep their filters"
+    why = less if got < amount.macs_cut else "filters that go together allow no closer cut"
+    return [f"{100 * got:.1f} % of the MACs cut instead of {100 * amount.macs_cut:.1f} %: {why}"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,11 +16,8 @@ from freqprune.networks import Heads, IndexShortcut, check_answers, macs_by_laye
 from freqprune.pruning.dependencies import channel_group, dependency_graph, shared_parameters
 from freqprune.pruning.followed import Followed, follow, followed_group
 from freqprune.pruning.heads import head_group, movable_heads
+from freqprune.pruning.partners import IN, SUM, members_of, partners_of
 from freqprune.pruning.pruners import group_width, taught
-
-_OUT = (tp.prune_conv_out_channels, tp.prune_linear_out_channels)
-_IN = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
-_ARITHMETIC = {"AddBackward": "sum", "SubBackward": "difference", "MulBackward": "product", "DivBackward": "quotient"}
 
 
 @dataclass(frozen=True)
@@ -54,57 +50,6 @@ class Unit:
     def by_filter(self, values: Tensor) -> Tensor:
         """Values of the layer's channels, last dimension, as those of the filters: the mean over a filter's."""
         return values.unflatten(-1, (self.n_parts, self.n_filters, -1)).mean((-3, -1))
-
-
-def _partners(group: Any, module: nn.Module, names: Mapping[nn.Module, str]) -> list[str]:
-    """What else a filter of `module` would take along: other layers, sums, norms over channels, the output; empty for
-    an inner filter."""
-    found: list[str] = []
-    operations: list[str] = []
-    for dependency, _ in group:
-        target = dependency.target.module
-        # With a number it couples nothing.
-        of_two = len(dependency.target.inputs) > 1
-        arithmetic = next((word for word in _ARITHMETIC if of_two and word in dependency.target.name), None)
-        if target is not module and (
-            dependency.handler in _OUT or isinstance(target, IndexShortcut | nn.GroupNorm | nn.LayerNorm)
-        ):
-            found.append(names.get(target, type(target).__name__))
-        elif arithmetic:
-            operations.append(f"a {_ARITHMETIC[arithmetic]}")
-    found += operations
-    if not any(dependency.handler in _IN for dependency, _ in group):
-        found.append("the output of the network")
-    return list(dict.fromkeys(found))
-
-
-# What couples layers by value: their filters are one residual stream. Products do not: each side scales the other.
-_SUM = re.compile(r"^a (sum|difference|quotient)$|^the output of the network$")
-
-
-_PLAIN = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.PReLU, IndexShortcut)
-
-
-def _members(group: Any, names: Mapping[nn.Module, str]) -> list[str]:
-    """Layers that write a residual stream together; empty if its channels cannot be removed as one."""
-    found: list[str] = []
-    for dependency, idxs in group:
-        module, name = dependency.target.module, names.get(dependency.target.module)
-        if dependency.handler in _OUT:
-            # The same channel number in every layer, or the layers' scores and widths would not speak of the same
-            # filters.
-            if list(idxs) != [0] or name is None:
-                return []
-            found.append(name)
-        elif (
-            (name is not None and not isinstance(module, _PLAIN))
-            or isinstance(module, nn.Parameter)
-            or ("Div" in dependency.target.name and len(dependency.target.inputs) > 1)
-        ):
-            return []
-    widths = {dependency.target.module.weight.shape[0] for dependency, _ in group if dependency.handler in _OUT}
-    reads = any(dependency.handler in _IN for dependency, _ in group)
-    return found if len(widths) == 1 and reads else []
 
 
 # Beginnings of what is said of layers that cannot be cut for the way in which the network is written.
@@ -213,22 +158,22 @@ class ChannelGraph:
             # Their weights have inputs first: neither scores nor what a cut makes up for are written for that.
             self.coupled[layer] = turned
             return
-        partners = _partners(group, module, names)
+        partners = partners_of(group, module, names)
         members = [layer]
         if partners:
             self.coupled[layer] = partners
             if any(layer in unit.members for unit in self.units.values()):
                 return
-            members = sorted(_members(group, names), key=list(names.values()).index)
+            members = sorted(members_of(group, names), key=list(names.values()).index)
             if not members or members[0] != layer:
                 return
         width = math.lcm(*(group_width(d.target.module) for d, _ in group if taught(d.target.module)))
         n_channels = len(module.weight)
         if n_channels % width:
             return
-        readers = [names[d.target.module] for d, _ in group if d.handler in _IN and d.target.module in names]
+        readers = [names[d.target.module] for d, _ in group if d.handler in IN and d.target.module in names]
         unit = Unit(layer, tuple(members), n_channels // width, tuple(dict.fromkeys(readers)), width)
-        alone = not partners or not any(_SUM.search(partner) for partner in partners)
+        alone = not partners or not any(SUM.search(partner) for partner in partners)
         if alone:
             self.coupled.pop(layer, None)
         self._register(unit, self.inner if alone else self.streams)
@@ -240,7 +185,7 @@ class ChannelGraph:
         names, seen = self._names, set()
         for dependency, idxs in self.group(layer, [0]):
             target = dependency.target.module
-            name, inwards = names.get(target), dependency.handler in _IN
+            name, inwards = names.get(target), dependency.handler in IN
             # A convolution in groups comes once for each side of it.
             if name is None or name not in self._macs or (name, inwards) in seen:
                 continue
@@ -280,7 +225,7 @@ class ChannelGraph:
         found: dict[str, list[int]] = {}
         for dependency, idxs in self.group(name, filters):
             reader = self._names.get(dependency.target.module)
-            if (dependency.handler in _IN and reader is not None) or (
+            if (dependency.handler in IN and reader is not None) or (
                 isinstance(dependency.target.module, IndexShortcut) and reader is not None and _enters(dependency)
             ):
                 found.setdefault(reader, []).extend(int(i) for i in idxs)

@@ -35,7 +35,7 @@ class Plan:
         coupled: all other convolutions, with what shares their channels.
         blocks: residual blocks that may go, see `freqprune.pruning.blocks`; their names stand for one filter each.
         gone: blocks that the network has lost already.
-        stuck: blocks that `keep_stuck_blocks` has taken out.
+        stuck: blocks that `leave_blocks` has taken out.
 
     Raises:
         InputError: for a network that cannot be followed.
@@ -124,20 +124,10 @@ class Plan:
             }
         self.blocks = {name: block for name, block in self.blocks.items() if not spared & {*block.layers}}
 
-    def keep_stuck_blocks(self) -> None:
-        """Let no block go without which the network does not run as the proof asks for: found by a trial, of all
-        together, then of each alone. One that hands on more than a map, such as a pair, shows only there."""
-
-        def fails(names: Sequence[str]) -> bool:
-            try:
-                self.apply(dict.fromkeys(names, torch.tensor([], dtype=torch.long)))
-            except Exception:
-                # Whatever a forward trips over that gets something else than it expects.
-                return True
-            return False
-
-        self.stuck = [name for name in self.blocks if fails([name])] if self.blocks and fails(list(self.blocks)) else []
-        self.blocks = {name: block for name, block in self.blocks.items() if name not in self.stuck}
+    def leave_blocks(self, names: Sequence[str]) -> None:
+        """Let none of these go, whatever patterns say: without them the network would compute something else."""
+        self.stuck = list(names)
+        self.blocks = {name: block for name, block in self.blocks.items() if name not in names}
 
     def _match(self, patterns: str | Sequence[str]) -> list[str]:
         """Layers that patterns match, those of blocks too; once blocks have gone, a pattern may match none of what is
@@ -252,26 +242,6 @@ class Plan:
                 prove_in_training(source, twin, self.example, self.unreached)
         return twin
 
-    def misread(self, names: Sequence[str]) -> list[str]:
-        """Those of some units that torch-pruning cannot remove filters of so that the proof holds: found by a trial,
-        half of every unit, first of all together, then of each alone. A half here and there: the first would pass
-        where a forward slices channels by their numbers."""
-        generator = torch.Generator().manual_seed(0)
-        halves = {
-            name: _half(self.unit(name).n_filters, generator)
-            for name in names
-            if name not in self.blocks and self.unit(name).n_filters > 1
-        }
-
-        def fails(names: Sequence[str]) -> bool:
-            try:
-                self.apply({name: halves[name] for name in names})
-            except InputError:
-                return True
-            return False
-
-        return [name for name in halves if fails([name])] if fails(list(halves)) else []
-
     def silenced(self, kept: Mapping[str, Tensor]) -> dict[str, list[int]]:
         """Input channels, by layer that reads them, that carry removed filters."""
         found: dict[str, list[int]] = {}
@@ -315,7 +285,3 @@ class Plan:
 
 def _has_macs(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.conv._ConvNd | nn.Linear)
-
-
-def _half(n_filters: int, generator: torch.Generator) -> Tensor:
-    return torch.randperm(n_filters, generator=generator)[: -(-n_filters // 2)].sort().values

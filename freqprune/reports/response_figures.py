@@ -246,9 +246,8 @@ def _over_depth(
         range(len(layers)), _medians(values), "o-", color=BLUE, markersize=4, linewidth=1.2, label="median of the layer"
     )
     for (group, members), (colour, _) in zip((groups or {}).items(), styles, strict=True):
-        # Matplotlib would leave out a name with a line in front, and set one with dollars.
+        # Matplotlib leaves out a name with a line in front, sets one with dollars, and fails at one that is no text.
         name = ("\u200b" if group[:1] == "_" else "") + group.replace("$", r"\$")
-        # Nor does it draw names of folders that are no text.
         name = name.encode("utf-8", "backslashreplace").decode()
         axis.plot(range(len(layers)), _medians(members), ".-", color=colour, ms=3, lw=0.9, alpha=0.8, label=name)
     tidy(axis)

@@ -270,9 +270,8 @@ def counted_once(jobs: Sequence[Job]) -> list[Job]:
     """The jobs, those marked that were done before with the same settings and seed."""
     found: list[Job] = []
     for job in jobs:
-        again = job.state == "finished" and any(
-            _what(job) == _what(other) for other in found if other.state == "finished"
-        )
+        done = [other for other in found if other.state == "finished"]
+        again = job.state == "finished" and any(_what(job) == _what(other) for other in done)
         found.append(replace(job, state="repeated") if again else job)
     return found
 

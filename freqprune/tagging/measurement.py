@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from freqprune.errors import InputError
 from freqprune.networks import dtype_of, warn_of_batches
 from freqprune.processes import rank_and_size
-from freqprune.tagging.averages import Average
 from freqprune.tagging.inputs import normalizer_for
 from freqprune.tagging.layers import pick_layers
+from freqprune.tagging.passes import Pass
 from freqprune.tagging.readout import HALF, SPATIAL, Readout
 from freqprune.tagging.recording import Recorder
 from freqprune.tagging.response import LayerResponse, TagResponse
@@ -24,7 +24,6 @@ from freqprune.tagging.stimulus import Stimulus, check_pixels
 
 log = logging.getLogger(__name__)
 
-_TOGETHER = ""
 # Bytes of what is read at all positions that are held at a time.
 KEPT = 2**30
 
@@ -120,8 +119,8 @@ def tag(
     names = [site.layer for site in sites]
     first, inverse = stimulus.distinct_frames
     everything = torch.arange(stimulus.n_frames)
-    clean = _Pass(names, first, frame_transform(inverse, len(first)), 0.0, stimulus, "amplitude", precision)
-    noisy = _Pass(
+    clean = Pass(names, first, frame_transform(inverse, len(first)), 0.0, stimulus, "amplitude", precision)
+    noisy = Pass(
         names, everything, frame_transform(everything, stimulus.n_frames), noise_std, stimulus, average, precision
     )
     passes = [clean, noisy] if noise_std > 0 else [clean]
@@ -198,100 +197,6 @@ def sites_that_fit(sites: Sequence[Site], sizes: Mapping[str, int], most: int) -
         groups[-1].append(site)
         taken += sizes[site.layer]
     return groups
-
-
-class _Pass:
-    """One way of showing the images: which frames, with how much noise, and the averages that come of it."""
-
-    def __init__(
-        self,
-        layers: Sequence[str],
-        which: Tensor,
-        transform: Tensor,
-        noise_std: float,
-        stimulus: Stimulus,
-        average: str,
-        precision: torch.dtype,
-    ) -> None:
-        self.which, self.noise_std, self.stimulus = which, noise_std, stimulus
-        # Two real products: complex times real would first copy the time courses into complex numbers.
-        self.transform = torch.view_as_real(transform).flatten(1)
-        bins = [c.bin for c in stimulus.components]
-        self.widths: dict[str, int] = {}
-        self.averages = {
-            name: Average(bins, average, precision, with_power=noise_std > 0) for name in (_TOGETHER, *layers)
-        }
-
-    def run(
-        self,
-        recorder: Recorder,
-        images: Tensor,
-        prepare: Callable[[Tensor], Tensor],
-        limit: int,
-        seed: int,
-        numbers: Sequence[int],
-    ) -> None:
-        """Show a batch of images and add their spectra to the averages."""
-        pieces: dict[str, list[Tensor]] = {}
-        generators = [torch.Generator().manual_seed(seed * 1_000_003 + n) for n in numbers] if self.noise_std else []
-        for some in self.which.split(max(1, limit // len(images))):
-            frames = self.stimulus.frames(images, some)
-            if generators:
-                # Drawn frame by frame on the CPU: the same numbers for every batch size and device.
-                shape = frames.shape[2:]
-                noise = torch.stack([torch.stack([torch.randn(shape, generator=g) for _ in some]) for g in generators])
-                frames = frames + self.noise_std * noise.to(frames)
-            for layer, response in recorder(prepare(frames.flatten(0, 1))).items():
-                pieces.setdefault(layer, []).append(response.unflatten(0, (len(images), len(some))))
-        courses = {layer: torch.cat(pieces.pop(layer), dim=1) for layer in list(pieces)}
-        for layer, course in courses.items():
-            if not torch.isfinite(course).all():
-                raise InputError(
-                    f"layer {layer!r} answers with NaN or infinite values; check the weights and the normalisation"
-                )
-        if all(course.dim() == 3 for course in courses.values()):
-            # One transform for the filters of all layers: many small ones cost more than they compute.
-            self.widths = {layer: course.shape[2] for layer, course in courses.items()}
-            self.averages[_TOGETHER].update(self._spectra(torch.cat(list(courses.values()), dim=2)))
-            return
-        for layer, course in courses.items():
-            # Image by image where positions are kept: their spectra are large.
-            for image in course.split(1):
-                self.averages[layer].update(self._spectra(image))
-
-    def of(self, layer: str) -> Average:
-        """The averages of one layer."""
-        if not self.widths:
-            return self.averages[layer]
-        names = list(self.widths)
-        start = sum(self.widths[name] for name in names[: names.index(layer)])
-        return self.averages[_TOGETHER].part(slice(start, start + self.widths[layer]))
-
-    def _spectra(self, course: Tensor) -> Tensor:
-        """Time courses ``(n_images, n_frames, ...)`` to complex spectra ``(n_images, ..., n_freqs)``."""
-        # Apple's accelerator has no float64.
-        course = course.cpu() if course.device.type == "mps" else course
-        self.transform = self.transform.to(course.device)
-        return torch.view_as_complex((course.movedim(1, -1).double() @ self.transform).unflatten(-1, (-1, 2)))
-
-    def add_shares(self, device: torch.device) -> int:
-        """Add up the sums of all processes of the group; returns the number of images of all of them."""
-        import torch.distributed as dist
-
-        if not dist.is_initialized():
-            raise InputError(
-                "share=True adds up over a torch.distributed group, but none is initialised; use share=False in a "
-                "single process"
-            )
-        for average in self.averages.values():
-            count = torch.tensor(average.n_images, device=device)
-            dist.all_reduce(count)
-            average.n_images = int(count)
-            for name in average.sums:
-                total = average.sums[name].contiguous()
-                dist.all_reduce(torch.view_as_real(total) if total.is_complex() else total)
-                average.sums[name] = total
-        return max(average.n_images for average in self.averages.values())
 
 
 def in_sight(items: Sequence[T], what: str, progress: Progress | None) -> Iterator[T]:

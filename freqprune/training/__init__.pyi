@@ -1,9 +1,9 @@
 from .classifier import Classifier as Classifier
-from .classifier import Distillation as Distillation
 from .datamodule import CIFAR10Data as CIFAR10Data
 from .datamodule import DigitsData as DigitsData
 from .datamodule import ImageData as ImageData
 from .datamodule import epochs_of as epochs_of
+from .distillation import Distillation as Distillation
 from .hub_sets import HuggingFaceData as HuggingFaceData
 from .image_files import ENDINGS as ENDINGS
 from .image_files import UNREADABLE as UNREADABLE

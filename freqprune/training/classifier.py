@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
@@ -20,36 +19,13 @@ from freqprune.errors import InputError, check_fields
 from freqprune.networks import build_model, drop_blocks, first, rebuilt_from
 from freqprune.tagging import TagLoss
 from freqprune.training.averaging import MovingAverage
+from freqprune.training.distillation import Distillation
 from freqprune.training.optimization import Optimization, check_same_optimizer, go_on_by_epochs, take_settings
 
 log = logging.getLogger(__name__)
 
 # With more classes than so many the share of images whose class is among the first five answers is measured too.
 _FEW = 10
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """A share of the loss that follows another network's outputs (Hinton, Vinyals & Dean 2015, arXiv 1503.02531).
-
-    Args:
-        distill: the teacher's share of the loss, 0 for none.
-        temperature: softens both networks' outputs for that part.
-
-    Raises:
-        InputError: for an argument out of range.
-    """
-
-    distill: float = 0.0
-    temperature: float = 4.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.distill <= 1:
-            raise InputError(
-                f"distill is the dense network's share of the loss; it must lie in [0, 1], got {self.distill}"
-            )
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise InputError(f"temperature must be above 0, got {self.temperature}")
 
 
 class Classifier(pl.LightningModule):

@@ -141,7 +141,7 @@ def test_the_experiment_has_the_last_word(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("group", ["data", "model", "tagging", "importance", "pruning", "trainer", "logger"])
 def test_every_choice_of_every_group_is_valid(group: str, tmp_path: Path) -> None:
-    from freqprune.jobs.config import plain
+    from freqprune.jobs.values import plain
 
     for path in (ROOT / "conf" / group).glob("*.yaml"):
         if not path.stem.startswith("common"):

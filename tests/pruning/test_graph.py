@@ -11,6 +11,7 @@ from torchvision.models import mobilenet_v2
 from freqprune.networks.registry import build_model
 from freqprune.pruning.graph import ChannelGraph
 from freqprune.pruning.surgery import Plan
+from freqprune.pruning.trials import misread_units
 
 
 def test_readers_are_the_layers_that_multiply_a_units_filters_and_no_others() -> None:
@@ -50,6 +51,6 @@ def test_arithmetic_with_numbers_couples_nothing(function: Callable[[Tensor], Te
     net, x = Scaled().eval(), torch.rand(2, 3, 16, 16)
     plan = Plan(net, x)
     assert plan.layers == ["a"]
-    assert plan.misread(plan.layers) == []
+    assert misread_units(plan, plan.layers) == []
     kept = torch.tensor([0, 3, 5])
     assert plan.apply({"a": kept}).get_parameter("a.weight").shape[0] == 3

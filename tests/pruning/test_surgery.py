@@ -19,6 +19,7 @@ from freqprune.pruning.compensation import recalibrate_batch_norm
 from freqprune.pruning.pruners import _IndexShortcutPruner
 from freqprune.pruning.selection import select
 from freqprune.pruning.surgery import Plan
+from freqprune.pruning.trials import misread_units
 from tests.pruning.test_proof import X, masked
 from tests.pruning.test_reach import Gated, InGroups
 
@@ -319,7 +320,7 @@ class Sliced(nn.Module):
 
 def test_slices_by_number_are_found_by_the_trial() -> None:
     torch.manual_seed(0)
-    assert Plan(Sliced().eval(), X).misread(["u", "d"]) == ["u"]
+    assert misread_units(Plan(Sliced().eval(), X), ["u", "d"]) == ["u"]
 
 
 class Helped(nn.Module):

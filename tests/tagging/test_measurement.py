@@ -15,6 +15,7 @@ from freqprune.networks.registry import build_model
 from freqprune.tagging import measurement
 from freqprune.tagging.loss import TagLoss
 from freqprune.tagging.measurement import tag
+from freqprune.tagging.passes import Pass
 from freqprune.tagging.recording import Recorder, map_mean
 from freqprune.tagging.response import TagResponse
 from freqprune.tagging.sites import find_sites
@@ -353,7 +354,7 @@ def test_positions_of_all_layers_are_read_in_groups_that_fit(images: Tensor, mon
     net = build_model({"name": "resnet8"}).eval()
     expected = tag(net, images, spatial="map", layers="layer*.conv1")
     held: list[int] = []
-    given = measurement._Pass._spectra
+    given = Pass._spectra
 
     def watched(self: Any, course: Tensor) -> Tensor:
         held.append(course.nbytes)
@@ -366,7 +367,7 @@ def test_positions_of_all_layers_are_read_in_groups_that_fit(images: Tensor, mon
         held.append(sum(one.nbytes for one in found.values()) * 240 // len(frames))
         return found
 
-    monkeypatch.setattr(measurement._Pass, "_spectra", watched)
+    monkeypatch.setattr(Pass, "_spectra", watched)
     monkeypatch.setattr(Recorder, "__call__", read)
     # Of 16 x 16 pixels: 16 * 256, 32 * 64 and 64 * 16 numbers a frame, 4 bytes each, of 240 frames.
     monkeypatch.setattr(measurement, "KEPT", 4 * 240 * 16 * 256)
