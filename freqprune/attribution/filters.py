@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -115,22 +116,23 @@ def filter_effects(
     Raises:
         InputError: for an unknown layer, too few forwards, or a network that returns no logits.
     """
-    found = [
-        (*(one.T for one in estimate(design, answers, n_frames)), *find_interactions(design, answers[:, top], n_frames))
-        for design, answers, n_frames, top in _recordings(
-            model, images, layer, forwards, steepness, seed, progress, mean, std
-        )
-    ]
+    # Closed at once, also after an error: what it has done to the network is undone then.
+    with closing(_recordings(model, images, layer, forwards, steepness, seed, progress, mean, std)) as recordings:
+        found = [
+            (
+                *(one.T for one in estimate(design, answers, n_frames)),
+                *find_interactions(design, answers[:, top], n_frames),
+            )
+            for design, answers, n_frames, top in recordings
+        ]
     return FilterEffects(layer, *(torch.stack(column) for column in zip(*found, strict=True)))
 
 
 def filter_movement(model: nn.Module, images: Tensor, layer: str, seed: int = 0) -> Tensor:
     """`FilterEffects.movement` of network inputs alone, image by image, without what the effects of all images would
     take of memory; arguments as for `filter_effects`."""
-    moved = [
-        estimate(design, answers, n_frames)[0].square().sum(0)
-        for design, answers, n_frames, _ in _recordings(model, images, layer, seed=seed)
-    ]
+    with closing(_recordings(model, images, layer, seed=seed)) as recordings:
+        moved = [estimate(design, answers, n_frames)[0].square().sum(0) for design, answers, n_frames, _ in recordings]
     return torch.stack(moved).mean(0)
 
 
@@ -144,7 +146,7 @@ def _recordings(
     progress: Progress | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-) -> Iterator[tuple[Tensor, Tensor, int, int]]:
+) -> Generator[tuple[Tensor, Tensor, int, int], None, None]:
     """Of each image the gates ``(n_frames, n_filters)``, the logits ``(n_frames, n_classes)``, the frames of one
     recording and the network's own answer; arguments as for `filter_effects`."""
     modules = dict(model.named_modules())

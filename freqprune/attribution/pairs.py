@@ -38,17 +38,23 @@ def find_interactions(design: Tensor, scores: Tensor, n_frames: int, mixed: bool
     own = torch.cat([torch.ones_like(gates[:, :1]), gates.square()], 1) if mixed else gates[:, :0]
     span = torch.linalg.qr(own).Q
     about, n_left = _without(span, about), len(about) - max(1, span.shape[1])
-    alone, error = _projected(gates, about, span)
+    alone, error = _projected(gates, about)
     p_alone = p_values(alone[one, other], error[one, other], n_left, scores)
     chosen = p_alone.argsort()[: len(scores) // FRAMES_A_PAIR]
     products = gates[:, one[chosen]] * gates[:, other[chosen]]
     products = _without(span, products - products.mean(0))
+    p_alone = p_alone[chosen]
+    if mixed:
+        # What is taken out of a product counts for less than nothing in the projections above.
+        size = products.square().sum(0).clamp(min=torch.finfo(torch.float64).tiny)
+        error_alone = (about.square().sum() / max(1, n_left) / size).sqrt()
+        p_alone = p_values(products.T @ about / size, error_alone, n_left, scores)
     inverse = torch.linalg.pinv(products.T @ products, hermitian=True)
     fitted = inverse @ products.T @ about
     rest, freedom = about - products @ fitted, n_left - len(chosen)
     errors = (inverse.diagonal().clamp(min=0) * rest.square().sum() / max(1, freedom)).sqrt()
-    p_together = torch.maximum(p_values(fitted, errors, freedom, scores), p_alone[chosen])
-    together, sure = _projected(gates, rest, span)[0], torch.ones(n_parts, n_parts, dtype=torch.float64)
+    p_together = torch.maximum(p_values(fitted, errors, freedom, scores), p_alone)
+    together, sure = _projected(gates, rest)[0], torch.ones(n_parts, n_parts, dtype=torch.float64)
     for first, second in ((one[chosen], other[chosen]), (other[chosen], one[chosen])):
         together[first, second] = fitted
         sure[first, second] = p_together
@@ -60,13 +66,8 @@ def _without(span: Tensor, values: Tensor) -> Tensor:
     return values - span @ (span.T @ values)
 
 
-def _projected(gates: Tensor, rest: Tensor, span: Tensor) -> tuple[Tensor, Tensor]:
-    """Projections of a residual on the products of any two gates, as far as these lie beside `span`, in which the
-    residual has nothing; and their standard errors."""
-    size = gates.square().T @ gates.square()
-    for column in span.T:
-        size = size - ((gates * column[:, None]).T @ gates).square()
-    size = size.clamp(min=torch.finfo(torch.float64).tiny)
+def _projected(gates: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """Projections of a residual on the products of any two gates, and their standard errors."""
+    size = (gates.square().T @ gates.square()).clamp(min=torch.finfo(torch.float64).tiny)
     found = (gates * rest[:, None]).T @ gates / size
-    freedom = max(1, len(rest) - max(1, span.shape[1]))
-    return (found + found.T) / 2, (rest.square().sum() / freedom / size).sqrt()
+    return (found + found.T) / 2, (rest.square().sum() / max(1, len(rest) - 1) / size).sqrt()

@@ -85,7 +85,7 @@ def attribute_fine(
 
 def _least_side(parts: Tensor) -> int:
     """Pixels of the shortest side of rectangular parts ``(height, width)``."""
-    masks = [parts == number for number in parts[parts >= 0].unique()]
+    masks = (parts == number for number in parts[parts >= 0].unique())
     return min(int(mask.any(along).sum()) for mask in masks for along in (0, 1))
 
 

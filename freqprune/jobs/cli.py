@@ -111,9 +111,9 @@ def _explain(cfg: DictConfig) -> None:
     from freqprune.reports import record
 
     _warn_on_stderr()
-    with _refusing(), record.failures_kept(Path(str(cfg.output_dir))):
+    with _refusing(), record.failures_kept(Path(str(cfg.output_dir)), record.is_explained):
         check_explaining(cfg)
-        if record.done_before(cfg, lambda folder: (folder / record.EXPLAINED).is_file()):
+        if record.done_before(cfg, record.is_explained):
             return
         from freqprune.jobs.explain import explain
 

@@ -134,7 +134,8 @@ def check_pruning(cfg: DictConfig, at_hand: bool = False) -> None:
             "tag_loss=none here, and give the loss to train.py"
         )
     _check_precision(cfg)
-    if common.ckpt is not None:
+    cuts = typed(bool, cfg.pruning.get("enabled", False), "pruning.enabled")
+    if common.ckpt is not None and cuts and common.resume is None:
         _check_kept(Path(common.ckpt).resolve(), Path(common.output_dir).resolve())
     _check(cfg, common)
 

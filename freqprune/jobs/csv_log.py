@@ -40,6 +40,13 @@ class ResumedCSVLogger(CSVLogger):
                 self._earlier = rows
         return self._experiment
 
+    def forget(self) -> None:
+        """Begin with an empty table: what was there is of another training."""
+        self._earlier = None
+        if self._experiment is not None:
+            self._experiment.metrics_keys = []
+        (Path(self.log_dir) / METRICS).unlink(missing_ok=True)
+
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Add an entry to the table.

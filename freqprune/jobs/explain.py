@@ -64,9 +64,6 @@ def explain(cfg: DictConfig) -> tuple[Attribution, dict[str, Any]]:
     with in_all_processes(like, "processes={processes}") as is_first:
         if is_first:
             record.write(out, cfg)
-            # Of other images that were explained here.
-            drawn = {*(out / "maps").glob("*.png")} - {*find_images(asked.photographs)}
-            record.clear([out / record.EXPLAINED, out / "attribution.npz", *drawn])
         rank, n_processes = rank_and_size()
         own = torch.device(device.type, rank) if n_processes > 1 and device.type != "cpu" else device
         return _explained(asked, out, own, is_first)
@@ -192,7 +189,9 @@ def _names(paths: list[Path]) -> list[str]:
 
 
 def _short(stem: str, most: int = 200) -> str:
-    return os.fsdecode(os.fsencode(stem)[:most]) if len(os.fsencode(stem)) > most else stem
+    while len(os.fsencode(stem)) > most:
+        stem = stem[:-1]
+    return stem
 
 
 def _classes(asked: Explaining, net: nn.Module, image: Tensor, stored: Stored) -> list[str] | None:
@@ -206,10 +205,21 @@ def _classes(asked: Explaining, net: nn.Module, image: Tensor, stored: Stored) -
     return stored.classes or class_names(asked.model)
 
 
+def _forget(out: Path) -> None:
+    """Remove what an earlier explanation has written into a folder."""
+    before = out / "attribution.npz"
+    drawn: list[str] = []
+    if before.is_file():
+        with np.load(before) as found:
+            drawn = found["names"].tolist()
+    record.clear([out / record.EXPLAINED, before, *(out / "maps" / f"{name}.png" for name in drawn)])
+
+
 def _write(
     out: Path, asked: Explaining, found: Attribution, pixels: Tensor, names: list[str], classes: list[str] | None
 ) -> None:
     telling = asked.telling
+    _forget(out)
     arrays: dict[str, Any] = {name: getattr(found, name).numpy() for name in (*OF_PARTS, "maps", "parts", "whole")}
     arrays |= {
         "baseline": found.baseline.numpy(),

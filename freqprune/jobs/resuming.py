@@ -23,9 +23,8 @@ from freqprune.pruning import AMOUNTS
 from freqprune.reports import record
 
 # Settings that say what was cut and in which order images come.
-_SAME = (
-    "seed", "importance.criterion", *(f"pruning.{name}" for name in AMOUNTS), "pruning.default_macs_cut",
-)  # fmt: skip
+_AMOUNTS = [f"pruning.{name}" for name in AMOUNTS]
+_SAME = ("seed", "importance.criterion", *_AMOUNTS)
 # Metrics that come after the training of the cut network.
 _AFTER_TRAINING = ("folded", "onnx", "int8", "exports", "finished")
 # What a training has logged.
@@ -77,7 +76,11 @@ def interrupted(folder: Path, stage: str, epochs: int) -> Interrupted:
     """
     metrics = record.read_json(folder / record.METRICS)
     found = Interrupted(folder, metrics, folder / FOLDERS[stage] / "checkpoints" / "last.ckpt")
-    # A look in its folder leaves metrics of the dense network alone.
+    if found.pruned.is_file() and metrics and "pruned" not in metrics:
+        raise InputError(
+            f"resume = {folder} holds the metrics of a later look (pruning=none) in the place of those of its cut: cut "
+            "anew"
+        )
     if not found.pruned.is_file() or "pruned" not in metrics:
         raise InputError(
             f"resume = {folder} holds no pruned.ckpt and metrics.json: that run was interrupted before it had "
@@ -136,7 +139,8 @@ def check_same_cut(cfg: DictConfig, folder: Path) -> None:
         InputError: names the first that differs.
     """
     before = OmegaConf.create(record.read_json(folder / record.RUN).get("settings", {}))
-    for name in _SAME:
+    by_default = all(OmegaConf.select(one, name) is None for name in _AMOUNTS for one in (cfg, before))
+    for name in (*_SAME, *(["pruning.default_macs_cut"] if by_default else [])):
         given, had = OmegaConf.select(cfg, name), OmegaConf.select(before, name)
         if before and given != had:
             raise InputError(

@@ -20,6 +20,7 @@ from freqprune.jobs import assembly, trainers
 from freqprune.jobs.advice import advise, override
 from freqprune.jobs.announce import announce_training
 from freqprune.jobs.config import check_training
+from freqprune.jobs.csv_log import ResumedCSVLogger
 from freqprune.jobs.finetuning import check_anew, check_finetuning
 from freqprune.jobs.launch import world_size
 from freqprune.jobs.loggers import log_results
@@ -126,6 +127,9 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         # Of an earlier training in this folder: it would be taken for one of this.
         own = [out / name for name in record.OF_A_TRAINING]
         record.clear([] if goes_on else [last, last.with_name("best.ckpt"), *own])
+        for logger in [] if goes_on else trainer.loggers:
+            if isinstance(logger, ResumedCSVLogger):
+                logger.forget()
         if goes_on and most != done:
             # What was cut and shown is of the network as it was.
             stale = (record.TRAINING, record.METRICS, *record.PAGES)

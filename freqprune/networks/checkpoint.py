@@ -15,7 +15,7 @@ from freqprune.networks.blocks import drop_blocks, dropped_blocks
 from freqprune.networks.extras import built_otherwise, extras, set_extras, take_types
 from freqprune.networks.files import read, write_atomically
 from freqprune.networks.libraries import SET_BY_WEIGHTS, WEIGHTS
-from freqprune.networks.registry import build_model, config_of, model_names, resize
+from freqprune.networks.registry import build_model, config_of, is_known, model_names, resize
 from freqprune.networks.state_dicts import load_into, of_the_network, uncompiled, without_prefix
 
 PRUNED_FORMAT = "freqprune.pruned/1"
@@ -68,13 +68,10 @@ def load_network(path: str | Path, model: Mapping[str, Any] | None = None) -> St
         extra: dict[str, Any] = {"kept": dict(content["kept"])}
         said = content
     elif "hyper_parameters" in content and "state_dict" in content:
-        # Modules of others call by these names what they like.
-        said = {
-            key: value
-            for key, value in content["hyper_parameters"].items()
-            if isinstance(value, list if key == "classes" else Mapping)
-        }
+        said = _of_ours(content["hyper_parameters"])
         named = said.get("model", {})
+        if model is not None and not is_known(named):
+            named = {}
         if "name" not in named and model is None:
             raise InputError(
                 f"ckpt = {path} does not name its network; say which with model=..., one of {', '.join(model_names())}"
@@ -159,6 +156,17 @@ def of_the_dense(kept: Mapping[str, Tensor], earlier: Mapping[str, Sequence[int]
     for layer, indices in kept.items():
         found[layer] = [found[layer][i] if layer in found else int(i) for i in indices.tolist()]
     return found
+
+
+def _of_ours(hyper: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the hyper-parameters of a module those that mean what ours mean: others call by these names what they like."""
+    fits = {
+        "model": lambda value: isinstance(value, Mapping),
+        "blocks": lambda value: isinstance(value, Mapping) and all(isinstance(one, list) for one in value.values()),
+        "normalization": lambda value: isinstance(value, Mapping) and value.keys() <= {"mean", "std"},
+        "classes": lambda value: isinstance(value, list),
+    }
+    return {key: hyper[key] for key, fit in fits.items() if key in hyper and fit(hyper[key])}
 
 
 def kept_by_all(

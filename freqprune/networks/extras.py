@@ -62,24 +62,38 @@ def set_extras(net: nn.Module, given: Mapping[str, Any]) -> None:
 
 
 # Settings of modules that change what they compute and that no tensor holds.
-_SETTINGS = ("kernel_size", "stride", "padding", "dilation", "padding_mode", "ceil_mode", "eps", "transform_input")
+_SETTINGS = (
+    "kernel_size", "stride", "padding", "dilation", "padding_mode", "ceil_mode", "count_include_pad", "output_size",
+    "scale_factor", "upscale_factor", "mode", "eps", "num_groups", "normalized_shape", "negative_slope", "alpha",
+    "approximate", "start_dim", "end_dim", "transform_input",
+)  # fmt: skip
 
 
 def built_otherwise(net: nn.Module, twin: nn.Module) -> list[str]:
     """Modules by name that are others than in a network of the same config: of other settings, or, without tensors, of
-    another class; a dropout that was taken out changes no answer."""
+    another class; a dropout more or less changes no answer."""
     same = dict(twin.named_modules())
+    pairs = ((name, module, same[name]) for name, module in net.named_modules() if name in same)
+    return [name or "the network" for name, module, other in pairs if _differs(module, other)]
 
-    def differs(one: nn.Module, other: nn.Module) -> bool:
-        if any(getattr(one, name, None) != getattr(other, name, None) for name in _SETTINGS):
-            return True
-        silent = isinstance(one, nn.Identity) and "drop" in type(other).__name__.lower()
-        tensors = [*one.parameters(), *one.buffers(), *other.parameters(), *other.buffers()]
-        return not tensors and type(one) is not type(other) and not silent
 
-    return [
-        name or "the network" for name, module in net.named_modules() if name in same and differs(module, same[name])
-    ]
+def _differs(one: nn.Module, other: nn.Module) -> bool:
+    if any(_setting(one, name) != _setting(other, name) for name in _SETTINGS):
+        return True
+    tensors = [*one.parameters(), *one.buffers(), *other.parameters(), *other.buffers()]
+    return not tensors and type(one) is not type(other) and not (_is_silent(one) and _is_silent(other))
+
+
+def _setting(module: nn.Module, name: str) -> Any:
+    """A setting as plain numbers and words; a network may call something else so."""
+    value = getattr(module, name, None)
+    return value if isinstance(value, bool | int | float | str | tuple | list) else None
+
+
+def _is_silent(module: nn.Module) -> bool:
+    """Whether a module hands on what it gets, in eval mode."""
+    name = type(module).__name__
+    return isinstance(module, nn.Identity) or "drop" in name.lower() or name == "StochasticDepth"
 
 
 def take_types(net: nn.Module, state: Mapping[str, Any]) -> None:

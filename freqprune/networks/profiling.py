@@ -67,7 +67,9 @@ class _LinearCalls(TorchFunctionMode):
         super().__init__()
         layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         self.macs: dict[str, int] = {}
-        self._names = {id(module.weight): name for name, module in layers}
+        # Weights that are computed anew at each use are other tensors each time.
+        own = ((name, module._parameters.get("weight")) for name, module in layers)
+        self._names = {id(weight): name for name, weight in own if weight is not None}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

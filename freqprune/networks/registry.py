@@ -20,6 +20,7 @@ Builder = Callable[..., nn.Module]
 _BUILDERS: dict[str, Builder] = {
     f"resnet{depth}": partial(CifarResNet, depth=depth) for depth in (8, 14, 20, 32, 44, 56, 110)
 }
+_OURS = frozenset(_BUILDERS)
 
 
 def register_model(name: str, builder: Builder) -> None:
@@ -75,7 +76,7 @@ def build_model(config: Mapping[str, Any]) -> nn.Module:
         inspect.signature(builder).bind(**arguments)
         # Libraries take any argument, and say which ones they do not know. What a network of one's own trips over is
         # its own business.
-        net = None if name in _BUILDERS else builder(**arguments)
+        net = None if name in _BUILDERS and name not in _OURS else builder(**arguments)
     except TypeError as error:
         raise InputError(f"model {name!r} does not take these arguments: {error}") from None
     net = builder(**arguments) if net is None else net
@@ -90,10 +91,15 @@ def config_of(net: nn.Module) -> dict[str, Any]:
     """What `build_model` builds a network from; empty if nobody knows."""
     for attribute in ("built_from", "config"):
         found = getattr(net, attribute, None)
-        name = found.get("name") if isinstance(found, Mapping) else None
-        if isinstance(name, str) and (name in _BUILDERS or name.startswith((TORCHVISION, TIMM))):
+        if is_known(found):
             return dict(found)  # type: ignore[arg-type]
     return {}
+
+
+def is_known(config: Any) -> bool:
+    """Whether something is a config of a network that `build_model` has heard of."""
+    name = config.get("name") if isinstance(config, Mapping) else None
+    return isinstance(name, str) and (name in _BUILDERS or name.startswith((TORCHVISION, TIMM)))
 
 
 def resize(net: nn.Module, state: Mapping[str, Any]) -> None:

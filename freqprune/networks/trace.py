@@ -133,9 +133,9 @@ class Trace:
     @property
     def exit(self) -> Node:
         """The network's (first) output."""
-        first = self._output.args[0][0]
-        assert isinstance(first, Node)
-        return first
+        outputs: Any = self._output.args[0]
+        # A part that is nothing, such as a loss that was not asked for, is none.
+        return next(one for one in outputs if isinstance(one, Node))
 
     def walk(
         self,

@@ -55,6 +55,8 @@ class Plan:
         if blocks:
             self.trace = Trace(model, self.example, "pruning.blocks=false, with pruning.macs_cut for an amount of time")
             self.blocks = find_blocks(model, self.trace)
+        # Patterns may name these, whatever becomes of the blocks.
+        self._of_blocks = [layer for block in self.blocks.values() for layer in block.layers]
 
     def unit(self, name: str) -> Unit:
         """A unit by its name.
@@ -132,8 +134,7 @@ class Plan:
     def _match(self, patterns: str | Sequence[str]) -> list[str]:
         """Layers that patterns match, those of blocks too; once blocks have gone, a pattern may match none of what is
         left, unless all do."""
-        layers = (layer for block in self.blocks.values() for layer in block.layers)
-        names = list(dict.fromkeys([*self._convolutions(), *layers]))
+        names = list(dict.fromkeys([*self._convolutions(), *self._of_blocks]))
         if self.gone:
             given = [patterns] if isinstance(patterns, str) else list(patterns)
             patterns = [one for one in given if fnmatch.filter(names, one)] or patterns

@@ -137,6 +137,11 @@ def is_finished(folder: Path) -> bool:
     return not TypeAdapter(bool).validate_python(run.get("settings", {}).get("pruning", {}).get("enabled", False))
 
 
+def is_explained(folder: Path) -> bool:
+    """Whether an explanation came to its end in this folder."""
+    return (folder / EXPLAINED).is_file()
+
+
 def done_before(cfg: DictConfig, finished: Callable[[Path], bool] = is_finished) -> bool:
     """Whether this job of a sweep has been done: the sweep was killed and is started again in the same folder.
 
@@ -161,8 +166,8 @@ def done_before(cfg: DictConfig, finished: Callable[[Path], bool] = is_finished)
 
 
 @contextmanager
-def failures_kept(out: Path) -> Iterator[None]:
-    """Leave ``failed.txt`` with the reason if what follows fails."""
+def failures_kept(out: Path, finished: Callable[[Path], bool] = is_finished) -> Iterator[None]:
+    """Leave ``failed.txt`` with the reason if what follows fails, unless a folder has `finished`, see `done_before`."""
     with suppress(OSError):
         (out / FAILED).unlink(missing_ok=True)
     try:
@@ -170,7 +175,7 @@ def failures_kept(out: Path) -> Iterator[None]:
     except BaseException as error:
         # What went wrong must not be hidden by a full disk, nor results by what was refused in their folder.
         with suppress(OSError, ValueError):
-            if not is_finished(out):
+            if not finished(out):
                 (out / FAILED).write_text(
                     f"{error}\n" if isinstance(error, InputError) else f"{type(error).__name__}: {error}\n",
                     encoding="utf-8",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
@@ -189,13 +190,14 @@ class Classifier(pl.LightningModule):
         own = type(self).configure_optimizers is Classifier.configure_optimizers
         if own and self._trainer is not None and self.trainer.state.fn == "fit":
             check_same_optimizer(self.optimization, checkpoint.get("hyper_parameters", {}))
-            if not self.optimization.ema and "current_model_state" in checkpoint:
+            averages = any(isinstance(one, WeightAveraging) for one in self.trainer.callbacks)  # type: ignore[attr-defined]
+            if not averages and "current_model_state" in checkpoint:
                 # The optimizer's state is of the weights themselves, not of their average.
                 checkpoint["state_dict"] = checkpoint["current_model_state"]
                 rank_zero_only(log.warning)(
-                    "the checkpoint was trained with ema = %g, and this training has none: it goes on with the weights "
-                    "themselves, not with their average", checkpoint.get("hyper_parameters", {}).get("ema", math.nan)
-                )  # fmt: skip
+                    "the checkpoint was trained with an average of the weights, and this training has none: it goes on "
+                    "with the weights themselves, not with their average"
+                )
 
     def on_train_start(self) -> None:
         trainer, done = self.trainer, self.trainer.current_epoch

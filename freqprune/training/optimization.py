@@ -225,6 +225,9 @@ def check_same_optimizer(here: Optimization, stored: Mapping[str, Any]) -> None:
             )
     before = stored.get("arguments") or {}
     for name in WITH_STATE:
+        # SGD begins with a momentum of its own.
+        if name == "momentum" and _class(here.name) is torch.optim.SGD:
+            continue
         if here.arguments.get(name) and not before.get(name):
             raise InputError(
                 f"the checkpoint was trained without arguments.{name} of its optimizer, which keeps a state of its own "

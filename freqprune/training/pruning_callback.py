@@ -183,7 +183,12 @@ class TagPruning(TagsInTraining):
                 f"importance.criterion = {self.recipe.criterion} reads labelled images, and the validation batches "
                 "hold no labels: let them be (images, labels), or use another criterion"
             )
-        plan_cut(self._net(pl_module), material.normalize(images[:1]), self.recipe)
+        try:
+            plan_cut(self._net(pl_module), material.normalize(images[:1]), self.recipe)
+        except NothingToRemoveError:
+            # Later cuts of a network may find nothing, and say so.
+            if not self.kept:
+                raise
         batches = shared_batches(self.recipe, images)
         if batches is not None and batches < trainer.world_size:
             raise InputError(

@@ -253,3 +253,20 @@ def test_layers_whose_first_dimension_is_not_the_frames_are_refused() -> None:
         filter_effects(Windows(), torch.rand(1, 3, 16, 16), "fc1")
     with pytest.raises(InputError, match="steepness must be at least 1"):
         filter_effects(Windows(), torch.rand(1, 3, 16, 16), "fc1", steepness=0)
+
+
+def test_an_error_leaves_nothing_on_the_network(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while somebody holds the error, as a notebook does."""
+
+    def broken(*_: object) -> None:
+        raise InputError("scores are not finite")
+
+    monkeypatch.setattr(filters, "estimate", broken)
+    net.train()
+    for run in (lambda: filter_effects(net, IMAGES, "second"), lambda: filters.filter_movement(net, IMAGES, "second")):
+        with pytest.raises(InputError) as held:
+            run()
+        assert held.value is not None
+        assert net.training
+        assert not torch.is_inference_mode_enabled()
+        assert not any(module._forward_hooks for module in net.modules())

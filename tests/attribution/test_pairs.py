@@ -8,7 +8,7 @@ from torch import Tensor
 
 from freqprune.attribution.effects import p_values as p_values_of
 from freqprune.attribution.effects import strongest
-from freqprune.attribution.gates import gates, halves
+from freqprune.attribution.gates import gates, halves, opened, overlapped, waves
 from freqprune.attribution.images import attribute
 from freqprune.attribution.pairs import _projected, find_interactions
 from freqprune.tagging.spectrum import benjamini_hochberg
@@ -42,7 +42,7 @@ def test_two_pairs_are_found_and_nothing_else() -> None:
         together[0, 1] = together[1, 0] = together[2, 5] = together[5, 2] = 0
         assert together.abs().max() < 1e-2
         odd, even = halves(centred, 256)[0], halves(scores - scores.mean(), 256)[1]
-        alone, error = _projected(odd, even, odd[:, :0])
+        alone, error = _projected(odd, even)
         passed_alone += len(pairs_found(p_values_of(alone, error, len(even) - 1, scores)) - {(0, 1), (2, 5)})
     # What the fit of the strongest together is for.
     assert passed_alone / 20 == pytest.approx(6.5)
@@ -103,3 +103,20 @@ def test_few_parts_have_few_pairs() -> None:
     together, p_values = find_interactions(design, (design[:, 0] - 0.5) * (design[:, 1] - 0.5) * 3, 8)
     assert float(together[0, 1]) == pytest.approx(3)
     assert p_values[0, 1] < 1e-4
+
+
+def test_pairs_of_mixed_waves_in_a_grid_against_least_squares() -> None:
+    """Of 3 x 3 parts whose waves overlap: squares of theirs alone show no pair, and two pairs that work together do."""
+    where = torch.cartesian_prod(torch.arange(3.0), torch.arange(3.0)).double()
+    found, alone = 0, 0
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        design = torch.cat([opened(overlapped(waves(9, 36, generator), where, 0.7), 4.0) for _ in range(16)])
+        centred = design - 0.5
+        curved = centred.square() @ torch.linspace(1, 2, 9).double()
+        alone += len(pairs_found(find_interactions(design, curved, 36, mixed=True)[1]))
+        together, p_values = find_interactions(design, curved + 2 * centred[:, 0] * centred[:, 1], 36, mixed=True)
+        found += (0, 1) in pairs_found(p_values)
+        assert float(together[0, 1]) == pytest.approx(2, rel=0.1)
+    assert found == 10
+    assert alone <= 1

@@ -136,3 +136,17 @@ def test_a_training_without_an_epoch_left_keeps_one_row_of_each_stage(tmp_path: 
     second.log_metrics({"epoch": 2, "test": 0.5}, step=2)
     second.save()
     assert [(row["epoch"], row["test"]) for row in rows(tmp_path)] == [("0", ""), ("1", ""), ("2", "0.5")]
+
+
+def test_a_table_of_another_training_is_forgotten(tmp_path: Path) -> None:
+    """Which goes on from a checkpoint elsewhere: epochs before its first are not this training's either."""
+    first = logger_of(ResumedCSVLogger, tmp_path)
+    for epoch in range(3):
+        first.log_metrics({"epoch": epoch, "loss": 10.0 + epoch}, step=epoch)
+    first.save()
+    second = logger_of(ResumedCSVLogger, tmp_path)
+    assert second.experiment is not None
+    second.forget()
+    second.log_metrics({"epoch": 2, "accuracy": 0.5}, step=2)
+    second.save()
+    assert [(row["epoch"], row["accuracy"]) for row in rows(tmp_path)] == [("2", "0.5")]

@@ -17,7 +17,7 @@ from torchvision import models
 
 from freqprune import attribute, register_model, resnet32
 from freqprune.errors import InputError
-from freqprune.jobs.explain import OF_PARTS, explain
+from freqprune.jobs.explain import OF_PARTS, _short, explain
 from freqprune.jobs.explain_settings import Photographs, find_images
 from freqprune.jobs.photographs import read_classes, read_images, read_segments
 from freqprune.networks import registry
@@ -369,3 +369,29 @@ def test_networks_of_double_precision_and_names_of_any_length(images: Path, tmp_
     (figure,) = (tmp_path / "out" / "maps").iterdir()
     assert figure.stem == f"1_{name[:100]}"
     assert (tmp_path / "out" / "explain.html").is_file()
+
+
+def test_what_is_refused_leaves_an_earlier_explanation(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And photographs of one's own in a folder that is called as that of the maps."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "maps").mkdir()
+    photograph = (images / "a.png").read_bytes()
+    for name in ("a", "b"):
+        (tmp_path / "maps" / f"{name}.png").write_bytes(photograph)
+    explain(asked(tmp_path, "images=maps/a.png", "pretrained=true"))
+    assert {path.name for path in (tmp_path / "maps").iterdir()} == {"a.png", "b.png", "1_a.png"}
+    with pytest.raises(InputError, match="forwards must be at least 16, got 8"):
+        explain(asked(tmp_path, "images=maps/a.png", "pretrained=true", "forwards=8"))
+    assert (tmp_path / "explain.html").is_file()
+    # Of the one before only what it wrote.
+    explain(asked(tmp_path, "images=maps/b.png", "pretrained=true"))
+    assert {path.name for path in (tmp_path / "maps").iterdir()} == {"a.png", "b.png", "1_b.png"}
+    assert (tmp_path / "maps" / "a.png").read_bytes() == photograph
+
+
+def test_names_are_cut_between_characters() -> None:
+    name = _short("名" * 80)
+    assert name == "名" * 66
+    assert _short("a" * 200) == "a" * 200

@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from freqprune import load_pruned
 from freqprune.errors import InputError
 from freqprune.jobs import assembly, trainers
+from freqprune.jobs.config import check_pruning
 from freqprune.jobs.finetuning import finetune
 from freqprune.jobs.prune import prune
-from freqprune.jobs.resuming import begin_anew, forget_files, interrupted, undeployed
+from freqprune.jobs.resuming import begin_anew, check_same_cut, forget_files, interrupted, undeployed
 from freqprune.jobs.settings import read
 from freqprune.jobs.train import train
 from freqprune.networks.blocks import Shortcut
@@ -287,6 +289,21 @@ def test_the_network_to_prune_is_not_written_over(where: str, tmp_path: Path) ->
     with pytest.raises(InputError, match=r"lies where this run writes its own network; choose another folder"):
         prune(config("prune", tmp_path, f"ckpt={ckpt}"))
     assert ckpt.read_text() == "of value"
+    # A look writes no network.
+    check_pruning(config("prune", tmp_path, f"ckpt={ckpt}", "pruning=none"))
+
+
+def test_a_default_that_was_not_used_is_not_compared(tmp_path: Path) -> None:
+    def ran(*settings: str) -> None:
+        content = OmegaConf.to_container(config("prune", tmp_path, *settings), resolve=True)
+        (tmp_path / "run.json").write_text(json.dumps({"settings": content}))
+
+    other = config("prune", tmp_path, "pruning.macs_cut=0.3", "pruning.default_macs_cut=0.4")
+    ran("pruning.macs_cut=0.3")
+    check_same_cut(other, tmp_path)
+    ran()
+    with pytest.raises(InputError, match=r"was cut with pruning\.default_macs_cut = 0\.5, and this command says 0\.4"):
+        check_same_cut(config("prune", tmp_path, "pruning.default_macs_cut=0.4"), tmp_path)
 
 
 def test_a_complete_run_goes_on_where_more_epochs_are_asked_for(tmp_path: Path) -> None:
@@ -314,7 +331,7 @@ def test_a_complete_run_goes_on_where_more_epochs_are_asked_for(tmp_path: Path) 
         interrupted(tmp_path, "finetuned", 3)
     # A look at the network in the folder of a cut.
     (tmp_path / "metrics.json").write_text('{"dense": {}, "finished": true}')
-    with pytest.raises(InputError, match="interrupted before it had pruned"):
+    with pytest.raises(InputError, match="holds the metrics of a later look"):
         interrupted(tmp_path, "finetuned", 1)
 
 

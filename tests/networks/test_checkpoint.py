@@ -304,18 +304,22 @@ def test_compiled_networks_are_saved_as_they_are(tmp_path: Path) -> None:
     assert load_pruned(tmp_path / "p.ckpt").get_parameter("conv1.weight").shape == (16, 3, 3, 3)
 
 
-@pytest.mark.parametrize("what", ["stem", "pool", "activation", "kernel"])
+@pytest.mark.parametrize("what", ["stem", "pool", "activation", "kernel", "setting"])
 def test_networks_that_their_config_does_not_build_are_not_saved(what: str, tmp_path: Path) -> None:
     net = build_model({"name": "torchvision/resnet18", "num_classes": 10}).eval()
     if what == "stem":
         net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
     elif what == "kernel":
         net.conv1 = nn.Conv2d(3, 64, 3, padding=3, stride=2, bias=False)
+    elif what == "setting":
+        # Average pooling of another size, which only other images tell.
+        net.avgpool = nn.AdaptiveAvgPool2d(2)
+        net.layer4[1].relu = nn.LeakyReLU(0.1)  # type: ignore[index, union-attr]
     elif what == "pool":
         net.maxpool = nn.Identity()
     else:
         net.layer1[0].relu = nn.Identity()  # type: ignore[index, union-attr]
-    with pytest.raises(InputError, match=r"conv1|maxpool|layer1\.0\.relu"):
+    with pytest.raises(InputError, match=r"conv1|maxpool|layer1\.0\.relu|avgpool"):
         save_pruned(tmp_path / "p.ckpt", net, {})
     assert not (tmp_path / "p.ckpt").exists()
 
@@ -328,9 +332,35 @@ def test_a_dropout_that_was_taken_out_changes_no_answer(tmp_path: Path) -> None:
     torch.testing.assert_close(load_pruned(tmp_path / "p.ckpt")(x), net(x))
 
 
+def test_children_that_are_called_as_settings_are_none(tmp_path: Path) -> None:
+    class Padded(nn.Module):
+        def __init__(self, num_classes: int = 4, drop: bool = False) -> None:
+            super().__init__()
+            self.padding, self.conv = nn.ZeroPad2d(1), nn.Conv2d(3, num_classes, 3)
+            self.stride, self.path = torch.tensor([8.0, 16.0]), nn.Dropout(0.5) if drop else nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.path(self.conv(self.padding(x))).mean((2, 3))  # type: ignore[no-any-return]
+
+    register_model("padded", Padded)
+    # Trained with a dropout that its config does not have.
+    net = Padded(drop=True).eval()
+    save_pruned(tmp_path / "p.ckpt", net, {}, model={"name": "padded"})
+    x = torch.rand(1, 3, 8, 8)
+    torch.testing.assert_close(load_pruned(tmp_path / "p.ckpt")(x), net(x))
+
+
+def test_arguments_that_our_own_networks_cannot_take_are_said_in_words() -> None:
+    with pytest.raises(InputError, match="model 'resnet8' does not take these arguments"):
+        build_model({"name": "resnet8", "stage_widths": 16})
+
+
 @pytest.mark.parametrize(
     "said",
     [
+        {"blocks": {"depth": 4}},
+        {"model": {"name": "my_backbone", "dim": 64}},
+        {"normalization": {"type": "imagenet"}},
         {"model": "resnet8"},
         {"model": {"_target_": "a.B"}},
         {"classes": 10, "blocks": [3, 4, 6, 3], "normalization": "imagenet"},

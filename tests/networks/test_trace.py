@@ -1,6 +1,7 @@
 """The operations of a network, one by one."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -87,3 +88,29 @@ def test_layers_whose_weight_the_forward_multiplies_with_itself_count() -> None:
             return nn.functional.linear(x, self.b.weight, self.b.bias).mean(1)
 
     assert macs_by_layer(Itself(), torch.rand(1, 3, 4, 4)) == {"a": 16 * 3 * 8, "b": 16 * 8 * 6}
+
+
+def test_an_answer_beside_nothing_is_the_exit() -> None:
+    class Answers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor | None]:
+            return {"loss": None, "logits": self.fc(x.mean((2, 3)))}
+
+    net, x = Answers().eval(), torch.rand(2, 3, 8, 8)
+    trace = Trace(net, x)
+    values: dict[Any, Any] = {trace.entrance: x}
+    for _ in trace.walk(values, trace.inputs(net)):
+        pass
+    torch.testing.assert_close(values[trace.exit], net(x)["logits"])
+
+
+def test_weights_that_are_computed_anew_count_once() -> None:
+    def layers() -> list[nn.Linear]:
+        return [nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(6, 3)]
+
+    normed = nn.Sequential(*(torch.nn.utils.parametrizations.weight_norm(one) for one in layers()))
+    x = torch.rand(2, 4)
+    assert macs_by_layer(normed, x) == macs_by_layer(nn.Sequential(*layers()), x) == {"0": 32, "1": 48, "2": 18}

@@ -452,6 +452,10 @@ def test_patterns_spare_blocks_without_units() -> None:
     plan = Plan(Mixer().eval(), X, blocks=True)
     plan.spare_blocks(include="blocks.1.*")
     assert list(plan.blocks) == ["blocks.1.0"]
+    how = {"criterion": "logit_error", "blocks": True, "calibrate_on": "images", "streams": True}
+    for exclude in ("blocks.0.0*", "blocks.0.*"):
+        recipe = Recipe(Amount(macs_cut=0.2, scope="per_mac"), exclude=exclude, **how)  # type: ignore[arg-type]
+        assert list(plan_cut(Mixer().eval(), X, recipe)[0].blocks) == ["blocks.1.0"]
 
 
 def test_what_is_made_up_for_is_what_is_cut() -> None:

@@ -203,6 +203,8 @@ def test_a_state_that_the_optimizer_has_not_kept_is_asked_for_by_name(tmp_path: 
     go_on(tmp_path, **adam)
     with pytest.raises(InputError, match=r"trained without arguments\.amsgrad .*leave it out"):
         go_on(tmp_path, tmp_path / "last.ckpt", **adam, arguments={"amsgrad": True})
+    go_on(tmp_path, momentum=0.9)
+    go_on(tmp_path, tmp_path / "last.ckpt", arguments={"momentum": 0.95})
 
 
 def test_without_an_average_a_training_goes_on_with_the_weights_themselves(
@@ -228,6 +230,33 @@ def test_without_an_average_a_training_goes_on_with_the_weights_themselves(
     for name, value in stored["current_model_state"].items():
         assert torch.equal(begins.weights[name], value), name
     assert any(not torch.equal(value, stored["state_dict"][name]) for name, value in begins.weights.items())
+
+
+def test_an_average_of_ones_own_goes_on(tmp_path: Path) -> None:
+    class Own(pl.callbacks.EMAWeightAveraging):
+        began: dict[str, Tensor]
+
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            super().on_train_epoch_end(trainer, pl_module)
+            trainer.save_checkpoint(tmp_path / "middle.ckpt")
+
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            super().on_train_start(trainer, pl_module)
+            assert self._average_model is not None
+            self.began = {name: one.clone() for name, one in self._average_model.module.state_dict().items()}
+
+    def fit(callback: pl.Callback, epochs: int, ckpt: Path | None = None) -> None:
+        pl.seed_everything(0, verbose=False)
+        digits = DigitsData(limit_train=64, limit_test=50, batch_size=16)
+        module = Classifier({"name": "resnet8", "stage_widths": [4, 4, 8]})
+        trainer(tmp_path, callback, max_epochs=epochs).fit(module, datamodule=digits, ckpt_path=ckpt, weights_only=True)
+
+    fit(Own(decay=0.9), 1)
+    (tmp_path / "middle.ckpt").rename(tmp_path / "first.ckpt")
+    stored, again = torch.load(tmp_path / "first.ckpt", weights_only=True), Own(decay=0.9)
+    fit(again, 2, tmp_path / "first.ckpt")
+    for name, value in again.began.items():
+        assert torch.equal(value, stored["state_dict"][name]), name
 
 
 def test_a_checkpoint_is_tested_whatever_the_optimizer(tmp_path: Path) -> None:
