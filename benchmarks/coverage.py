@@ -36,6 +36,7 @@ from torchvision import models
 
 from freqprune import Amount, InputError, Plan, build_model, load_pruned, save_pruned, scores, select
 from freqprune.pruning import Evidence
+from freqprune.pruning.trials import misread_units
 
 # Too large for 16 GB with gradients, two copies and their traces.
 TOO_LARGE = ("regnet_y_128gf", "vit_h_14")
@@ -90,7 +91,7 @@ def cut(name: str, share: float) -> dict[str, Any]:
         x = torch.rand(2, 3, *[size_of(name)] * 2)
         plan = Plan(net, x)
         units = plan.choose(streams=True)
-        misread = plan.misread(units)
+        misread = misread_units(plan, units)
         units = [unit for unit in units if unit not in misread]
         if not units:
             raise InputError(f"torch-pruning misreads the channels of {', '.join(misread)}, and nothing else can go")

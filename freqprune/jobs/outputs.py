@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,7 @@ def explore_cut(
     plan: Plan | None,
     scores: Mapping[str, Tensor] | None = None,
     kept: Kept | None = None,
+    dropped: Collection[str] = (),
 ) -> None:
     """Write ``explore.html`` of the dense network: with the cut, if there was one, after the epochs of its training, if
     it was trained here."""
@@ -117,7 +118,7 @@ def explore_cut(
         except InputError as error:
             notes.append(f"No cut can be tried here: {error}.")
         if scores is not None and kept is not None:
-            filters = with_cut(filters, plan, criterion, scores, kept)
+            filters = with_cut(filters, plan, criterion, scores, kept, dropped)
     if settings.course.steps > 1 and kept is not None:
         notes.append(f"Scores are those before the first of {settings.course.steps} steps; kept is what all left.")
     path, earlier = settings.out / "importance.csv", []

@@ -175,7 +175,7 @@ class Run:
         # The page counts in units of the dense network.
         known = {name: indices for name, indices in ours.items() if name in plan.graph.units}
         if self.first:
-            explore_cut(self.settings, self._title(net), response, verdict, plan, done.scores, known)
+            explore_cut(self.settings, self._title(net), response, verdict, plan, done.scores, known, done.dropped)
         return small, ours
 
     def recover(self, net: nn.Module, small: nn.Module, ckpt_path: Path | None = None) -> nn.Module:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 import csv
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -171,7 +171,14 @@ def _of_an_epoch(rows: Sequence[Mapping[str, str]], label: str, stimulus: Stimul
     return Filters(label, widths, columns, freqs, read("snr", every))
 
 
-def with_cut(filters: Filters, plan: Plan, criterion: str, scores: Mapping[str, Tensor], kept: Kept) -> Filters:
+def with_cut(
+    filters: Filters,
+    plan: Plan,
+    criterion: str,
+    scores: Mapping[str, Tensor],
+    kept: Kept,
+    dropped: Collection[str] = (),
+) -> Filters:
     """The filters with the scores by which a cut chose, and whether it kept them; NaN in layers that were not asked.
 
     Args:
@@ -180,21 +187,21 @@ def with_cut(filters: Filters, plan: Plan, criterion: str, scores: Mapping[str, 
         criterion: name of the scores.
         scores: one a filter, by unit.
         kept: indices of the filters kept, by unit.
+        dropped: residual blocks that went altogether, with all filters of their layers.
     """
     flags = {
         name: torch.isin(torch.arange(plan.unit(name).n_filters), indices.cpu()).double()
         for name, indices in kept.items()
     }
     inner = {name: values for name, values in scores.items() if name not in plan.blocks}
-    columns = {**filters.columns, f"score_{criterion}": _by_channel(filters, plan, inner)}
-    return Filters(
-        filters.label,
-        filters.widths,
-        {**columns, "kept": _by_channel(filters, plan, flags)},
-        filters.freqs,
-        filters.spectra,
-        filters.places,
-    )
+    found, start = _by_channel(filters, plan, flags), 0
+    gone = {layer for name in dropped if name in plan.blocks for layer in plan.blocks[name].layers}
+    for layer, width in filters.widths.items():
+        if layer in gone:
+            found[start : start + width] = 0
+        start += width
+    more = {f"score_{criterion}": _by_channel(filters, plan, inner), "kept": found}
+    return replace(filters, columns={**filters.columns, **more})
 
 
 def _by_channel(filters: Filters, plan: Plan, values: Mapping[str, Tensor]) -> FloatArray:

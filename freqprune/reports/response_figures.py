@@ -27,7 +27,7 @@ from freqprune.reports.drawing import (
 )
 from freqprune.tagging import Component, Stimulus, TagResponse, amplitude_spectrum, frequencies, noise_bins
 
-PART_COLOURS = (RED, GREEN, ORANGE, PURPLE)
+PART_COLOURS = (RED, GREEN, ORANGE, PURPLE, "#56B4E9", "#882255", "#999933", "#332288")
 PART_MARKERS = ("o", "s", "D", "P")
 IM_MARKER = "^"
 

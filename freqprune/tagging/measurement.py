@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ from freqprune.tagging.stimulus import Stimulus, check_pixels
 
 log = logging.getLogger(__name__)
 
-# Bytes of what is read at all positions that are held at a time.
+# Bytes of what is read at all positions that are held at a time, or a quarter of the memory that is free.
 KEPT = 2**30
 
 T = TypeVar("T")
@@ -136,7 +137,7 @@ def tag(
     if one_frame:
         # What is read of all frames of an image is held until their spectra are taken.
         sizes = {layer: read.nbytes for layer, read in one_frame.items()}
-        most = budget_for(device, KEPT) // max(len(one.which) for one in passes)
+        most = budget_for(device, max(KEPT, free_on_cpu() // 4)) // max(len(one.which) for one in passes)
         groups = sites_that_fit(sites, sizes, most)
         at_once = max(1, most // max(sum(sizes[site.layer] for site in group) for group in groups))
     step = max(1, min(limit // len(first), at_once))
@@ -177,6 +178,14 @@ def frames_that_fit(n_values: int, device: torch.device) -> int:
 def budget_for(device: torch.device, of_cpu: int) -> int:
     """Bytes that one thing may take: a quarter of an accelerator's free memory."""
     return int(torch.cuda.mem_get_info(device)[0] // 4) if device.type == "cuda" else of_cpu
+
+
+def free_on_cpu() -> int:
+    """Bytes of memory that nothing uses, as far as the system says."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 0
 
 
 def sites_that_fit(sites: Sequence[Site], sizes: Mapping[str, int], most: int) -> list[list[Site]]:

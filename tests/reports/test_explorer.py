@@ -168,6 +168,11 @@ VISITOR = """<script>addEventListener("load", async () => {
     seen.time = element("time-now").textContent;
     seen.values = [...map.values.subarray(0, 3)];
   }
+  for (let i = 0; i < 20; i++) point(i % 16, "pointermove");
+  seen.alive = uPlot.sync("spectra").plots.length;
+  seen.same = valuesOf("kept") === valuesOf("kept");
+  seen.below = colouring("score_z", Float32Array.from({ length: 1000 }, (_, i) => i - 1)).of(-1);
+  seen.colours = new Set([0, 1, 2, 3, 4].map((part) => colouring("part", Float32Array.of(0)).of(part))).size;
   seen.wide = document.documentElement.scrollWidth - innerWidth;
   const controls = [...document.querySelectorAll("input, select, button")];
   seen.nameless = controls.filter((one) => !one.labels?.length && !one.textContent).length;
@@ -238,6 +243,11 @@ def test_page_in_a_browser(
     assert seen["layers"] == [layer for layer in filters.widths if "layer2" in layer]
     assert seen["time"] == "epoch 1"
     assert seen["values"] == pytest.approx(2 * snr[:3], rel=1e-6)
+    # Plots that are shown no more are gone, what a time lacks is one array, the lowest scores have a colour.
+    assert seen["alive"] <= 2
+    assert seen["same"]
+    assert re.match("#[0-9a-f]{6}", seen["below"])
+    assert seen["colours"] == 5
     assert seen["wide"] <= 0
     assert seen["nameless"] == 0
 

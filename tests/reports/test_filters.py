@@ -112,6 +112,15 @@ def test_kept_filters_are_marked_in_every_layer_of_a_unit(response: TagResponse,
     n_filters = plan.unit(stream).n_filters
     kept = {stream: torch.tensor([0, 2])}
     found = with_cut(filters_of(response), plan, "l2", {stream: torch.arange(n_filters).double()}, kept)
+    # Blocks that went took all filters of their layers along.
+    block = SimpleNamespace(layers=("layer2.0.conv1", "layer2.0.conv2"))
+    blocks: Any = SimpleNamespace(unit=plan.unit, blocks={"layer2.0": block})
+    cut = with_cut(filters_of(response), blocks, "l2", {}, {}, ["layer2.0"])
+    start = 0
+    for layer, width in cut.widths.items():
+        values = cut.columns["kept"][start : start + width]
+        assert (values == 0).all() if layer in block.layers else np.isnan(values).all()
+        start += width
     start = 0
     for layer, width in found.widths.items():
         flags, score = (found.columns[name][start : start + width] for name in ("kept", "score_l2"))

@@ -3,7 +3,8 @@
 const state = { time: data.times.length - 1, colour: null, pins: [], hovered: null, tables: false };
 const time = () => data.times[state.time];
 const tried = new Float32Array(total).fill(NaN);
-const valuesOf = (name) => (name === "trial" ? tried : time().columns[name] ?? new Float32Array(total).fill(NaN));
+const unknown = new Float32Array(total).fill(NaN);
+const valuesOf = (name) => (name === "trial" ? tried : time().columns[name] ?? unknown);
 
 const map = new NetworkMap(element("network"), { onHover: (filter) => { state.hovered = filter; showFilters(); say(filter); }, onPick: pin });
 
@@ -48,8 +49,12 @@ function facts(filter) {
   return place ? [...found, [`rank by ${shown}`, `${place.layer} of ${place.of} in its layer, ${place.network.toLocaleString("en")} of ${place.all.toLocaleString("en")}`]] : found;
 }
 
+let plots = [];
+
 /** The pinned filters and the hovered one beside or below each other, on the same axis. */
 function showFilters() {
+  // A plot holds on to its canvas, and listens, until it is told.
+  for (const plot of plots) plot?.destroy();
   const shown = state.pins.map((filter, i) => ["AB"[i], filter]);
   if (state.hovered !== null && !state.pins.includes(state.hovered) && shown.length < 2) shown.push(["", state.hovered]);
   const host = element("filters"), range = limits(time(), shown.map(([, filter]) => filter));
@@ -76,7 +81,7 @@ function showFilters() {
   }));
   const focused = before.find((one) => one.focused)?.filter;
   if (focused !== undefined) host.querySelector(`[data-filter="${focused}"] button`)?.focus({ preventScroll: true });
-  host.querySelectorAll(".plot").forEach((plot, i) => drawSpectrum(plot, time(), shown[i][1], range, shown.length > 1 ? 210 : 260));
+  plots = [...host.querySelectorAll(".plot")].map((plot, i) => drawSpectrum(plot, time(), shown[i][1], range, shown.length > 1 ? 210 : 260));
 }
 
 const layerTable = once(() => new SortedTable(element("layer-table"), [
@@ -122,6 +127,8 @@ function tryCut() {
   const amount = { ...trial.amount, scope: unordered ? "global" : element("scope").value };
   element("macs-row").hidden = element("scope-row").hidden = !byMacs;
   element("threshold-row").hidden = byMacs;
+  // A field that was emptied asks for nothing.
+  if (element("threshold").value === "") element("threshold").value = thresholdAt(element("quantile").value);
   const asked = Number(element("share").value) / 100, threshold = Number(element("threshold").value);
   const found = byMacs ? toMacs(trial, scores, amount, asked) : aboveThreshold(trial, scores, amount, threshold);
   const cut = 1 - found.macs / found.whole;
@@ -133,11 +140,12 @@ function tryCut() {
     const channels = Float32Array.from({ length: unit.n * unit.width }, (_, i) => found.kept[u][Math.floor((i % (unit.n * each)) / each)]);
     for (const layer of data.layers) if (unit.members.includes(layer.name) && layer.n === channels.length) tried.set(channels, layer.start);
   });
+  const ranked = trial.units.filter((_, u) => scores[u]).length < trial.units.length ? "layer that this ranks" : "layer";
   const all = trial.units.reduce((sum, unit) => sum + unit.n, 0), kept = found.counts.reduce((sum, count) => sum + count, 0);
   element("share-now").textContent = `${(100 * asked).toFixed(1)} %`;
   element("outcome").textContent = `${kept.toLocaleString("en")} of ${all.toLocaleString("en")} filters kept; ` +
     `${(found.macs / 1e6).toFixed(2)} of ${(found.whole / 1e6).toFixed(2)} M MACs left, ${(100 * cut).toFixed(1)} % cut` +
-    (byMacs && cut < asked - ROUNDING ? `. More cannot go: every layer keeps ${floor}.` : ".") +
+    (byMacs && cut < asked - ROUNDING ? `. More cannot go: every ${ranked} keeps ${floor}${trial.units.some((unit) => unit.n < floor) ? ", or all that it has" : ""}.` : ".") +
     (unordered ? " Scores below 0 have no order per MAC: filters of all layers are ranked together." : "");
   element("outcome").dataset.kept = JSON.stringify(found.counts);
   element("outcome").dataset.macs = found.macs;
@@ -165,7 +173,11 @@ function setUpTrial() {
   if (trial.amount.threshold !== null) element("by").value = "threshold";
   element("threshold").value = trial.amount.threshold ?? thresholdAt(300);
   for (const id of ["by", "scope"]) on(id, "change", tryCut);
-  on("criterion", "change", () => { element("threshold").value = thresholdAt(element("quantile").value); tryCut(); });
+  on("criterion", "change", () => {
+    const own = element("criterion").value === trial.criterion ? trial.amount.threshold : null;
+    element("threshold").value = own ?? thresholdAt(element("quantile").value);
+    tryCut();
+  });
   // Moving the cut shows it.
   const shown = () => { element("colour").value = state.colour = "trial"; tryCut(); };
   on("share", "input", shown);

@@ -2,7 +2,7 @@
 
 // Cividis, readable with every common form of colour blindness; the reports' colours of parts and flags.
 const RAMP = ["#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838"];
-const PART_COLOURS = ["#d55e00", "#009e73", "#e69f00", "#cc79a7"];
+const PART_COLOURS = ["#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#882255", "#999933", "#332288"];
 const MIXED = "#0072b2";
 
 const mix = (a, b, share) =>
@@ -24,7 +24,7 @@ function colouring(name, values) {
     return { of: (v) => (v === 1 ? MIXED : null), swatches: [[MIXED, words[0]], [null, `${words[1]}, or not asked`]] };
   }
   if (scale === "part")
-    return { of: (v) => PART_COLOURS[v % 4] ?? null, swatches: data.parts.map((part, i) => [PART_COLOURS[i % 4], part.name]) };
+    return { of: (v) => PART_COLOURS[v % PART_COLOURS.length] ?? null, swatches: data.parts.map((part, i) => [PART_COLOURS[i % PART_COLOURS.length], part.name]) };
   if (scale === "diverging") {
     const ends = data.parts.map((part) => part.name);
     const of = (v) => (Number.isNaN(v) ? null : mix("#b9b9b9", PART_COLOURS[v > 0 ? 0 : 1], Math.min(1, Math.abs(v))));
@@ -34,7 +34,7 @@ function colouring(name, values) {
   const at = (share) => sorted[Math.round(share * (sorted.length - 1))] ?? 0;
   // A few extreme filters would take the colours of all others.
   const low = at(0.01), high = at(0.99), logarithmic = scale !== "linear" && low > 0 && high > 10 * low;
-  const place = logarithmic ? (v) => Math.log(v / low) / Math.log(high / low) : (v) => (v - low) / (high - low || 1);
+  const place = logarithmic ? (v) => Math.log(Math.max(v, low) / low) / Math.log(high / low) : (v) => (v - low) / (high - low || 1);
   const of = (v) => (Number.isNaN(v) ? null : STEPS[Math.round(64 * Math.min(1, Math.max(0, place(v))))]);
   return { of, gradient: [0, 0.25, 0.5, 0.75, 1].map(ramp), low: number(low), high: `${number(high)}${logarithmic ? " (log)" : ""}` };
 }

@@ -7,7 +7,7 @@ function binsOf(time) {
   const step = time.freqs.length > 1 ? Math.min(...time.freqs.slice(1).map((f, i) => f - time.freqs[i])) : 1;
   return data.components.map((component) => {
     const bin = time.freqs.findIndex((freq) => Math.abs(freq - component.freq) < step / 2);
-    return { ...component, bin, colour: component.part === null ? MIXED : PART_COLOURS[component.part % 4] };
+    return { ...component, bin, colour: component.part === null ? MIXED : PART_COLOURS[component.part % PART_COLOURS.length] };
   });
 }
 
