@@ -130,6 +130,8 @@ def main() -> None:
         return
     if not given.root:
         parser.error("a folder of images is needed")
+    if given.imagenet and (given.nothing or given.over_bare):
+        parser.error("--nothing and --over-bare are of CIFAR-10 only")
     if given.imagenet:
         subject = imagenet(given.root, given.images, given.skip)
     else:

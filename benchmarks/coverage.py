@@ -161,13 +161,20 @@ def file_of(folder: str, name: str) -> Path:
 def job(cfg: DictConfig) -> None:
     """The row of one network, in a file."""
     hush()
-    file_of(cfg.folder, cfg.name).write_text(json.dumps(cut(cfg.name, cfg.share)))
+    file_of(cfg.folder, cfg.name).write_text(json.dumps({**cut(cfg.name, cfg.share), "share": cfg.share}))
+
+
+def is_done(folder: str, name: str, share: float) -> bool:
+    """Whether there is a row of a network at this share; one that crashed is tried again."""
+    path = file_of(folder, name)
+    row = json.loads(path.read_text()) if path.is_file() else {}
+    return row.get("share") == share and not row["result"].startswith("crash")
 
 
 def spread(names: list[str], share: float, launcher: str, folder: str, settings: list[str]) -> list[dict[str, Any]]:
     """Rows by a sweep of Hydra, which stops at no network that crashes; those that are there are kept."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    left = [name for name in names if not file_of(folder, name).is_file()]
+    left = [name for name in names if not is_done(folder, name, share)]
     if left:
         where = [f"folder={Path(folder).absolute()}", f"hydra.sweep.dir={folder}/jobs", f"hydra/launcher={launcher}"]
         sys.argv[1:] = ["-m", f"name={','.join(left)}", f"share={share}", *where, *settings]

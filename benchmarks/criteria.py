@@ -87,9 +87,15 @@ def main() -> None:
             small = cut(net, material, recipe, settings.stimulus, responses.get(key)).net  # type: ignore[arg-type]
             all_of.setdefault(f"{name} {share:g}", []).append(accuracy(small, data))
             print(seed, name, share, round(all_of[f"{name} {share:g}"][-1], 2), flush=True)
-    for key, values in all_of.items():
-        found[key] = [round(statistics.mean(values), 2), round(statistics.stdev(values), 2) if values[1:] else 0.0]
-    publish(found, given.json)
+        publish(found | averages(all_of), given.json)
+
+
+def averages(all_of: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Mean and standard deviation over the seeds so far."""
+    return {
+        key: [round(statistics.mean(values), 2), round(statistics.stdev(values), 2) if values[1:] else 0.0]
+        for key, values in all_of.items()
+    }
 
 
 if __name__ == "__main__":

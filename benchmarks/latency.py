@@ -72,7 +72,10 @@ def accuracies(root: str, share: float, batch_size: int, how: list[str], seed: i
         ]  # fmt: skip
         ran = subprocess.run(command, check=False, capture_output=True, text=True)
         if ran.returncode:
-            print(" ".join(ran.stderr.split())[-400:], flush=True)
+            said = " ".join(ran.stderr.split())
+            print(said[-400:], flush=True)
+            if "cannot be reached" not in said and "too noisy" not in said:
+                sys.exit(f"{' '.join(command)} ended with {ran.returncode}")
             return {}
         found = json.loads((Path(folder) / "metrics.json").read_text())
     before, after = (found[stage]["latency_ms"][str(batch_size)] for stage in ("dense", "pruned"))
@@ -96,6 +99,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2, help="of fine-tuning (2)")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of prune.py")
     given = parser.parse_args()
+    if given.root and not Path(given.root).is_dir():
+        parser.error(f"{given.root} is not a folder")
     keep_freed_memory()
     found: dict[str, Any] = {}
     runs = [(name, target, size) for name in given.networks for target in given.targets for size in given.batches]
@@ -103,6 +108,7 @@ def main() -> None:
         key = f"{name}_{target}_batch{size}"
         found[key] = promise(name, given.asked, size, target)
         print(key, found[key], flush=True)
+        publish(found, given.json)
     jobs = [(size, seed) for size in given.batches for seed in given.seeds] if given.root else []
     rows: dict[str, list[dict[str, float]]] = {}
     for size, seed in track(jobs, description="accuracies"):

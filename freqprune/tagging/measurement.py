@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import torch
@@ -133,7 +134,7 @@ def tag(
     with recording(sites) as recorder:
         recorder.warn(prepare(images[:1]))
         one_frame = recorder(prepare(images[:1])) if spatial == "map" else {}
-    groups, at_once = [sites], len(images)
+    groups, at_once = [list(sites)], len(images)
     if one_frame:
         # What is read of all frames of an image is held until their spectra are taken.
         sizes = {layer: read.nbytes for layer, read in one_frame.items()}
@@ -142,8 +143,12 @@ def tag(
         at_once = max(1, most // max(sum(sizes[site.layer] for site in group) for group in groups))
     step = max(1, min(limit // len(first), at_once))
     todo = [(group, start) for group in groups for start in range(0, len(images), step)]
-    for group, start in progress(todo) if progress is not None else todo:
-        with recording(group) as recorder:
+    current: list[Site] = []
+    with ExitStack() as stack:
+        for group, start in progress(todo) if progress is not None else todo:
+            if group is not current:
+                stack.close()
+                current, recorder = group, stack.enter_context(recording(group))
             for one in passes:
                 size = max(1, min(limit // len(one.which), at_once))
                 for at in range(start, min(start + step, len(images)), size):

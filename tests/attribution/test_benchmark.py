@@ -1,8 +1,10 @@
 """The methods that the benchmark writes itself against answers that are known, and its figures of several runs."""
 
 import importlib
+import json
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -93,3 +95,13 @@ def test_runs_over_different_images_as_one(benchmark: Callable[[str], ModuleType
     both = benchmark("scoring").pooled([run(parts[0]), run(parts[1], "imagenet")])
     assert both["images"] == {"cifar": 7, "imagenet": 12}
     assert both["imagenet.a.1"]["insertion"] == pytest.approx(parts[1].mean(), abs=1e-4)
+
+
+def test_a_row_of_the_coverage(benchmark: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    coverage = benchmark("coverage")
+    row = coverage.cut("torchvision/squeezenet1_1", 0.3)
+    assert row["result"] == "ok"
+    assert row["reachable"] > 0.9
+    for share, result, done in ((0.3, "ok", True), (0.5, "ok", False), (0.3, "crash: E", False)):
+        coverage.file_of(str(tmp_path), "a/b").write_text(json.dumps({"share": share, "result": result}))
+        assert coverage.is_done(str(tmp_path), "a/b", 0.3) is done

@@ -239,7 +239,8 @@ def test_what_nobody_can_follow_is_refused() -> None:
         ("regnet_y_400mf", 0.9),
         ("mobilenet_v3_small", 0.9),
         ("shufflenet_v2_x0_5", 0.9),
-        pytest.param("swin_t", 0.5, marks=pytest.mark.slow),
+        # Of small images: what is padded to windows of 7 goes through queries, keys and values, which keep their heads.
+        pytest.param("swin_t", 0.3, marks=pytest.mark.slow),
     ],
 )
 def test_networks_of_torchvision(name: str, least: float, tmp_path: Path) -> None:

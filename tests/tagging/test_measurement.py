@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from freqprune.errors import InputError
 from freqprune.networks.answers import check_answers
 from freqprune.networks.registry import build_model
-from freqprune.tagging import measurement
+from freqprune.tagging import measurement, recording
 from freqprune.tagging.loss import TagLoss
 from freqprune.tagging.measurement import tag
 from freqprune.tagging.passes import Pass
@@ -378,6 +378,17 @@ def test_positions_of_all_layers_are_read_in_groups_that_fit(images: Tensor, mon
     for layer in expected.layers:
         torch.testing.assert_close(found.amplitude(layer), expected.amplitude(layer), rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(found.snr(layer), expected.snr(layer), rtol=1e-6, atol=1e-9, equal_nan=True)
+
+
+def test_convolutions_are_folded_once(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    folded: list[int] = []
+    given = recording.fused
+    monkeypatch.setattr(recording, "fused", lambda *args: folded.append(1) or given(*args))
+    for n_images in (1, 4):
+        folded.clear()
+        tag(build_model({"name": "resnet8"}), images[:n_images], noise_std=0, frames_a_batch=49)
+        # To look what is there, and to measure.
+        assert len(folded) == 2
 
 
 class Functional(nn.Module):
