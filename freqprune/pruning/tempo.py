@@ -127,10 +127,14 @@ def to_time(
     how, device, asked, target_ms = recipe.latency, plan.example.device, clock.asked, clock.target_ms
     wanted, said = recipe.amount, []
     if wanted.multiple_of == AUTO:
-        smallest = min(len(score) for name, score in scores.items() if name not in plan.blocks)
+        least = min((name for name in scores if name not in plan.blocks), key=lambda name: len(scores[name]))
+        smallest = len(scores[least])
         multiple = clock.times.multiple(clock.dense, clock.trace, clock.batch, max(1, smallest // 2))
         wanted = replace(wanted, multiple_of=multiple)
-        said = [f"widths are multiples of {wanted.multiple_of}, by the steps in the measured times of the layers"]
+        said = [
+            f"widths are multiples of {multiple}, by the steps in the measured times of the layers; at most "
+            f"{max(1, smallest // 2)}, as {least} has {smallest} filters"
+        ]
     goal, best = asked, None
     for _ in range(N_TRIES):
         amount = replace(wanted, latency_ms=None, latency_cut=min(goal, 0.99))

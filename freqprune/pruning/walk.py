@@ -97,8 +97,8 @@ class Walk(SideBySide):
             norm, others = self._target_of(node)
             shifted = bool(others) or node.args[0] in self.twin
             if layer in self.silenced or (shifted and self.how.resolve == "shifted"):
-                self._solve(node, layer, norm, others)
-                for number in range(self.how.rounds):
+                solved = self._solve(node, layer, norm, others)
+                for number in range(self.how.rounds if solved else 0):
                     if self._refine(node, norm, others, self._some(number)):
                         self._solve(node, layer, norm, others)
                 # Steps have run these once more; nobody but the next on the way reads them.
@@ -108,7 +108,8 @@ class Walk(SideBySide):
         if shifted or node in self.shortcuts:
             self._run_twin(node)
 
-    def _solve(self, node: Node, layer: str, norm: Node | None, others: Sequence[Node]) -> None:
+    def _solve(self, node: Node, layer: str, norm: Node | None, others: Sequence[Node]) -> bool:
+        """Solve for the weights of a layer; False, with a remark, if they stay."""
         weight = self.twin_net.get_parameter(f"{layer}.weight")
         geometry = self._geometry(node, weight)
         n_values = weight[0].numel()
@@ -118,7 +119,7 @@ class Walk(SideBySide):
                 "lost is "
                 "not made up for"
             )
-            return
+            return False
         read: Any = node.args[0]
         parts: list[Sums] = []
         stays = self._stays(layer, weight, node).flatten()
@@ -158,7 +159,7 @@ class Walk(SideBySide):
         solved = solve(parts, left, stays[stays], self.how.ridge, goes_to is not None)
         if solved is None:
             self.remarks.append(f"the inputs of {layer} leave its weights undetermined: they stay as the cut left them")
-            return
+            return False
         whole = torch.zeros_like(weight).flatten(1)
         whole[:, stays] = solved[0].to(whole)
         weight.data.copy_(whole.view_as(weight))
@@ -168,6 +169,7 @@ class Walk(SideBySide):
             dense, twin = (fixed[self.trace.placeholder(name)] for fixed in self.fixed)
             twin.copy_((dense if sign < 0 else torch.zeros_like(dense)) + sign * solved[1].to(dense))
             self._touch(name)
+        return True
 
     def _stays(self, layer: str, weight: Tensor, node: Node) -> Tensor:
         """Weights of a filter that read a channel that is left, in its shape."""

@@ -381,8 +381,24 @@ def test_layers_of_other_kinds_are_solved(how: str, silenced: dict[str, list[int
     torch.manual_seed(0)
     net = Odd(how).eval()
     seed = 2**32 - 1 if how == "large seed" else 0
-    twin, _ = reconstruct(net, silenced, [torch.rand(4, 3, 16, 16) for _ in range(4)], Reconstruction(seed=seed))
+    batches = [torch.rand(4, 3, 16, 16) for _ in range(4)]
+    twin, _ = reconstruct(net, silenced, batches, Reconstruction(seed=seed))
     assert all(values.isfinite().all() for values in twin.parameters())
+    muted = copy.deepcopy(net)
+    mute(muted, silenced)
+    x = torch.cat(batches)
+    with torch.no_grad():
+        made_up, cut = (float((one(x) - net(x)).square().mean()) for one in (twin, muted))
+    assert made_up < cut
+
+
+def test_a_layer_that_is_not_solved_is_said_once_and_nothing_moves_for_it() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 34 * 34, 4)).eval()
+    twin, remarks = reconstruct(net, {"3": range(4 * 34 * 34)}, [torch.rand(16, 3, 34, 34)])
+    assert [one for one in remarks if "reads 9248 values" in one] == remarks[:1]
+    assert len(remarks) == len(set(remarks))
+    assert torch.equal(twin.get_parameter("0.weight"), net.get_parameter("0.weight"))
 
 
 @pytest.mark.parametrize(("n_batches", "n_tried"), [(3, 1), (4, 5)])
