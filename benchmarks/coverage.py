@@ -166,9 +166,13 @@ def job(cfg: DictConfig) -> None:
 
 def is_done(folder: str, name: str, share: float) -> bool:
     """Whether there is a row of a network at this share; one that crashed is tried again."""
-    path = file_of(folder, name)
-    row = json.loads(path.read_text()) if path.is_file() else {}
+    row = row_of(folder, name)
     return row.get("share") == share and not row["result"].startswith("crash")
+
+
+def row_of(folder: str, name: str) -> dict[str, Any]:
+    path = file_of(folder, name)
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def spread(names: list[str], share: float, launcher: str, folder: str, settings: list[str]) -> list[dict[str, Any]]:
@@ -179,10 +183,10 @@ def spread(names: list[str], share: float, launcher: str, folder: str, settings:
         where = [f"folder={Path(folder).absolute()}", f"hydra.sweep.dir={folder}/jobs", f"hydra/launcher={launcher}"]
         sys.argv[1:] = ["-m", f"name={','.join(left)}", f"share={share}", *where, *settings]
         job()
-    missing = [name for name in names if not file_of(folder, name).is_file()]
+    missing = [name for name in names if row_of(folder, name).get("share") != share]
     if missing:
         sys.exit(f"no row of {', '.join(missing)}: see {folder}/jobs; the same command tries them again")
-    return [json.loads(file_of(folder, name).read_text()) for name in names]
+    return [row_of(folder, name) for name in names]
 
 
 def hush() -> None:

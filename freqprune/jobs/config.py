@@ -135,7 +135,7 @@ def check_pruning(cfg: DictConfig, at_hand: bool = False) -> None:
         )
     _check_precision(cfg)
     cuts = typed(bool, cfg.pruning.get("enabled", False), "pruning.enabled")
-    if common.ckpt is not None and cuts and common.resume is None:
+    if common.ckpt is not None and cuts:
         _check_kept(Path(common.ckpt).resolve(), Path(common.output_dir).resolve())
     _check(cfg, common)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -62,15 +64,13 @@ def explain(cfg: DictConfig) -> tuple[Attribution, dict[str, Any]]:
     out = assembly.prepare_output(Path(whose.output_dir))
     like = {"_target_": "pytorch_lightning.Trainer", "accelerator": device.type, "devices": whose.processes}
     with in_all_processes(like, "processes={processes}") as is_first:
-        if is_first:
-            record.write(out, cfg)
         rank, n_processes = rank_and_size()
         own = torch.device(device.type, rank) if n_processes > 1 and device.type != "cpu" else device
-        return _explained(asked, out, own, is_first)
+        return _explained(cfg, asked, out, own, is_first)
 
 
 def _explained(
-    asked: Explaining, out: Path, device: torch.device, is_first: bool
+    cfg: DictConfig, asked: Explaining, out: Path, device: torch.device, is_first: bool
 ) -> tuple[Attribution, dict[str, Any]]:
     """The job in each of its processes; the first one writes and speaks."""
     whose, tags = asked.whose, asked.tags
@@ -109,6 +109,8 @@ def _explained(
     objects = {"pixels": pixels, "names": names, "net": net}
     if not is_first:
         return found, objects
+    _forget(out)
+    record.write(out, cfg)
     _write(out, asked, found, pixels, names, classes)
     sure = sum(int(found.significant(number, asked.telling.alpha).sum()) for number in range(len(names)))
     images = f"{len(names)} image{'' if len(names) == 1 else 's'}"
@@ -209,9 +211,9 @@ def _forget(out: Path) -> None:
     """Remove what an earlier explanation has written into a folder."""
     before = out / "attribution.npz"
     drawn: list[str] = []
-    if before.is_file():
-        with np.load(before) as found:
-            drawn = found["names"].tolist()
+    # One that was killed as it wrote has left half a file.
+    with suppress(OSError, ValueError, EOFError, KeyError, BadZipFile), np.load(before) as found:
+        drawn = found["names"].tolist()
     record.clear([out / record.EXPLAINED, before, *(out / "maps" / f"{name}.png" for name in drawn)])
 
 
@@ -219,7 +221,6 @@ def _write(
     out: Path, asked: Explaining, found: Attribution, pixels: Tensor, names: list[str], classes: list[str] | None
 ) -> None:
     telling = asked.telling
-    _forget(out)
     arrays: dict[str, Any] = {name: getattr(found, name).numpy() for name in (*OF_PARTS, "maps", "parts", "whole")}
     arrays |= {
         "baseline": found.baseline.numpy(),

@@ -124,7 +124,7 @@ def check_resumable(path: str | Path, model: Mapping[str, Any]) -> int:
         raise InputError(
             f"ckpt_path = {path} is no training checkpoint; resume from checkpoints/last.ckpt of a run folder"
         )
-    stored = dict(content.get("hyper_parameters", {}).get("model") or {})
+    stored = dict(_of_ours(content.get("hyper_parameters", {})).get("model") or {})
     # What weights bring unasked was not always kept.
     unasked = {*SET_BY_WEIGHTS} - {*stored}
     for key in sorted({*stored, *model} - {*WEIGHTS} - unasked):
@@ -162,11 +162,20 @@ def _of_ours(hyper: Mapping[str, Any]) -> dict[str, Any]:
     """Of the hyper-parameters of a module those that mean what ours mean: others call by these names what they like."""
     fits = {
         "model": lambda value: isinstance(value, Mapping),
-        "blocks": lambda value: isinstance(value, Mapping) and all(isinstance(one, list) for one in value.values()),
-        "normalization": lambda value: isinstance(value, Mapping) and value.keys() <= {"mean", "std"},
+        "blocks": lambda value: _holds(value, str),
+        "normalization": lambda value: _holds(value, int | float) and value.keys() <= {"mean", "std"},
         "classes": lambda value: isinstance(value, list),
     }
-    return {key: hyper[key] for key, fit in fits.items() if key in hyper and fit(hyper[key])}
+    found = {key: hyper[key] for key, fit in fits.items() if key in hyper and fit(hyper[key])}
+    if "blocks" in found and not is_known(found.get("model")):
+        del found["blocks"]
+    return found
+
+
+def _holds(value: Any, kind: Any) -> bool:
+    """Whether something is a mapping of lists of one kind."""
+    lists = value.values() if isinstance(value, Mapping) else [None]
+    return all(isinstance(one, list | tuple) and all(isinstance(part, kind) for part in one) for one in lists)
 
 
 def kept_by_all(

@@ -23,7 +23,7 @@ from freqprune.pruning.recipe import Material, Recipe
 from freqprune.pruning.reconstruction import reconstruct
 from freqprune.pruning.selection import Kept, remarks, select
 from freqprune.pruning.surgery import Plan
-from freqprune.pruning.tempo import Clock, Promise, to_time
+from freqprune.pruning.tempo import Clock, Promise, check_folder, to_time
 from freqprune.pruning.trials import misread_units, stuck_blocks
 from freqprune.tagging import Progress, Stimulus, TagResponse, pick_layers
 
@@ -59,6 +59,8 @@ def plan_cut(net: nn.Module, example: Tensor, recipe: Recipe) -> tuple[Plan, lis
         InputError: for patterns that match nothing or pick what cannot go, or tag settings that leave the criterion
             without its readings.
     """
+    if recipe.amount.by_time:
+        check_folder(recipe.latency.folder)
     plan = Plan(net, example, blocks=recipe.with_blocks)
     # Where some have gone in an earlier step, there may be no other.
     needed = recipe.blocks and not plan.gone

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,24 @@ class Promise:
         }  # fmt: skip
 
 
+def folder_of(given: str | None) -> Path:
+    """Where times are kept."""
+    return Path(given) if given is not None else Path.home() / ".cache" / "freqprune"
+
+
+def check_folder(given: str | None) -> None:
+    """Raise InputError for a folder of times that cannot be written."""
+    folder = folder_of(given)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"measured times cannot be kept in {folder} ({error.strerror}); name another folder (latency.folder)"
+        ) from error
+
+
 class Clock:
     """What a network and its operations take, and what of it is to go. Made before anything else is measured for a cut:
     a target that takes no such network, or a time that asks for nothing, shows here.
@@ -74,6 +93,7 @@ class Clock:
 
     def __init__(self, plan: Plan, material: Material, recipe: Recipe, progress: Progress | None = None) -> None:
         how, device = recipe.latency, plan.example.device
+        check_folder(how.folder)
         pixels = material.images[torch.arange(how.batch_size) % len(material.images)].to(device)
         self.plan, self.batch = plan, material.normalize(pixels)
         self.dense = _ready(plan.model)
@@ -96,8 +116,8 @@ class Clock:
         whole = plan.blocks and how.batch_size == 1
         self.trace = plan.trace if whole else Trace(self.dense, self.batch, "pruning.macs_cut")
         self.blocks = plan.blocks_of(self.trace)
-        folder = Path(how.folder) if how.folder is not None else Path.home() / ".cache" / "freqprune"
-        self.times = Times(self.dense, self.trace, self.batch, dense_ms, cache_file(folder, device), progress)
+        cache = cache_file(folder_of(how.folder), device)
+        self.times = Times(self.dense, self.trace, self.batch, dense_ms, cache, progress)
 
     def ms(self, widths: Mapping[str, int]) -> float:
         """Milliseconds of a forward with `widths` filters left in the named units, and 0 of a block that is gone."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
+from freqprune.memory import free_memory
 from freqprune.networks import dtype_of, warn_of_batches
-from freqprune.processes import rank_and_size
+from freqprune.processes import on_this_machine, rank_and_size
 from freqprune.tagging.inputs import normalizer_for
 from freqprune.tagging.layers import pick_layers
 from freqprune.tagging.passes import Pass
@@ -138,7 +138,8 @@ def tag(
     if one_frame:
         # What is read of all frames of an image is held until their spectra are taken.
         sizes = {layer: read.nbytes for layer, read in one_frame.items()}
-        most = budget_for(device, max(KEPT, free_on_cpu() // 4)) // max(len(one.which) for one in passes)
+        budget = budget_for(device, max(KEPT, (free_memory() or 0) // 4 // on_this_machine()))
+        most = budget // max(len(one.which) for one in passes)
         groups = sites_that_fit(sites, sizes, most)
         at_once = max(1, most // max(sum(sizes[site.layer] for site in group) for group in groups))
     step = max(1, min(limit // len(first), at_once))
@@ -183,14 +184,6 @@ def frames_that_fit(n_values: int, device: torch.device) -> int:
 def budget_for(device: torch.device, of_cpu: int) -> int:
     """Bytes that one thing may take: a quarter of an accelerator's free memory."""
     return int(torch.cuda.mem_get_info(device)[0] // 4) if device.type == "cuda" else of_cpu
-
-
-def free_on_cpu() -> int:
-    """Bytes of memory that nothing uses, as far as the system says."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 0
 
 
 def sites_that_fit(sites: Sequence[Site], sizes: Mapping[str, int], most: int) -> list[list[Site]]:

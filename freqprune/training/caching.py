@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from freqprune.errors import one_of
+from freqprune.memory import free_memory
 from freqprune.processes import on_this_machine
 from freqprune.training.ledger import checked, open_ledger, read_all, room
 from freqprune.training.listing import Reader
-from freqprune.training.memory import free_memory
 from freqprune.training.pixels import DecodedPixels, MappedPixels, StoredPixels
 
 log = logging.getLogger(__name__)

@@ -385,10 +385,19 @@ def test_what_is_refused_leaves_an_earlier_explanation(
     with pytest.raises(InputError, match="forwards must be at least 16, got 8"):
         explain(asked(tmp_path, "images=maps/a.png", "pretrained=true", "forwards=8"))
     assert (tmp_path / "explain.html").is_file()
+    assert json.loads((tmp_path / "run.json").read_text())["settings"]["forwards"] == 32
     # Of the one before only what it wrote.
     explain(asked(tmp_path, "images=maps/b.png", "pretrained=true"))
     assert {path.name for path in (tmp_path / "maps").iterdir()} == {"a.png", "b.png", "1_b.png"}
     assert (tmp_path / "maps" / "a.png").read_bytes() == photograph
+
+
+@pytest.mark.parametrize("left", [b"", b"PK\x03\x04"])
+def test_half_a_file_of_an_earlier_explanation_is_written_anew(left: bytes, images: Path, tmp_path: Path) -> None:
+    (tmp_path / "attribution.npz").write_bytes(left)
+    explain(asked(tmp_path, f"images={images / 'a.png'}", "pretrained=true"))
+    with np.load(tmp_path / "attribution.npz") as found:
+        assert found["names"].tolist() == ["1_a"]
 
 
 def test_names_are_cut_between_characters() -> None:

@@ -288,6 +288,8 @@ def test_the_network_to_prune_is_not_written_over(where: str, tmp_path: Path) ->
     ckpt.write_text("of value")
     with pytest.raises(InputError, match=r"lies where this run writes its own network; choose another folder"):
         prune(config("prune", tmp_path, f"ckpt={ckpt}"))
+    with pytest.raises(InputError, match=r"lies where this run writes its own network; choose another folder"):
+        prune(config("prune", tmp_path, f"ckpt={ckpt}", f"resume={tmp_path}"))
     assert ckpt.read_text() == "of value"
     # A look writes no network.
     check_pruning(config("prune", tmp_path, f"ckpt={ckpt}", "pruning=none"))

@@ -359,6 +359,9 @@ def test_arguments_that_our_own_networks_cannot_take_are_said_in_words() -> None
     "said",
     [
         {"blocks": {"depth": 4}},
+        {"blocks": {"stage1": [64, 64]}},
+        {"blocks": {"stage1": ["a"]}},
+        {"normalization": {"mean": 0.1307, "std": 0.3081}},
         {"model": {"name": "my_backbone", "dim": 64}},
         {"normalization": {"type": "imagenet"}},
         {"model": "resnet8"},

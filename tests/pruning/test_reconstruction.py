@@ -396,8 +396,7 @@ def test_a_layer_that_is_not_solved_is_said_once_and_nothing_moves_for_it() -> N
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 34 * 34, 4)).eval()
     twin, remarks = reconstruct(net, {"3": range(4 * 34 * 34)}, [torch.rand(16, 3, 34, 34)])
-    assert [one for one in remarks if "reads 9248 values" in one] == remarks[:1]
-    assert len(remarks) == len(set(remarks))
+    assert sum("reads 9248 values" in one for one in remarks) == 1
     assert torch.equal(twin.get_parameter("0.weight"), net.get_parameter("0.weight"))
 
 

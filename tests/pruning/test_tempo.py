@@ -18,7 +18,7 @@ from freqprune.networks.timing import Operation, Times
 from freqprune.networks.trace import Trace
 from freqprune.pruning import tempo
 from freqprune.pruning.amount import Amount
-from freqprune.pruning.cutting import Material, Recipe, cut
+from freqprune.pruning.cutting import Material, Recipe, cut, plan_cut
 from freqprune.pruning.selection import select
 from freqprune.pruning.surgery import Plan
 from freqprune.tagging.stimulus import Stimulus
@@ -296,3 +296,10 @@ def test_what_a_few_forwards_tell_is_asked_before_anything_else(
     material = Material(PIXELS[:4], lambda p: p, calibration=PIXELS)
     with pytest.raises(InputError, match=r"latency_ms = 1000 asks for no less than the network takes already, 10 ms"):
         cut(net, material, recipe(tmp_path, latency_ms=1000.0), Stimulus())
+
+
+def test_a_folder_for_times_is_tried_with_the_plan(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    how = recipe(tmp_path / "file", latency_cut=0.3)
+    with pytest.raises(InputError, match=r"measured times cannot be kept in .*latency\.folder"):
+        plan_cut(build_model({"name": "resnet8"}).eval(), PIXELS[:1], how)

@@ -371,7 +371,7 @@ def test_positions_of_all_layers_are_read_in_groups_that_fit(images: Tensor, mon
     monkeypatch.setattr(Recorder, "__call__", read)
     # Of 16 x 16 pixels: 16 * 256, 32 * 64 and 64 * 16 numbers a frame, 4 bytes each, of 240 frames.
     monkeypatch.setattr(measurement, "KEPT", 4 * 240 * 16 * 256)
-    monkeypatch.setattr(measurement, "free_on_cpu", lambda: 0)
+    monkeypatch.setattr(measurement, "free_memory", lambda: None)
     found = tag(net, images, spatial="map", layers="layer*.conv1")
     # The first three calls look at all layers of one frame.
     assert sorted(held)[-4] <= measurement.KEPT

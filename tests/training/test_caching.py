@@ -15,6 +15,7 @@ import torch
 from omegaconf import DictConfig
 from PIL import Image
 
+from freqprune import memory
 from freqprune.errors import InputError
 from freqprune.jobs.assembly import load_data
 from freqprune.jobs.prune import prune
@@ -22,7 +23,7 @@ from freqprune.jobs.settings import read as read_settings
 from freqprune.jobs.stages import Run
 from freqprune.networks.registry import build_model
 from freqprune.processes import expect
-from freqprune.training import caching, memory
+from freqprune.training import caching
 from freqprune.training.classifier import Classifier
 from freqprune.training.ledger import ROW, Ledger
 from freqprune.training.listed import ImageFolderData
