@@ -212,7 +212,11 @@ def _forget(out: Path) -> None:
     before = out / "attribution.npz"
     drawn: list[str] = []
     # One that was killed as it wrote has left half a file.
-    with suppress(OSError, ValueError, EOFError, KeyError, BadZipFile), np.load(before) as found:
+    with (
+        suppress(OSError, ValueError, EOFError, KeyError, BadZipFile),
+        before.open("rb") as file,
+        np.load(file) as found,
+    ):
         drawn = found["names"].tolist()
     record.clear([out / record.EXPLAINED, before, *(out / "maps" / f"{name}.png" for name in drawn)])
 

@@ -168,7 +168,7 @@ VISITOR = """<script>addEventListener("load", async () => {
     seen.time = element("time-now").textContent;
     seen.values = [...map.values.subarray(0, 3)];
   }
-  for (let i = 0; i < 20; i++) point(i % 16, "pointermove");
+  for (let i = 0; i < 20; i++) point(map.shown[0].start + i % 16, "pointermove");
   seen.alive = uPlot.sync("spectra").plots.length;
   seen.same = valuesOf("kept") === valuesOf("kept");
   seen.below = colouring("score_z", Float32Array.from({ length: 1000 }, (_, i) => i - 1)).of(-1);
