@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import warnings
 from collections.abc import Mapping
@@ -213,12 +212,13 @@ def check_match(net: nn.Module, data: ImageData, stored: Stored) -> None:
         stored: what its file says of it.
     """
     wrong: list[str] = []
-    example = data.normalize(data.pixels("val", 1)).to(device_of(net))
-    classes = config_of(net).get("num_classes")
-    with contextlib.suppress(InputError):
-        # Its last layer may be another than its config says; what it cannot run on is told below.
-        check_answers(net, example)
-        classes = _n_answers(net, example)
+    classes, failed = config_of(net).get("num_classes"), None
+    try:
+        # Its last layer may be another than its config says.
+        classes = _n_answers(net, data.normalize(data.pixels("val", 1)).to(device_of(net)))
+    except InputError as error:
+        # That it does not run may be for what is told here.
+        failed = error
     if classes is not None and classes != len(data.classes):
         wrong.append(
             f"the network tells {classes} classes apart, the data have {len(data.classes)}; use the data it was "
@@ -251,12 +251,13 @@ def check_match(net: nn.Module, data: ImageData, stored: Stored) -> None:
             "data: accuracies are wrong unless they mean the same in the same order",
             len(other), len(data.classes), *other[0],
         )  # fmt: skip
-    check_answers(net, example)
-    _n_answers(net, example)
+    if failed is not None:
+        raise failed
 
 
 def _n_answers(net: nn.Module, example: Tensor) -> int:
-    """Classes that a network answers for."""
+    """Classes that a network answers for; InputError if it does not, see `check_answers`."""
+    check_answers(net, example)
     with evaluating(net), torch.no_grad():
         answer = first(net(example))
     if answer.dim() != 2:

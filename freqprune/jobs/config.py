@@ -19,6 +19,11 @@ from freqprune.networks import cards
 
 T = TypeVar("T")
 
+FINETUNED, FROM_SCRATCH = "finetuned", "from_scratch"
+# Where the trainings of a cut network lie in the folder of a run, by the stage that they end with; those between steps.
+FOLDERS = {FINETUNED: "finetune", FROM_SCRATCH: "from_scratch"}
+STEP = r"step\d+"
+
 
 @dataclass(frozen=True)
 class Common:
@@ -142,9 +147,8 @@ def check_pruning(cfg: DictConfig, at_hand: bool = False) -> None:
 
 def _check_kept(ckpt: Path, out: Path) -> None:
     """Raise InputError for a network to prune that the run would write over."""
-    of_a_run = {"finetune", "from_scratch"}
     inside = ckpt.relative_to(out).parts[0] if out in ckpt.parents else ""
-    if ckpt == out / "pruned.ckpt" or inside in of_a_run or re.fullmatch(r"step\d+", inside):
+    if ckpt == out / "pruned.ckpt" or inside in FOLDERS.values() or re.fullmatch(STEP, inside):
         raise InputError(
             f"ckpt = {ckpt} lies where this run writes its own network; choose another folder (hydra.run.dir)"
         )

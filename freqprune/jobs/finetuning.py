@@ -13,14 +13,11 @@ from torch import nn
 from freqprune.errors import InputError
 from freqprune.jobs import assembly, trainers
 from freqprune.jobs.advice import override, typed_out
+from freqprune.jobs.config import FOLDERS, FROM_SCRATCH
 from freqprune.jobs.settings import Settings
 from freqprune.networks import config_of, device_of, dropped_blocks, trained
 from freqprune.tagging import untrained
 from freqprune.training import Classifier, ImageData, epochs_of
-
-FINETUNED, FROM_SCRATCH = "finetuned", "from_scratch"
-# Folder of the training that a run ends with, by its stage; an interrupted one goes on from there.
-FOLDERS = {FINETUNED: "finetune", FROM_SCRATCH: "from_scratch"}
 
 
 def check_anew(net: nn.Module) -> None:

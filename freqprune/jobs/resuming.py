@@ -15,8 +15,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from freqprune.errors import InputError
+from freqprune.jobs.config import FINETUNED, FOLDERS, FROM_SCRATCH, STEP
 from freqprune.jobs.csv_log import METRICS
-from freqprune.jobs.finetuning import FINETUNED, FOLDERS, FROM_SCRATCH
 from freqprune.jobs.jsonl import METRICS_LINES
 from freqprune.networks import Exports, epochs_done
 from freqprune.pruning import AMOUNTS
@@ -151,7 +151,7 @@ def check_same_cut(cfg: DictConfig, folder: Path) -> None:
 
 def begin_anew(out: Path) -> None:
     """Leave nothing of an earlier run in a folder that could be gone on with as if it were of the new one."""
-    steps = [folder for folder in out.glob("step*") if re.fullmatch(r"step\d+", folder.name)]
+    steps = [folder for folder in out.glob("step*") if re.fullmatch(STEP, folder.name)]
     for folder in (*(out / name for name in FOLDERS.values()), *steps):
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         with suppress(OSError):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.jobs import assembly, trainers
-from freqprune.jobs.finetuning import FINETUNED, FOLDERS, FROM_SCRATCH, finetune
+from freqprune.jobs.config import FINETUNED, FOLDERS, FROM_SCRATCH
+from freqprune.jobs.finetuning import finetune
 from freqprune.jobs.loggers import log_results, log_stage, make_logger
 from freqprune.jobs.outputs import explore_cut, name_of, tell
 from freqprune.jobs.resuming import Interrupted, begin_anew, forget_files, undeployed

@@ -94,8 +94,6 @@ class Times:
     ) -> None:
         self._cache, self._device = cache, batch.device
         self._known = {} if cache is None else _read(cache, batch.device)
-        # Whether it can be written shows before anything is timed.
-        self._keep()
         measured = []
         fixed = trace.inputs(model)
         values: dict[Node, Any] = {trace.entrance: batch}
@@ -292,13 +290,7 @@ def _read(path: Path, device: torch.device) -> dict[str, float]:
 
 
 def _write(path: Path, device: torch.device, times: Mapping[str, float]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({"about": _about(device), "times": times}, indent=0))
-        os.replace(partial, path)
-    except OSError as error:
-        raise InputError(
-            f"the file of measured times {path} cannot be written ({error.strerror}); name another folder "
-            "(latency.folder)"
-        ) from error
+    partial.write_text(json.dumps({"about": _about(device), "times": times}, indent=0))
+    os.replace(partial, path)

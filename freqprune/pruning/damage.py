@@ -15,7 +15,7 @@ from freqprune.processes import added_up, own_share
 from freqprune.pruning.blocks import shortcuts_of, without_channels
 from freqprune.pruning.moments import least_squares
 from freqprune.pruning.proof import silence
-from freqprune.pruning.surroundings import bias_of
+from freqprune.pruning.surroundings import bias_of, own_bias
 
 Readers = Mapping[str, tuple[Tensor, Tensor, Tensor]]
 """Layers that read a layer's filters: weight, moments and columns, as for
@@ -128,7 +128,7 @@ def _go_on(
             return without_channels(node, muted[node], read) if node in muted else PLAIN
         bias: Any = layer.bias
         given = bias_of(node)
-        if given is not None and trace.source(given) != f"{name}.bias":
+        if given is not None and not own_bias(trace, node):
             # The forward makes it of other parameters: the layer's has, beside its own, the constant alone.
             own = next((fixed[at] for at in fixed if trace.source(at) == f"{name}.bias"), 0.0)
             bias = bias - own + read(given)

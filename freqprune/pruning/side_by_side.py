@@ -12,7 +12,7 @@ from torch.fx import Node
 from freqprune.networks import LINEAR, Trace, run
 from freqprune.processes import added_up, own_share
 from freqprune.pruning.blocks import shortcuts_of, without_channels
-from freqprune.pruning.surroundings import bias_of, constant_in, goes_into, scale_of
+from freqprune.pruning.surroundings import bias_of, constant_in, goes_into, own_bias, scale_of
 
 
 class SideBySide:
@@ -131,5 +131,4 @@ class SideBySide:
 
     def _foreign_bias(self, node: Node, batch: int) -> Tensor | None:
         """`_bias` of a layer, if it is not its own parameter."""
-        own = self.trace.source(bias_of(node)) == f"{self.trace.layers[node]}.bias"
-        return None if own else self._bias(node, batch)
+        return None if own_bias(self.trace, node) else self._bias(node, batch)

@@ -82,11 +82,16 @@ def bias_of(node: Node) -> Any:
     return node.args[2] if len(node.args) > 2 else None
 
 
+def own_bias(trace: Trace, node: Node) -> str | None:
+    """Name of the bias that a layer's operation adds, if it is the layer's own parameter: a forward may compute one of
+    parameters elsewhere."""
+    name = f"{trace.layers[node]}.bias"
+    return name if trace.source(bias_of(node)) == name else None
+
+
 def constant_in(trace: Trace, node: Node, norm: Node | None) -> tuple[str, int] | None:
-    """Where a constant added to a layer's output goes: its bias, or, with the other sign, the norm's mean. A bias that
-    the forward computes, of parameters elsewhere, is none."""
-    own = f"{trace.layers[node]}.bias"
-    if trace.source(bias_of(node)) == own:
+    """Where a constant added to a layer's output goes: its own bias, or, with the other sign, the norm's mean."""
+    if own := own_bias(trace, node):
         return own, 1
     mean: Any = None if norm is None else norm.args[3]
     name = trace.source(mean)

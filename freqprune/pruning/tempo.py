@@ -93,7 +93,6 @@ class Clock:
 
     def __init__(self, plan: Plan, material: Material, recipe: Recipe, progress: Progress | None = None) -> None:
         how, device = recipe.latency, plan.example.device
-        check_folder(how.folder)
         pixels = material.images[torch.arange(how.batch_size) % len(material.images)].to(device)
         self.plan, self.batch = plan, material.normalize(pixels)
         self.dense = _ready(plan.model)

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 
 # Okabe & Ito's palette: told apart with every common form of colour blindness; kinds differ in marker as well.
 RED, GREEN, BLUE, GREY, ORANGE, PURPLE = "#D55E00", "#009E73", "#0072B2", "#777777", "#E69F00", "#CC79A7"
-PALE = "#e4e4e4"
+PALE, BLACK = "#e4e4e4", "#000000"
 # That palette, then three of Paul Tol's muted one that it lacks.
-LINES = (BLUE, RED, GREEN, ORANGE, PURPLE, "#56B4E9", "#000000", GREY, "#882255", "#999933", "#332288")
+LINES = (BLUE, RED, GREEN, ORANGE, PURPLE, "#56B4E9", BLACK, GREY, "#882255", "#999933", "#332288")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 

@@ -13,13 +13,11 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from freqprune.reports.drawing import (
+    BLACK,
     BLUE,
-    GREEN,
     GREY,
-    ORANGE,
+    LINES,
     PALE,
-    PURPLE,
-    RED,
     counts_per_layer,
     layer_ticks,
     line_styles,
@@ -27,7 +25,7 @@ from freqprune.reports.drawing import (
 )
 from freqprune.tagging import Component, Stimulus, TagResponse, amplitude_spectrum, frequencies, noise_bins
 
-PART_COLOURS = (RED, GREEN, ORANGE, PURPLE, "#56B4E9", "#882255", "#999933", "#332288")
+PART_COLOURS = tuple(colour for colour in LINES if colour not in (BLUE, BLACK, GREY))
 PART_MARKERS = ("o", "s", "D", "P")
 IM_MARKER = "^"
 

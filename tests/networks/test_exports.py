@@ -80,15 +80,16 @@ def test_missing_packages_are_told_before_work(monkeypatch: pytest.MonkeyPatch) 
     assert Exports(onnx=False, torch_export=True).torch_export
 
 
+class Answers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.conv(x).mean((2, 3))}
+
+
 def test_a_network_of_doubles_that_answers_a_mapping(tmp_path: Path) -> None:
-    class Answers(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
-
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
-            return {"logits": self.conv(x).mean((2, 3))}
-
     found = export(Answers().double().eval(), torch.rand(1, 3, 8, 8).double(), tmp_path, torch_export=True)
     assert found["model.pt2"] <= 1e-12
 
@@ -113,13 +114,5 @@ def test_what_an_exporter_cannot_take_is_said_in_words(asked: dict[str, bool], t
 
 
 def test_eight_bits_of_a_network_that_answers_a_mapping(tmp_path: Path) -> None:
-    class Answers(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
-
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
-            return {"logits": self.conv(x).mean((2, 3))}
-
     x = torch.rand(4, 3, 8, 8)
     assert export(Answers().eval(), x, tmp_path, onnx=True, calibration=[x])["model.int8.onnx"] >= 0.5

@@ -130,13 +130,3 @@ def test_onnx_runtime_answers_as_the_network_does() -> None:
     assert isinstance(eager, Tensor)
     with torch.no_grad():
         torch.testing.assert_close(eager, net(X))
-
-
-def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_timed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").write_text("")
-    net, x = nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), torch.rand(1, 3, 8, 8)
-    monkeypatch.setattr(Times, "_measure", lambda *_: pytest.fail("measured"))
-    with pytest.raises(InputError, match=r"cannot be written .*latency\.folder"):
-        Times(net, Trace(net, x), x, 10.0, tmp_path / "file" / "times.json")

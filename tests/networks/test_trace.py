@@ -90,15 +90,16 @@ def test_layers_whose_weight_the_forward_multiplies_with_itself_count() -> None:
     assert macs_by_layer(Itself(), torch.rand(1, 3, 4, 4)) == {"a": 16 * 3 * 8, "b": 16 * 8 * 6}
 
 
+class Answers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor | None]:
+        return {"loss": None, "logits": self.fc(x.mean((2, 3)))}
+
+
 def test_an_answer_beside_nothing_is_the_exit() -> None:
-    class Answers(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 3)
-
-        def forward(self, x: Tensor) -> dict[str, Tensor | None]:
-            return {"loss": None, "logits": self.fc(x.mean((2, 3)))}
-
     net, x = Answers().eval(), torch.rand(2, 3, 8, 8)
     trace = Trace(net, x)
     values: dict[Any, Any] = {trace.entrance: x}

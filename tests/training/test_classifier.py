@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from freqprune import TagLoss
 from freqprune.errors import InputError
 from freqprune.training.classifier import Classifier
+from tests.networks.test_trace import Answers
 from tests.training.small import digits, trainer
 
 
@@ -183,12 +184,4 @@ def test_bad_optimizer(settings: dict[str, float], message: str) -> None:
 
 
 def test_networks_may_wrap_their_answer() -> None:
-    class Answers(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 3)
-
-        def forward(self, x: Tensor) -> dict[str, Tensor | None]:
-            return {"loss": None, "logits": self.fc(x.mean((2, 3)))}
-
     assert Classifier(Answers(), num_classes=3)(torch.rand(2, 3, 8, 8)).shape == (2, 3)
