@@ -14,7 +14,6 @@ from .criteria import needs as needs
 from .criteria import scores as scores
 from .cutting import Cut as Cut
 from .cutting import cut as cut
-from .cutting import plan_cut as plan_cut
 from .evidence import n_measured as n_measured
 from .evidence import shared_batches as shared_batches
 from .graph import ChannelGraph as ChannelGraph
@@ -23,6 +22,7 @@ from .in_sequence import Reconstruction as Reconstruction
 from .in_steps import cut_in_steps as cut_in_steps
 from .moments import input_moments as input_moments
 from .moments import output_gradients as output_gradients
+from .planning import plan_cut as plan_cut
 from .proof import masked_forward as masked_forward
 from .pruners import CUSTOM_PRUNERS as CUSTOM_PRUNERS
 from .recipe import Material as Material
