@@ -67,8 +67,9 @@ def load_network(path: str | Path, model: Mapping[str, Any] | None = None) -> St
         config, state = dict(content["model"]), content["state_dict"]
         extra: dict[str, Any] = {"kept": dict(content["kept"])}
         said = content
-    elif "hyper_parameters" in content and "state_dict" in content:
-        said = _of_ours(content["hyper_parameters"])
+    elif "state_dict" in content and {"hyper_parameters", "pytorch-lightning_version"} & content.keys():
+        # Lightning leaves hyper-parameters out where a module keeps none.
+        said = _of_ours(content.get("hyper_parameters", {}))
         named = said.get("model", {})
         if model is not None and not is_known(named):
             named = {}

@@ -28,6 +28,7 @@ from .pruners import CUSTOM_PRUNERS as CUSTOM_PRUNERS
 from .recipe import Material as Material
 from .recipe import Recipe as Recipe
 from .reconstruction import reconstruct as reconstruct
+from .selection import BeyondFloorsError as BeyondFloorsError
 from .selection import Kept as Kept
 from .selection import NothingToRemoveError as NothingToRemoveError
 from .selection import select as select

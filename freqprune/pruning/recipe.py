@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from freqprune.errors import InputError, at_least, one_of
+from freqprune.errors import InputError, at_least, check_fields, one_of
 from freqprune.networks import Latency
 from freqprune.pruning.amount import Amount
 from freqprune.pruning.compensation import AT_ONCE, METHODS
 from freqprune.pruning.criteria import needs
 from freqprune.pruning.in_sequence import Reconstruction
+from freqprune.tagging import Readout
 
 # Criteria whose scores are squared changes of the logits.
 BLOCK_CRITERIA = ("logit_error", "logit_redundancy")
@@ -61,13 +62,13 @@ class Recipe:
         frames_an_image: tagged frames of each calibration image.
         measured_images: calibration images for criteria that measure what a cut does to the logits; None: as many as
             have as many pixels as 256 of 32 x 32, but 16 at least.
-        tagging: further arguments of `freqprune.tag`.
+        tagging: further arguments of `freqprune.tag`: those of `freqprune.tagging.readout.Readout`, ``frames_a_batch``.
         seed: of noise, positions and random scores.
         latency: for what a cut by time counts.
 
     Raises:
-        InputError: for an unknown criterion, compensation or calibration, or blocks with scores that are not on
-            their scale.
+        InputError: for an unknown criterion, compensation, calibration or tag setting, or blocks with scores that are
+            not on their scale.
     """
 
     amount: Amount
@@ -91,6 +92,9 @@ class Recipe:
         one_of(METHODS, compensation=self.compensation)
         one_of(CALIBRATIONS, calibrate_on=self.calibrate_on)
         at_least(1, frames_an_image=self.frames_an_image)
+        readout = {name: value for name, value in self.tagging.items() if name != "frames_a_batch"}
+        check_fields(Readout, readout)
+        Readout(**readout)
         if self.measured_images is not None:
             at_least(1, measured_images=self.measured_images)
         if self.with_blocks and self.criterion not in BLOCK_CRITERIA:

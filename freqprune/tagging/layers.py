@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from freqprune.errors import InputError, closest
+from freqprune.networks import dropped_blocks
 
 
 def default_layers(model: nn.Module) -> list[str]:
@@ -50,10 +51,20 @@ def pick_layers(model: nn.Module, patterns: str | Sequence[str] | None) -> list[
     kinds = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
     other = [name for name, module in modules.items() if isinstance(module, kinds)]
     picked: list[str] = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    for pattern in _of_what_is_left(
+        model, [patterns] if isinstance(patterns, str) else list(patterns), [*usual, *other]
+    ):
         pool = next(
             (pool for pool in (usual, other) if fnmatch.filter(pool, pattern)),
             [pattern] if pattern in modules else other,
         )
         picked += [name for name in match_layers(pool, pattern) if name not in picked]
     return [name for name in modules if name in picked]
+
+
+def _of_what_is_left(model: nn.Module, patterns: Sequence[str], layers: Sequence[str]) -> Sequence[str]:
+    """Once blocks have gone, a pattern may match none of what is left, unless all do."""
+    if not dropped_blocks(model):
+        return patterns
+    modules = {name for name, _ in model.named_modules()}
+    return [one for one in patterns if one in modules or fnmatch.filter(layers, one)] or patterns

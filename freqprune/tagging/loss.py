@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError, at_least, one_of
-from freqprune.networks import device_of, norms_as_in_training
+from freqprune.networks import device_of, dtype_of, norms_as_in_training
 from freqprune.tagging.inputs import normalizer, pixels_of
 from freqprune.tagging.layers import pick_layers
 from freqprune.tagging.loss_terms import MEASURES, fundamentals, intermodulation
@@ -152,7 +152,8 @@ class TagLoss:
             net: the network that is trained.
             images: a batch as the network takes it, normalised, ``(n_images, n_channels, height, width)``.
             step: number of the step in the whole training, such as `pl.LightningModule.global_step`; one that begins
-                anew with every epoch shows tags more often than `every_n_steps` says.
+                anew with every epoch shows tags more often than `every_n_steps` says. Where several optimizers make a
+                step each, Lightning counts every one: give ``self.trainer.fit_loop.total_batch_idx`` there.
 
         Raises:
             InputError: for weights that name no layer of the network, a batch that is no images or is normalised with
@@ -162,10 +163,16 @@ class TagLoss:
             return images.new_zeros(())
         if images.dim() != 4 or not len(images):
             raise InputError(f"images must be (n_images, n_channels, height, width), got {tuple(images.shape)}")
+        loss: Tensor = self._read(net, images)
+        return loss
+
+    # Hooks and modes are nothing that a compiled training step can hold.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _read(self, net: nn.Module, images: Tensor) -> Tensor:
         # As the batch lies: a network that takes views may run on nothing else.
         last = not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if last else torch.contiguous_format
-        prepare = normalizer(images, self.mean, self.std, device_of(net), images.dtype, layout)
+        prepare = normalizer(images, self.mean, self.std, device_of(net), dtype_of(net), layout)
         # What augmentation puts around an image, or mixes into it, may lie outside.
         pixels = pixels_of(images[: self.n_images].detach().float(), self.mean, self.std)
         reading = self._found.get(net)
@@ -186,7 +193,8 @@ class TagLoss:
                 site.layer: one
                 for site, one in zip(reading.sites, amplitude.split([c.shape[1] for c in courses]), strict=True)
             }
-            return self._sum(found, reading.weights).to(images) * self.every_n_steps
+            total = self._sum(found, reading.weights) * self.every_n_steps
+            return total.to(images.device, torch.promote_types(images.dtype, torch.float32))
 
     def _sum(self, amplitudes: Mapping[str, Tensor], weights: Mapping[str, Mapping[str, float]]) -> Tensor:
         total = next(iter(amplitudes.values())).new_zeros(())

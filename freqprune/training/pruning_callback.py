@@ -18,6 +18,7 @@ from freqprune.errors import InputError
 from freqprune.networks import config_of, drop_blocks, dropped_blocks, kept_by_all, picks_of_shortcuts
 from freqprune.processes import shared_work
 from freqprune.pruning import (
+    BeyondFloorsError,
     Material,
     NothingToRemoveError,
     Plan,
@@ -28,7 +29,7 @@ from freqprune.pruning import (
     plan_cut,
     shared_batches,
 )
-from freqprune.tagging import Stimulus, normalizer_for
+from freqprune.tagging import Stimulus, find_components, normalizer_for
 from freqprune.training.carrying import carry_over
 from freqprune.training.replaceable import check_module, check_trainer
 from freqprune.training.tags_in_training import TagsInTraining
@@ -102,10 +103,10 @@ class TagPruning(TagsInTraining):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             check_trainer(trainer)
-            if self._made is not self._net(pl_module):
-                # Another module than that of an earlier fit has no cuts behind it.
+            if all(one is not self._made for one in pl_module.modules()):
+                # Another module than that of an earlier fit has no cuts behind it; it may not have its network yet.
                 self.kept, self.dropped, self.shape = [], [], None
-        loading = pl_module.on_load_checkpoint
+        loading, saving = pl_module.on_load_checkpoint, pl_module.on_save_checkpoint
 
         def rebuild_first(checkpoint: dict[str, Any]) -> None:
             # The weights of a run that was cut are those of the smaller network.
@@ -114,11 +115,19 @@ class TagPruning(TagsInTraining):
                 self._rebuild(pl_module, state)
             loading(checkpoint)
 
+        def tell_of_cuts(checkpoint: dict[str, Any]) -> None:
+            saving(checkpoint)
+            if self.kept:
+                checkpoint.setdefault("callbacks", {}).setdefault(self.state_key, self.state_dict())
+
         # Callbacks are restored only after the weights; this method of the module is called before them.
         pl_module.on_load_checkpoint = rebuild_first  # type: ignore[method-assign]
+        # Of a checkpoint of weights alone callbacks are not asked, the module is.
+        pl_module.on_save_checkpoint = tell_of_cuts  # type: ignore[method-assign]
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        pl_module.__dict__.pop("on_load_checkpoint", None)
+        for wrapped in ("on_load_checkpoint", "on_save_checkpoint"):
+            pl_module.__dict__.pop(wrapped, None)
 
     def _fits(self, pl_module: pl.LightningModule, stored: Mapping[str, Tensor]) -> bool:
         """Whether the network has the weights of a checkpoint already, by their shapes."""
@@ -162,22 +171,32 @@ class TagPruning(TagsInTraining):
         if not trainer.enable_validation:
             raise InputError("TagPruning needs a validation loader: it tags validation images; pass val_dataloaders")
         self._check_share(self.n_images, trainer)
+        self._net(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what the first cut would refuse, before epochs are lost."""
         last = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
-        if not any(trainer.current_epoch <= epoch < last for epoch in self.epochs):
-            if not self.kept and self.epochs[0] >= last and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        # An epoch that is gone on with does not begin again.
+        start = trainer.current_epoch + trainer.fit_loop.restarted_mid_epoch
+        if not any(start <= epoch < last for epoch in self.epochs):
+            if not self.kept and not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 log.warning(
-                    "epochs = %s: this training ends after %s epochs, counted from 0, so that nothing is cut; name "
-                    "earlier ones, or raise max_epochs", self.epochs, last,
+                    "epochs = %s: this training begins with epoch %d, counted from 0, and ends after %s epochs, so "
+                    "that nothing is cut; name others, or raise max_epochs", self.epochs, start, last,
                 )  # fmt: skip
             return
         check_module(trainer, pl_module, self._attribute(pl_module))
+        if self._net(pl_module)._compiled_call_impl is not None:
+            log.warning(
+                "the network was compiled in place, and the smaller one that TagPruning puts there is not: after a cut "
+                "it trains uncompiled, or give fit torch.compile(module)"
+            )
         with isolate_rng():
             images, material, _ = self._material(trainer, pl_module)
         self.stimulus.masks(*images.shape[-2:])
         check_components(self.recipe.criterion, self.stimulus)
+        if "tags" in needs(self.recipe.criterion):
+            find_components(self.recipe.components, self.stimulus.components)
         if "labels" in needs(self.recipe.criterion) and not material.labelled:
             raise InputError(
                 f"importance.criterion = {self.recipe.criterion} reads labelled images, and the validation batches "
@@ -185,7 +204,7 @@ class TagPruning(TagsInTraining):
             )
         try:
             plan_cut(self._net(pl_module), material.normalize(images[:1]), self.recipe)
-        except NothingToRemoveError:
+        except (NothingToRemoveError, BeyondFloorsError):
             # Later cuts of a network may find nothing, and say so.
             if not self.kept:
                 raise
@@ -219,7 +238,7 @@ class TagPruning(TagsInTraining):
             try:
                 with shared_work():
                     done = cut(net, material, self.recipe, self.stimulus)
-            except NothingToRemoveError as error:
+            except (NothingToRemoveError, BeyondFloorsError) as error:
                 if not self.kept:
                     raise
                 log.warning("nothing is cut in epoch %d: %s", trainer.current_epoch, error)

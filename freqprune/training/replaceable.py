@@ -51,8 +51,12 @@ def check_module(trainer: pl.Trainer, pl_module: pl.LightningModule, attribute: 
             f"{type(pl_module).__name__} has layers of {own}* as {beside} too, which would stay as they were: "
             f"let it run {own.rstrip('.')} only, without another name for a part of it"
         )
-    if any(isinstance(one, torch.optim.LBFGS) and inside & _parameters(one) for one in trainer.optimizers):
-        raise InputError("TagPruning replaces parameters, of which LBFGS keeps a list of its own; use another")
+    for one in trainer.optimizers:
+        # As Lightning tells a ZeroRedundancyOptimizer.
+        if (isinstance(one, torch.optim.LBFGS) or hasattr(one, "consolidate_state_dict")) and inside & _parameters(one):
+            raise InputError(
+                f"TagPruning replaces parameters, of which {type(one).__name__} keeps a list of its own; use another"
+            )
     if dtype_of(net) != torch.float32:
         raise InputError(
             f"TagPruning cuts networks in float32, this one is in {str(dtype_of(net)).removeprefix('torch.')}; use "

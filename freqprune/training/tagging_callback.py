@@ -15,9 +15,19 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 
 from freqprune.errors import InputError, check_fields
+from freqprune.networks import device_of, dtype_of
 from freqprune.pruning import OF_TAGS, Evidence, Judgement, check_components, judge, needs, scores
 from freqprune.reports import write_importance
-from freqprune.tagging import Readout, Stimulus, check_pixels, find_components, pick_layers, tag
+from freqprune.tagging import (
+    Readout,
+    Stimulus,
+    check_pixels,
+    find_components,
+    find_sites,
+    normalizer_for,
+    pick_layers,
+    tag,
+)
 from freqprune.training.tags_in_training import TagsInTraining
 
 
@@ -110,23 +120,22 @@ class FrequencyTagging(TagsInTraining):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.latest = dict(state_dict)
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._network(pl_module)
-
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.every_n_epochs and self.images is None and not trainer.enable_validation:
             raise InputError(
                 "FrequencyTagging needs a validation loader, whose images it tags, or images=; pass val_dataloaders, "
                 "images=, or every_n_epochs=0"
             )
+        # Not before: a module may build its network as late as in configure_model.
+        network = self._network(pl_module)
         if self.every_n_epochs:
-            pick_layers(self._network(pl_module), self.tag_settings["layers"])
+            pick_layers(network, self.tag_settings["layers"])
         count = self.n_images if self.images is None else min(self.n_images, len(self.images))
         if self.every_n_epochs:
             self._check_share(count, trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse images that could not be tagged, before epochs are lost."""
+        """Refuse images that could not be tagged, and networks that do not run on them, before epochs are lost."""
         self._since = trainer.current_epoch
         last = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
         if not self.every_n_epochs or self.every_n_epochs > last:
@@ -137,6 +146,23 @@ class FrequencyTagging(TagsInTraining):
                 first = self._at_the_start(trainer, pl_module, trainer.world_size)[0]
             images = self._pixels(first, *self._normalization(trainer))
         self.stimulus.masks(*images.shape[-2:])
+        network = self._network(pl_module)
+        if network is pl_module and type(network).forward is pl.LightningModule.forward:
+            children = ", ".join(name for name, _ in pl_module.named_children())
+            raise InputError(
+                f"{type(pl_module).__name__} has no forward, which FrequencyTagging calls: give it one, or say which "
+                f"of its modules is the network with network=..., one of {children}"
+            )
+        with isolate_rng():
+            prepare, _ = normalizer_for(
+                network, images, *self._normalization(trainer), device_of(network), dtype_of(network)
+            )
+            find_sites(
+                network,
+                prepare(images[:1]),
+                pick_layers(network, self.tag_settings["layers"]),
+                self.tag_settings["where"],
+            )
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._epoch_start = time.perf_counter()
@@ -150,7 +176,8 @@ class FrequencyTagging(TagsInTraining):
         self._show_average(trainer, pl_module, callbacks[: callbacks.index(self)] if self in callbacks else [])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.enable_validation and self._due(trainer):
+        validated = trainer.enable_validation and any(trainer.num_val_batches)
+        if not validated and self._due(trainer):
             self._show_average(trainer, pl_module, trainer.callbacks)  # type: ignore[attr-defined]
 
     def _show_average(self, trainer: pl.Trainer, pl_module: pl.LightningModule, callbacks: Sequence[Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from freqprune.errors import InputError
@@ -76,8 +77,13 @@ class TagsInTraining(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, n_images: int | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """This process's share of the first images as the loader gives them, and of their labels where it gives any."""
-        loaders = trainer.val_dataloaders
-        loader: Iterable[Any] = loaders[0] if isinstance(loaders, list | tuple) else loaders  # type: ignore[assignment]
+        # In whatever collection there are several.
+        loaders = tree_leaves(trainer.val_dataloaders)
+        if not loaders:
+            raise InputError(
+                f"{type(self).__name__} tags validation images, and val_dataloaders is empty; pass a validation loader"
+            )
+        loader: Iterable[Any] = loaders[0]
         n_images, rank, size = n_images or self.n_images, trainer.global_rank, trainer.world_size
         dealt = size == 1 or _is_dealt(loader)
         # Of a loader that is not dealt out, each process takes its share of the same images.

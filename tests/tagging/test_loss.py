@@ -3,14 +3,19 @@
 import copy
 import math
 import pickle
+from pathlib import Path
+from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from freqprune import InputError, Stimulus, TagLoss, build_model, resnet32, tag
 from freqprune.tagging.loss_terms import imbalance, separation, spread
 from tests.tagging.test_measurement import WHITE, Affine
+from tests.training.small import trainer
 
 # 16 frames that differ are enough for two parts, and quick enough for finite differences.
 SHORT = Stimulus((6.0, 9.0), frame_rate=39.0, n_frames=39, max_order=2)
@@ -176,6 +181,40 @@ def test_half_precision_around_it_changes_nothing(images: Tensor) -> None:
     full = loss(net, images)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(loss(net, images), full)
+        # A loader may hand out images in half precision, which have lost some of their digits.
+        half = loss(net, images.bfloat16())
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, full, rtol=0.02, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_step_reads_the_same(images: Tensor) -> None:
+    net, loss = build_model({"name": "resnet8"}), TagLoss(silence=1.0, every_n_steps=1)
+
+    def step(x: Tensor) -> Tensor:
+        return net(x).sum() * 0 + loss(net, x)
+
+    torch.testing.assert_close(torch.compile(step, backend="eager")(images), loss(net, images))
+
+
+def test_every_second_batch_is_shown_whatever_the_number_of_optimizers(images: Tensor, tmp_path: Path) -> None:
+    class Two(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.automatic_optimization = build_model({"name": "resnet8"}), False
+            self.loss, self.shown = TagLoss(silence=1.0, every_n_steps=2), []
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> None:
+            for optimizer in self.optimizers():
+                optimizer.step()
+            self.shown.append(self.loss.due(self.trainer.fit_loop.total_batch_idx))
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(self.net.parameters(), lr=0.0) for _ in range(2)]
+
+    module = Two()
+    trainer(tmp_path, max_epochs=2).fit(module, DataLoader(images[:3], 1))  # type: ignore[arg-type]
+    assert module.shown == [True, False, True, False, True, False]
 
 
 def test_a_dead_layer_is_no_error_and_has_no_gradient() -> None:

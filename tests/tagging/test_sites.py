@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from freqprune.errors import InputError
+from freqprune.networks.blocks import drop_blocks
 from freqprune.networks.registry import build_model
 from freqprune.tagging.layers import default_layers, match_layers, pick_layers
 from freqprune.tagging.sites import find_sites
@@ -133,6 +134,16 @@ def test_nothing_is_left_behind(images: Tensor) -> None:
     assert not net.norm.training
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_layers_that_went_with_their_block_are_not_missed() -> None:
+    net = build_model({"name": "resnet14"})
+    drop_blocks(net, {"layer1.1": []})
+    assert pick_layers(net, ["layer1.1.conv1", "layer1.0.*"]) == ["layer1.0.conv1", "layer1.0.conv2"]
+    with pytest.raises(InputError, match="matches none"):
+        pick_layers(net, ["layer1.1.conv1"])
+    with pytest.raises(InputError, match="matches none"):
+        pick_layers(build_model({"name": "resnet14"}), ["layr*", "layer1.0.*"])
 
 
 def test_pick_layers() -> None:

@@ -199,9 +199,21 @@ def test_other_names_for_layers_and_lists_of_parameters_are_refused(tmp_path: Pa
             return torch.optim.LBFGS(self.parameters())
 
     callback = TagPruning(RECIPE, (1,), n_images=4, stimulus=Stimulus(max_order=1), network="net")
+
+    class Shards(Own):
+        def configure_optimizers(self) -> Any:
+            class ZeroRedundancyOptimizer(torch.optim.SGD):
+                """As PyTorch's looks from outside; its own needs a group of processes."""
+
+                def consolidate_state_dict(self) -> None:
+                    pass
+
+            return ZeroRedundancyOptimizer(self.parameters(), lr=0.01)
+
     for module, message in (
         (TwoNames(), r"has layers of net\.\* as features.0"),
         (Quasi(), "of which LBFGS keeps a list"),
+        (Shards(), "of which ZeroRedundancyOptimizer keeps a list"),
     ):
         with pytest.raises(InputError, match=message):
             trainer(tmp_path, callback, max_epochs=2).fit(module, loader(), loader())
@@ -209,12 +221,12 @@ def test_other_names_for_layers_and_lists_of_parameters_are_refused(tmp_path: Pa
 
 
 def test_epochs_that_do_not_come_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    said = "epochs = [40]: this training ends after 2 epochs"
+    said = "epochs = [40]: this training begins with epoch 0, counted from 0, and ends after 2 epochs"
     trainer(tmp_path, cutting(epochs=(40,)), max_epochs=2).fit(Own(), loader(), loader())
     assert said in caplog.text
     caplog.clear()
     trainer(tmp_path, cutting(epochs=(40,)), fast_dev_run=True).fit(Own(), loader(), loader())
-    assert "this training ends" not in caplog.text
+    assert "this training begins" not in caplog.text
 
 
 def test_another_name_of_the_whole_network_is_of_the_smaller_one(tmp_path: Path) -> None:
@@ -296,3 +308,114 @@ def test_blocks_that_went_while_a_module_of_others_trained_are_known(tmp_path: P
     images = torch.rand(2, 3, 32, 32)
     found = load_network(tmp_path / "last.ckpt", {"name": "resnet14"})
     torch.testing.assert_close(found.net(images), net(images))
+
+
+class Bare(pl.LightningModule):
+    """A module that keeps no hyper-parameters, as somebody writes who needs none, and has weights of its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = build_model({"name": "resnet8"})
+        self.loss = nn.CrossEntropyLoss(weight=torch.ones(10))
+
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
+        return self.loss(self.net(batch[0]), batch[1])  # type: ignore[no-any-return]
+
+    def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
+        pass
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.mark.filterwarnings(WITHOUT_A_CALLBACK)
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_checkpoints_of_modules_without_hyper_parameters_tell_of_cuts(weights_only: bool, tmp_path: Path) -> None:
+    module, cuts = Bare(), TagPruning(Recipe(Amount(ratio=0.25), criterion="l2"), (0,), n_images=4)
+    saver = pl.callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", save_weights_only=weights_only)
+    trainer(tmp_path, cuts, saver, max_epochs=1, enable_checkpointing=True).fit(module, datamodule=digits())
+    path, images = tmp_path / "epoch=0.ckpt", torch.rand(2, 3, 32, 32)
+    found = load_network(path, {"name": "resnet8"})
+    assert found.kept == cuts.kept_of_dense != {}
+    torch.testing.assert_close(found.net(images), module.net.eval()(images))
+    whole = Bare()
+    trainer(tmp_path, TagPruning(cuts.recipe, (0,), n_images=4)).test(
+        whole, datamodule=digits(), ckpt_path=path, weights_only=True, verbose=False
+    )
+    torch.testing.assert_close(whole.net.eval()(images), found.net(images))
+
+
+@pytest.mark.parametrize("hook", ["setup", "configure_model"])
+def test_networks_may_be_built_as_late_as_lightning_allows(hook: str, tmp_path: Path) -> None:
+    class Late(Own):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.net
+
+    def build(module: pl.LightningModule, *_: Any, **__: Any) -> None:
+        if not hasattr(module, "net"):
+            module.net = Flat()
+
+    setattr(Late, hook, build)
+    module, tagging = Late(), FrequencyTagging(n_images=2, network="net")
+    trainer(tmp_path, cutting(), tagging, max_epochs=2).fit(module, loader(), loader())
+    assert module.net.conv1.out_channels == 3
+    assert tagging.latest["snr"]["conv1"].shape[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"spatial": "maps"}, "spatial must be one of"), ({"layer": "x"}, "layer is no setting; .* did you mean layers")],
+)
+def test_tag_settings_of_a_recipe_are_refused_at_once(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Recipe(Amount(ratio=0.25), tagging=given)
+    Recipe(Amount(ratio=0.25), tagging={"where": "norm", "frames_a_batch": 4})
+
+
+def test_components_that_the_stimulus_lacks_are_refused_before_the_first_epoch(tmp_path: Path) -> None:
+    module = Own()
+    with pytest.raises(InputError, match="components must name"):
+        trainer(tmp_path, cutting(Recipe(Amount(ratio=0.25), "snr", components="f3")), max_epochs=2).fit(
+            module, loader(), loader()
+        )
+    assert module.n_steps == 0
+
+
+@pytest.mark.filterwarnings(WITHOUT_A_CALLBACK)
+@pytest.mark.filterwarnings("ignore:.*checkpoint that ended before the epoch ended.*")
+def test_what_later_cuts_cannot_reach_ends_no_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The first takes what a second cut of the same share would need."""
+    recipe = Recipe(Amount(macs_cut=0.2), "l2", layers="layer3.0.conv1")
+    saver = pl.callbacks.ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=12, save_top_k=-1)
+    module, cuts = Bare(), TagPruning(recipe, (1, 2), n_images=4)
+    trainer(tmp_path, cuts, saver, max_epochs=3, enable_checkpointing=True).fit(module, datamodule=digits())
+    assert len(cuts.kept) == 1
+    assert "nothing is cut in epoch 2: pruning.macs_cut = 0.2 cannot be reached" in caplog.text
+    # From the middle of the epoch that began with the cut, and with no other to come.
+    again = TagPruning(recipe, (1,), n_images=4)
+    trainer(tmp_path, again, max_epochs=2).fit(
+        Bare(), datamodule=digits(), ckpt_path=tmp_path / "step=12.ckpt", weights_only=True
+    )
+    assert again.kept == cuts.kept
+
+
+def test_epochs_that_have_passed_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = trainer(tmp_path, max_epochs=2)
+    module = Own()
+    run.fit(module, loader(), loader())
+    run.save_checkpoint(tmp_path / "dense.ckpt")
+    trainer(tmp_path, cutting(epochs=(1,)), max_epochs=3).fit(
+        module, loader(), loader(), ckpt_path=tmp_path / "dense.ckpt", weights_only=True
+    )
+    assert "this training begins with epoch 2" in caplog.text
+
+
+def test_a_network_that_was_compiled_in_place_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module = Own()
+    module.net.compile(backend="eager")
+    trainer(tmp_path, cutting(), max_epochs=2).fit(module, loader(), loader())
+    assert "after a cut it trains uncompiled" in caplog.text
+    assert module.net.conv1.out_channels == 3

@@ -303,3 +303,69 @@ def test_images_of_a_loader_that_nobody_deals_out(images: Tensor) -> None:
         assert torch.equal(found, images[share])
         assert labels is not None
         assert len(labels) == len(share)
+
+
+class Teacher(Foreign):
+    """Has a part that the forward does not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher, self.n_steps = nn.Conv2d(3, 4, 3), 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.n_steps += 1
+        return super().training_step(batch, batch_idx)
+
+
+class NoForward(Teacher):
+    """Calls its network by name in every step."""
+
+    forward = pl.LightningModule.forward  # type: ignore[assignment]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.n_steps += 1
+        return nn.functional.cross_entropy(self.body(batch["image"]), batch["label"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(Teacher, "the forward never runs teacher"), (NoForward, "has no forward.* one of body, teacher")],
+)
+def test_networks_that_could_not_be_tagged_are_refused_before_the_training(
+    kind: type[Teacher], message: str, images: Tensor, tmp_path: Path
+) -> None:
+    module = kind()
+    with pytest.raises(InputError, match=message):
+        trainer(tmp_path, FrequencyTagging(n_images=2, every_n_epochs=2), max_epochs=2).fit(
+            module, loader(images), loader(images)
+        )
+    assert module.n_steps == 0
+    named = FrequencyTagging(n_images=2, every_n_epochs=2, network="body")
+    trainer(tmp_path, named, max_epochs=2).fit(module, loader(images), loader(images))
+    assert named.latest["layers"] == ["0"]
+
+
+def test_validation_loaders_come_in_any_collection(images: Tensor, tmp_path: Path) -> None:
+    class Several(Foreign):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            pass
+
+    module, tagging = Several(), FrequencyTagging(n_images=2)
+    trainer(tmp_path, tagging, max_epochs=1).fit(
+        module, loader(images), {"clean": loader(images), "noisy": loader(1 - images)}
+    )
+    expected = tag(module, images[:2]).snr("body.0", "all")
+    torch.testing.assert_close(tagging.latest["snr"]["body.0"], expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:Total length of .list. across ranks is zero")
+def test_no_validation_loader_among_those_given(images: Tensor, tmp_path: Path) -> None:
+    class Empty(Foreign):
+        def val_dataloader(self) -> Any:
+            return []
+
+    with pytest.raises(InputError, match="val_dataloaders is empty"):
+        trainer(tmp_path, FrequencyTagging(n_images=2), max_epochs=1).fit(Empty(), loader(images))
+    tagging = FrequencyTagging(n_images=2, images=images)
+    trainer(tmp_path, tagging, max_epochs=1).fit(Empty(), loader(images))
+    assert tagging.latest["n_images"] == 2
