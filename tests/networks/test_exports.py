@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
+from freqprune.networks import exports
 from freqprune.networks.exports import Exports, check_export, export
 from freqprune.networks.registry import build_model
 from freqprune.networks.runtimes import OnnxModule
@@ -61,6 +62,10 @@ def test_a_file_that_computes_something_else_is_refused(
     monkeypatch.setattr(torch.export, "load", lambda path: Loaded())
     with pytest.raises(InputError, match="differs from the network"):
         export(net, X, tmp_path, torch_export=True)
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr(exports, "OnnxModule", lambda path: lambda x: net(x) * factor)
+    with pytest.raises(InputError, match=r"model\.onnx differs from the network"):
+        export(net, X, tmp_path, onnx=True)
 
 
 def test_a_network_in_training_mode_is_exported_as_it_infers(tmp_path: Path) -> None:

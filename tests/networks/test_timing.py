@@ -51,6 +51,15 @@ def test_operations_add_up_to_what_a_forward_takes() -> None:
     assert Times(net, trace, X, dense_ms=1e-3).ms({}) == pytest.approx(1e-3)
 
 
+def test_convolutions_in_groups_lose_whole_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Time is what is written.
+    monkeypatch.setattr(Times, "_time", lambda _self, _what, _shapes, work: float(work().numel()))
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8)).eval()
+    times = Times(net, Trace(net, X), X, dense_ms=1.0)
+    # 32 x 32 and 30 x 30 pixels of eight channels each.
+    assert times.ms({"1": (0.25, 0.25)}) == pytest.approx(1 - 0.75 * 900 / (1024 + 900))
+
+
 def test_inputs_and_outputs_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     # A machine whose time is what it writes: fewer inputs save nothing.
     monkeypatch.setattr(Times, "_time", lambda _self, _what, _shapes, work: float(work().numel()))

@@ -54,6 +54,34 @@ def chain() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), *pooled).eval()
 
 
+def test_a_cut_scores_by_the_components_that_are_asked_for() -> None:
+    net, recipe = chain(), Recipe(Amount(ratio=0.5, scope="layer"), "amplitude", components=["f2"], layers="0")
+    done = cut(net, material(), recipe, Stimulus())
+    told = tag(net, PIXELS[:2], mean=[0.5] * 3, std=[0.5] * 3, layers=["0"])
+    torch.testing.assert_close(done.scores["0"], told.amplitude("0", ["f2"])[:, 0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("criterion", ["snr", "redundancy", "logit_redundancy"])
+def test_scores_follow_the_seed(criterion: str) -> None:
+    net = chain()
+    recipe = Recipe(Amount(ratio=0.5, scope="layer"), criterion, layers="0", calibrate_on="frames")
+    one, again, other = (
+        cut(net, material(calibration=PIXELS), replace(recipe, seed=seed), Stimulus()).scores["0"] for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+def test_every_batch_of_a_calibration_sees_other_frames_and_as_many_as_asked_for() -> None:
+    same = material(calibration=PIXELS[:1].expand(64, -1, -1, -1))
+    recipe = Recipe(Amount(ratio=0.5))
+    one, other = calibration(chain(), same, recipe, Stimulus())
+    assert one.shape == other.shape
+    assert not torch.equal(one, other)
+    batches = calibration(chain(), same, replace(recipe, frames_an_image=4), Stimulus(), 40)
+    assert [len(batch) for batch in batches] == [32 * 4, 8 * 4]
+
+
 def test_what_a_cut_shows_the_network_is_normalized() -> None:
     net, half = chain(), Amount(ratio=0.5, scope="layer")
     labelled = (PIXELS, torch.arange(6) % 3)

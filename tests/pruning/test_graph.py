@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torchvision.models import mobilenet_v2
 
 from freqprune.networks.registry import build_model
+from freqprune.pruning import dependencies
 from freqprune.pruning.graph import ChannelGraph
 from freqprune.pruning.surgery import Plan
 from freqprune.pruning.trials import misread_units
@@ -54,3 +55,10 @@ def test_arithmetic_with_numbers_couples_nothing(function: Callable[[Tensor], Te
     assert misread_units(plan, plan.layers) == []
     kept = torch.tensor([0, 3, 5])
     assert plan.apply({"a": kept}).get_parameter("a.weight").shape[0] == 3
+
+
+def test_groups_without_end_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, example = build_model({"name": "resnet8"}), torch.zeros(1, 3, 32, 32)
+    assert not ChannelGraph(net, example).unfollowed
+    monkeypatch.setattr(dependencies, "_MOST_OPERATIONS", 3)
+    assert "conv1" in ChannelGraph(net, example).unfollowed

@@ -468,3 +468,14 @@ def test_lamp_and_taylor_by_hand() -> None:
     read = (net[3].weight * net[3].weight.grad).abs().sum((0, 2, 3))
     found = scores("taylor", evidence, ["0"])["0"]
     torch.testing.assert_close(found, ((own + read) / 2).detach().double(), rtol=1e-4, atol=1e-8)
+
+
+def test_activations_below_zero_count_by_their_size() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 36, 3)).eval()
+    x = torch.rand(6, 3, 8, 8)
+    found = scores("activation", Evidence(net, labelled=[(x, torch.zeros(6, dtype=torch.long))]), ["0"])["0"]
+    with torch.no_grad():
+        answers = net[:2](x)
+    assert (answers < 0).any()
+    torch.testing.assert_close(found.float(), answers.abs().mean((0, 2, 3)))

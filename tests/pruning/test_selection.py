@@ -226,3 +226,14 @@ def test_an_amount_that_is_met_exactly_is_met(n_filters: int) -> None:
             scores, Amount(macs_cut=removed / n_filters), lambda widths: 1 - (n_filters - widths["a"]) * share
         )
         assert len(found["a"]) == n_filters - removed
+
+
+def test_where_times_fall_in_steps_half_of_a_layer_tells_what_a_filter_costs() -> None:
+    """Its first filter alone saves nothing."""
+    same = torch.arange(1.0, 5.0)
+    found = kept(
+        Amount(latency_cut=0.15, scope="per_ms"),
+        {"stepped": same, "smooth": same},
+        macs=lambda widths: 8.0 * -(-widths["stepped"] // 2) + widths["smooth"],
+    )
+    assert found == {"stepped": [2, 3], "smooth": [0, 1, 2, 3]}

@@ -10,6 +10,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
+from freqprune.networks import profiling
 from freqprune.networks.hooks import replaced
 from freqprune.networks.profiling import count_macs, count_parameters, latency_ms, macs_by_layer
 from freqprune.networks.registry import build_model
@@ -204,6 +205,11 @@ def test_a_layer_of_two_names_counts_and_is_replaced_in_both_places() -> None:
     with replaced(net, {"0.conv": nn.Identity()}):
         assert torch.equal(net(x), x)
     assert not torch.equal(net(x), x)
+
+
+def test_latency_is_the_median_in_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "in_turn", lambda *_: [[1.0, 2.0, 9.0]])
+    assert latency_ms({"a": nn.Identity()}, X, n_runs=3) == {"a": 2.0}
 
 
 def test_latency_measures_every_network() -> None:

@@ -217,6 +217,13 @@ def test_every_second_batch_is_shown_whatever_the_number_of_optimizers(images: T
     assert module.shown == [True, False, True, False, True, False]
 
 
+def test_what_augmentation_draws_outside_is_clipped(images: Tensor) -> None:
+    loud = images.clone()
+    loud[:, :, :2, :2] = 1.3
+    net, loss = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), TagLoss(silence=1.0, every_n_steps=1)
+    assert torch.equal(loss(net, loud), loss(net, loud.clamp(0, 1)))
+
+
 def test_a_dead_layer_is_no_error_and_has_no_gradient() -> None:
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())
     net[0].bias.data.fill_(-100)

@@ -1,5 +1,6 @@
 """The whole measurement, against nets whose answer is known on paper and against the plain way of running it."""
 
+import copy
 import math
 import pickle
 from typing import Any
@@ -153,6 +154,35 @@ def test_averages_differ_as_they_should() -> None:
     assert found["amplitude"] == pytest.approx((0.25 + 0.125) / 2, rel=1e-2)
     assert found["power"] == pytest.approx(math.sqrt((0.25**2 + 0.125**2) / 2), rel=1e-2)
     assert found["complex"] == pytest.approx((0.25 + 0.125) / 2, rel=1e-2)
+
+
+def test_complex_amplitudes_of_opposite_phase_cancel() -> None:
+    gray, pair = Stimulus(mode="contrast", pivot="gray"), torch.cat([WHITE, WHITE * 0])
+    amplitude, complex_ = (
+        tag(Affine(), pair, gray, average=a, noise_std=1e-3).layers["conv"].noisy_amplitude[0, 12].item()
+        for a in ("amplitude", "complex")
+    )
+    assert amplitude == pytest.approx(0.125, rel=1e-2)
+    assert complex_ < 1e-3
+
+
+def test_the_average_of_snr_is_that_of_the_images() -> None:
+    three = WHITE * torch.tensor([1.0, 0.7, 0.4]).view(-1, 1, 1, 1)
+    each = [tag(Affine(), three[n : n + 1], numbers=[n]).snr("conv", ["f1", "f2"])[:3] for n in range(3)]
+    together = tag(Affine(), three, average="snr").snr("conv", ["f1", "f2"])[:3]
+    torch.testing.assert_close(together, torch.stack(each).mean(0))
+
+
+def test_noise_is_in_units_of_pixels(images: Tensor) -> None:
+    """A network that normalises by its first layer hears the same noise."""
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.25])
+    net = nn.Sequential(nn.Conv2d(3, 4, 3)).double()
+    folded = copy.deepcopy(net)
+    with torch.no_grad():
+        folded[0].bias -= (net[0].weight * (mean / std).view(1, 3, 1, 1)).sum((1, 2, 3))
+        folded[0].weight /= std.view(1, 3, 1, 1)
+    given = tag(net, images[:2], mean=mean.tolist(), std=std.tolist()).snr("0")
+    torch.testing.assert_close(given, tag(folded, images[:2]).snr("0"), rtol=1e-4, atol=0)
 
 
 def test_the_same_seed_gives_the_same_bits(images: Tensor) -> None:

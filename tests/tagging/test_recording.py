@@ -168,3 +168,16 @@ def test_folds_are_undone_after_a_crash(images: Tensor) -> None:
         pass
     assert net.training
     assert not any(m._forward_hooks for m in net.modules())
+
+
+def test_a_module_behind_two_layers_is_read_in_the_call_of_each(images: Tensor) -> None:
+    """As the one ReLU of a bottleneck is."""
+    relu = nn.ReLU()
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), relu, nn.Conv2d(4, 5, 3), relu).eval()
+    sites = find_sites(net, images[:1])
+    assert [(site.module, site.call) for site in sites] == [("1", 0), ("1", 1)]
+    with Recorder(net, sites) as recorder:
+        found = recorder(images)
+    with torch.no_grad():
+        torch.testing.assert_close(found["0"], net[:2](images).mean((2, 3)))
+        torch.testing.assert_close(found["2"], net(images).mean((2, 3)))

@@ -66,6 +66,20 @@ def test_part_preference_and_integration_of_known_filters() -> None:
     # relu(s1 + s2): f1 = f2 = 1/2, f1 ± f2 = 8 / (3 pi^2) and the higher orders beside them.
     assert integration[2] > 2 * 8 / (3 * math.pi**2)
     assert integration[3].isnan()
+    # Over the sum at both fundamentals.
+    amplitude = response.layers["conv"].amplitude[2]
+    mixed = amplitude[[c.bin for c in response.components("intermodulation")]].sum()
+    assert integration[2] == pytest.approx(float(mixed / (amplitude[12] + amplitude[15])))
+
+
+def test_any_two_parts_can_be_compared() -> None:
+    four = Stimulus((8.5, 15.5, 19.0, 20.5), parts="quadrants", max_order=2)
+    amplitude = torch.zeros(1, 121, dtype=torch.float64)
+    amplitude[0, [17, 31, 38, 41]] = torch.tensor([1.0, 1.0, 3.0, 1.0], dtype=torch.float64)
+    site = find_sites(Affine(), WHITE)[0]
+    response = TagResponse(four, 0.0, 1, "amplitude", "mean", torch.float64, {"conv": LayerResponse(site, amplitude)})
+    assert response.part_preference("conv", 2, 3).tolist() == [0.5]
+    assert response.part_preference("conv", 3, 2).tolist() == [-0.5]
 
 
 def test_harmonics_of_one_part_are_no_integration() -> None:
