@@ -22,7 +22,7 @@ from freqprune.jobs.settings import Settings, read
 from freqprune.jobs.stages import Run
 from freqprune.networks import Stored, check_export, device_of
 from freqprune.processes import from_first, rank_and_size
-from freqprune.pruning import Verdict, judge, needs, plan_cut
+from freqprune.pruning import Verdict, check_folder, judge, needs, plan_cut
 from freqprune.reports import record
 from freqprune.tagging import TagResponse, in_sight, pick_layers, tag
 from freqprune.training import ImageData
@@ -81,7 +81,8 @@ def _pruned(
     resumed = settings.common.resume
     # One reads: it writes into that folder as soon as it goes on.
     earlier = None if resumed is None else from_first(interrupted, Path(resumed), run.trained, settings.finetune_epochs)
-    if planned and earlier is None:
+    if settings.recipe is not None and earlier is None:
+        check_folder(settings.recipe)
         assembly.warn_of_seen_images(settings.common.pretrained, data)
     # After a training it was said before that.
     if first and dense is None and earlier is None:

@@ -27,7 +27,7 @@ from freqprune.jobs.loggers import log_results
 from freqprune.jobs.outputs import explore_training, figures_of_training, training_criterion
 from freqprune.jobs.settings import Settings, read
 from freqprune.networks import build_model, check_resumable, device_of, dtype_of, rebuilt_from
-from freqprune.pruning import plan_cut
+from freqprune.pruning import check_folder, plan_cut
 from freqprune.reports import record, show, show_folder, write_page
 from freqprune.tagging import TagLoss, pick_layers
 from freqprune.training import Classifier, FrequencyTagging, ImageData
@@ -113,6 +113,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
             classifier.tag_loss.check(classifier.net, data.smallest(example))
     cut = None
     if settings.recipe is not None:
+        check_folder(settings.recipe)
         cut = plan_cut(classifier.net, example, settings.recipe)
         check_finetuning(settings, data)
         if settings.from_scratch:

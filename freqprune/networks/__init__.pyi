@@ -66,6 +66,7 @@ from .shipped import CIFAR10_CLASSES as CIFAR10_CLASSES
 from .shipped import CIFAR10_TRAIN as CIFAR10_TRAIN
 from .shipped import pretrained as pretrained
 from .shipped import resnet32 as resnet32
+from .steps import MULTIPLES as MULTIPLES
 from .timing import Times as Times
 from .timing import cache_file as cache_file
 from .trace import BATCH_NORM as BATCH_NORM

@@ -28,11 +28,12 @@ from .pruners import CUSTOM_PRUNERS as CUSTOM_PRUNERS
 from .recipe import Material as Material
 from .recipe import Recipe as Recipe
 from .reconstruction import reconstruct as reconstruct
-from .selection import BeyondFloorsError as BeyondFloorsError
 from .selection import Kept as Kept
 from .selection import NothingToRemoveError as NothingToRemoveError
 from .selection import select as select
 from .surgery import Plan as Plan
+from .tempo import check_folder as check_folder
+from .tempo import check_time as check_time
 from .verdict import Judgement as Judgement
 from .verdict import Verdict as Verdict
 from .verdict import judge as judge

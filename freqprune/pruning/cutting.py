@@ -21,7 +21,7 @@ from freqprune.pruning.recipe import Material, Recipe
 from freqprune.pruning.reconstruction import reconstruct
 from freqprune.pruning.selection import Kept, remarks, select
 from freqprune.pruning.surgery import Plan
-from freqprune.pruning.tempo import Clock, Promise, to_time
+from freqprune.pruning.tempo import Clock, Promise, check_folder, to_time
 from freqprune.tagging import Progress, Stimulus, TagResponse
 
 
@@ -69,6 +69,7 @@ def cut(
     Raises:
         InputError: whatever is wrong with the recipe for this network, before anything is removed.
     """
+    check_folder(recipe)
     example = material.normalize(material.images[:1].to(device_of(net)))
     plan, chosen = plan_cut(net, example, recipe)
     clock: list[Clock] = []

@@ -16,7 +16,6 @@ from freqprune.pruning.moments import no_moments_of
 from freqprune.pruning.recipe import Recipe
 from freqprune.pruning.selection import select
 from freqprune.pruning.surgery import Plan
-from freqprune.pruning.tempo import check_folder
 from freqprune.pruning.trials import misread_units, stuck_blocks
 from freqprune.tagging import pick_layers
 
@@ -29,8 +28,6 @@ def plan_cut(net: nn.Module, example: Tensor, recipe: Recipe) -> tuple[Plan, lis
         InputError: for patterns that match nothing or pick what cannot go, or tag settings that leave the criterion
             without its readings.
     """
-    if recipe.amount.by_time:
-        check_folder(recipe.latency.folder)
     plan = Plan(net, example, blocks=recipe.with_blocks)
     # Where some have gone in an earlier step, there may be no other.
     needed = recipe.blocks and not plan.gone

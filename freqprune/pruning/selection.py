@@ -24,10 +24,6 @@ class NothingToRemoveError(InputError):
     """All filters score above a threshold."""
 
 
-class BeyondFloorsError(InputError):
-    """More is asked for than all layers together can lose."""
-
-
 def select(
     scores: Mapping[str, Tensor],
     amount: Amount,
@@ -82,14 +78,14 @@ def select(
     blocks = _ranking(scores, amount, costs, whole)
     total = sum(map(len, scores.values()))
     if not blocks:
-        raise BeyondFloorsError(
+        raise InputError(
             f"no layer can lose filters: each is at its floor (pruning.min_filters = {amount.min_filters}, "
             f"pruning.multiple_of = {amount.multiple_of})"
         )
     if amount.ratio is not None:
         n_removed, removable = round(amount.ratio * total), sum(len(block.filters) for block in blocks)
         if n_removed > removable:
-            raise BeyondFloorsError(
+            raise InputError(
                 f"pruning.ratio = {amount.ratio} asks for {n_removed} of {total} filters, but with pruning.min_filters "
                 f"= {amount.min_filters} only "
                 f"{removable} can go; use at most {removable / total:.3f}"
@@ -255,7 +251,7 @@ def _to_macs(
         return 1 - macs(left(removed)) / everything
 
     if cut_by(blocks) < enough:
-        raise BeyondFloorsError(
+        raise InputError(
             f"pruning.{name} = {cut:.4g} cannot be reached: with every layer at pruning.min_filters the cut is "
             f"{cut_by(blocks):.3f}; "
             "let more layers lose filters (pruning.layers, pruning.streams, pruning.blocks) or cut less"

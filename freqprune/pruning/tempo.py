@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.networks import Speed, Times, Trace, cache_file, compare, runner
+from freqprune.networks import MULTIPLES, Speed, Times, Trace, cache_file, compare, runner
 from freqprune.pruning.amount import AUTO, Amount
 from freqprune.pruning.recipe import Material, Recipe
 from freqprune.pruning.selection import Kept, select
 from freqprune.pruning.surgery import Plan
-from freqprune.tagging import Progress
+from freqprune.tagging import Progress, layout_of
 
 # Shares of the time: the measured one may lie so far below what is asked for, or above, before the cut is taken further
 # or back.
@@ -64,9 +64,11 @@ def folder_of(given: str | None) -> Path:
     return Path(given) if given is not None else Path.home() / ".cache" / "freqprune"
 
 
-def check_folder(given: str | None) -> None:
-    """Raise InputError for a folder of times that cannot be written."""
-    folder = folder_of(given)
+def check_folder(recipe: Recipe) -> None:
+    """Raise InputError for a cut by time whose folder of times cannot be written."""
+    if not recipe.amount.by_time:
+        return
+    folder = folder_of(recipe.latency.folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
@@ -95,7 +97,7 @@ class Clock:
         how, device = recipe.latency, plan.example.device
         pixels = material.images[torch.arange(how.batch_size) % len(material.images)].to(device)
         self.plan, self.batch = plan, material.normalize(pixels)
-        self.dense = _ready(plan.model)
+        self.dense = _ready(plan.model, self.batch)
         self.time_dense = runner(self.dense, self.batch, how.target)
         eager = runner(self.dense, self.batch)
         dense_ms = compare(eager, eager, N_PAIRS[0]).dense_ms
@@ -125,6 +127,11 @@ class Clock:
         return self.times.ms(self.plan.graph.left(units), gone)
 
 
+def check_time(plan: Plan, material: Material, recipe: Recipe) -> None:
+    """Raise InputError where a `Clock` would; what it has measured is not measured again."""
+    Clock(plan, material, recipe)
+
+
 def to_time(
     plan: Plan, scores: Mapping[str, Tensor], clock: Clock, recipe: Recipe, progress: Progress | None = None
 ) -> tuple[Kept, Amount, list[str], Promise]:
@@ -148,11 +155,12 @@ def to_time(
     if wanted.multiple_of == AUTO:
         least = min((name for name in scores if name not in plan.blocks), key=lambda name: len(scores[name]))
         smallest = len(scores[least])
-        multiple = clock.times.multiple(clock.dense, clock.trace, clock.batch, max(1, smallest // 2))
+        most = max(1, smallest // 2)
+        multiple = clock.times.multiple(clock.dense, clock.trace, clock.batch, most)
         wanted = replace(wanted, multiple_of=multiple)
         said = [
-            f"widths are multiples of {multiple}, by the steps in the measured times of the layers; at most "
-            f"{max(1, smallest // 2)}, as {least} has {smallest} filters"
+            f"widths are multiples of {multiple}, by the steps in the measured times of the layers"
+            + (f"; at most {most}, as {least} has {smallest} filters" if most < MULTIPLES[-1] else "")
         ]
     goal, best = asked, None
     for _ in range(N_TRIES):
@@ -174,7 +182,7 @@ def to_time(
                 f"a cut of {100 * asked:.1f} % of the time cannot be reached; {100 * best[1].saved:.1f} % was "
                 f"measured. {error}"
             ) from error
-        small = _ready(plan.apply(kept, check=False))
+        small = _ready(plan.apply(kept, check=False), clock.batch)
         speed = _measured(clock.time_dense, small, clock.batch, how.target, progress)
         off = speed.saved - asked
         if best is None or _badness(off) < _badness(best[1].saved - asked):
@@ -202,8 +210,10 @@ def _badness(off: float) -> float:
     return off if off >= 0 else -3 * off
 
 
-def _ready(net: nn.Module) -> nn.Module:
-    return copy.deepcopy(net).eval().to(memory_format=torch.channels_last)
+def _ready(net: nn.Module, batch: Tensor) -> nn.Module:
+    """A copy that lies as it runs fastest."""
+    twin = copy.deepcopy(net).eval().to(memory_format=torch.channels_last)
+    return twin.to(memory_format=layout_of(twin, batch))
 
 
 def _measured(

@@ -3,6 +3,7 @@ from .components import Component as Component
 from .components import find_components as find_components
 from .components import noise_bins as noise_bins
 from .controls import untrained as untrained
+from .inputs import layout_of as layout_of
 from .inputs import normalizer as normalizer
 from .inputs import normalizer_for as normalizer_for
 from .inputs import pixels_of as pixels_of

@@ -10,6 +10,8 @@ from torch import nn
 from freqprune.errors import InputError, closest
 from freqprune.networks import dropped_blocks
 
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
+
 
 def default_layers(model: nn.Module) -> list[str]:
     """Names of all convolutions; of all linear layers if there is no convolution."""
@@ -48,12 +50,11 @@ def pick_layers(model: nn.Module, patterns: str | Sequence[str] | None) -> list[
     if patterns is None:
         return usual
     modules = {name: module for name, module in model.named_modules() if name}
-    kinds = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
-    other = [name for name, module in modules.items() if isinstance(module, kinds)]
+    other = [name for name, module in modules.items() if isinstance(module, LAYERS)]
     picked: list[str] = []
-    for pattern in _of_what_is_left(
-        model, [patterns] if isinstance(patterns, str) else list(patterns), [*usual, *other]
-    ):
+    given = [patterns] if isinstance(patterns, str) else list(patterns)
+    # Once blocks have gone, a pattern may match none of what is left, unless all do.
+    for pattern in of_what_is_left(model, given) or given:
         pool = next(
             (pool for pool in (usual, other) if fnmatch.filter(pool, pattern)),
             [pattern] if pattern in modules else other,
@@ -62,9 +63,10 @@ def pick_layers(model: nn.Module, patterns: str | Sequence[str] | None) -> list[
     return [name for name in modules if name in picked]
 
 
-def _of_what_is_left(model: nn.Module, patterns: Sequence[str], layers: Sequence[str]) -> Sequence[str]:
-    """Once blocks have gone, a pattern may match none of what is left, unless all do."""
+def of_what_is_left(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Patterns without those that match nothing, in a network whose blocks have gone; all of them in others."""
     if not dropped_blocks(model):
-        return patterns
+        return list(patterns)
+    names = [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
     modules = {name for name, _ in model.named_modules()}
-    return [one for one in patterns if one in modules or fnmatch.filter(layers, one)] or patterns
+    return [one for one in patterns if one in modules or fnmatch.filter(names, one)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from freqprune.errors import InputError, at_least, one_of
 from freqprune.networks import device_of, dtype_of, norms_as_in_training
 from freqprune.tagging.inputs import normalizer, pixels_of
-from freqprune.tagging.layers import pick_layers
+from freqprune.tagging.layers import of_what_is_left, pick_layers
 from freqprune.tagging.loss_terms import MEASURES, fundamentals, intermodulation
 from freqprune.tagging.recording import Recorder
 from freqprune.tagging.sites import WHERE, Site, find_sites
@@ -179,6 +179,9 @@ class TagLoss:
         if reading is None or not reading.holds(net, self):
             _check_pixels(pixels, self.mean, self.std)
             reading = self._found[net] = self._look_at(net, prepare(pixels[:1].clamp(0, 1)))
+        if not reading.sites:
+            self.latest = {}
+            return images.new_zeros(())
         pixels = pixels.clamp(0, 1)
         first, _ = self.stimulus.distinct_frames
         frames = prepare(self.stimulus.frames(pixels, first).flatten(0, 1))
@@ -211,9 +214,12 @@ class TagLoss:
         weights: dict[str, dict[str, float]] = {}
         for term in TERMS:
             given = getattr(self, term)
-            patterns = given if isinstance(given, Mapping) else {None: given}
+            # What went with a block has no weight any more.
+            patterns: Iterable[str | None] = of_what_is_left(net, [*given]) if isinstance(given, Mapping) else [None]
             by_layer = {
-                layer: float(weight) for pattern, weight in patterns.items() for layer in pick_layers(net, pattern)
+                layer: float(given[pattern] if isinstance(given, Mapping) else given)
+                for pattern in patterns
+                for layer in pick_layers(net, pattern)
             }
             kept = {layer: weight for layer, weight in by_layer.items() if weight}
             if kept:
@@ -223,7 +229,7 @@ class TagLoss:
         first, inverse = self.stimulus.distinct_frames
         bins = [0, *(component.bin for component in self.stimulus.components)]
         transform = torch.view_as_real(frame_transform(inverse, len(first))[:, bins]).flatten(1)
-        sites = find_sites(net, example, names, self.where)
+        sites = find_sites(net, example, names, self.where) if names else []
         modules = {name: net.get_submodule(name) for name in (*names, *(site.module for site in sites))}
         return _Reading(sites, weights, transform, modules, self.stimulus, self._settings())
 

@@ -9,21 +9,19 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.networks import config_of, drop_blocks, dropped_blocks, kept_by_all, picks_of_shortcuts
-from freqprune.processes import shared_work
+from freqprune.processes import from_first, shared_work
 from freqprune.pruning import (
-    BeyondFloorsError,
     Material,
-    NothingToRemoveError,
     Plan,
     Recipe,
     check_components,
+    check_time,
     cut,
     needs,
     plan_cut,
@@ -31,8 +29,8 @@ from freqprune.pruning import (
 )
 from freqprune.tagging import Stimulus, find_components, normalizer_for
 from freqprune.training.carrying import carry_over
-from freqprune.training.replaceable import check_module, check_trainer
-from freqprune.training.tags_in_training import TagsInTraining
+from freqprune.training.replaceable import check_module, check_trainer, only_network
+from freqprune.training.tags_in_training import TagsInTraining, begins_with, of_all
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +40,8 @@ class TagPruning(TagsInTraining):
 
     The network is replaced by a smaller one; the optimizer goes on with its parameters, and the kept filters keep their
     momentum (every state tensor of a parameter's shape). A checkpoint written after a cut resumes with the same
-    callback. Several processes (``strategy="ddp"``) share a cut and go on with the same network.
+    callback; one of weights alone tells of cuts if it is written during ``fit``. A cut after the first that cannot be
+    made is left out with a warning. Several processes (``strategy="ddp"``) share a cut and go on with the same network.
 
     Args:
         recipe: how to cut each time; its amount counts in the network of that time.
@@ -81,6 +80,8 @@ class TagPruning(TagsInTraining):
         # Of an image, for tracing the network before there are any.
         self.shape: list[int] | None = None
         self._made: nn.Module | None = None
+        # The epoch that was begun last of those in which to cut.
+        self._begun: int | None = None
 
     @property
     def state_key(self) -> str:
@@ -176,13 +177,13 @@ class TagPruning(TagsInTraining):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what the first cut would refuse, before epochs are lost."""
         last = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
-        # An epoch that is gone on with does not begin again.
-        start = trainer.current_epoch + trainer.fit_loop.restarted_mid_epoch
+        start = begins_with(trainer)
         if not any(start <= epoch < last for epoch in self.epochs):
             if not self.kept and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                ends = "" if last == math.inf else f" and ends after {last} epochs"
                 log.warning(
-                    "epochs = %s: this training begins with epoch %d, counted from 0, and ends after %s epochs, so "
-                    "that nothing is cut; name others, or raise max_epochs", self.epochs, start, last,
+                    "epochs = %s: this training begins with epoch %d, counted from 0%s, so that nothing is cut; name "
+                    "others%s", self.epochs, start, ends, ", or raise max_epochs" if ends else "",
                 )  # fmt: skip
             return
         check_module(trainer, pl_module, self._attribute(pl_module))
@@ -193,6 +194,7 @@ class TagPruning(TagsInTraining):
             )
         with isolate_rng():
             images, material, _ = self._material(trainer, pl_module)
+        self._begun = None
         self.stimulus.masks(*images.shape[-2:])
         check_components(self.recipe.criterion, self.stimulus)
         if "tags" in needs(self.recipe.criterion):
@@ -203,8 +205,11 @@ class TagPruning(TagsInTraining):
                 "hold no labels: let them be (images, labels), or use another criterion"
             )
         try:
-            plan_cut(self._net(pl_module), material.normalize(images[:1]), self.recipe)
-        except (NothingToRemoveError, BeyondFloorsError):
+            plan, _ = plan_cut(self._net(pl_module), material.normalize(images[:1]), self.recipe)
+            if self.recipe.amount.by_time and not self.kept:
+                with shared_work():
+                    from_first(check_time, plan, material, self.recipe)
+        except InputError:
             # Later cuts of a network may find nothing, and say so.
             if not self.kept:
                 raise
@@ -222,23 +227,34 @@ class TagPruning(TagsInTraining):
         """Pixels of validation images, what a cut is made with, and how the network wants its images to lie."""
         mean, std = self._normalization(trainer)
         raw, labels = self._at_the_start(trainer, pl_module)
-        images = _of_all(self._pixels(raw, mean, std), trainer)
-        labels = None if labels is None else _of_all(labels, trainer)
+        images = of_all(self._pixels(raw, mean, std), trainer)
+        labels = None if labels is None else of_all(labels, trainer)
         net = self._net(pl_module)
         normalize, layout = normalizer_for(net, images, mean, std, pl_module.device, images.dtype)
         labelled = None if labels is None else (images, labels)
         return images, Material(images, normalize, mean, std, calibration=images, labelled=labelled), layout
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.current_epoch not in self.epochs:
+        self._cut_if_due(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 0:
+            # After the last batch of an epoch, Lightning resumes with an epoch that it does not say begins.
+            self._cut_if_due(trainer, pl_module)
+
+    def _cut_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch == self._begun or trainer.current_epoch not in self.epochs:
             return
+        self._begun = trainer.current_epoch
         net = self._net(pl_module)
         with isolate_rng():
             images, material, layout = self._material(trainer, pl_module)
             try:
                 with shared_work():
                     done = cut(net, material, self.recipe, self.stimulus)
-            except (NothingToRemoveError, BeyondFloorsError) as error:
+            except InputError as error:
                 if not self.kept:
                     raise
                 log.warning("nothing is cut in epoch %d: %s", trainer.current_epoch, error)
@@ -264,17 +280,7 @@ class TagPruning(TagsInTraining):
         if self.network is not None:
             self._network(pl_module)
             return self.network
-        found = [
-            name
-            for name, child in pl_module.named_children()
-            if any(isinstance(m, nn.modules.conv._ConvNd) for m in child.modules())
-        ]
-        if len(found) != 1:
-            raise InputError(
-                f"{type(pl_module).__name__} has {len(found)} children with convolutions ({', '.join(found)}); say "
-                "which with network=..."
-            )
-        return found[0]
+        return only_network(pl_module)
 
     def _net(self, pl_module: pl.LightningModule) -> nn.Module:
         net = getattr(pl_module, self._attribute(pl_module))
@@ -289,13 +295,3 @@ class TagPruning(TagsInTraining):
             return example
         first = next(m for m in self._net(pl_module).modules() if isinstance(m, nn.modules.conv._ConvNd))
         return torch.zeros(1, *(shape or (first.in_channels, 32, 32)), device=first.weight.device)
-
-
-def _of_all(values: Tensor, trainer: pl.Trainer) -> Tensor:
-    """What the processes of a run got of a loader, in the order in which its sampler dealt it out to them."""
-    if trainer.world_size == 1:
-        return values
-    shares: list[Any] = [None] * trainer.world_size
-    dist.all_gather_object(shares, values.cpu())
-    longest = max(map(len, shares))
-    return torch.stack([share[i] for i in range(longest) for share in shares if i < len(share)]).to(values.device)

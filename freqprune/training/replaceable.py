@@ -11,6 +11,21 @@ from freqprune.errors import InputError
 from freqprune.networks import dtype_of
 
 
+def only_network(pl_module: pl.LightningModule) -> str:
+    """Name of the only child with convolutions; InputError if there is none or another."""
+    found = [
+        name
+        for name, child in pl_module.named_children()
+        if any(isinstance(m, torch.nn.modules.conv._ConvNd) for m in child.modules())
+    ]
+    if len(found) != 1:
+        raise InputError(
+            f"{type(pl_module).__name__} has {len(found)} children with convolutions ({', '.join(found)}); say which "
+            "with network=..."
+        )
+    return found[0]
+
+
 def check_trainer(trainer: pl.Trainer) -> None:
     """Raise InputError for what goes on with the old network: a strategy that splits it, an average of its weights."""
     if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):

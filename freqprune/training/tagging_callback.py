@@ -140,6 +140,9 @@ class FrequencyTagging(TagsInTraining):
         last = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
         if not self.every_n_epochs or self.every_n_epochs > last:
             return
+        if trainer.enable_validation:
+            # Else it is not known before the first validation whether there are batches.
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
         images = self.images
         if images is None:
             with isolate_rng():

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
@@ -152,3 +153,21 @@ def _is_dealt(loader: Any) -> bool:
 
 def _is_pair(batch: Any) -> bool:
     return isinstance(batch, list | tuple) and len(batch) > 1
+
+
+def of_all(values: Tensor, trainer: pl.Trainer) -> Tensor:
+    """What the processes of a run got of a loader, in the order in which its sampler dealt it out to them."""
+    if trainer.world_size == 1:
+        return values
+    shares: list[Any] = [None] * trainer.world_size
+    dist.all_gather_object(shares, values.cpu())
+    longest = max(map(len, shares))
+    return torch.stack([share[i] for i in range(longest) for share in shares if i < len(share)]).to(values.device)
+
+
+def begins_with(trainer: pl.Trainer) -> int:
+    """The first epoch that begins in this training: one that is gone on with in its middle has begun before."""
+    loop = trainer.fit_loop
+    # Of a checkpoint of its last batch, all of an epoch is left.
+    whole = loop.epoch_loop.restarted_on_train_batch_end and loop.epoch_loop.batch_progress.is_last_batch
+    return trainer.current_epoch + (loop.restarted_on_epoch_end or (loop.restarted_mid_epoch and not whole))

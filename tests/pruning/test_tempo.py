@@ -18,7 +18,7 @@ from freqprune.networks.timing import Operation, Times
 from freqprune.networks.trace import Trace
 from freqprune.pruning import tempo
 from freqprune.pruning.amount import Amount
-from freqprune.pruning.cutting import Material, Recipe, cut, plan_cut
+from freqprune.pruning.cutting import Material, Recipe, cut
 from freqprune.pruning.selection import select
 from freqprune.pruning.surgery import Plan
 from freqprune.tagging.stimulus import Stimulus
@@ -298,8 +298,11 @@ def test_what_a_few_forwards_tell_is_asked_before_anything_else(
         cut(net, material, recipe(tmp_path, latency_ms=1000.0), Stimulus())
 
 
-def test_a_folder_for_times_is_tried_with_the_plan(tmp_path: Path) -> None:
+def test_a_folder_for_times_is_tried_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("freqprune.pruning.cutting.plan_cut", lambda *_: pytest.fail("planned"))
     (tmp_path / "file").write_text("")
     how = recipe(tmp_path / "file", latency_cut=0.3)
     with pytest.raises(InputError, match=r"measured times cannot be kept in .*latency\.folder"):
-        plan_cut(build_model({"name": "resnet8"}).eval(), PIXELS[:1], how)
+        cut(build_model({"name": "resnet8"}).eval(), Material(PIXELS[:4], lambda p: p), how, Stimulus())

@@ -9,6 +9,7 @@ from freqprune.errors import InputError
 from freqprune.networks.blocks import drop_blocks
 from freqprune.networks.registry import build_model
 from freqprune.tagging.layers import default_layers, match_layers, pick_layers
+from freqprune.tagging.loss import TagLoss
 from freqprune.tagging.sites import find_sites
 
 
@@ -142,6 +143,12 @@ def test_layers_that_went_with_their_block_are_not_missed() -> None:
     assert pick_layers(net, ["layer1.1.conv1", "layer1.0.*"]) == ["layer1.0.conv1", "layer1.0.conv2"]
     with pytest.raises(InputError, match="matches none"):
         pick_layers(net, ["layer1.1.conv1"])
+    images = torch.rand(1, 3, 32, 32)
+    left, one = TagLoss(silence={"layer1.1.*": 0.1, "layer3.*": 0.1}), TagLoss(silence={"layer3.*": 0.1})
+    assert torch.equal(left(net, images), one(net, images))
+    assert TagLoss(silence={"layer1.1.*": 0.1})(net, images) == 0
+    with pytest.raises(InputError, match="matches none"):
+        TagLoss(silence={"layr*": 0.1, "layer3.*": 0.1})(build_model({"name": "resnet14"}), images)
     with pytest.raises(InputError, match="matches none"):
         pick_layers(build_model({"name": "resnet14"}), ["layr*", "layer1.0.*"])
 

@@ -12,11 +12,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from freqprune.errors import InputError
 from freqprune.networks.blocks import drop_blocks, dropped_blocks
 from freqprune.networks.checkpoint import load_network, save_weights
+from freqprune.networks.profiling import Latency
 from freqprune.networks.registry import build_model, register_model
 from freqprune.pruning.amount import Amount
+from freqprune.pruning.cutting import cut
 from freqprune.pruning.recipe import Recipe
 from freqprune.pruning.surgery import Plan
 from freqprune.tagging.stimulus import Stimulus
+from freqprune.training import pruning_callback
 from freqprune.training.carrying import carry_over
 from freqprune.training.classifier import Classifier
 from freqprune.training.pruning_callback import TagPruning
@@ -221,7 +224,7 @@ def test_other_names_for_layers_and_lists_of_parameters_are_refused(tmp_path: Pa
 
 
 def test_epochs_that_do_not_come_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    said = "epochs = [40]: this training begins with epoch 0, counted from 0, and ends after 2 epochs"
+    said = "epochs = [40]: this training begins with epoch 0, counted from 0 and ends after 2 epochs"
     trainer(tmp_path, cutting(epochs=(40,)), max_epochs=2).fit(Own(), loader(), loader())
     assert said in caplog.text
     caplog.clear()
@@ -402,6 +405,52 @@ def test_what_later_cuts_cannot_reach_ends_no_training(tmp_path: Path, caplog: p
     assert again.kept == cuts.kept
 
 
+@pytest.mark.filterwarnings(WITHOUT_A_CALLBACK)
+def test_a_cut_that_is_due_after_a_checkpoint_of_the_last_batch_is_made(tmp_path: Path) -> None:
+    """Lightning says of no epoch that it begins there."""
+    recipe = Recipe(Amount(ratio=0.25), "l2")
+    saver = pl.callbacks.ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=8, save_top_k=-1)
+    cuts = TagPruning(recipe, (0, 1), n_images=4)
+    whole = trainer(tmp_path, cuts, saver, max_epochs=2, enable_checkpointing=True)
+    whole.fit(Bare(), datamodule=digits())
+    assert len(cuts.kept) == 2
+    assert whole.global_step == 2 * 8
+    again = TagPruning(recipe, (0, 1), n_images=4)
+    run = trainer(tmp_path, again, max_epochs=2)
+    run.fit(Bare(), datamodule=digits(), ckpt_path=tmp_path / "step=8.ckpt", weights_only=True)
+    assert run.global_step == 2 * 8
+    assert len(again.kept) == 2
+    assert again.kept[0] == cuts.kept[0]
+
+
+def test_what_a_cut_by_time_asks_for_is_looked_at_before_the_first_epoch(tmp_path: Path) -> None:
+    how = Latency(batch_size=2, folder=str(tmp_path))
+    module = Own()
+    with pytest.raises(InputError, match="asks for no less than the network takes already"):
+        trainer(tmp_path, cutting(Recipe(Amount(latency_ms=1e6), "l2", blocks=False, latency=how)), max_epochs=2).fit(
+            module, loader(), loader()
+        )
+    assert module.n_steps == 0
+
+
+def test_a_later_cut_that_is_refused_for_any_reason_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    error, made = InputError("the time is too short"), []
+
+    def once(*args: Any, **more: Any) -> Any:
+        if made:
+            raise error
+        made.append(1)
+        return cut(*args, **more)
+
+    monkeypatch.setattr(pruning_callback, "cut", once)
+    cuts = cutting(epochs=(0, 1))
+    trainer(tmp_path, cuts, max_epochs=2).fit(Own(), loader(), loader())
+    assert len(cuts.kept) == 1
+    assert f"nothing is cut in epoch 1: {error}" in caplog.text
+
+
 def test_epochs_that_have_passed_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = trainer(tmp_path, max_epochs=2)
     module = Own()
@@ -410,7 +459,13 @@ def test_epochs_that_have_passed_are_told(tmp_path: Path, caplog: pytest.LogCapt
     trainer(tmp_path, cutting(epochs=(1,)), max_epochs=3).fit(
         module, loader(), loader(), ckpt_path=tmp_path / "dense.ckpt", weights_only=True
     )
-    assert "this training begins with epoch 2" in caplog.text
+    assert "this training begins with epoch 2, counted from 0 and ends after 3 epochs" in caplog.text
+    caplog.clear()
+    endless = {"max_epochs": -1, "max_steps": 7}
+    trainer(tmp_path, cutting(epochs=(1,)), **endless).fit(
+        module, loader(), loader(), ckpt_path=tmp_path / "dense.ckpt", weights_only=True
+    )
+    assert "begins with epoch 2, counted from 0, so that nothing is cut; name others\n" in caplog.text
 
 
 def test_a_network_that_was_compiled_in_place_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -369,3 +369,11 @@ def test_no_validation_loader_among_those_given(images: Tensor, tmp_path: Path) 
     tagging = FrequencyTagging(n_images=2, images=images)
     trainer(tmp_path, tagging, max_epochs=1).fit(Empty(), loader(images))
     assert tagging.latest["n_images"] == 2
+
+
+def test_given_images_are_tagged_at_validations_from_the_first_epoch_on(images: Tensor, tmp_path: Path) -> None:
+    tagging = FrequencyTagging(n_images=2, images=images)
+    run = trainer(tmp_path, tagging, max_epochs=4, check_val_every_n_epoch=2, num_sanity_val_steps=0)
+    run.fit(Foreign(), loader(images), loader(images))
+    with (tmp_path / "importance.csv").open(newline="") as file:
+        assert {row["epoch"] for row in csv.DictReader(file)} == {"1", "3"}
