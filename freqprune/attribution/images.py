@@ -15,7 +15,7 @@ from freqprune.attribution.effects import Attribution, OfParts, estimate
 from freqprune.attribution.gates import batches, check_apart, check_frames, frames_for, opened, overlapped, waves
 from freqprune.attribution.pairs import find_interactions
 from freqprune.attribution.parts import find_parts, places
-from freqprune.attribution.scores import Score, check_logits, read, targets
+from freqprune.attribution.scores import Score, check_dims, check_logits, read, targets
 from freqprune.attribution.sensitivity import first_order
 from freqprune.attribution.smoothing import smoothed
 from freqprune.errors import InputError, at_least, one_of
@@ -152,7 +152,10 @@ def attribute(
             last = recording + 1 == len(tags)
             if not last and until is None:
                 continue
-            fitted = _fitted(torch.cat(designs), torch.cat(scores), n_frames, where[number], overlap > 0)
+            try:
+                fitted = _fitted(torch.cat(designs), torch.cat(scores), n_frames, where[number], overlap > 0)
+            except InputError as error:
+                raise InputError(f"image {number} (the first is 0): {error}{_advice(half)}") from None
             if last or (until is not None and float(fitted.standard_error.max()) <= until):
                 found[number], n_taken[number] = fitted, n_frames * len(designs)
                 designs, scores = [], []
@@ -183,7 +186,7 @@ class _Reader:
         """Class to read of each image; None for a score of one's own."""
         if callable(self.score):
             return None
-        answers = torch.cat([first(self.answer(one[None])).float() for one in inputs])
+        answers = torch.cat([check_dims(first(self.answer(one[None]))).float() for one in inputs])
         found = targets(answers, given)
         check_logits(answers, self.score)
         return found
@@ -205,9 +208,13 @@ def _whole_and_closed(whole: Tensor, faded: Tensor, numbers: Tensor) -> tuple[Te
     return whole, torch.where((numbers < 0).to(whole.device), whole, faded)
 
 
+def _advice(half: str | None) -> str:
+    return "" if half is None else f"; half={half} may overflow: use bfloat16, or leave half out"
+
+
 def _check_ends(ends: Tensor, half: str | None) -> None:
     """Raise InputError for images whose scores ``(n_images, 2)``, as they are and at the baseline, are not finite."""
-    advice = "" if half is None else f"; half={half} may overflow: use bfloat16, or leave half out"
+    advice = _advice(half)
     whole, closed = ends.isfinite().logical_not().unbind(1)
     if whole.any():
         raise InputError(

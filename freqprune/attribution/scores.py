@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,20 @@ from torch import Tensor
 from freqprune.errors import InputError, one_of
 from freqprune.networks import first
 
+log = logging.getLogger(__name__)
+
 SCORES = ("logit", "probability", "log_odds")
 Score = Callable[[Any], Tensor]
+
+
+def check_dims(answer: Tensor) -> Tensor:
+    """Logits ``(n_images, n_classes)`` as they are; InputError for anything else."""
+    if answer.dim() != 2:
+        raise InputError(
+            f"the network must return logits, (n_images, n_classes), got {tuple(answer.shape)}; give a score of your "
+            "own, a function of its output with one number an image"
+        )
+    return answer
 
 
 def targets(answer: Tensor, given: int | Tensor | None) -> Tensor:
@@ -21,12 +34,7 @@ def targets(answer: Tensor, given: int | Tensor | None) -> Tensor:
     Raises:
         InputError: for a class that is not there, or another number of them than of images.
     """
-    if answer.dim() != 2:
-        raise InputError(
-            f"the network must return logits, (n_images, n_classes), got {tuple(answer.shape)}; give a score of your "
-            "own, a function of its output with one number an image"
-        )
-    n_images, n_classes = answer.shape
+    n_images, n_classes = check_dims(answer).shape
     if given is None:
         return answer.argmax(1).cpu()
     found = torch.as_tensor(given).flatten().long().cpu()
@@ -50,6 +58,20 @@ def check_logits(logits: Tensor, score: str) -> None:
             f"score = {score} makes probabilities of logits, and the network answers with probabilities already; use "
             "score=logit, which reads its output as it is"
         )
+    if logits.min() >= 0 and logits.max() <= 1:
+        log.warning(
+            "all answers of the network lie in [0, 1], as probabilities of classes one by one do, and score = %s takes "
+            "them for logits; score=logit reads them as they are", score
+        )  # fmt: skip
+
+
+def compares_classes(logits: Tensor) -> bool:
+    """Whether answers are logits of several classes, which probabilities can be made of."""
+    try:
+        check_logits(logits, "probability")
+    except (InputError, IndexError):
+        return False
+    return True
 
 
 def read(output: Any, score: str | Score, target: Tensor | None) -> Tensor:

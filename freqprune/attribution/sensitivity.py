@@ -47,8 +47,10 @@ def first_order(design: Tensor, scores: Tensor, n_frames: int) -> Tensor:
     there = size > 1e-9 * cubic.square().sum(0)
     alone[there] += (beside[:, there].T @ rest).square() / size[there] - noise
 
-    basis = torch.linalg.qr(torch.stack([one - one.mean(0) for one in (powers[0], powers[2])], -1).movedim(1, 0)).Q
-    explained = (basis.mT @ even).square().sum(1)
-    n_even = basis.shape[-1]
-    chance = (even.square().sum() - explained) / max(1, len(even) - 1 - n_even)
+    basis, sizes = torch.linalg.qr(torch.stack([one - one.mean(0) for one in (powers[0], powers[2])], -1).movedim(1, 0))
+    # Of gates that are open or closed even powers are constant.
+    there = sizes.diagonal(dim1=-2, dim2=-1).abs() > 1e-9 * len(even) ** 0.5
+    explained = ((basis.mT @ even).square() * there).sum(1)
+    n_even = there.sum(1)
+    chance = (even.square().sum() - explained) / (len(even) - 1 - n_even).clamp(min=1)
     return (alone + explained - n_even * chance) / (odd.square().sum() + even.square().sum())

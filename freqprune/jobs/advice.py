@@ -41,17 +41,23 @@ def advise(job: str, out: Path, of_weights: Mapping[str, Any]) -> None:
         of_weights: settings of the data that the weights of a library brought.
     """
     program = os.environ.get("FREQPRUNE_COMMAND", "python prune.py")
-    prune = _with_configs(f"{program.split()[0]} {'prune.py' if program.endswith('.py') else 'prune'}")
+    # What a config of its own trains is no config to prune by.
+    prune = _with_configs(f"{program.split()[0]} {'prune.py' if program.endswith('.py') else 'prune'}", job != "train")
     _show(lambda overrides: commands(job, out, prune, overrides, of_weights))
 
 
-def advise_explaining(out: Path) -> None:
-    """Print three commands that would follow an explanation; nothing in a sweep or for a job called from Python."""
-    _show(lambda overrides: after_explaining(out, overrides, _with_configs("freqprune explain")))
+def advise_explaining(out: Path, of_classes: bool = True) -> None:
+    """Print three commands that would follow an explanation; nothing in a sweep or for a job called from Python.
+
+    Args:
+        out: its folder.
+        of_classes: whether the network answers with logits of several classes.
+    """
+    _show(lambda overrides: after_explaining(out, overrides, _with_configs("freqprune explain"), of_classes))
 
 
-def _with_configs(program: str) -> str:
-    return " ".join([program, *([shlex.join(given)] if (given := record.config_dirs()) else [])])
+def _with_configs(program: str, named: bool = True) -> str:
+    return " ".join([program, *([shlex.join(given)] if (given := record.config_words(named)) else [])])
 
 
 def _show(following: Callable[[Sequence[str]], list[str]]) -> None:
@@ -83,7 +89,9 @@ def typed_out(of_weights: Mapping[str, Any]) -> list[str]:
     return [f"data.{key}={str(value).replace(' ', '')}" for key, value in plain.items() if value is not None]
 
 
-def after_explaining(out: Path, overrides: Sequence[str], explain: str = "freqprune explain") -> list[str]:
+def after_explaining(
+    out: Path, overrides: Sequence[str], explain: str = "freqprune explain", of_classes: bool = True
+) -> list[str]:
     """Three commands that would follow an explanation: look at it, more exact maps, finer ones, or, of parts that are
     not tiles, those from another baseline.
 
@@ -91,6 +99,7 @@ def after_explaining(out: Path, overrides: Sequence[str], explain: str = "freqpr
         out: its folder.
         overrides: ``key=value`` as the job got them.
         explain: how the program that explains is called.
+        of_classes: whether the network answers with logits of several classes.
     """
     given = {one.lstrip("+~").split("=")[0]: one for one in overrides}
 
@@ -101,10 +110,13 @@ def after_explaining(out: Path, overrides: Sequence[str], explain: str = "freqpr
     tiles = not given.keys() & {"parts", "segments"}
     used = given.get("forwards", "").rpartition("=")[2]
     forwards = str(max(1024, 2 * int(used) if used.isdigit() else 0))
+    exact = {"score": "probability"} if of_classes else {}
+    # Parts of one's own may lie within one another.
+    exact |= {} if "segments" in given else {"overlap": "0.7"}
     return [
         f"python -m webbrowser {(out / 'explain.html').resolve().as_uri()}",
         # A standard error in other units would end it anywhere.
-        call(without=("until",), forwards=forwards, score="probability", overlap="0.7"),
+        call(without=("until",), forwards=forwards, **exact),
         call(forwards=forwards, grid="4", refine="2") if tiles else call(forwards=forwards, baseline="blur"),
     ]
 

@@ -111,7 +111,11 @@ def _explain(cfg: DictConfig) -> None:
     from freqprune.reports import record
 
     _warn_on_stderr()
-    with _refusing(), record.failures_kept(Path(str(cfg.output_dir)), record.is_explained):
+
+    def holds_results(out: Path) -> bool:
+        return record.is_explained(out) or record.is_finished(out)
+
+    with _refusing(), record.failures_kept(Path(str(cfg.output_dir)), holds_results):
         check_explaining(cfg)
         if record.done_before(cfg, record.is_explained):
             return

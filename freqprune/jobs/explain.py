@@ -14,13 +14,14 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from freqprune.attribution import Attribution, attribute_fine
+from freqprune.attribution import Attribution, attribute_fine, check_dims, compares_classes
 from freqprune.errors import InputError
 from freqprune.jobs import assembly
 from freqprune.jobs.advice import advise_explaining
 from freqprune.jobs.announce import announce_explaining
 from freqprune.jobs.explain_settings import PIXEL_BASELINES, Explaining, Photographs, check_explaining, find_images
 from freqprune.jobs.launch import in_all_processes
+from freqprune.jobs.launched import launched
 from freqprune.jobs.photographs import read_classes, read_images, read_segments
 from freqprune.networks import (
     CIFAR10,
@@ -62,7 +63,10 @@ def explain(cfg: DictConfig) -> tuple[Attribution, dict[str, Any]]:
     device = _device(whose.device)
     assembly.quiet()
     out = assembly.prepare_output(Path(whose.output_dir))
-    like = {"_target_": "pytorch_lightning.Trainer", "accelerator": device.type, "devices": whose.processes}
+    # Of one process Lightning need not know the device.
+    alone = whose.processes == 1 and launched() is None
+    kind = "cpu" if alone else device.type
+    like = {"_target_": "pytorch_lightning.Trainer", "accelerator": kind, "devices": whose.processes}
     with in_all_processes(like, "processes={processes}") as is_first:
         rank, n_processes = rank_and_size()
         own = torch.device(device.type, rank) if n_processes > 1 and device.type != "cpu" else device
@@ -114,12 +118,14 @@ def _explained(
     _write(out, asked, found, pixels, names, classes)
     sure = sum(int(found.significant(number, asked.telling.alpha).sum()) for number in range(len(names)))
     images = f"{len(names)} image{'' if len(names) == 1 else 's'}"
+    most = "at most " if tags.until is not None else ""
     show(
-        f"{images}, {found.forwards} forwards each: {sure} of {int(found.present.sum())} parts significant at a false "
-        f"discovery rate of {asked.telling.alpha:g}; open explain.html"
+        f"{images}, {most}{found.forwards} forwards each: {sure} of {int(found.present.sum())} parts significant at a "
+        f"false discovery rate of {asked.telling.alpha:g}; open explain.html"
     )
     show_folder(out)
-    advise_explaining(out)
+    with torch.inference_mode():
+        advise_explaining(out, compares_classes(first(net(prepare(pixels[:1]).contiguous()))))
     return found, objects
 
 
@@ -200,7 +206,7 @@ def _classes(asked: Explaining, net: nn.Module, image: Tensor, stored: Stored) -
     """Names of the network's classes, where they are known."""
     if asked.telling.classes is not None:
         with torch.inference_mode():
-            n_classes = first(net(image.to(device_of(net), dtype_of(net)))).shape[1]
+            n_classes = check_dims(first(net(image.to(device_of(net), dtype_of(net))))).shape[1]
         return read_classes(asked.telling.classes, n_classes)
     if asked.whose.pretrained:
         return list(CIFAR10_CLASSES)

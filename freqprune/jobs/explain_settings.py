@@ -153,6 +153,12 @@ def check_explaining(cfg: DictConfig) -> Explaining:
             f"baseline must be one of {', '.join(PIXEL_BASELINES)} or an image file, got {tags.baseline!r}, which does "
             "not exist"
         )
+    out = Path(whose.output_dir)
+    if any((out / name).is_file() for name in (record.METRICS, record.TRAINING)):
+        raise InputError(
+            f"output_dir = {out} holds a run of train or prune, whose record an explanation would replace; explain "
+            f"into another folder, such as hydra.run.dir={out / 'explain'}"
+        )
     find_images(asked.photographs)
     import_modules(whose.imports)
     return asked

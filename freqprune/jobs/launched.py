@@ -50,6 +50,12 @@ def run_id() -> str:
     return _written(datetime.now())
 
 
+def named_by_launcher(folder: Path) -> bool:
+    """Whether a run folder has its name from what started its processes, so that a second start would have the same."""
+    there = launched()
+    return there is not None and there.processes > 1 and there.key == folder.name
+
+
 def _written(moment: datetime) -> str:
     return moment.isoformat("_", "milliseconds").replace(":", "-").replace(".", "-")
 

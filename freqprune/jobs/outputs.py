@@ -114,7 +114,11 @@ def explore_cut(
     if plan is not None:
         try:
             amount = None if recipe is None else recipe.amount
-            trial = trial_of(plan, response, None if scores is None else criterion, scores, amount)
+            components = settings.judgement.components
+            trial = trial_of(plan, response, None if scores is None else criterion, scores, amount, components)
+            if components != "fundamentals":
+                words = components if isinstance(components, str) else ", ".join(components)
+                notes.append(f"Criteria that can be tried read {words}; the column SNR is the mean over fundamentals.")
         except InputError as error:
             notes.append(f"No cut can be tried here: {error}.")
         if scores is not None and kept is not None:

@@ -158,4 +158,4 @@ def begin_anew(out: Path) -> None:
             for name in _LOGGED:
                 (folder / name).unlink(missing_ok=True)
             folder.rmdir()
-    record.clear([out / "pruned.ckpt", out / record.METRICS])
+    record.clear([out / name for name in ("pruned.ckpt", record.METRICS, *record.EXPORTED)])

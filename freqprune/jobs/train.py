@@ -23,6 +23,7 @@ from freqprune.jobs.config import check_training
 from freqprune.jobs.csv_log import ResumedCSVLogger
 from freqprune.jobs.finetuning import check_anew, check_finetuning
 from freqprune.jobs.launch import world_size
+from freqprune.jobs.launched import named_by_launcher
 from freqprune.jobs.loggers import log_results
 from freqprune.jobs.outputs import explore_training, figures_of_training, training_criterion
 from freqprune.jobs.settings import Settings, read
@@ -123,7 +124,16 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     last = out / "checkpoints" / "last.ckpt"
     goes_on = common.ckpt_path is not None and record.lies_in(common.ckpt_path, out)
 
+    if last.is_file() and not goes_on and named_by_launcher(out):
+        raise InputError(
+            f"{out} is called as its processes meet, and holds the checkpoints of an earlier start: go on with "
+            f"{shlex.quote(override('ckpt_path', last))}, or choose another folder (hydra.run.dir=FOLDER)"
+        )
+
     def begin() -> None:
+        if goes_on and most == done and (out / record.METRICS).is_file():
+            # Nothing is trained: what was cut and shown, and its record, are of this network.
+            return
         record.write(out, cfg, [record.TRAINING, record.METRICS, *record.PAGES])
         # Of an earlier training in this folder: it would be taken for one of this.
         own = [out / name for name in record.OF_A_TRAINING]

@@ -13,7 +13,7 @@ from freqprune.errors import InputError, closest
 # What YAML takes for true and false, and Hydra's command line for words.
 TRUTHS = {"on": True, "yes": True, "off": False, "no": False}
 # Endings of keys of free sections whose words are names, and keys by which loggers call a run.
-NAMED = ("name", "_column", "_key")
+NAMED = ("name", "_column", "_key", "root", "_dir")
 OF_A_RUN = ("project", "entity", "group", "version", "id", "notes", "prefix", "job_type")
 
 
@@ -85,7 +85,10 @@ def no_such_key(given: str, cfg: DictConfig) -> str:
         return "experiment is not a setting: a config of an experiment begins with the line # @package _global_"
     keys = [key for key in keys if key != given and not key.startswith(f"{given}.")]
     same = [key for key in keys if key.rsplit(".", 1)[-1] == last]
-    same += [key for key in keys if key.rsplit(".", 1)[-1].endswith(f"_{last}")]
+    longer = [key for key in keys if key.rsplit(".", 1)[-1].endswith(f"_{last}")]
+    same += sorted(longer, key=lambda key: len(key.rsplit(".", 1)[-1]))
+    # Of the section that was named first.
+    same.sort(key=lambda key: key.split(".")[0] != given.split(".")[0])
     hint = f"; did you mean {' or '.join(same[:3])}?" if same else closest(given, keys)
     return f"{given} is not a setting{hint or '; --cfg job lists all of them'}"
 

@@ -104,6 +104,11 @@ def preprocessing(config: Mapping[str, Any]) -> Preprocessing | None:
         size = found["input_size"][-1]
         squashed = found["crop_mode"] == "squash" and found["crop_pct"] == 1
         resize = None if squashed else int(size / found["crop_pct"])
+        if found["crop_mode"] == "squash" and not squashed:
+            log.warning(
+                "the weights of %s take whole images squashed to %d x %d pixels, of which the middle %d x %d is cut "
+                "out; here images keep their proportions", name, resize, resize, size, size,
+            )  # fmt: skip
         return Preprocessing(size, resize, tuple(found["mean"]), tuple(found["std"]), found["interpolation"])
     return None
 
@@ -174,22 +179,27 @@ def _from_torchvision(
     kind: str, weights: str | None = None, num_classes: int | None = None, **arguments: Any
 ) -> nn.Module:
     models = _torchvision()
-    if kind in _WITH_HELPERS and (weights is None or kind != "googlenet"):
-        # Classifiers that help in training only: nothing of them runs where a cut is planned and
-        # proved. GoogLeNet drops them itself once trained weights are there.
-        arguments.setdefault("aux_logits", False)
     if weights is None:
+        if kind in _WITH_HELPERS:
+            # Classifiers that help in training only: nothing of them runs where a cut is planned and proved.
+            arguments.setdefault("aux_logits", False)
         classes = {} if num_classes is None else {"num_classes": num_classes}
         return models.get_model(kind, weights=None, **classes, **arguments)
     chosen = _weights(kind, weights)
+    # Trained weights come with them.
+    helped = bool(arguments.pop("aux_logits", False))
     try:
-        net: nn.Module = models.get_model(kind, weights=chosen, **arguments)
+        net: nn.Module = models.get_model(kind, weights=chosen, **arguments, **({"aux_logits": True} if helped else {}))
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         place = Path(torch.hub.get_dir()) / "checkpoints" / Path(chosen.url).name
         raise InputError(
             f"the weights {chosen.name} of torchvision/{kind} could not be read ({_line(error)}); on a machine with a "
             f"network download {chosen.url} and put the file at {place}"
         ) from error
+    if kind in _WITH_HELPERS and not helped:
+        net.aux_logits = False  # type: ignore[assignment]
+        for name in {"aux1", "aux2", "AuxLogits"} & net._modules.keys():
+            setattr(net, name, None)
     trained_for = len(chosen.meta["categories"])
     if num_classes is not None and num_classes != trained_for:
         _replace_head(net, trained_for, num_classes)
@@ -206,6 +216,9 @@ def _from_torchvision(
 def _from_timm(kind: str, pretrained: bool = False, num_classes: int | None = None, **arguments: Any) -> nn.Module:
     timm = _timm()
     classes = {} if num_classes is None else {"num_classes": num_classes}
+    given = any(key.startswith("pretrained_cfg") for key in arguments)
+    if pretrained and not given and not _timm_cfg(kind).has_weights:
+        raise InputError(f"model.pretrained = true, and timm has no weights of {kind}; leave model.pretrained out")
     try:
         net: nn.Module = timm.create_model(kind, pretrained=pretrained, **classes, **arguments)
     except (OSError, RuntimeError) as error:

@@ -30,6 +30,9 @@ def partners_of(group: Any, module: nn.Module, names: Mapping[nn.Module, str]) -
             dependency.handler in OUT or isinstance(target, IndexShortcut | nn.GroupNorm | nn.LayerNorm)
         ):
             found.append(names.get(target, type(target).__name__))
+        elif isinstance(target, nn.Parameter):
+            # Nothing says which shape it has in a network that is built anew.
+            found.append("a parameter that is of no layer")
         elif arithmetic:
             operations.append(f"a {_ARITHMETIC[arithmetic]}")
     found += operations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -125,5 +125,7 @@ def silence(channels: Sequence[int]) -> Callable[..., Any]:
 def _tensors(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output]
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else []
+    values = output.values() if isinstance(output, Mapping) else output
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        return []
     return [tensor for value in values for tensor in _tensors(value)]

@@ -100,11 +100,14 @@ class Plan:
         spared = {owner.get(name, name) for name in dropped}
         picked = [name for name in picked if name not in spared]
         if not picked:
-            if include is not None or exclude is not None or not self.coupled:
+            alone = bool(self.layers) and (include is not None or exclude is not None)
+            if alone or not self.coupled:
                 raise InputError("pruning.layers and pruning.exclude leave no layer to prune")
             first, others = next(iter(self.coupled.items()))
+            way_out = "; prune them as residual streams (pruning.streams=true)" if self.streams and not streams else ""
             raise InputError(
-                f"no layer can be pruned alone: {first} shares its channels with {', '.join(others[:3])}, and so on"
+                f"no layer can be pruned alone: {first} shares its channels with {', '.join(others[:3])}, and so "
+                f"on{way_out}"
             )
         return picked
 

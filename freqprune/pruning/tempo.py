@@ -61,7 +61,7 @@ class Promise:
 
 def folder_of(given: str | None) -> Path:
     """Where times are kept."""
-    return Path(given) if given is not None else Path.home() / ".cache" / "freqprune"
+    return Path(given).expanduser() if given is not None else Path.home() / ".cache" / "freqprune"
 
 
 def check_folder(recipe: Recipe) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -51,6 +51,18 @@ def in_words(text: str, width: int = 48) -> str:
         half = (width - 1) // 2
         text = f"{text[:half]}…{text[-half:]}"
     return text.replace("$", r"\$")
+
+
+def all_in_words(texts: Iterable[str], width: int = 48) -> dict[str, str]:
+    """Each text as a label, see `in_words`, as much wider as it takes to tell them apart.
+
+    >>> list(all_in_words(["layers [a.conv1,b.conv1]", "layers [a.conv2,b.conv1]"], 16).values())
+    ['layers [a.conv1,b.conv1]', 'layers [a.conv2,b.conv1]']
+    """
+    texts = list(dict.fromkeys(texts))
+    while len({in_words(text, width) for text in texts}) < len(texts):
+        width += 8
+    return {text: in_words(text, width) for text in texts}
 
 
 def tidy(axis: Axes) -> None:

@@ -22,6 +22,14 @@ from freqprune.errors import InputError
 # What a run is shown by.
 PAGES = ("report.html", "explore.html", "filters.csv", "layers.csv", "figures/*.png")
 RUN, METRICS, TRAINING, FAILED = "run.json", "metrics.json", "training.json", "failed.txt"
+# What is deployed of a cut.
+EXPORTED = ("model.onnx", "model.int8.onnx", "model.pt2")
+# Of a training whose network is cut in its folder there is more to see: pages that are written anew, and these.
+OF_TRAINED = (
+    *PAGES[:-1],
+    *(f"figures/{name}.png" for name in ("training_curves", "important_last_epoch", "important_over_epochs",
+                                         "ranking_over_epochs")),
+)  # fmt: skip
 # What a training leaves besides its checkpoints.
 OF_A_TRAINING = (TRAINING, "importance.csv", "importance.json", "metrics.csv", "metrics.jsonl")
 EXPLAINED = "explain.html"
@@ -100,23 +108,36 @@ def write(out: Path, cfg: DictConfig, results: Sequence[str] = ()) -> None:
     goes_on = resumed is not None and Path(resumed).resolve() == out.resolve()
     goes_on = goes_on or (ckpt is not None and lies_in(ckpt, out))
     if read_json(out / RUN).get("settings", settings) != settings and not goes_on:
-        # Of the training whose network is pruned there is more to see.
         here = dense is not None and lies_in(dense, out)
-        spared = (*PAGES, *OF_A_TRAINING) if here else ()
-        clear([path for name in results if name not in spared for path in out.glob(name)])
+        spared = {path for name in (*OF_TRAINED, *OF_A_TRAINING) for path in out.glob(name)} if here else set()
+        clear([path for name in results for path in out.glob(name) if path not in spared])
     command = None
     if HydraConfig.initialized():
         job = HydraConfig.get()
         program = os.environ.get("FREQPRUNE_COMMAND", f"freqprune {job.job.name}")
-        command = f"{program} {shlex.join([*config_dirs(), *job.overrides.task])}".strip()
+        command = f"{program} {shlex.join([*config_words(), *job.overrides.task])}".strip()
     machine = {"system": platform.platform(terse=True), "processor": platform.machine(), "cores": os.cpu_count()}
     write_json(out / RUN, {"command": command, "settings": settings, "versions": _versions(), "machine": machine})
 
 
-def config_dirs() -> list[str]:
-    """``--config-dir`` and its folder as words, if it was typed: settings may hang on what lies there."""
-    sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
-    return [word for one in sources if one.provider == "command-line" for word in ("--config-dir", one.path)]
+def config_words(named: bool = True) -> list[str]:
+    """``--config-dir`` and its folder, and ``--config-name``, as words, if they were typed: settings may hang on what
+    lies there; the name, where it is `named`."""
+    if not HydraConfig.initialized():
+        return []
+    hydra = HydraConfig.get()
+    sources = [one for one in hydra.runtime.config_sources if one.provider == "command-line"]
+    name = hydra.job.config_name
+    own = ["--config-name", name] if named and name not in ("train", "prune", "explain", None) else []
+    return [*(word for one in sources for word in ("--config-dir", one.path)), *own]
+
+
+def options(words: Sequence[str]) -> list[str]:
+    """``--config-dir`` and ``--config-name`` at the beginning of a command's words, each with its value."""
+    noptions = 0
+    while words[2 * noptions : 2 * noptions + 1] and words[2 * noptions].startswith("--"):
+        noptions += 1
+    return list(words[: 2 * noptions])
 
 
 def clear(paths: Sequence[Path]) -> None:
@@ -157,7 +178,9 @@ def done_before(cfg: DictConfig, finished: Callable[[Path], bool] = is_finished)
     out = Path(cfg.output_dir)
     if not finished(out):
         return False
-    if read_json(out / RUN).get("settings") != _settings(cfg):
+    # A job that was interrupted is finished by resume=, and is the same job.
+    before, now = ({**one, "resume": None} for one in (read_json(out / RUN).get("settings", {}), _settings(cfg)))
+    if before != now:
         raise InputError(
             f"{out} holds a finished job with other settings; a sweep goes on with its own command only: choose "
             "another hydra.sweep.dir"

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from freqprune.reports.drawing import BLUE, GREY, RED, counts_per_layer, in_words, layer_ticks, line_styles, tidy
+from freqprune.reports.drawing import BLUE, GREY, RED, all_in_words, counts_per_layer, layer_ticks, line_styles, tidy
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -117,7 +117,7 @@ def kept_over_depth(shares: Mapping[str, Mapping[str, float]]) -> Figure:
         figsize=(max(5.0, 0.3 * len(layers) + 3.5), max(2.6, 0.2 * len(shares) + 1.8)), layout="constrained"
     )
     axis = _coloured(
-        figure, grid, [in_words(name) for name in shares], "filters kept (%)", "Filters kept, mean over seeds", 0, 100
+        figure, grid, [*all_in_words(shares).values()], "filters kept (%)", "Filters kept, mean over seeds", 0, 100
     )
     layer_ticks(axis, layers)
     axis.set_xlim(-0.5, len(layers) - 0.5)
@@ -135,10 +135,11 @@ def medians_over_depth(medians: Mapping[str, Mapping[str, float]], label: str) -
     n_rows = math.ceil(len(medians) / 2) if len(medians) > 1 else 0
     figure = Figure(figsize=(max(5.0, 0.27 * len(layers) + 1.5), 3.8 + 0.2 * n_rows), layout="constrained")
     axis = figure.subplots()
+    labels = all_in_words(medians)
     for (colour, marker), (name, by_layer) in zip(line_styles(len(medians)), medians.items(), strict=True):
         values = [by_layer.get(layer, math.nan) for layer in layers]
         axis.plot(
-            range(len(layers)), values, color=colour, marker=marker, markersize=4, linewidth=1.1, label=in_words(name)
+            range(len(layers)), values, color=colour, marker=marker, markersize=4, linewidth=1.1, label=labels[name]
         )
     tidy(axis)
     layer_ticks(axis, layers)
@@ -193,7 +194,7 @@ def accuracy_over_cut(lines: Mapping[str, Sequence[Mapping[str, tuple[float, flo
     n_rows = math.ceil(len(lines) / 2)
     figure = Figure(figsize=(4.4 * len(panels), 3.6 + 0.2 * n_rows), layout="constrained")
     dense = sorted({round(point["dense"][0], 2) for point in everything if "dense" in point})
-    handles = {}
+    handles, labels = {}, all_in_words(lines)
     for axis, (pick, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for (colour, marker), (label, points) in zip(line_styles(len(lines)), lines.items(), strict=True):
             shown = [(point[over][0], *value) for point in points if (value := pick(point)) is not None]
@@ -209,7 +210,7 @@ def accuracy_over_cut(lines: Mapping[str, Sequence[Mapping[str, tuple[float, flo
                 linewidth=1.2,
                 markersize=5,
                 capsize=3,
-                label=in_words(label),
+                label=labels[label],
             )
         for level in dense:
             axis.axhline(level, color=GREY, linewidth=0.8, linestyle=":")

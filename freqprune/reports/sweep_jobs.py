@@ -18,10 +18,12 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from freqprune.errors import InputError
-from freqprune.reports.record import FAILED, METRICS, RUN, TRAINING, is_finished, read_json
+from freqprune.reports.record import FAILED, METRICS, RUN, TRAINING, is_finished, options, read_json
 from freqprune.reports.tables import percentages
 
 REPEATED = "seed"
+# By what an interrupted job is finished, which is the same job.
+RESUMED = "resume"
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def _overrides(path: Path, record: Mapping[str, Any]) -> Any:
     folder."""
     if record.get("command"):
         words = shlex.split(record["command"])[2:]
-        return words[2:] if words[:1] == ["--config-dir"] else words
+        return words[len(options(words)) :]
     return OmegaConf.to_container(OmegaConf.load(path / ".hydra" / "overrides.yaml"), resolve=False)
 
 
@@ -131,12 +133,13 @@ def _figures(path: Path) -> dict[str, float]:
 
 
 def by_key(overrides: Any) -> dict[str, str]:
-    """Hydra overrides as keys and values, each spelled in one way; without those of Hydra itself."""
+    """Hydra overrides as keys and values, each spelled in one way; without those of Hydra itself, and without
+    ``resume``, by which an interrupted job is finished."""
     parsed = OverridesParser.create().parse_overrides([str(item) for item in overrides])
     return {
         one.get_key_element().lstrip("+"): _as_written(one.get_value_element_as_str())
         for one in parsed
-        if not one.is_hydra_override()
+        if not one.is_hydra_override() and one.get_key_element() != RESUMED
     }
 
 
@@ -262,7 +265,9 @@ def _flat(job: Job) -> dict[str, str]:
     groups = tuple(f"{key}." for key, value in job.overrides.items() if "${" in value)
     program = {"program": "train.py" if "validation" in job.metrics else "prune.py"}
     return program | {
-        key: value for key, value in walk(job.settings, "") if key not in job.overrides and not key.startswith(groups)
+        key: value
+        for key, value in walk(job.settings, "")
+        if key not in (*job.overrides, RESUMED) and not key.startswith(groups)
     }
 
 
@@ -297,6 +302,5 @@ def _program(sweep: Path, name: str) -> str:
         with suppress(ValueError):
             if command := read_json(path / RUN).get("command"):
                 program = f"freqprune {name}" if command.startswith("freqprune ") else f"python {name}.py"
-                words = shlex.split(command)[2:4]
-                return f"{program} {shlex.join(words)}" if words[:1] == ["--config-dir"] else program
+                return " ".join([program, *map(shlex.quote, options(shlex.split(command)[2:]))])
     return f"python {name}.py"

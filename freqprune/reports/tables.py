@@ -149,15 +149,17 @@ def write_importance(
     verdict: Verdict,
     since: int | None = None,
     criterion: str | None = None,
+    judged: Mapping[str, Any] | None = None,
 ) -> None:
     """Append an epoch's rows to ``importance.csv``; rows of this and later epochs, left by an interrupted run, are
     replaced, and those from epoch `since` on, at which this training began: they are another's.
 
     Columns: epoch, layer_index, layer, filter, ``snr_<component>`` and ``amplitude_<component>`` for every component,
-        score, important. ``importance.json`` beside it says of which tags, read in which way, and of which
-        `criterion`; rows of others go.
+        score, important. ``importance.json`` beside it says of which tags, read in which way, of which `criterion` and
+        components, and how they were `judged`; rows of others go.
     """
-    shown, known = shown_of(response) | {"criterion": criterion}, what_was_shown(path)
+    shown = shown_of(response) | {"criterion": criterion} | (dict(judged) if judged else {})
+    known = what_was_shown(path)
     components = response.components("all")
     readings = [f"{kind}_{c.name}" for kind in ("snr", "amplitude") for c in components]
     header = ["epoch", "layer_index", "layer", "filter", *readings, "score", "important"]

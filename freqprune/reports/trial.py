@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -108,6 +108,7 @@ def trial_of(
     criterion: str | None = None,
     found: Mapping[str, Tensor] | None = None,
     amount: Amount | None = None,
+    components: Sequence[str] | str = "fundamentals",
 ) -> Trial:
     """What can be tried of a network.
 
@@ -117,6 +118,7 @@ def trial_of(
         criterion: name of a run's own scores.
         found: those scores, by unit; what may lose filters, and all inner layers if left out.
         amount: of the run's cut.
+        components: of the response, that criteria read.
 
     Raises:
         InputError: if no layer may lose filters, or there is nothing to rank them by.
@@ -128,7 +130,7 @@ def trial_of(
     if found is not None and criterion is not None:
         by[criterion] = {name: found[name] for name in names}
     if response is not None:
-        evidence = Evidence(plan.model, response, graph=plan.graph)
+        evidence = Evidence(plan.model, response, components, graph=plan.graph)
         readable = [name for name in names if {*plan.unit(name).members} <= {*response.layers}]
         for name in BY_TAGS:
             if name in by or not readable or (name == "snr" and not response.noise_std):

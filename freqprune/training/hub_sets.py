@@ -130,6 +130,12 @@ class HubListing(Listing):
         self.beside, self.version = place, dataset._fingerprint
         self._identity = f"{dataset._fingerprint} {image} {label}"
         found, feature = dataset[label][:], dataset.features[label]
+        odd = next((one for one in found if type(one) not in (int, str, bool)), None)
+        if odd is not None or not all(isinstance(one, type(found[0])) for one in found):
+            raise InputError(
+                f"data.label_column = {label} of {place} holds {type(odd or found[0]).__name__}, not one class an "
+                "image; name a column of whole numbers or of words"
+            )
         names = getattr(feature, "names", None)
         self.named = names is not None or isinstance(found[0], str)
         if not isinstance(found[0], str) and min(found) < 0:

@@ -46,7 +46,8 @@ def in_bytes(image: Image.Image, mode: str) -> Image.Image:
     >>> np.array(in_bytes(grey, "L")).tolist()
     [[0, 40, 255]]
     """
-    if image.mode.startswith("I;16"):
+    # Pillow scales what netpbm files hold to 16 bits.
+    if image.mode.startswith("I;16") or (image.mode == "I" and getattr(image, "format", None) == "PPM"):
         image = Image.fromarray(np.round(np.asarray(image, dtype=np.float64) / 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError(f"its pixels are of mode {image.mode}, whose white nobody can tell: save it with 8 or 16 bits")

@@ -86,7 +86,7 @@ class ImageFolderData(ListedData):
         **settings: Any,
     ) -> None:
         super().__init__(image_size, resize, interpolation, **settings)
-        self.root, self.n_classes = Path(root).expanduser(), n_classes
+        self.root, self.n_classes = Path(str(root)).expanduser(), n_classes
 
     def beside(self) -> Path:
         return self.root

@@ -112,10 +112,19 @@ class FolderListing(Listing):
     def __init__(self, folder: Path) -> None:
         from torchvision.datasets import ImageFolder
 
+        def hidden(path: str) -> bool:
+            """Such as a notebook's or a Mac's copies."""
+            return any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
+
+        class Seen(ImageFolder):
+            def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+                names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+                return names, {name: number for number, name in enumerate(names)}
+
         if not folder.is_dir():
             raise InputError(f"{folder} is missing; data.root must hold train/<class>/*.png and test/<class>/*.png")
         try:
-            tree = ImageFolder(str(folder), is_valid_file=lambda path: path.lower().endswith(ENDINGS))
+            tree = Seen(str(folder), is_valid_file=lambda path: path.lower().endswith(ENDINGS) and not hidden(path))
         except FileNotFoundError as error:
             raise InputError(f"{folder} holds no images, or a class folder in it is empty: {error}") from None
         if len(tree.classes) < 2:

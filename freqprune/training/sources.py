@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -126,7 +127,7 @@ def stratified_split(images: Images, fraction: float, seed: int, classes: Sequen
         lonely = int((counts == 1).nonzero()[0])
         name = classes[lonely] if lonely < len(classes) else lonely
         raise InputError(
-            f"val_fraction = {fraction} does not split the one image of class {name}: one to train on and one to "
+            f"data.val_fraction = {fraction} does not split the one image of class {name}: one to train on and one to "
             "validate on are needed; add images of it, or remove the class"
         )
     try:
@@ -137,9 +138,11 @@ def stratified_split(images: Images, fraction: float, seed: int, classes: Sequen
             stratify=None if single else images.labels.numpy(),
         )
     except ValueError as error:
+        n_classes = len(images.labels.unique())
         raise InputError(
-            f"val_fraction = {fraction} does not split {len(images)} images of {len(images.labels.unique())} classes: "
-            f"{error}"
+            f"data.val_fraction = {fraction} does not split {len(images)} images of {n_classes} classes ({error}); "
+            f"hold out more (data.val_fraction={math.ceil(100 * n_classes / len(images)) / 100:g}), or none "
+            "(data.val_fraction=0)"
         ) from None
     return images[torch.from_numpy(rest)], images[torch.from_numpy(part)]
 

@@ -230,7 +230,8 @@ class FrequencyTagging(TagsInTraining):
         if trainer.is_global_zero:
             folder = Path(self.folder or trainer.default_root_dir)
             path, since = folder / "importance.csv", self._since
-            write_importance(path, trainer.current_epoch, response, score, verdict, since, self.criterion)
+            judged = {"components": _plain(self.components), "judged": self.verdict_settings}
+            write_importance(path, trainer.current_epoch, response, score, verdict, since, self.criterion, judged)
             self._since = None
         self.seconds = time.perf_counter() - start
         counts = {f"important/{layer}": float(count) for layer, count in verdict.counts.items()}
@@ -238,3 +239,7 @@ class FrequencyTagging(TagsInTraining):
         pl_module.log_dict(
             {**counts, "important/total": sum(counts.values()), "tagging/seconds": self.seconds, "tagging/share": share}
         )
+
+
+def _plain(names: Sequence[str] | str) -> list[str] | str:
+    return names if isinstance(names, str) else list(names)

@@ -56,7 +56,7 @@ class TorchvisionData(ListedData):
     def __init__(self, name: str, root: str | Path = "data", download: bool = True, **settings: Any) -> None:
         super().__init__(**settings)
         one_of(sorted(SETS), **{"data.name": name})
-        self.set_name, self.root, self.download = name, Path(root).expanduser(), download
+        self.set_name, self.root, self.download = name, Path(str(root)).expanduser(), download
 
     def beside(self) -> Path:
         return self.root

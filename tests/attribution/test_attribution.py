@@ -320,6 +320,32 @@ def test_scores_of_logits_are_refused_for_what_are_none(score: str) -> None:
         attribute(net, torch.rand(1, 3, 8, 8), grid=2, forwards=64, score=score)
 
 
+@pytest.mark.parametrize("half", [None, "float16"])
+def test_frames_that_have_no_answer_are_told_of_which_image(half: str | None) -> None:
+    def between(tiles: Tensor) -> Tensor:
+        return torch.where(((tiles > 0.4) & (tiles < 0.6)).any(1), torch.nan, tiles.sum(1))
+
+    images = torch.cat([torch.zeros(1, 3, 16, 16), torch.ones(1, 3, 16, 16)])
+    advice = "" if half is None else ".*use bfloat16"
+    with pytest.raises(InputError, match=rf"image 1 \(the first is 0\): .* scores are not finite{advice}"):
+        attribute(OfTiles(between), images, 0, grid=4, forwards=64, baseline=torch.zeros(3, 16, 16), half=half)
+
+
+@pytest.mark.parametrize("images", [torch.rand(1, 3, 8, 8), torch.rand(3, 3, 8, 8)])
+def test_answers_without_a_dimension_of_classes_are_told(images: Tensor) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 1, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(0))
+    with pytest.raises(InputError, match=r"must return logits, \(n_images, n_classes\), got \(1,\); give a score"):
+        attribute(net, images, grid=2, forwards=64)
+
+
+def test_probabilities_of_classes_one_by_one_are_no_logits(caplog: pytest.LogCaptureFixture) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Sigmoid())
+    attribute(net, torch.rand(1, 3, 8, 8), grid=2, forwards=64)
+    assert "lie in [0, 1]" not in caplog.text
+    attribute(net, torch.rand(1, 3, 8, 8), grid=2, forwards=64, score="probability")
+    assert "all answers of the network lie in [0, 1]" in caplog.text
+
+
 def test_parts_in_one_place_cannot_share_waves() -> None:
     segments = torch.zeros(16, 16, dtype=torch.long)
     segments[4:12, 4:12] = 1

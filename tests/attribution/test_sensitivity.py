@@ -139,6 +139,20 @@ def test_where_nothing_combines_the_shares_add_up_to_one(n_parts: int, n_recordi
     assert float(torch.cat(idle).mean()) == pytest.approx(0, abs=0.003)
 
 
+def test_gates_that_are_open_or_closed_have_no_even_powers() -> None:
+    """Two directions that are none would be read of two frames."""
+    spread = {}
+    for steepness in (1.0, 1e6):
+        drawn, sums = torch.Generator().manual_seed(0), []
+        for _ in range(12):
+            design = torch.cat([gates(16, 64, drawn, steepness) for _ in range(4)])
+            centred = design - design.mean(0)
+            score = centred[:, :4].sum(1) + 3 * (centred[:, 4:8] * centred[:, 8:12]).sum(1)
+            sums.append(float(first_order(design, score, 64).sum()))
+        spread[steepness] = np.std(sums)
+    assert spread[1e6] < 2 * spread[1.0]
+
+
 def test_what_parts_do_together_is_left_out() -> None:
     drawn, sums = torch.Generator().manual_seed(0), []
     for _ in range(20):

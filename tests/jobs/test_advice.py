@@ -87,6 +87,16 @@ def test_what_is_advised_after_an_explanation_can_be_typed(more: list[str], out:
         assert asked.tags.refine in (0, 1, 2)
 
 
+def test_what_a_network_cannot_answer_is_not_advised(out: Path) -> None:
+    plain, one, masks = (
+        after_explaining(out, ["images=a.png", *more], of_classes=of_classes)[1]
+        for more, of_classes in (([], True), ([], False), (["segments=mask.png"], True))
+    )
+    assert ("score=probability" in plain, "overlap=" in plain) == (True, True)
+    assert ("score=" in one, "overlap=" in one) == (False, True)
+    assert ("score=probability" in masks, "overlap=" in masks) == (True, False)
+
+
 def test_what_is_not_there_is_not_advised(out: Path) -> None:
     for job in ("train", "look"):
         given = ["data=digits", "tagging.every_n_epochs=0", "tagging.depth=0.4"]
@@ -184,6 +194,7 @@ def test_commands_keep_the_folder_of_configs_that_was_typed(out: Path, monkeypat
             ]
         ),
         mode=None,
+        job=SimpleNamespace(config_name="big"),
         overrides=SimpleNamespace(task=["experiment=mine", "pretrained=true"]),
     )
     hydra = SimpleNamespace(initialized=lambda: True, get=lambda: typed)
@@ -196,3 +207,9 @@ def test_commands_keep_the_folder_of_configs_that_was_typed(out: Path, monkeypat
     advice.advise_explaining(out)
     with_configs = [one.strip() for one in said if "--config-dir '/my configs'" in one]
     assert [one.split()[:2] for one in with_configs] == 2 * [["freqprune", "prune"]] + 2 * [["freqprune", "explain"]]
+    assert all("--config-name big" in one for one in with_configs)
+    said.clear()
+    advice.advise("train", out, {})
+    # By what trains nothing is pruned.
+    assert len([one for one in said if "--config-dir" in one]) == 2
+    assert not any("--config-name" in one for one in said)

@@ -33,6 +33,7 @@ EXPLAIN = "freqprune/jobs/as_explain.py"
     [
         (["epochs=3"], "epochs is not a setting; did you mean finetune.epochs"),
         (["+epochs=3"], "epochs is not a setting; did you mean finetune.epochs"),
+        (["trainer.epochs=3"], "did you mean trainer.max_epochs or finetune.epochs"),
         (["optimizer.lrr=3"], "optimizer.lrr is not a setting; did you mean optimizer.lr?"),
         (["trainer.max_epoch=3"], "did you mean trainer.max_epochs?"),
         (["model=resnet32", "model.depht=5"], "model.depht is not a setting"),

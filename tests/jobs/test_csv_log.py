@@ -97,7 +97,9 @@ def test_lines_of_an_earlier_run_end_where_the_new_one_begins(tmp_path: Path) ->
     second.log_metrics({"lr-SGD/pg1": 0.2}, step=2)
     second.log_metrics({"epoch": 2, "loss": 7.0}, step=2)
     assert lines(tmp_path) == [
+        {"step": 0, "lr-SGD/pg1": 0.1},
         {"step": 0, "epoch": 0, "loss": 10.0},
+        {"step": 1, "lr-SGD/pg1": 0.1},
         {"step": 1, "epoch": 1, "loss": 11.0},
         {"step": 2, "lr-SGD/pg1": 0.2},
         {"step": 2, "epoch": 2, "loss": 7.0},

@@ -400,6 +400,14 @@ def test_half_a_file_of_an_earlier_explanation_is_written_anew(left: bytes, imag
         assert found["names"].tolist() == ["1_a"]
 
 
+def test_a_run_is_no_folder_to_explain_into(images: Path, tmp_path: Path) -> None:
+    for name, content in (("run.json", "{}"), ("metrics.json", '{"finished": true}')):
+        (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=r"holds a run of train or prune.* hydra\.run\.dir=.*explain"):
+        explain(asked(tmp_path, f"images={images}", "pretrained=true"))
+    assert (tmp_path / "run.json").read_text() == "{}"
+
+
 def test_names_are_cut_between_characters() -> None:
     name = _short("名" * 80)
     assert name == "名" * 66

@@ -270,7 +270,8 @@ def test_a_new_run_leaves_what_is_not_of_an_earlier_one(tmp_path: Path) -> None:
         name: tmp_path / name / "checkpoints" / "last.ckpt"
         for name in ("finetune", "from_scratch", "step1", "step_lr_study", "checkpoints")
     }
-    for file in (*files.values(), tmp_path / "pruned.ckpt"):
+    of_a_cut = [tmp_path / name for name in ("pruned.ckpt", "model.onnx", "model.int8.onnx", "model.pt2")]
+    for file in (*files.values(), *of_a_cut):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("")
     for logged in ("hparams.yaml", "metrics.csv", "metrics.jsonl"):
@@ -278,7 +279,7 @@ def test_a_new_run_leaves_what_is_not_of_an_earlier_one(tmp_path: Path) -> None:
     begin_anew(tmp_path)
     assert not (tmp_path / "from_scratch").exists()
     assert {name for name, file in files.items() if file.is_file()} == {"step_lr_study", "checkpoints"}
-    assert not (tmp_path / "pruned.ckpt").exists()
+    assert not any(file.exists() for file in of_a_cut)
 
 
 @pytest.mark.parametrize("where", ["pruned.ckpt", "finetune/checkpoints/last.ckpt", "step2/checkpoints/last.ckpt"])

@@ -10,7 +10,7 @@ import pytest
 
 from freqprune.errors import InputError
 from freqprune.jobs.launch import world_size
-from freqprune.jobs.launched import launched, run_id
+from freqprune.jobs.launched import launched, named_by_launcher, run_id
 from freqprune.jobs.settings import read
 from freqprune.jobs.trainers import chosen_device, evaluator
 from tests.jobs.small import config
@@ -45,6 +45,15 @@ def test_a_run_folder_has_one_name_in_all_processes(told: Any, tmp_path: Path) -
     assert run_id() == time.strftime("%Y-%m-%d_%H-%M-%S-250", time.localtime(1e9))
     told(**{**TORCHRUN, "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "cut"})
     assert run_id() == "cut"
+
+
+def test_a_second_start_under_the_same_name_is_refused(told: Any, tmp_path: Path) -> None:
+    """On several machines processes meet by a name, and so is their folder called."""
+    told(**{**TORCHRUN, "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "cut"})
+    assert named_by_launcher(tmp_path / "cut")
+    assert not named_by_launcher(tmp_path / "typed")
+    told()
+    assert not named_by_launcher(tmp_path / "cut")
 
 
 def test_each_process_has_a_device_of_its_own(told: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -291,6 +291,7 @@ def test_a_training_that_goes_on_leaves_no_cut_of_the_network_as_it_was(
     names = {"metrics.json", "filters.csv", "pruned.ckpt", "training.json"}
     for name in names:
         (tmp_path / name).write_text("{}")
+    of_the_cut = (tmp_path / "run.json").write_text('{"settings": {"of": "the cut"}}')
     monkeypatch.setattr(Classifier, "training_step", killed)
     # With no epoch left it is the test that comes next.
     monkeypatch.setattr("freqprune.jobs.train._tested", killed)
@@ -299,7 +300,19 @@ def test_a_training_that_goes_on_leaves_no_cut_of_the_network_as_it_was(
         train(config("train", tmp_path, f"trainer.max_epochs={epochs}", f"ckpt_path={ckpt}"))
     left = {name for name in names if (tmp_path / name).is_file()}
     assert left == ({"pruned.ckpt"} if epochs == 2 else names)
+    # Of a cut that stays the record does, too.
+    assert ((tmp_path / "run.json").stat().st_size == of_the_cut) == (epochs == 1)
     assert (tmp_path / "importance.csv").is_file()
+
+
+def test_checkpoints_of_an_earlier_start_are_not_removed(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr("freqprune.jobs.train.named_by_launcher", lambda folder: folder == tmp_path)
+    with pytest.raises(InputError, match="holds the checkpoints of an earlier start: go on with ckpt_path="):
+        train(config("train", tmp_path))
+    assert (tmp_path / "checkpoints" / "last.ckpt").is_file()
 
 
 def test_a_training_follows_its_seed(tmp_path: Path) -> None:

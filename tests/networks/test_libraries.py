@@ -47,16 +47,20 @@ def cached(cache: Path, kind: str, **arguments: object) -> nn.Module:
         ("squeezenet1_1", "classifier.1", {}),
         ("shufflenet_v2_x0_5", "fc", {}),
         ("googlenet", "fc", {"init_weights": False}),
+        ("inception_v3", "fc", {"init_weights": False}),
     ],
 )
 def test_weights_of_torchvision(
     cache: Path, tmp_path: Path, kind: str, head: str, arguments: dict[str, object]
 ) -> None:
-    dense, x = cached(cache, kind, **arguments), torch.rand(2, 3, 64, 64)
+    dense, x = cached(cache, kind, **arguments), torch.rand(2, 3, 80, 80)
     name = f"torchvision/{kind}"
     net = build_model({"name": name, "weights": "DEFAULT"}).eval()
-    if kind == "googlenet":
+    if kind in ("googlenet", "inception_v3"):
         dense.transform_input = True
+        # Classifiers that help in training only do not come along, nor if that is said.
+        assert not any("aux" in child.lower() for child, _ in net.named_children())
+        build_model({"name": name, "weights": "DEFAULT", "aux_logits": False})
     with torch.no_grad():
         torch.testing.assert_close(net(x), dense(x))
     for kept in (net, build_model({"name": name, "weights": "DEFAULT", "num_classes": 7}).eval()):
@@ -169,6 +173,16 @@ def test_names_that_timm_has_given_up_and_networks_of_others_in_it() -> None:
 
 
 @NO_TIMM
+def test_what_cannot_be_had_of_timm_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("timm")
+    with pytest.raises(InputError, match=r"timm has no weights of vovnet39a; leave model\.pretrained out"):
+        build_model({"name": "timm/vovnet39a", "pretrained": True})
+    found = preprocessing({"name": "timm/dm_nfnet_f0", "pretrained": True})
+    assert found is not None
+    assert found.resize == 213
+    assert "squashed to 213 x 213 pixels, of which the middle 192 x 192 is cut out" in caplog.text
+
+
 def test_images_are_squashed_where_the_weights_ask_for_it() -> None:
     found = preprocessing({"name": "timm/eva02_base_patch14_448", "pretrained": True})
     assert found is not None

@@ -119,10 +119,10 @@ class Several(nn.Module):
     def forward(self, x: Tensor) -> Any:
         same, other = self.a(x), self.b(x)
         return {"list": [same, other], "tuple": (same, other), "dict": {"a": same, "b": other},
-                "nested": [same, {"b": (other,)}]}[self.kind]  # fmt: skip
+                "nested": [same, {"b": (other,)}], "values": {"a": same, "b": other}.values()}[self.kind]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["list", "tuple", "dict", "nested"])
+@pytest.mark.parametrize("kind", ["list", "tuple", "dict", "nested", "values"])
 def test_every_answer_of_a_network_is_compared(kind: str) -> None:
     net = Several(kind).eval()
     wrong = copy.deepcopy(net)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from freqprune.errors import InputError
 from freqprune.networks import profiling
@@ -104,6 +105,39 @@ def test_choose() -> None:
     ):
         with pytest.raises(InputError, match=message):
             plan.choose(*patterns)
+
+
+def test_networks_of_streams_alone_are_told_what_takes_them() -> None:
+    class Sums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 1), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.relu(self.a(x) + self.b(x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+    plan = Plan(Sums(), X)
+    for exclude in (None, ["head"]):
+        with pytest.raises(InputError, match=r"no layer can be pruned alone: .*\(pruning\.streams=true\)|matches none"):
+            plan.choose(exclude=exclude)
+    assert plan.choose(streams=True) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "call", [lambda self, x: F.prelu(x, self.own), lambda self, x: torch.maximum(x, self.own[:, None, None])]
+)
+def test_parameters_of_no_layer_are_not_cut(call: Any) -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.own = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3), nn.Parameter(torch.full((8,), 0.25))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(call(self, self.a(x))).mean((2, 3))  # type: ignore[no-any-return]
+
+    plan = Plan(Own().eval(), X)
+    assert not plan.layers
+    assert not plan.streams
 
 
 @pytest.mark.parametrize("shortcut", ["A", "B"])

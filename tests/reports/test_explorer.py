@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from freqprune import Amount, InputError, Plan, build_model, select, tag
+from freqprune import Amount, InputError, Plan, build_model, scores, select, tag
+from freqprune.pruning import Evidence
 from freqprune.reports import filters_of, trial_of, write_explorer
 from freqprune.reports.explorer import SCRIPTS
 from freqprune.reports.filters import Filters
@@ -39,6 +40,10 @@ def test_what_cannot_be_tried_or_shown_is_said(
         trial_of(plan, response, "snr", {})
     with pytest.raises(InputError, match="there are no filters to explore"):
         write_explorer(tmp_path, "nothing", [], STIMULUS)
+    found = trial_of(plan, response, components=["f1"]).scores["amplitude"]
+    expected = scores("amplitude", Evidence(plan.model, response, ["f1"], graph=plan.graph), list(plan.layers))
+    for name, values in expected.items():
+        assert torch.equal(torch.as_tensor(found[name]), values)
     other = filters_of(tag(plan.model, plan.example, STIMULUS, layers=["conv1"]))
     with pytest.raises(InputError, match="the layers at all times have to be the same"):
         write_explorer(tmp_path, "two", [other, explored[0]], STIMULUS)

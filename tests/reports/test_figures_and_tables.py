@@ -249,11 +249,12 @@ def test_results_of_other_settings_do_not_stay(tmp_path: Path) -> None:
 
 def test_pages_of_other_settings_do_not_stay_either(tmp_path: Path) -> None:
     settings = {"output_dir": str(tmp_path), "resume": None, "ckpt_path": None, "ckpt": None}
-    page, figure = tmp_path / "report.html", tmp_path / "figures" / "kept_per_layer.png"
+    figure, of_a_cut = (tmp_path / "figures" / f"{name}.png" for name in ("training_curves", "kept_per_layer"))
+    page = tmp_path / "report.html"
     figure.parent.mkdir()
 
     def left(*results: str, **changed: object) -> bool:
-        for path in (page, figure, tmp_path / record.METRICS):
+        for path in (page, figure, of_a_cut, tmp_path / record.METRICS):
             path.write_text("{}")
         record.write(tmp_path, OmegaConf.create({**settings, **changed}), results)
         assert page.exists() == figure.exists()
@@ -263,10 +264,21 @@ def test_pages_of_other_settings_do_not_stay_either(tmp_path: Path) -> None:
     # An explanation has no such results.
     assert left(seed=0)
     assert left(record.METRICS, *record.PAGES, seed=0)
+    assert of_a_cut.exists()
     assert not left(record.METRICS, *record.PAGES, seed=1)
     # Of the training whose network is pruned.
     assert left(record.METRICS, *record.PAGES, seed=2, ckpt=str(tmp_path / "checkpoints" / "last.ckpt"))
     assert not (tmp_path / record.METRICS).exists()
+    # They show a cut that this is not.
+    assert not of_a_cut.exists()
+
+
+def test_long_labels_are_told_apart_in_figures() -> None:
+    ends = "layers [layer1.0.conv1,layer2.0.conv1,{},layer3.4.conv1,layer3.4.conv2]"
+    names = [ends.format(one) for one in ("layer2.1.conv1", "layer2.2.conv1")]
+    figure = run_figures.medians_over_depth({name: {"a": 1.0, "b": 2.0} for name in names}, "SNR")
+    _, labels = figure.axes[0].get_legend_handles_labels()
+    assert len(set(labels)) == 2
 
 
 def test_a_file_lies_in_a_folder_by_its_name_or_where_links_lead(tmp_path: Path) -> None:

@@ -182,6 +182,15 @@ def test_epochs_that_were_tagged_otherwise_are_not_shown(response: TagResponse, 
     assert len(filters_over_epochs(path, STIMULUS, "snr")) == 3
     write_importance(path, 3, response, found, verdict, criterion="amplitude")
     assert [one.label for one in filters_over_epochs(path, STIMULUS, "snr")] == ["epoch 4"]
+    # So does one that reads other components, or judges otherwise.
+    path.unlink()
+    last = 3
+    for components, alpha in (("all", 0.001), (["f1"], 0.001), (["f1"], 0.1)):
+        judged = {"components": components, "judged": {"alpha": alpha}}
+        for n_epochs in (1, 2):
+            last += 1
+            write_importance(path, last, response, found, verdict, criterion="amplitude", judged=judged)
+            assert len(filters_over_epochs(path, STIMULUS, "snr")) == n_epochs
 
 
 def test_epochs_that_were_read_otherwise_are_not_shown_beside(response: TagResponse, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from omegaconf import OmegaConf
 
 from freqprune.errors import InputError
 from freqprune.jobs import cli
-from freqprune.reports import sweeps
+from freqprune.reports import record, sweeps
 from freqprune.reports.record import failures_kept, is_finished
 from freqprune.reports.sweep_jobs import check_goes_on, commands_of, counted_once, planned, read_sweep, told_apart
 from freqprune.reports.sweeps import gather, grouped, table
@@ -277,6 +278,23 @@ def test_a_sweep_does_not_start_over_the_jobs_of_another(sweep: Path) -> None:
     check_goes_on(sweep, ["data=digits", "compile=false", "importance=snr", "seed=0,1,2"])
     with pytest.raises(InputError, match="0 holds a finished job of another sweep"):
         check_goes_on(sweep, ["data=digits", "compile=false", "importance=random", "seed=0"])
+
+
+def test_a_job_that_was_finished_by_resume_is_of_its_sweep(sweep: Path) -> None:
+    again = ["data=digits", "compile=False", "importance=snr", "seed=1", f"resume={sweep / '1'}"]
+    OmegaConf.save(OmegaConf.create(again), sweep / "1" / ".hydra" / "overrides.yaml")
+    for number in (0, 1):
+        resumed = str(sweep / "1") if number else None
+        record.write_json(sweep / str(number) / record.RUN, {"settings": {"seed": number, "resume": resumed}})
+    check_goes_on(sweep, ["data=digits", "compile=false", "importance=snr,l2,random", "seed=0,1"])
+    assert [len(group.jobs) for group in grouped(read_sweep(sweep)) if group.settings["importance"] == "snr"] == [2]
+
+
+def test_commands_of_configs_of_ones_own_are_read(sweep: Path) -> None:
+    typed = ["--config-dir", "/my configs", "--config-name", "big", "seed=0"]
+    record.write_json(sweep / "0" / record.RUN, {"command": f"freqprune prune {shlex.join(typed)}"})
+    assert next(one for one in read_sweep(sweep) if one.name == "0").overrides == {"seed": "0"}
+    assert commands_of(sweep)[0].startswith("freqprune prune --config-dir '/my configs' --config-name big -m ")
 
 
 def test_a_parent_folder_counts_the_jobs_of_every_sweep(sweep: Path, tmp_path: Path) -> None:

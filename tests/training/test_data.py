@@ -50,6 +50,18 @@ def test_image_folder_reads_pixels_exactly(tmp_path: Path) -> None:
     assert data.split("test").labels[23] == 1
 
 
+def test_hidden_copies_are_no_images(tmp_path: Path) -> None:
+    write_tree(tmp_path)
+    first = tmp_path / "train" / "class0" / "00.png"
+    for copy, content in ((".ipynb_checkpoints/00-checkpoint.png", first.read_bytes()), ("._00.png", b"of a Mac")):
+        (first.parent / copy).parent.mkdir(exist_ok=True)
+        (first.parent / copy).write_bytes(content)
+    (tmp_path / "train" / ".cache").mkdir()
+    data = ImageFolderData(tmp_path, val_fraction=0.25)
+    assert data.split("train").labels.bincount().tolist() == [15, 15]
+    assert data.classes == ("class0", "class1")
+
+
 def test_folders_named_by_the_number_of_their_class(tmp_path: Path) -> None:
     """A part of the classes, others in train than in test, one image each: such as ImageNet's validation images."""
     rng = np.random.default_rng(0)
@@ -248,6 +260,13 @@ def test_bad_folders(how: str, message: str, tmp_path: Path) -> None:
     damage(tmp_path, how)
     with pytest.raises(InputError, match=message):
         ImageFolderData(tmp_path).setup()
+
+
+def test_too_few_images_to_hold_some_out_of_each_class() -> None:
+    images = Images(torch.zeros(90, 1, 1, 1, dtype=torch.uint8), torch.arange(10).repeat(9))
+    with pytest.raises(InputError, match=r"90 images of 10 classes .*\(data.val_fraction=0.12\), or none"):
+        stratified_split(images, 0.1, seed=0)
+    assert len(stratified_split(images, 0.12, seed=0)[1]) == 11
 
 
 def test_no_folder(tmp_path: Path) -> None:
