@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -132,12 +133,18 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any], device: tor
 
     Removing filters shifts what the following layers see; this takes no gradient step. Modes are restored, after an
     error momenta and statistics too. Batches count alike, whatever their size: let them be as equal as can be.
+
+    Raises:
+        InputError: without batches.
     """
+    given = iter(batches)
+    if (leading := next(given, None)) is None:
+        raise InputError("re-estimating batch norms needs batches of images, got none")
     modes = {module: module.training for module in model.modules()}
     norms = [module for module in modes if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     before = [(norm, norm.momentum, [b.clone() for b in norm.buffers(recurse=False)]) for norm in norms]
     try:
-        update_bn(batches, model, device=device)
+        update_bn(itertools.chain([leading], given), model, device=device)
     except BaseException:
         for norm, momentum, buffers in before:
             norm.momentum = momentum

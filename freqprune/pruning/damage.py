@@ -127,11 +127,12 @@ def _go_on(
         if layer is None:
             return without_channels(node, muted[node], read) if node in muted else PLAIN
         bias: Any = layer.bias
-        given = bias_of(node)
-        if given is not None and not own_bias(trace, node):
-            # The forward makes it of other parameters: the layer's has, beside its own, the constant alone.
+        if not own_bias(trace, node):
+            # The forward makes it of other parameters, or adds it later: the layer's has, beside its own, the constant
+            # alone.
             own = next((fixed[at] for at in fixed if trace.source(at) == f"{name}.bias"), 0.0)
-            bias = bias - own + read(given)
+            given = bias_of(node)
+            bias = bias - own + (0.0 if given is None else read(given))
         return node.target(read(node.args[0]), layer.weight, bias, *node.args[3:])
 
     for _ in trace.walk(values, fixed, instead, nodes):

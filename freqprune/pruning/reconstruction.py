@@ -56,13 +56,17 @@ def reconstruct(
     twin = walk.twin_net
     walk.remark_on_samples()
     with torch.no_grad():
-        if walk.error() > walk.error_of(muted):
+        if not walk.error() <= walk.error_of(muted):
             walk.remarks.append(
                 "making up for the cut in sequence brought the answers no closer to the dense network's on the "
                 "calibration images: the weights are left as the cut left them"
             )
             twin = muted
     twin.train(model.training)
+    if _is_half(model):
+        narrow = copy.deepcopy(model)
+        narrow.load_state_dict(twin.state_dict())
+        twin = narrow
     return twin, walk.remarks
 
 
@@ -88,6 +92,9 @@ def _walked(
     if not batches:
         raise InputError("making up for a cut needs calibration images: pass Material(calibration=...)")
     check_answers(model, batches[0])
+    if _is_half(model):
+        # Sums of squares of what half precision holds overflow in it.
+        model, batches = copy.deepcopy(model).float(), [batch.float() for batch in batches]
     twin, muted = (copy.deepcopy(model).eval() for _ in range(2))
     mute(muted, silenced)
     with torch.no_grad():
@@ -118,6 +125,10 @@ def _walked(
             walk.step(node)
         trace.check(model, walk.batches[0], walk.dense[trace.exit][0], "use pruning.compensation=least_squares")
     return walk, muted
+
+
+def _is_half(model: nn.Module) -> bool:
+    return any(one.dtype in (torch.float16, torch.bfloat16) for one in model.parameters())
 
 
 def mute(model: nn.Module, silenced: Mapping[str, Sequence[int]]) -> None:

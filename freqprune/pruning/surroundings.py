@@ -83,10 +83,11 @@ def bias_of(node: Node) -> Any:
 
 
 def own_bias(trace: Trace, node: Node) -> str | None:
-    """Name of the bias that a layer's operation adds, if it is the layer's own parameter: a forward may compute one of
-    parameters elsewhere."""
-    name = f"{trace.layers[node]}.bias"
-    return name if trace.source(bias_of(node)) == name else None
+    """Name of the bias that a layer's operation adds, if it is a parameter of the layer alone: a forward may compute
+    one of parameters elsewhere."""
+    bias, name = bias_of(node), f"{trace.layers[node]}.bias"
+    # One that other layers add as well cannot move for one of them.
+    return name if trace.source(bias) == name and len(bias.users) == 1 else None
 
 
 def constant_in(trace: Trace, node: Node, norm: Node | None) -> tuple[str, int] | None:

@@ -116,7 +116,7 @@ def tag(
     sites = find_sites(model, prepare(images[:1]), pick_layers(model, layers), where)
     folds = find_folds(model, prepare(images[:1]), sites)
     warn_of_batches(model)
-    limit = frames_a_batch or frames_that_fit(images[0].numel(), device)
+    limit = frames_a_batch or frames_that_fit(images[0, 0].numel(), device)
 
     names = [site.layer for site in sites]
     first, inverse = stimulus.distinct_frames
@@ -172,13 +172,13 @@ def tag(
     return TagResponse(stimulus, noise_std, n_images, average, spatial, precision, found)
 
 
-def frames_that_fit(n_values: int, device: torch.device) -> int:
+def frames_that_fit(n_pixels: int, device: torch.device) -> int:
     """Frames a batch: a quarter of an accelerator's free memory, 64 MB on a CPU, where larger batches fall out of its
     caches.
 
     A frame is taken to need 64 maps of the input's resolution in float32, once.
     """
-    return max(1, budget_for(device, 2**26) // (n_values * 64 * 4 // 3))
+    return max(1, budget_for(device, 2**26) // (n_pixels * 64 * 4))
 
 
 def budget_for(device: torch.device, of_cpu: int) -> int:

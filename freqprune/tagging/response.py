@@ -115,14 +115,14 @@ class TagResponse:
         """Power SNR against `n_neighbours` bins on each side after `skip`, predicted responses left out; NaN where
         `snr` is, see `why_no_snr`; see `freqprune.tagging.spectrum.power_ratio`."""
         ratio = power_ratio(self._noisy_power(layer), self._bins(which), n_neighbours, skip, self._predicted)
-        return torch.where(self._silent(layer) | self._noise_free(layer, which), torch.nan, ratio)
+        return torch.where(self._noise_free(layer, which), torch.nan, ratio)
 
     def z_score(self, layer: str, which: Sequence[str] | str = "fundamentals", n_neighbours: int = 10) -> Tensor:
         """Standard deviations above `n_neighbours` noise bins on each side, predicted responses left out, ``(n_filters,
         n_components)``; NaN where `snr` is, see `why_no_snr`."""
         noisy = self._noisy_amplitude(layer)
         z = z_score(noisy, self._bins(which), range(1, n_neighbours + 1), self._predicted)
-        return torch.where(self._silent(layer) | self._noise_free(layer, which), torch.nan, z)
+        return torch.where(self._noise_free(layer, which), torch.nan, z)
 
     def corrected_amplitude(self, layer: str, which: Sequence[str] | str = "harmonics") -> Tensor:
         """Amplitude less that of the noise bins, summed over components, ``(n_filters,)`` (Retter, Rossion & Schiltz

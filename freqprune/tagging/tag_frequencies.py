@@ -3,10 +3,9 @@ hold nothing but noise."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-
-import numpy as np
 
 from freqprune.errors import InputError
 from freqprune.tagging.components import NEIGHBOURS, collision
@@ -15,6 +14,10 @@ from freqprune.tagging.components import NEIGHBOURS, collision
 def cycles_of(tag_freqs: Sequence[float], frame_rate: float, n_frames: int) -> tuple[int, ...]:
     """Cycles of each tag in the recording, which is also its bin in the spectrum."""
     return tuple(round(f * n_frames / frame_rate) for f in tag_freqs)
+
+
+def _is_whole(cycles: float) -> bool:
+    return abs(cycles - round(cycles)) <= 1e-9 * max(1.0, cycles)
 
 
 def check_tag_freqs(tag_freqs: Sequence[float], frame_rate: float, n_frames: int, max_order: int) -> None:
@@ -32,30 +35,32 @@ def check_tag_freqs(tag_freqs: Sequence[float], frame_rate: float, n_frames: int
         if not (math.isfinite(freq) and freq > 0):
             raise InputError(f"tag_freqs[{i}] must be a positive frequency in Hz, got {freq}")
         if freq >= nyquist:
-            highest = math.ceil(nyquist / resolution - 1) * resolution
+            highest = (n_frames - 1) // 2 * resolution
             raise InputError(
                 f"tag_freqs[{i}] = {freq:g} Hz is not below the Nyquist frequency frame_rate / 2 = {nyquist:g} Hz; "
                 f"use at most {highest:.12g}, or a frame_rate above {2 * freq:g}"
             )
         cycles = freq / resolution
-        if abs(cycles - round(cycles)) > 1e-9 * max(1.0, cycles):
+        if not _is_whole(cycles):
             low, high = math.floor(cycles) * resolution, math.ceil(cycles) * resolution
             near = " or ".join(f"{f:.12g}" for f in (low, high) if 0 < f < nyquist)
-            frames = next(
-                (n for n in range(n_frames, 20 * n_frames + 1) if abs(freq * n / frame_rate % 1) < 1e-9),
-                None,
-            )
+            frames = next((n for n in range(n_frames, 20 * n_frames + 1) if _is_whole(freq * n / frame_rate)), None)
             longer = f", or n_frames = {frames}" if frames else ""
             raise InputError(
                 f"tag_freqs[{i}] = {freq:g} Hz is not on a bin (1 / duration = {resolution:g} Hz); use {near}{longer}"
             )
     for i, freq in enumerate(tag_freqs):
         if freq in tag_freqs[:i]:
-            taken = set(cycles_of(tag_freqs, frame_rate, n_frames))
-            free = [n for n in range(1, math.ceil(n_frames / 2)) if n not in taken]
+            cycles_of_all = cycles_of(tag_freqs, frame_rate, n_frames)
+            free = [n for n in range(1, math.ceil(n_frames / 2)) if n not in cycles_of_all]
             # Three bins up if that is free: a bin of noise on each side lies between.
-            wanted = round(freq / resolution) + 3
-            other = min(free, key=lambda n: abs(n - wanted), default=None)
+            near_first = sorted(free, key=lambda n: abs(n - round(freq / resolution) - 3))
+            clear = (
+                n
+                for n in near_first
+                if not collision((*cycles_of_all[:i], n, *cycles_of_all[i + 1 :]), n_frames, max_order)
+            )
+            other = next(clear, near_first[0] if near_first else None)
             such = "" if other is None else f", such as {other * resolution:.12g} Hz"
             raise InputError(
                 f"tag_freqs[{i}] = {freq:g} Hz is also the frequency of part {tag_freqs.index(freq) + 1}; a "
@@ -75,12 +80,13 @@ def check_tag_freqs(tag_freqs: Sequence[float], frame_rate: float, n_frames: int
 def _nearest_clear(
     cycles: tuple[int, ...], n_frames: int, resolution: float, max_order: int
 ) -> tuple[float, ...] | None:
-    """Closest tag frequencies with clear noise bins, moving the tags by up to 8 bins."""
-    moves = range(-8, 9)
-    grid = np.stack(np.meshgrid(*[moves] * min(len(cycles), 2), indexing="ij"), -1).reshape(-1, min(len(cycles), 2))
-    grid = np.pad(grid, ((0, 0), (0, len(cycles) - grid.shape[1])))
-    for shift in grid[np.argsort(np.abs(grid).sum(1), kind="stable")]:
-        moved = tuple(int(c + s) for c, s in zip(cycles, shift, strict=True))
+    """Closest tag frequencies with clear noise bins, moving any two of the tags by up to 8 bins."""
+    n_moved = min(len(cycles), 2)
+    moves = list(itertools.product(range(-8, 9), repeat=n_moved))
+    tries = itertools.product(itertools.combinations(range(len(cycles)), n_moved), moves)
+    for which, by in sorted(tries, key=lambda one: sum(map(abs, one[1]))):
+        shifts = dict(zip(which, by, strict=True))
+        moved = tuple(c + shifts.get(i, 0) for i, c in enumerate(cycles))
         legal = min(moved) > 0 and 2 * max(moved) < n_frames and len(set(moved)) == len(moved)
         if legal and not collision(moved, n_frames, max_order):
             return tuple(c * resolution for c in moved)

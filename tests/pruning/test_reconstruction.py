@@ -459,3 +459,65 @@ def test_it_counts_once_in_the_measured_change_of_the_logits_too() -> None:
     copies, everything = logit_errors(net, {"b": (weight, moments["b"], columns)}, order, [4, 8], [x], Trace(net, x))
     assert float(copies) < 1e-6
     assert float(everything) > 1e-6
+
+
+class Late(nn.Linear):
+    """Adds its bias after the product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) + self.bias
+
+
+def test_a_bias_that_is_added_after_the_product_counts_once_in_the_change_of_the_logits() -> None:
+    class AddsLater(Elsewhere):
+        def __init__(self) -> None:
+            super().__init__()
+            self.b = Late(8, 6)
+            nn.init.constant_(self.b.bias, 3.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.b(F.relu(self.a(x.flatten(2).transpose(1, 2))))
+            return self.head(F.relu(self.c(F.relu(x))).mean(1))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    net, x = AddsLater().eval(), images(8)
+    double(net.a)
+    moments = input_moments(net, ["b"], [x], n_positions=None)
+    given = {"b": (net.b.weight.detach(), moments["b"], torch.arange(8)[:, None])}
+    order = torch.tensor([4, 5, 6, 7, 0, 1, 2, 3])
+    copies, everything = logit_errors(net, given, order, [4, 8], [x], Trace(net, x))
+    assert float(copies) < 1e-6
+    assert float(everything) > 1e-6
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_a_bias_of_two_layers_stays_as_it_is(rounds: int) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p, self.q, self.a, self.b = (nn.Conv2d(n, 8, 1) for n in (3, 8, 8, 8))
+            self.b.bias, self.head = self.a.bias, nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in (self.p, self.q, self.a, self.b):
+                x = F.relu(layer(x))
+            return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    net, batches = Tied().eval(), equal_batches([images()], 8)
+    twin, _ = reconstruct(net, {"q": [4, 5, 6, 7]}, batches, replace(EXACT, rounds=rounds))
+    assert torch.equal(twin.a.bias, net.a.bias)
+    assert torch.equal(twin.b.bias, net.a.bias)
+    assert not torch.equal(twin.a.weight, net.a.weight)
+
+
+def test_networks_in_half_precision_are_made_up_for_as_well_as_others() -> None:
+    net, unit, n_kept = residual(False)
+    net, batches = net.eval(), equal_batches([images() * 300], 8)
+    gone = Plan(net, batches[0]).silenced({unit: torch.arange(n_kept - 2)})
+    exact, _ = reconstruct(net, gone, batches, replace(EXACT, rounds=3))
+    half, _ = reconstruct(copy.deepcopy(net).half(), gone, [one.half() for one in batches], replace(EXACT, rounds=3))
+    assert {one.dtype for one in half.parameters()} == {torch.float16}
+    with torch.no_grad():
+        expected, new = net(batches[0]), half.float()(batches[0])
+        assert float((new - expected).square().sum()) < 1.2 * float((exact(batches[0]) - expected).square().sum())

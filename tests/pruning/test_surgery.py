@@ -107,6 +107,14 @@ def test_choose() -> None:
             plan.choose(*patterns)
 
 
+def test_batch_norms_stay_where_there_is_nothing_to_estimate_them_on() -> None:
+    net = build_model({"name": "resnet8"})
+    nn.init.constant_(net.bn1.running_mean, 3.0)
+    with pytest.raises(InputError, match="needs batches of images"):
+        recalibrate_batch_norm(net, [])
+    assert torch.equal(net.bn1.running_mean, torch.full((16,), 3.0))
+
+
 def test_networks_of_streams_alone_are_told_what_takes_them() -> None:
     class Sums(nn.Module):
         def __init__(self) -> None:

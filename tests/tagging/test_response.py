@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
+from freqprune.networks.registry import build_model
 from freqprune.pruning.criteria import scores
 from freqprune.pruning.importance import Evidence
+from freqprune.tagging.controls import static
 from freqprune.tagging.measurement import tag
 from freqprune.tagging.response import LayerResponse, TagResponse
 from freqprune.tagging.sites import find_sites
@@ -70,6 +72,15 @@ def test_part_preference_and_integration_of_known_filters() -> None:
     amplitude = response.layers["conv"].amplitude[2]
     mixed = amplitude[[c.bin for c in response.components("intermodulation")]].sum()
     assert integration[2] == pytest.approx(float(mixed / (amplitude[12] + amplitude[15])))
+
+
+def test_filters_that_answer_noise_alone_have_z_scores(images: Tensor) -> None:
+    """As under a control without tags, which is to show nothing rather than NaN."""
+    response = tag(build_model({"name": "resnet8"}), images[:2], static(Stimulus()))
+    undefined = response.snr("layer2.0.conv1").isnan()
+    assert not undefined.all()
+    assert torch.equal(response.z_score("layer2.0.conv1").isnan(), undefined)
+    assert torch.equal(response.power_ratio("layer2.0.conv1").isnan(), undefined)
 
 
 def test_any_two_parts_can_be_compared() -> None:

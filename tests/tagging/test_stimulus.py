@@ -200,13 +200,31 @@ def test_frequencies_that_a_message_names_are_taken(frame_rate: float) -> None:
     Stimulus((low, high), frame_rate=frame_rate, max_order=1)
 
 
-@pytest.mark.parametrize(("tag_freqs", "parts"), [((59.0, 59.0), "halves"), ((6.0, 6.0, 7.5, 9.0), "quadrants")])
+@pytest.mark.parametrize(
+    ("tag_freqs", "parts"), [((59.0, 59.0), "halves"), ((14.0, 14.0), "halves"), ((6.0, 6.0, 7.5, 9.0), "quadrants")]
+)
 def test_the_tag_that_is_named_instead_of_a_shared_one_is_free(tag_freqs: tuple[float, ...], parts: str) -> None:
     with pytest.raises(InputError, match="also the frequency") as refused:
         Stimulus(tag_freqs, parts=parts)
     other = float(re.findall(r"such as ([\d.]+) Hz", str(refused.value))[0])
     assert other < 60
     assert other not in tag_freqs
+    if tag_freqs[0] == 14:
+        # Three bins up there would be a clash.
+        Stimulus((tag_freqs[0], other), parts=parts)
+
+
+def test_frequencies_that_a_message_names_are_accepted() -> None:
+    with pytest.raises(InputError, match="use at most") as refused:
+        Stimulus((60.0, 7.5), frame_rate=120, n_frames=208)
+    assert float(re.findall(r"use at most ([\d.]+)", str(refused.value))[0]) < 60
+    with pytest.raises(InputError, match="n_frames = 400"):
+        Stimulus((6.0, 5.1), frame_rate=60, n_frames=240)
+    Stimulus((6.0, 5.1), frame_rate=60, n_frames=400)
+    with pytest.raises(InputError, match="nearest legal") as refused:
+        Stimulus((8.5, 15.5, 19.0, 19.5), parts="quadrants", max_order=2)
+    named = re.findall(r"nearest legal: tag_freqs = \[([^\]]*)\]", str(refused.value))[0]
+    Stimulus(tuple(float(one) for one in named.split(",")), parts="quadrants", max_order=2)
 
 
 @pytest.mark.parametrize(
