@@ -33,7 +33,8 @@ class FilterEffects:
         layer: its name.
         effects: how much a filter raises each logit, ``(n_images, n_filters, n_classes)``.
         standard_error: of the effects, likewise.
-        p_values: of the hypothesis that a filter does nothing, likewise.
+        p_values: of the hypothesis that a filter does nothing, likewise; what another one does in a curve falls on the
+            bins of a few, which more recordings average away.
         interactions: how much more two filters raise the logit of the network's own answer together than one by one,
             ``(n_images, n_filters, n_filters)``.
         interaction_p_values: of the hypothesis that two filters do not interact, not adjusted, likewise.

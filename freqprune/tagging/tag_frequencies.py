@@ -11,6 +11,10 @@ from freqprune.errors import InputError
 from freqprune.tagging.components import NEIGHBOURS, collision
 
 
+# To look for frequencies in; with many parts each takes long.
+MOST_TRIES = 2000
+
+
 def cycles_of(tag_freqs: Sequence[float], frame_rate: float, n_frames: int) -> tuple[int, ...]:
     """Cycles of each tag in the recording, which is also its bin in the spectrum."""
     return tuple(round(f * n_frames / frame_rate) for f in tag_freqs)
@@ -84,7 +88,7 @@ def _nearest_clear(
     n_moved = min(len(cycles), 2)
     moves = list(itertools.product(range(-8, 9), repeat=n_moved))
     tries = itertools.product(itertools.combinations(range(len(cycles)), n_moved), moves)
-    for which, by in sorted(tries, key=lambda one: sum(map(abs, one[1]))):
+    for which, by in sorted(tries, key=lambda one: sum(map(abs, one[1])))[:MOST_TRIES]:
         shifts = dict(zip(which, by, strict=True))
         moved = tuple(c + shifts.get(i, 0) for i, c in enumerate(cycles))
         legal = min(moved) > 0 and 2 * max(moved) < n_frames and len(set(moved)) == len(moved)
