@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from freqprune.errors import InputError
 from freqprune.tagging.components import NEIGHBOURS, collision
 
-
 # To look for frequencies in; with many parts each takes long.
 MOST_TRIES = 2000
 
