@@ -3,13 +3,17 @@
 import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 
+from freqprune.jobs.settings import read
+from freqprune.reports.sweep_jobs import planned
 from tests.conftest import ROOT
 from tests.test_house import WINGS
 
@@ -25,6 +29,30 @@ def test_every_piece_of_code_runs(page: str) -> None:
     for block in blocks:
         # As much with fewer pixels.
         exec(compile(block.replace("torch.rand(4, 3, 64, 64)", "torch.rand(1, 3, 32, 32)"), page, "exec"), scope)
+
+
+def test_commands_of_the_first_page_are_made_of_settings_that_are_there() -> None:
+    text = (ROOT / "README.md").read_text()
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+    jobs = []
+    for line in re.sub(r"<[\w-]+>", "x", blocks).splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["python"] and words[1] in ("train.py", "prune.py"):
+            jobs += [(words[1][:-3], one) for one in planned([word for word in words[2:] if word != "-m"])]
+    assert len(jobs) > 15
+    for program, overrides in jobs:
+        given = [f"{key}={value}" for key, value in overrides.items()]
+        with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
+            read(compose(program, [*given, "output_dir=x"]))
+
+
+def test_choices_that_the_first_page_names_are_there() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    groups = [(group, said) for group, said in rows if (ROOT / "conf" / group).is_dir()]
+    assert len(groups) > 5
+    for group, said in groups:
+        there = {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")}
+        assert there - {"common", "common_listed"} <= {*re.findall(r"\w+", said)}, group
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import os
 import re
 import subprocess
@@ -148,6 +149,39 @@ def test_a_setting_is_a_field_of_its_class_and_a_line_of_its_yaml() -> None:
 
     explaining = OmegaConf.load(ROOT / "conf" / "explain.yaml")
     assert {name for cls in CLASSES for name in _names(cls)} == {*explaining} - {"defaults", "hydra"}
+
+
+def test_defaults_of_the_commands_are_those_of_the_classes() -> None:
+    from freqprune.jobs.settings import _names
+    from freqprune.jobs.values import plain
+    from freqprune.networks import Exports, Latency
+    from freqprune.pruning import Reconstruction
+    from freqprune.tagging import Readout, Stimulus, TagLoss
+
+    common = OmegaConf.load(ROOT / "conf" / "common.yaml")
+    n_compared = 0
+    for cls, said in (
+        (Stimulus, OmegaConf.load(ROOT / "conf" / "tagging" / "halves.yaml")),
+        (Readout, OmegaConf.load(ROOT / "conf" / "tagging" / "halves.yaml")),
+        (TagLoss, OmegaConf.load(ROOT / "conf" / "tag_loss" / "none.yaml")),
+        (Reconstruction, OmegaConf.load(ROOT / "conf" / "pruning" / "filters.yaml")),
+        (Latency, common.latency),
+        (Exports, common.export),
+    ):
+        default = cls()
+        for name in _names(cls):
+            value = getattr(default, name)
+            given = said[name]
+            given = plain(given) if OmegaConf.is_config(given) else given
+            assert given == (list(value) if isinstance(value, tuple) else value), (cls.__name__, name)
+            n_compared += 1
+    assert n_compared > 25
+    explaining = OmegaConf.load(ROOT / "conf" / "explain.yaml")
+    arguments = inspect.signature(freqprune.attribute).parameters
+    shared = arguments.keys() & {*explaining}
+    assert {"grid", "forwards", "steepness", "overlap", "score", "baseline"} <= shared
+    for name in shared - {"images", "mean", "std"}:
+        assert explaining[name] == arguments[name].default, name
 
 
 @pytest.mark.parametrize("name", ["models", "data", "config", "callbacks"])

@@ -69,11 +69,15 @@ def runner() -> ModuleType:
     return module
 
 
+def test_every_tutorial_has_claims_that_are_held() -> None:
+    assert {path.stem for path in TUTORIALS} == {*HOLDS}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
 def test_runs_from_a_clean_kernel_and_holds(path: Path, runner: ModuleType, tmp_path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
-    notebook.cells.append(nbformat.v4.new_code_cell(HOLDS.get(path.stem, "")))
+    notebook.cells.append(nbformat.v4.new_code_cell(HOLDS[path.stem]))
     held = tmp_path / path.name
     nbformat.write(notebook, held)
     runner.executed(held, str(tmp_path))

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from freqprune import Amount, Material, Recipe, Stimulus, cut
 from freqprune.attribution import filters
+from freqprune.attribution.effects import estimate
 from freqprune.attribution.filters import FilterEffects, filter_effects
 from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
@@ -48,6 +49,27 @@ def test_the_effect_is_what_leaving_a_filter_out_takes_away(net: nn.Module) -> N
     assert found.interactions.abs().max() < 1e-4
 
 
+def test_effects_are_as_sure_as_half_of_the_frames_say() -> None:
+    """An even number of filters together lie in bins of their own, which errors do not count."""
+
+    class Curved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(3 * self.head(torch.relu(self.conv(x)).mean((2, 3))))
+
+    model = Curved().eval()
+    found = filter_effects(model, IMAGES[:1], "conv", forwards=96)
+    design, answers, n_frames, _ = next(filters._recordings(model, IMAGES[:1], "conv", 96))
+    expected = estimate(design, answers, n_frames)
+    for one, other in zip((found.effects, found.standard_error, found.p_values), expected, strict=True):
+        torch.testing.assert_close(one[0], other.T)
+    assert found.standard_error.min() > 0
+    assert not torch.allclose(found.standard_error[0], estimate(design, answers)[1].T, rtol=0.01)
+
+
 def test_two_filters_that_work_together(net: nn.Module) -> None:
     """The product of filters 1 and 4 is added to all logits alike, at the largest of which pairs are read."""
 
@@ -58,7 +80,7 @@ def test_two_filters_that_work_together(net: nn.Module) -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             one = self.conv(x).mean((2, 3))
-            return (one[:, 1] * one[:, 4])[:, None] * torch.tensor([1.0, 0.5])
+            return (one[:, 1] * one[:, 4])[:, None] * torch.tensor([0.5, 1.0])
 
     torch.manual_seed(1)
     product = Product().eval()

@@ -6,8 +6,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from freqprune.attribution.effects import estimate, strongest
 from freqprune.attribution.effects import p_values as p_values_of
-from freqprune.attribution.effects import strongest
 from freqprune.attribution.gates import gates, halves, opened, overlapped, waves
 from freqprune.attribution.images import attribute
 from freqprune.attribution.pairs import _projected, find_interactions
@@ -120,3 +120,19 @@ def test_pairs_of_mixed_waves_in_a_grid_against_least_squares() -> None:
         assert float(together[0, 1]) == pytest.approx(2, rel=0.1)
     assert found == 10
     assert alone <= 1
+
+
+def test_an_effect_is_as_sure_as_least_squares_over_odd_bins() -> None:
+    design, generator = designs(4, 6, 0)
+    scores = design @ torch.randn(4, generator=generator).double() + torch.randn(96, generator=generator).double()
+
+    def odd(values: np.ndarray) -> np.ndarray:
+        by_half = values.reshape(6, 2, 8, -1)
+        return (by_half[:, 0] - by_half[:, 1]).reshape(48, -1) / 2
+
+    gates_, y = odd(design.numpy() - 0.5), odd(scores.numpy()[:, None])[:, 0]
+    effects, (rest,), *_ = np.linalg.lstsq(gates_, y)
+    errors = np.sqrt(np.diag(np.linalg.inv(gates_.T @ gates_)) * rest / 44)
+    expected = effects, errors, 2 * stats.t.sf(np.abs(effects / errors), 44)
+    for one, other in zip(estimate(design, scores[:, None], 16), expected, strict=True):
+        np.testing.assert_allclose(one[0], other, rtol=1e-9)

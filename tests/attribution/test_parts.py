@@ -17,7 +17,7 @@ from tests.attribution.test_attribution import IMAGES, OfTiles, tiles_of
 
 
 class Weighted(nn.Module):
-    """Mean of the pixels times weights of their shape."""
+    """Sum of the pixels times weights of their shape."""
 
     def __init__(self, weights: Tensor) -> None:
         super().__init__()
@@ -222,3 +222,15 @@ def test_superpixels_of_grey_images_follow_what_they_show() -> None:
         assert len(disc[0, 0][numbers[0] == part].unique()) == 1
     with pytest.raises(InputError, match="parts = slic takes images of one or three channels, got 2"):
         find_parts(nn.Identity(), torch.rand(1, 2, 8, 8), "slic")
+
+
+def test_images_need_not_be_square() -> None:
+    image, weights = torch.rand(2, 3, 12, 24, generator=torch.Generator().manual_seed(1)).unbind()
+    image = image[None]
+    found = attribute(Weighted(weights), image, 0, grid=(2, 3), forwards=24, baseline="grey")
+    assert (found.parts[0, 11, 0], found.parts[0, 0, 23]) == (3, 2)
+    tiles = ((image[0] - 0.5) * weights).sum(0).reshape(2, 6, 3, 8).sum((1, 3)).flatten()
+    torch.testing.assert_close(found.effects[0], tiles.double(), rtol=1e-4, atol=1e-4)
+    drawn = found.plot(0, image[0]).axes[0].get_images()[0].get_array()
+    assert drawn is not None
+    assert drawn.shape[:2] == (12, 24)

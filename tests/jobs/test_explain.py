@@ -412,3 +412,25 @@ def test_names_are_cut_between_characters() -> None:
     name = _short("名" * 80)
     assert name == "名" * 66
     assert _short("a" * 200) == "a" * 200
+
+
+def test_what_is_asked_for_reaches_the_attribution(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class AskedError(Exception):
+        pass
+
+    seen: dict[str, object] = {}
+
+    def asked_for(*_: object, **given: object) -> None:
+        seen.update(given)
+        raise AskedError
+
+    monkeypatch.setattr("freqprune.jobs.explain.attribute_fine", asked_for)
+    expected = {"refine": 1, "until": 0.5, "steepness": 2.0, "n_segments": 9, "seed": 5, "forwards": 400,
+                "half": "bfloat16", "overlap": 0.3, "score": "probability", "parts": "grid"}  # fmt: skip
+    words = ["grid=[2,4]", *(f"{key}={value}" for key, value in expected.items())]
+    with pytest.raises(AskedError):
+        explain(config("explain", tmp_path, "device=cpu", f"images={images}", "pretrained=true", *words, base=()))
+    assert {key: seen[key] for key in expected} == expected
+    assert seen["grid"] == (2, 4)

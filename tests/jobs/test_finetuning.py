@@ -24,7 +24,9 @@ from freqprune.networks.blocks import Shortcut
 from freqprune.networks.checkpoint import epochs_done, load_network
 from freqprune.networks.exports import Exports
 from freqprune.networks.registry import build_model, register_model
+from freqprune.training.classifier import Classifier
 from tests.jobs.small import config
+from tests.shaken import shaken
 
 
 @pytest.mark.parametrize("blocks", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -416,3 +418,29 @@ def test_only_weights_drawn_anew_see_small_images_first(
     finetune(settings, data, net, net, 1, folder)
     # They begin at half the size by default.
     assert sizes == [16 if grows else 32]
+
+
+def test_fine_tuning_begins_with_what_the_cut_left_and_learns_from_the_dense_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = read(config("prune", tmp_path, "finetune.distill=0.5", "finetune.lr=0.03"))
+    data = assembly.load_data(assembly.data_settings(settings))
+    dense, small = (shaken(build_model({"name": "resnet8"})) for _ in range(2))
+    seen: list[Classifier] = []
+    monkeypatch.setattr(trainers, "fit", lambda trainer, classifier, *_: seen.append(classifier))
+    found, _ = finetune(settings, data, small, dense, 1, "finetune")
+    for name, value in small.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+    assert seen[0].teacher is dense
+    assert (seen[0].distill, seen[0].optimization.lr) == (0.5, 0.03)
+
+
+def test_what_fine_tuning_does_not_set_is_that_of_the_optimizer(tmp_path: Path) -> None:
+    given = {"momentum": 0.5, "weight_decay": 0.01, "label_smoothing": 0.2, "gamma": 0.3, "milestones": [0.4],
+             "decay_norms": False, "nesterov": False, "class_weights": "balanced"}  # fmt: skip
+    found = read(config("prune", tmp_path, *(f"optimizer.{key}={value}" for key, value in given.items()))).finetune
+    assert {key: getattr(found, key) for key in given} == given
+    other = read(
+        config("prune", tmp_path, "optimizer.lr=0.7", "optimizer.warmup_epochs=3", "optimizer.ema=0.9")
+    ).finetune
+    assert (other.lr, other.warmup_epochs, other.ema) == (0.02, 0, 0)

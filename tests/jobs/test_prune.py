@@ -411,3 +411,42 @@ def test_a_cut_follows_the_seed(tmp_path: Path) -> None:
     recipe = read(config("prune", tmp_path, "importance=random", "seed=5")).recipe
     assert recipe is not None
     assert recipe.seed == 5
+
+
+@pytest.mark.parametrize(
+    ("given", "done"),
+    [
+        ((), False),
+        (("pruning.bn_when=after",), True),
+        (("pruning.compensation=none",), True),
+        (("pruning.compensation=none", "pruning.bn_images=0"), False),
+    ],
+)
+def test_norms_are_estimated_anew_but_not_after_a_cut_in_sequence(
+    given: tuple[str, ...], done: bool, tmp_path: Path
+) -> None:
+    settings = read(config("prune", tmp_path, *given))
+    data = assembly.load_data(assembly.data_settings(settings))
+    run, net = Run(settings, data, torch.device("cpu")), build_model({"name": "resnet8"}).eval()
+    before = net.bn1.running_mean.clone()
+    assert run._recalibrate(net) is done
+    images = data.split("train").pixels[:64]
+    with torch.no_grad():
+        expected = net.conv1(data.normalize(images)).mean((0, 2, 3)) if done else before
+    torch.testing.assert_close(net.bn1.running_mean, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("more", [("finetune.epochs=1",), ("finetune.epochs=0",)])
+def test_accuracies_are_those_of_the_network_that_is_written(
+    more: tuple[str, ...], trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    common = (f"ckpt={trained[0] / 'checkpoints' / 'last.ckpt'}", "importance=l2", "pruning.ratio=0.5")
+    cfg = config("prune", tmp_path, *common, "pruning.compensation=none", "data.limit_test=300", *more)
+    metrics, _ = prune(cfg)
+    net, data = load_pruned(tmp_path / "pruned.ckpt"), assembly.load_data(assembly.data_settings(read(cfg)))
+    images = data.split("test")
+    with torch.no_grad():
+        right = net(data.normalize(images.pixels)).argmax(1) == images.labels
+    last = "finetuned" if more == ("finetune.epochs=1",) else "recalibrated"
+    assert metrics[last]["test_accuracy"] == pytest.approx(float(right.float().mean()), abs=1e-6)
+    assert metrics["dense"]["test_accuracy"] != metrics[last]["test_accuracy"]

@@ -1,5 +1,6 @@
 """The page of an explanation: what it tells, and how it looks in a browser."""
 
+import html
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,9 @@ def test_the_page_tells_what_was_found(found: Attribution, tmp_path: Path) -> No
     # 2 * 1 + 9 * 0.5 * 0.5 of ones, 2 * 0 + 9 * 0.5 * 0.5 of zeros.
     assert page.count("log-odds 4.25 of the whole image, 2.25\nwith every part at its baseline") == 2
     # The part that matters first, numbered, surely.
-    assert "<tr><td>1</td><td>row 2, column 1</td><td>+2</td>" in page
+    error, p = found.standard_error[0, 4], float(found.adjusted[0, 4])
+    sure = f"<td>{error:.2g}</td><td>{'< 0.0001' if p < 1e-4 else f'{p:.2g}'}</td>"
+    assert f"<tr><td>1</td><td>row 2, column 1</td><td>+2</td>{sure}" in html.unescape(page)
     assert page.count("<td>row 1, column 3</td><td>row 3, column 2</td><td>+9</td>") == 2
     assert page.count("The other 13 parts") == 2
     assert "freqprune explain images=&#39;&lt;i&gt;&#39;" in page

@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -144,6 +145,20 @@ def test_filters_are_told_with_the_frequencies_of_their_components_in_hertz(tmp_
     with (tmp_path / "filters.csv").open(newline="") as file:
         found = {row["component"]: float(row["frequency"]) for row in csv.DictReader(file)}
     assert found == {"f1": 6, "2f1": 12, "f2": 7.5, "2f2": 15, "f1+f2": 13.5, "f2-f1": 1.5}
+    verdict = judge(response)
+    tables.write_filters(tmp_path / "filters.csv", response, verdict)
+    with (tmp_path / "filters.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 6
+    for row in rows:
+        number, which = int(row["filter"]), [row["component"]]
+        for column, values in (
+            ("amplitude", response.amplitude),
+            ("p_value", response.p_values),
+            ("snr", response.snr),
+        ):
+            assert float(row[column]) == pytest.approx(float(values("0", which)[number, 0]), rel=6e-3), column
+        assert row["important"] == str(int(verdict.important["0"][number]))
 
 
 def test_a_file_in_the_place_of_another_appears_once_it_is_complete(
@@ -300,6 +315,9 @@ def test_lines_of_classes_are_medians_like_the_others(tmp_path: Path) -> None:
     figure = response_figures.integration_over_depth(response, {"cat": response})
     lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
     assert list(lines["cat"]) == list(lines["median of the layer"])
+    for layer, drawn in zip(response.layers, lines["median of the layer"], strict=True):
+        values = response.integration(layer)
+        assert drawn == pytest.approx(float(np.median(values[values.isfinite()])))
 
 
 def test_the_bins_of_an_snr_are_those_that_it_is_made_of() -> None:

@@ -185,3 +185,15 @@ def test_bad_optimizer(settings: dict[str, float], message: str) -> None:
 
 def test_networks_may_wrap_their_answer() -> None:
     assert Classifier(Answers(), num_classes=3)(torch.rand(2, 3, 8, 8)).shape == (2, 3)
+
+
+def test_the_term_of_the_tags_is_added_to_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Seven(Counted):
+        def __call__(self, net: nn.Module, images: Tensor, step: int) -> Tensor:
+            return images.new_tensor(7.0)
+
+    module = Classifier(nn.Linear(4, 3), num_classes=3)
+    module.tag_loss = Seven()  # type: ignore[assignment]
+    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+    x, y = torch.rand(5, 4), torch.arange(5) % 3
+    torch.testing.assert_close(module.training_step((x, y), 0), nn.functional.cross_entropy(module(x), y) + 7)

@@ -1,5 +1,6 @@
 """Pruning while a module of one's own trains: what is refused before epochs are lost, and what a checkpoint needs."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from freqprune.networks.checkpoint import load_network, save_weights
 from freqprune.networks.profiling import Latency
 from freqprune.networks.registry import build_model, register_model
 from freqprune.pruning.amount import Amount
-from freqprune.pruning.cutting import cut
+from freqprune.pruning.cutting import Material, cut
 from freqprune.pruning.recipe import Recipe
 from freqprune.pruning.surgery import Plan
 from freqprune.tagging.stimulus import Stimulus
@@ -474,3 +475,18 @@ def test_a_network_that_was_compiled_in_place_is_told(tmp_path: Path, caplog: py
     trainer(tmp_path, cutting(), max_epochs=2).fit(module, loader(), loader())
     assert "after a cut it trains uncompiled" in caplog.text
     assert module.net.conv1.out_channels == 3
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "amplitude"])
+def test_a_cut_while_training_is_that_of_the_same_images(criterion: str, tmp_path: Path) -> None:
+    recipe = Recipe(Amount(ratio=0.25, scope="layer"), criterion)
+    pixels, labels = torch.rand(16, 1, 28, 28, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 10
+    given = DataLoader(TensorDataset((pixels - 0.4) / 0.2, labels), 8)
+    module, short = Own(), Stimulus(max_order=1)
+    material = Material(
+        pixels[:4], lambda p: (p - 0.4) / 0.2, [0.4], [0.2], calibration=pixels[:4], labelled=(pixels[:4], labels[:4])
+    )
+    expected = cut(copy.deepcopy(module.net).eval(), material, recipe, short)
+    cuts = TagPruning(recipe, (0,), n_images=4, mean=[0.4], std=[0.2], stimulus=short)
+    trainer(tmp_path, cuts, max_epochs=1).fit(module, given, given)
+    assert cuts.kept[0] == {name: kept.tolist() for name, kept in expected.kept.items()}

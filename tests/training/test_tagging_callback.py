@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from freqprune import FrequencyTagging, Stimulus, tag
+from freqprune import FrequencyTagging, Stimulus, scores, tag
 from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
+from freqprune.pruning.importance import Evidence
 from freqprune.training.classifier import Classifier
 from freqprune.training.datamodule import DigitsData
 from tests.training.small import digits, trainer
@@ -297,12 +298,13 @@ def test_images_of_a_loader_that_nobody_deals_out(images: Tensor) -> None:
     """Each process sees all of them, and takes its share."""
     tagging = FrequencyTagging(n_images=3)
     for rank, share in ((0, [0, 2]), (1, [1])):
-        fake = _Fake(loader(images))
+        rows = [{"image": image, "label": number} for number, image in enumerate(images)]
+        fake = _Fake(DataLoader(rows, batch_size=2))  # type: ignore[arg-type]
         fake.global_rank, fake.world_size = rank, 2
         found, labels = tagging._validation_images(fake, pl.LightningModule())  # type: ignore[arg-type]
         assert torch.equal(found, images[share])
         assert labels is not None
-        assert len(labels) == len(share)
+        assert labels.tolist() == share
 
 
 class Teacher(Foreign):
@@ -377,3 +379,19 @@ def test_given_images_are_tagged_at_validations_from_the_first_epoch_on(images: 
     run.fit(Foreign(), loader(images), loader(images))
     with (tmp_path / "importance.csv").open(newline="") as file:
         assert {row["epoch"] for row in csv.DictReader(file)} == {"1", "3"}
+
+
+def test_filters_are_scored_and_judged_as_is_asked_for(images: Tensor, tmp_path: Path) -> None:
+    module = Foreign()
+    response = tag(module, images[:2])
+    snr = response.snr("body.0", ["f1"])[:, 0]
+    level = float(snr.median())
+    tagging = FrequencyTagging(
+        n_images=2, images=images, criterion="amplitude", components=["f1"], important_by="threshold", threshold=level
+    )
+    trainer(tmp_path, tagging, max_epochs=1).fit(module, loader(images), loader(images))
+    flags = tagging.latest["important"]["body.0"]
+    assert torch.equal(flags, snr > level)
+    assert 0 < flags.sum() < len(flags)
+    expected = scores("amplitude", Evidence(module, response, ["f1"]), ["body.0"])["body.0"]
+    torch.testing.assert_close(tagging.latest["score"]["body.0"], expected, rtol=1e-3, atol=1e-6)
