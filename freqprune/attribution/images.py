@@ -15,7 +15,7 @@ from freqprune.attribution.effects import Attribution, OfParts, estimate
 from freqprune.attribution.gates import batches, check_apart, check_frames, frames_for, opened, overlapped, waves
 from freqprune.attribution.pairs import find_interactions
 from freqprune.attribution.parts import find_parts, places
-from freqprune.attribution.scores import Score, check_dims, check_logits, read, targets
+from freqprune.attribution.scores import Score, check_dims, check_logits, one_by_one, read, targets
 from freqprune.attribution.sensitivity import first_order
 from freqprune.attribution.smoothing import smoothed
 from freqprune.errors import InputError, at_least, one_of
@@ -189,6 +189,11 @@ class _Reader:
         answers = torch.cat([check_dims(first(self.answer(one[None]))).float() for one in inputs])
         found = targets(answers, given)
         check_logits(answers, self.score)
+        if self.score != "logit" and one_by_one(answers):
+            log.warning(
+                "all answers of the network lie in [0, 1], as probabilities of classes one by one do, and score = %s "
+                "takes them for logits; score=logit reads them as they are", self.score
+            )  # fmt: skip
         return found
 
     def read(self, inputs: Tensor, target: Tensor | None) -> Tensor:

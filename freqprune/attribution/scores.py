@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +10,6 @@ from torch import Tensor
 
 from freqprune.errors import InputError, one_of
 from freqprune.networks import first
-
-log = logging.getLogger(__name__)
 
 SCORES = ("logit", "probability", "log_odds")
 Score = Callable[[Any], Tensor]
@@ -58,20 +55,20 @@ def check_logits(logits: Tensor, score: str) -> None:
             f"score = {score} makes probabilities of logits, and the network answers with probabilities already; use "
             "score=logit, which reads its output as it is"
         )
-    if logits.min() >= 0 and logits.max() <= 1:
-        log.warning(
-            "all answers of the network lie in [0, 1], as probabilities of classes one by one do, and score = %s takes "
-            "them for logits; score=logit reads them as they are", score
-        )  # fmt: skip
+
+
+def one_by_one(logits: Tensor) -> bool:
+    """Whether all answers lie in [0, 1], as probabilities of classes one by one do."""
+    return bool(logits.min() >= 0 and logits.max() <= 1)
 
 
 def compares_classes(logits: Tensor) -> bool:
     """Whether answers are logits of several classes, which probabilities can be made of."""
     try:
-        check_logits(logits, "probability")
-    except (InputError, IndexError):
+        check_logits(check_dims(logits), "probability")
+    except InputError:
         return False
-    return True
+    return not one_by_one(logits)
 
 
 def read(output: Any, score: str | Score, target: Tensor | None) -> Tensor:

@@ -187,7 +187,7 @@ def _from_torchvision(
         return models.get_model(kind, weights=None, **classes, **arguments)
     chosen = _weights(kind, weights)
     # Trained weights come with them.
-    helped = bool(arguments.pop("aux_logits", False))
+    helped = kind in _WITH_HELPERS and bool(arguments.pop("aux_logits", False))
     try:
         net: nn.Module = models.get_model(kind, weights=chosen, **arguments, **({"aux_logits": True} if helped else {}))
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
@@ -217,7 +217,9 @@ def _from_timm(kind: str, pretrained: bool = False, num_classes: int | None = No
     timm = _timm()
     classes = {} if num_classes is None else {"num_classes": num_classes}
     given = any(key.startswith("pretrained_cfg") for key in arguments)
-    if pretrained and not given and not _timm_cfg(kind).has_weights:
+    known = _timm_cfg(kind)
+    # Of a network that somebody has registered with it, timm need not know where its weights are.
+    if pretrained and not given and known.architecture is not None and not known.has_weights:
         raise InputError(f"model.pretrained = true, and timm has no weights of {kind}; leave model.pretrained out")
     try:
         net: nn.Module = timm.create_model(kind, pretrained=pretrained, **classes, **arguments)

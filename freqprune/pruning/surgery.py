@@ -100,7 +100,7 @@ class Plan:
         spared = {owner.get(name, name) for name in dropped}
         picked = [name for name in picked if name not in spared]
         if not picked:
-            alone = bool(self.layers) and (include is not None or exclude is not None)
+            alone = bool(allowed) and (include is not None or exclude is not None)
             if alone or not self.coupled:
                 raise InputError("pruning.layers and pruning.exclude leave no layer to prune")
             first, others = next(iter(self.coupled.items()))

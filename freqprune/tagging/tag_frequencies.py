@@ -11,7 +11,7 @@ from freqprune.errors import InputError
 from freqprune.tagging.components import NEIGHBOURS, collision
 
 # To look for frequencies in; with many parts each takes long.
-MOST_TRIES = 2000
+MOST_TRIES = 300
 
 
 def cycles_of(tag_freqs: Sequence[float], frame_rate: float, n_frames: int) -> tuple[int, ...]:
@@ -60,7 +60,7 @@ def check_tag_freqs(tag_freqs: Sequence[float], frame_rate: float, n_frames: int
             near_first = sorted(free, key=lambda n: abs(n - round(freq / resolution) - 3))
             clear = (
                 n
-                for n in near_first
+                for n in near_first[:50]
                 if not collision((*cycles_of_all[:i], n, *cycles_of_all[i + 1 :]), n_frames, max_order)
             )
             other = next(clear, near_first[0] if near_first else None)
@@ -86,10 +86,11 @@ def _nearest_clear(
     """Closest tag frequencies with clear noise bins, moving any two of the tags by up to 8 bins."""
     n_moved = min(len(cycles), 2)
     moves = list(itertools.product(range(-8, 9), repeat=n_moved))
-    tries = itertools.product(itertools.combinations(range(len(cycles)), n_moved), moves)
-    for which, by in sorted(tries, key=lambda one: sum(map(abs, one[1])))[:MOST_TRIES]:
-        shifts = dict(zip(which, by, strict=True))
-        moved = tuple(c + shifts.get(i, 0) for i, c in enumerate(cycles))
+    pairs = itertools.product(itertools.combinations(range(len(cycles)), n_moved), moves)
+    nearest = sorted(pairs, key=lambda one: sum(map(abs, one[1])))
+    by_tag = (dict(zip(which, by, strict=True)) for which, by in nearest)
+    tries = dict.fromkeys(tuple(c + shifts.get(i, 0) for i, c in enumerate(cycles)) for shifts in by_tag)
+    for moved in itertools.islice(tries, MOST_TRIES):
         legal = min(moved) > 0 and 2 * max(moved) < n_frames and len(set(moved)) == len(moved)
         if legal and not collision(moved, n_frames, max_order):
             return tuple(c * resolution for c in moved)

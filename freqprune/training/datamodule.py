@@ -23,6 +23,7 @@ from freqprune.training.sources import (
     Images,
     Source,
     as_floats,
+    as_folder,
     channel_statistics,
     cifar10,
     digits,
@@ -285,7 +286,7 @@ class CIFAR10Data(ImageData):
         if settings.get("mean") is None and settings.get("std") is None:
             settings |= {"mean": CIFAR10_MEAN, "std": CIFAR10_STD}
         super().__init__(**settings)
-        self.root, self.download = Path(str(root)).expanduser(), download
+        self.root, self.download = as_folder(root), download
 
     def load(self) -> Source:
         return cifar10(self.root, self.download)

@@ -130,10 +130,10 @@ class HubListing(Listing):
         self.beside, self.version = place, dataset._fingerprint
         self._identity = f"{dataset._fingerprint} {image} {label}"
         found, feature = dataset[label][:], dataset.features[label]
-        odd = next((one for one in found if type(one) not in (int, str, bool)), None)
-        if odd is not None or not all(isinstance(one, type(found[0])) for one in found):
+        odd = [one for one in found if type(one) not in (int, str, bool) or type(one) is not type(found[0])]
+        if odd:
             raise InputError(
-                f"data.label_column = {label} of {place} holds {type(odd or found[0]).__name__}, not one class an "
+                f"data.label_column = {label} of {place} holds {type(odd[0]).__name__} as well, not one class an "
                 "image; name a column of whole numbers or of words"
             )
         names = getattr(feature, "names", None)

@@ -14,7 +14,7 @@ from freqprune.errors import InputError, one_of
 from freqprune.training.caching import CACHES, hold
 from freqprune.training.datamodule import ImageData
 from freqprune.training.listing import Fitting, FolderListing, Listing, Reader
-from freqprune.training.sources import Images, Source
+from freqprune.training.sources import Images, Source, as_folder
 
 
 class ListedData(ImageData):
@@ -86,7 +86,7 @@ class ImageFolderData(ListedData):
         **settings: Any,
     ) -> None:
         super().__init__(image_size, resize, interpolation, **settings)
-        self.root, self.n_classes = Path(str(root)).expanduser(), n_classes
+        self.root, self.n_classes = as_folder(root), n_classes
 
     def beside(self) -> Path:
         return self.root

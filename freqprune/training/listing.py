@@ -119,6 +119,8 @@ class FolderListing(Listing):
         class Seen(ImageFolder):
             def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
                 names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+                if not names:
+                    raise FileNotFoundError(f"no class folder in {directory}")
                 return names, {name: number for number, name in enumerate(names)}
 
         if not folder.is_dir():

@@ -21,6 +21,7 @@ from freqprune.pruning import (
     Plan,
     Recipe,
     check_components,
+    check_folder,
     check_time,
     cut,
     needs,
@@ -178,6 +179,8 @@ class TagPruning(TagsInTraining):
         """Refuse what the first cut would refuse, before epochs are lost."""
         last = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
         start = begins_with(trainer)
+        # An epoch that is gone on with has begun.
+        self._begun = trainer.current_epoch if start > trainer.current_epoch else None
         if not any(start <= epoch < last for epoch in self.epochs):
             if not self.kept and not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 ends = "" if last == math.inf else f" and ends after {last} epochs"
@@ -186,6 +189,7 @@ class TagPruning(TagsInTraining):
                     "others%s", self.epochs, start, ends, ", or raise max_epochs" if ends else "",
                 )  # fmt: skip
             return
+        check_folder(self.recipe)
         check_module(trainer, pl_module, self._attribute(pl_module))
         if self._net(pl_module)._compiled_call_impl is not None:
             log.warning(
@@ -194,7 +198,6 @@ class TagPruning(TagsInTraining):
             )
         with isolate_rng():
             images, material, _ = self._material(trainer, pl_module)
-        self._begun = None
         self.stimulus.masks(*images.shape[-2:])
         check_components(self.recipe.criterion, self.stimulus)
         if "tags" in needs(self.recipe.criterion):

@@ -141,7 +141,7 @@ def stratified_split(images: Images, fraction: float, seed: int, classes: Sequen
         n_classes = len(images.labels.unique())
         raise InputError(
             f"data.val_fraction = {fraction} does not split {len(images)} images of {n_classes} classes ({error}); "
-            f"hold out more (data.val_fraction={math.ceil(100 * n_classes / len(images)) / 100:g}), or none "
+            f"hold out another share (data.val_fraction={math.ceil(100 * n_classes / len(images)) / 100:g}), or none "
             "(data.val_fraction=0)"
         ) from None
     return images[torch.from_numpy(rest)], images[torch.from_numpy(part)]
@@ -166,6 +166,13 @@ def channel_statistics(pixels: Tensor | StoredPixels) -> tuple[list[float], list
         means.append(round(mean.item(), 6))
         stds.append(round(max(variance.sqrt().item(), 1e-3), 6))
     return means, stds
+
+
+def as_folder(root: object) -> Path:
+    """A folder by its name, which may be a number."""
+    if root is None or root == "":
+        raise InputError("data.root must name a folder, got none; leave it out for the default, if there is one")
+    return Path(str(root)).expanduser()
 
 
 def as_floats(value: Sequence[float] | None) -> list[float] | None:

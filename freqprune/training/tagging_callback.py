@@ -28,7 +28,7 @@ from freqprune.tagging import (
     pick_layers,
     tag,
 )
-from freqprune.training.tags_in_training import TagsInTraining
+from freqprune.training.tags_in_training import TagsInTraining, begins_with
 
 
 class FrequencyTagging(TagsInTraining):
@@ -136,7 +136,7 @@ class FrequencyTagging(TagsInTraining):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse images that could not be tagged, and networks that do not run on them, before epochs are lost."""
-        self._since = trainer.current_epoch
+        self._since = begins_with(trainer)
         last = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
         if not self.every_n_epochs or self.every_n_epochs > last:
             return

@@ -20,6 +20,7 @@ from freqprune.reports import is_quiet
 from freqprune.training.downloads import alone
 from freqprune.training.listed import ListedData
 from freqprune.training.listing import Listing, check_classes
+from freqprune.training.sources import as_folder
 
 # Sets that no program can download.
 NOT_DOWNLOADED = ("ImageNet", "StanfordCars")
@@ -56,7 +57,7 @@ class TorchvisionData(ListedData):
     def __init__(self, name: str, root: str | Path = "data", download: bool = True, **settings: Any) -> None:
         super().__init__(**settings)
         one_of(sorted(SETS), **{"data.name": name})
-        self.set_name, self.root, self.download = name, Path(str(root)).expanduser(), download
+        self.set_name, self.root, self.download = name, as_folder(root), download
 
     def beside(self) -> Path:
         return self.root

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from freqprune.attribution.effects import estimate
 from freqprune.attribution.gates import check_apart, gates, halves, opened, overlapped, waves
 from freqprune.attribution.images import attribute
-from freqprune.attribution.scores import read
+from freqprune.attribution.scores import compares_classes, read
 from freqprune.errors import InputError
 from freqprune.networks.exports import export
 from freqprune.networks.registry import build_model
@@ -343,7 +343,11 @@ def test_probabilities_of_classes_one_by_one_are_no_logits(caplog: pytest.LogCap
     attribute(net, torch.rand(1, 3, 8, 8), grid=2, forwards=64)
     assert "lie in [0, 1]" not in caplog.text
     attribute(net, torch.rand(1, 3, 8, 8), grid=2, forwards=64, score="probability")
-    assert "all answers of the network lie in [0, 1]" in caplog.text
+    assert caplog.text.count("all answers of the network lie in [0, 1]") == 1
+    assert not compares_classes(torch.rand(2, 4))
+    assert compares_classes(torch.randn(2, 4))
+    assert not compares_classes(torch.randn(2, 1))
+    assert caplog.text.count("all answers of the network lie in [0, 1]") == 1
 
 
 def test_parts_in_one_place_cannot_share_waves() -> None:

@@ -170,6 +170,8 @@ def test_names_that_timm_has_given_up_and_networks_of_others_in_it() -> None:
     own_in_timm.__module__ = "timm.models.resnet"
     timm.models.register_model(own_in_timm)
     assert build_model({"name": "timm/own_in_timm", "num_classes": 4})[0].out_channels == 4  # type: ignore[index]
+    # Where its weights are is its own business.
+    assert build_model({"name": "timm/own_in_timm", "num_classes": 4, "pretrained": True})[0].out_channels == 4  # type: ignore[index]
 
 
 @NO_TIMM

@@ -57,6 +57,11 @@ def test_hidden_copies_are_no_images(tmp_path: Path) -> None:
         (first.parent / copy).parent.mkdir(exist_ok=True)
         (first.parent / copy).write_bytes(content)
     (tmp_path / "train" / ".cache").mkdir()
+    (tmp_path / "none" / "train" / ".cache").mkdir(parents=True)
+    with pytest.raises(InputError, match="holds no images, or a class folder in it is empty: no class folder in"):
+        ImageFolderData(tmp_path / "none").setup()
+    with pytest.raises(InputError, match=r"data\.root must name a folder, got none"):
+        ImageFolderData(None)  # type: ignore[arg-type]
     data = ImageFolderData(tmp_path, val_fraction=0.25)
     assert data.split("train").labels.bincount().tolist() == [15, 15]
     assert data.classes == ("class0", "class1")

@@ -490,3 +490,34 @@ def test_a_cut_while_training_is_that_of_the_same_images(criterion: str, tmp_pat
     cuts = TagPruning(recipe, (0,), n_images=4, mean=[0.4], std=[0.2], stimulus=short)
     trainer(tmp_path, cuts, max_epochs=1).fit(module, given, given)
     assert cuts.kept[0] == {name: kept.tolist() for name, kept in expected.kept.items()}
+
+
+@pytest.mark.filterwarnings(WITHOUT_A_CALLBACK)
+@pytest.mark.filterwarnings("ignore:.*checkpoint that ended before the epoch ended.*")
+def test_an_epoch_that_was_cut_and_broke_off_in_its_first_batch_is_not_cut_again(tmp_path: Path) -> None:
+    class Breaks(Bare):
+        def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
+            if self.trainer.current_epoch == 1:
+                self.trainer.save_checkpoint(tmp_path / "broken.ckpt")
+                raise KeyboardInterrupt
+            return super().training_step(batch, batch_idx)
+
+    recipe = Recipe(Amount(ratio=0.25), "l2")
+    first = TagPruning(recipe, (1,), n_images=4)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        trainer(tmp_path, first, max_epochs=2).fit(Breaks(), datamodule=digits())
+    assert len(first.kept) == 1
+    again = TagPruning(recipe, (1,), n_images=4)
+    trainer(tmp_path, again, max_epochs=2).fit(
+        Bare(), datamodule=digits(), ckpt_path=tmp_path / "broken.ckpt", weights_only=True
+    )
+    assert again.kept == first.kept
+
+
+def test_a_folder_of_times_that_cannot_be_written_is_refused_before_the_first_epoch(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    recipe = Recipe(Amount(latency_cut=0.3), "l2", blocks=False, latency=Latency(folder=str(tmp_path / "file")))
+    module = Own()
+    with pytest.raises(InputError, match="measured times cannot be kept in"):
+        trainer(tmp_path, cutting(recipe), max_epochs=2).fit(module, loader(), loader())
+    assert module.n_steps == 0

@@ -395,3 +395,20 @@ def test_filters_are_scored_and_judged_as_is_asked_for(images: Tensor, tmp_path:
     assert 0 < flags.sum() < len(flags)
     expected = scores("amplitude", Evidence(module, response, ["f1"]), ["body.0"])["body.0"]
     torch.testing.assert_close(tagging.latest["score"]["body.0"], expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_resume_from_a_validation_keeps_the_rows_of_its_epoch(images: Tensor, tmp_path: Path) -> None:
+    """Lightning saves after the tags, and does not validate that epoch again."""
+    how = {"max_epochs": 4, "check_val_every_n_epoch": 2, "num_sanity_val_steps": 0, "enable_checkpointing": True}
+    saver = pl.callbacks.ModelCheckpoint(
+        tmp_path, filename="{epoch}", save_on_train_epoch_end=False, save_top_k=-1, every_n_epochs=1
+    )
+    trainer(tmp_path, FrequencyTagging(n_images=2), saver, **{**how, "max_epochs": 2}).fit(
+        Foreign(), loader(images), loader(images)
+    )
+    again = trainer(tmp_path, FrequencyTagging(n_images=2), **how)
+    again.fit(Foreign(), loader(images), loader(images), ckpt_path=tmp_path / "epoch=1.ckpt", weights_only=True)
+    with (tmp_path / "importance.csv").open(newline="") as file:
+        assert {row["epoch"] for row in csv.DictReader(file)} == {"1", "3"}
