@@ -260,7 +260,7 @@ def test_training_on_two_processes_is_that_of_one_with_the_same_global_batch(
     assert curves[0][2] < curves[0][0]
     # Sums in another order: rounding, which later steps magnify.
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
-    torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-3, atol=1e-4)
 
 
 def test_a_share_that_is_less_than_a_batch_is_trained_on() -> None:
