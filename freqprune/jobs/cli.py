@@ -112,10 +112,8 @@ def _explain(cfg: DictConfig) -> None:
 
     _warn_on_stderr()
 
-    def holds_results(out: Path) -> bool:
-        return record.is_explained(out) or record.is_finished(out)
-
-    with _refusing(), record.failures_kept(Path(str(cfg.output_dir)), holds_results):
+    kept = (record.is_explained, record.is_finished)
+    with _refusing(), record.failures_kept(Path(str(cfg.output_dir)), lambda out: any(one(out) for one in kept)):
         check_explaining(cfg)
         if record.done_before(cfg, record.is_explained):
             return
