@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -65,9 +65,8 @@ def explain(cfg: DictConfig) -> tuple[Attribution, dict[str, Any]]:
     out = assembly.prepare_output(Path(whose.output_dir))
     # Of one process Lightning need not know the device.
     alone = whose.processes == 1 and launched() is None
-    kind = "cpu" if alone else device.type
-    like = {"_target_": "pytorch_lightning.Trainer", "accelerator": kind, "devices": whose.processes}
-    with in_all_processes(like, "processes={processes}") as is_first:
+    like = {"_target_": "pytorch_lightning.Trainer", "accelerator": device.type, "devices": whose.processes}
+    with nullcontext(True) if alone else in_all_processes(like, "processes={processes}") as is_first:
         rank, n_processes = rank_and_size()
         own = torch.device(device.type, rank) if n_processes > 1 and device.type != "cpu" else device
         return _explained(cfg, asked, out, own, is_first)

@@ -178,9 +178,7 @@ def done_before(cfg: DictConfig, finished: Callable[[Path], bool] = is_finished)
     out = Path(cfg.output_dir)
     if not finished(out):
         return False
-    # A job that was interrupted is finished by resume=, and is the same job.
-    before, now = ({**one, "resume": None} for one in (read_json(out / RUN).get("settings", {}), _settings(cfg)))
-    if before != now:
+    if read_json(out / RUN).get("settings") != _settings(cfg):
         raise InputError(
             f"{out} holds a finished job with other settings; a sweep goes on with its own command only: choose "
             "another hydra.sweep.dir"

@@ -22,8 +22,6 @@ from freqprune.reports.record import FAILED, METRICS, RUN, TRAINING, is_finished
 from freqprune.reports.tables import percentages
 
 REPEATED = "seed"
-# By what an interrupted job is finished, which is the same job.
-RESUMED = "resume"
 
 
 @dataclass(frozen=True)
@@ -133,13 +131,12 @@ def _figures(path: Path) -> dict[str, float]:
 
 
 def by_key(overrides: Any) -> dict[str, str]:
-    """Hydra overrides as keys and values, each spelled in one way; without those of Hydra itself, and without
-    ``resume``, by which an interrupted job is finished."""
+    """Hydra overrides as keys and values, each spelled in one way; without those of Hydra itself."""
     parsed = OverridesParser.create().parse_overrides([str(item) for item in overrides])
     return {
         one.get_key_element().lstrip("+"): _as_written(one.get_value_element_as_str())
         for one in parsed
-        if not one.is_hydra_override() and one.get_key_element() != RESUMED
+        if not one.is_hydra_override()
     }
 
 
@@ -265,9 +262,7 @@ def _flat(job: Job) -> dict[str, str]:
     groups = tuple(f"{key}." for key, value in job.overrides.items() if "${" in value)
     program = {"program": "train.py" if "validation" in job.metrics else "prune.py"}
     return program | {
-        key: value
-        for key, value in walk(job.settings, "")
-        if key not in (*job.overrides, RESUMED) and not key.startswith(groups)
+        key: value for key, value in walk(job.settings, "") if key not in job.overrides and not key.startswith(groups)
     }
 
 

@@ -280,14 +280,14 @@ def test_a_sweep_does_not_start_over_the_jobs_of_another(sweep: Path) -> None:
         check_goes_on(sweep, ["data=digits", "compile=false", "importance=random", "seed=0"])
 
 
-def test_a_job_that_was_finished_by_resume_is_of_its_sweep(sweep: Path) -> None:
-    again = ["data=digits", "compile=False", "importance=snr", "seed=1", f"resume={sweep / '1'}"]
-    OmegaConf.save(OmegaConf.create(again), sweep / "1" / ".hydra" / "overrides.yaml")
-    for number in (0, 1):
-        resumed = str(sweep / "1") if number else None
-        record.write_json(sweep / str(number) / record.RUN, {"settings": {"seed": number, "resume": resumed}})
-    check_goes_on(sweep, ["data=digits", "compile=false", "importance=snr,l2,random", "seed=0,1"])
-    assert [len(group.jobs) for group in grouped(read_sweep(sweep)) if group.settings["importance"] == "snr"] == [2]
+def test_jobs_that_go_on_with_other_runs_are_jobs_of_their_own(tmp_path: Path) -> None:
+    for number, run in enumerate("ab"):
+        given = ["data=digits", f"resume=runs/{run}"]
+        job(tmp_path / str(number), given, 0.8)
+        record.write_json(tmp_path / str(number) / record.RUN, {"settings": {"seed": 0, "resume": f"runs/{run}"}})
+    assert [one.state for one in counted_once(told_apart(read_sweep(tmp_path)))] == ["finished", "finished"]
+    with pytest.raises(InputError, match="0 holds a finished job of another sweep"):
+        check_goes_on(tmp_path, ["data=digits", "resume=runs/c,runs/d"])
 
 
 def test_commands_of_configs_of_ones_own_are_read(sweep: Path) -> None:
