@@ -134,10 +134,10 @@ def config_words(named: bool = True) -> list[str]:
 
 def options(words: Sequence[str]) -> list[str]:
     """``--config-dir`` and ``--config-name`` at the beginning of a command's words, each with its value."""
-    noptions = 0
-    while words[2 * noptions : 2 * noptions + 1] and words[2 * noptions].startswith("--"):
-        noptions += 1
-    return list(words[: 2 * noptions])
+    n_options = 0
+    while words[2 * n_options : 2 * n_options + 1] and words[2 * n_options].startswith("--"):
+        n_options += 1
+    return list(words[: 2 * n_options])
 
 
 def clear(paths: Sequence[Path]) -> None:

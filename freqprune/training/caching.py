@@ -42,7 +42,7 @@ def hold(
         InputError: names images that cannot be read; says how much room ``"disk"`` needs where there is too little.
     """
     one_of(CACHES, **{"data.cache": cache})
-    place = Path(folder).expanduser() if folder is not None else beside / ".freqprune"
+    place = Path(str(folder)).expanduser() if folder is not None else beside / ".freqprune"
     stems = {split: _stem(place, split, reader, folder is None) for split, reader in readers.items()}
     if cache == "auto":
         cache = _choose([(reader, stems[split]) for split, reader in readers.items()])

@@ -164,8 +164,8 @@ class HubListing(Listing):
 
 def _words(columns: Iterable[Any]) -> list[str] | None:
     """The words that columns of labels hold, in their order; None for labels that are numbers."""
-    found = {label for column in columns for label in column[:]}
-    return sorted(found) if all(isinstance(label, str) for label in found) else None
+    found = [label for column in columns for label in column[:]]
+    return sorted(set(found)) if all(isinstance(label, str) for label in found) else None
 
 
 def _column(dataset: Any, what: str, name: str | None) -> str:

@@ -103,8 +103,9 @@ def test_columns_of_several_labels_or_none_are_refused(labels: list[Any], folder
         column = [labels] * len(parts[name]) if None not in labels else labels * (len(parts[name]) // 2)
         parts[name].add_column("kinds", column).to_parquet(folder / f"{name}.parquet")
     files = {name: str(folder / f"{name}.parquet") for name in ("train", "test")}
-    with pytest.raises(InputError, match=r"kinds of parquet .* holds (list|NoneType|int) as well, not one class"):
-        HuggingFaceData("parquet", label_column="kinds", arguments={"data_files": files}).setup()
+    for more in ({}, {"n_classes": 2}):
+        with pytest.raises(InputError, match=r"kinds of parquet .* holds (list|NoneType|int) as well, not one class"):
+            HuggingFaceData("parquet", label_column="kinds", arguments={"data_files": files}, **more).setup()
 
 
 def test_words_that_one_part_lacks_are_classes_where_that_is_meant(folder: Path) -> None:
