@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from freqprune.errors import InputError, at_least, check_file, one_of
+from freqprune.jobs.advice import override
 from freqprune.jobs.config import check_one_network, import_modules, of_the_top
 from freqprune.jobs.values import no_such_key, plain, with_booleans
 from freqprune.reports import record
@@ -157,7 +159,7 @@ def check_explaining(cfg: DictConfig) -> Explaining:
     if any((out / name).is_file() for name in (record.METRICS, record.TRAINING)):
         raise InputError(
             f"output_dir = {out} holds a run of train or prune, whose record an explanation would replace; explain "
-            f"into another folder, such as hydra.run.dir={out / 'explain'}"
+            f"into another folder, such as {shlex.quote(override('hydra.run.dir', out / 'explain'))}"
         )
     find_images(asked.photographs)
     import_modules(whose.imports)

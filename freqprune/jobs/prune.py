@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from freqprune.errors import InputError
 from freqprune.jobs import assembly, trainers
+from freqprune.jobs.advice import override
 from freqprune.jobs.announce import announce_pruning
 from freqprune.jobs.config import check_pruning
 from freqprune.jobs.finetuning import check_anew, check_finetuning
 from freqprune.jobs.launch import in_all_processes
+from freqprune.jobs.launched import named_by_launcher
 from freqprune.jobs.outputs import explore_cut, name_of, plan_of, tell, write_response
 from freqprune.jobs.resuming import check_same_cut, interrupted
 from freqprune.jobs.settings import Settings, read
@@ -82,6 +86,7 @@ def _pruned(
     # One reads: it writes into that folder as soon as it goes on.
     earlier = None if resumed is None else from_first(interrupted, Path(resumed), run.trained, settings.finetune_epochs)
     if settings.recipe is not None and earlier is None:
+        from_first(_spare_cut, settings)
         check_folder(settings.recipe)
         assembly.warn_of_seen_images(settings.common.pretrained, data)
     # After a training it was said before that.
@@ -112,6 +117,15 @@ def _pruned(
     run.finish()
     run.tell(net, verdict)
     return run.metrics, {"response": response, "verdict": verdict, "kept": kept, "net": small}
+
+
+def _spare_cut(settings: Settings) -> None:
+    """Refuse to cut anew where a second start of the same processes finds the cut of the first."""
+    if (settings.out / "pruned.ckpt").is_file() and named_by_launcher(settings.out):
+        raise InputError(
+            f"{settings.out} is called as its processes meet, and holds the cut of an earlier start: go on with "
+            f"{shlex.quote(override('resume', settings.out))}, or choose another folder (hydra.run.dir=FOLDER)"
+        )
 
 
 def _network_to_prune(settings: Settings) -> Stored:

@@ -229,6 +229,8 @@ class Run:
         small = load_pruned(earlier.pruned).to(self.device).to(memory_format=torch.channels_last)
         self.metrics, self.kept = earlier.metrics, load_network(earlier.pruned).kept
         if self.first:
+            if earlier.folder.resolve() != self.out.resolve():
+                begin_anew(self.out)
             earlier.hand_over(self.out, self.trained)
             self.write(small)
         forget_files(self.metrics, self.out)

@@ -125,9 +125,13 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     goes_on = common.ckpt_path is not None and record.lies_in(common.ckpt_path, out)
 
     if last.is_file() and not goes_on and named_by_launcher(out):
+        words = shlex.quote(override("ckpt_path", last))
+        if settings.recipe is not None and (out / "pruned.ckpt").is_file():
+            # Its training is over, and the one of its cut would be removed.
+            words = f"prune {shlex.quote(override('ckpt', last))} {shlex.quote(override('resume', out))}"
         raise InputError(
-            f"{out} is called as its processes meet, and holds the checkpoints of an earlier start: go on with "
-            f"{shlex.quote(override('ckpt_path', last))}, or choose another folder (hydra.run.dir=FOLDER)"
+            f"{out} is called as its processes meet, and holds the checkpoints of an earlier start: go on with {words},"
+            " or choose another folder (hydra.run.dir=FOLDER)"
         )
 
     def begin() -> None:

@@ -33,6 +33,8 @@ OF_TRAINED = (
 # What a training leaves besides its checkpoints.
 OF_A_TRAINING = (TRAINING, "importance.csv", "importance.json", "metrics.csv", "metrics.jsonl")
 EXPLAINED = "explain.html"
+# Settings by which a job goes on from what is there.
+GOES_ON = ("resume", "ckpt_path")
 # Seconds that a job expected to take, by stage.
 FORECAST = "forecast.json"
 PACKAGES = ("freqprune", "torch", "torchvision", "pytorch-lightning", "torch-pruning", "hydra-core", "numpy", "scipy")
@@ -72,6 +74,10 @@ def _settings(cfg: DictConfig) -> dict[str, Any]:
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)
     settings.pop("output_dir", None)
+    for key in GOES_ON:
+        # A job that is finished in its own folder is the same job.
+        if settings.get(key) is not None and is_of(settings[key], Path(cfg.output_dir)):
+            settings[key] = None
     # As a file holds them, to compare with one.
     found: dict[str, Any] = json.loads(json.dumps(_without_folder(settings, str(cfg.output_dir))))
     return found
@@ -93,6 +99,11 @@ def lies_in(path: str | Path, folder: Path) -> bool:
     return any(Path(where(folder)) in Path(where(path)).parents for where in (os.path.abspath, os.path.realpath))
 
 
+def is_of(path: str | Path, folder: Path) -> bool:
+    """Whether a job goes on in its own `folder` from this folder or file."""
+    return Path(path).resolve() == folder.resolve() or lies_in(path, folder)
+
+
 def write(out: Path, cfg: DictConfig, results: Sequence[str] = ()) -> None:
     """Write ``run.json``: command, settings, versions, machine.
 
@@ -104,9 +115,8 @@ def write(out: Path, cfg: DictConfig, results: Sequence[str] = ()) -> None:
             refused has been looked at.
     """
     settings = _settings(cfg)
-    resumed, ckpt, dense = (cfg.get(key) for key in ("resume", "ckpt_path", "ckpt"))
-    goes_on = resumed is not None and Path(resumed).resolve() == out.resolve()
-    goes_on = goes_on or (ckpt is not None and lies_in(ckpt, out))
+    dense = cfg.get("ckpt")
+    goes_on = any(cfg.get(key) is not None and is_of(cfg[key], out) for key in GOES_ON)
     if read_json(out / RUN).get("settings", settings) != settings and not goes_on:
         here = dense is not None and lies_in(dense, out)
         spared = {path for name in (*OF_TRAINED, *OF_A_TRAINING) for path in out.glob(name)} if here else set()

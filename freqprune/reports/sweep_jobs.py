@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from freqprune.errors import InputError
-from freqprune.reports.record import FAILED, METRICS, RUN, TRAINING, is_finished, options, read_json
+from freqprune.reports.record import FAILED, GOES_ON, METRICS, RUN, TRAINING, is_finished, is_of, options, read_json
 from freqprune.reports.tables import percentages
 
 REPEATED = "seed"
@@ -98,7 +98,10 @@ def _read_job(path: Path, sweep: Path) -> Job:
     job = Job(str(path.relative_to(sweep)), "unfinished", folder=path)
     try:
         record = read_json(path / RUN)
-        job = replace(job, overrides=by_key(_overrides(path, record)))
+        given = by_key(_overrides(path, record))
+        # A job that was interrupted and finished in its folder is the job that began there.
+        own = {key for key in GOES_ON if key in given and is_of(given[key].strip("'\""), path)}
+        job = replace(job, overrides={key: value for key, value in given.items() if key not in own})
         if (path / FAILED).is_file():
             return replace(
                 job, state="failed", error=(path / FAILED).read_text(encoding="utf-8", errors="replace").strip()

@@ -369,6 +369,8 @@ def test_a_fold_that_is_asked_for_later_is_measured(trained: tuple[Path, dict[st
     )
     assert "folded" not in prune(config("prune", tmp_path, *same))[0]
     metrics, _ = prune(config("prune", tmp_path, *same, f"resume={tmp_path}", "export.fold=true"))
+    # The job that began in this folder is the one that is finished there.
+    assert json.loads((tmp_path / "run.json").read_text())["settings"]["resume"] is None
     assert set(metrics["folded"]) == set(metrics["pruned"])
     assert metrics["folded"]["params"] < metrics["pruned"]["params"]
     # One that was stopped as it exported holds the accuracy of the cut, before fine-tuning.
@@ -379,6 +381,13 @@ def test_a_fold_that_is_asked_for_later_is_measured(trained: tuple[Path, dict[st
     again, _ = prune(config("prune", tmp_path, *same, f"resume={tmp_path}", "export.fold=true"))
     assert again["finished"]
     assert again["folded"]["test_accuracy"] == pytest.approx(again["finetuned"]["test_accuracy"], abs=0.03)
+    # What is deployed of another cut does not stay beside the one that goes on in its folder.
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "model.onnx").write_bytes(b"of another cut")
+    assert "onnx" not in prune(config("prune", other, *same, f"resume={tmp_path}"))[0]
+    assert not (other / "model.onnx").exists()
+    assert (other / "pruned.ckpt").is_file()
 
 
 def test_exports_without_a_cut_are_refused(tmp_path: Path) -> None:

@@ -313,6 +313,16 @@ def test_what_is_refused_leaves_the_results_in_its_folder(tmp_path: Path) -> Non
     assert not (out / "figures" / "accuracy_over_time.png").exists()
 
 
+def test_the_cut_of_an_earlier_start_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it would be where torchrun or srun start the same command again."""
+    monkeypatch.setattr("freqprune.jobs.prune.named_by_launcher", lambda folder: folder == tmp_path)
+    save_pruned(tmp_path / "net.ckpt", build_model({"name": "resnet8"}), {})
+    (tmp_path / "pruned.ckpt").write_bytes(b"of the first start")
+    with pytest.raises(InputError, match="holds the cut of an earlier start: go on with resume="):
+        prune(config("prune", tmp_path, f"ckpt={tmp_path / 'net.ckpt'}"))
+    assert (tmp_path / "pruned.ckpt").read_bytes() == b"of the first start"
+
+
 def filters(n_filters: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, n_filters, 3, bias=False), nn.ReLU()).eval()
 

@@ -312,6 +312,9 @@ def test_checkpoints_of_an_earlier_start_are_not_removed(
     monkeypatch.setattr("freqprune.jobs.train.named_by_launcher", lambda folder: folder == tmp_path)
     with pytest.raises(InputError, match="holds the checkpoints of an earlier start: go on with ckpt_path="):
         train(config("train", tmp_path))
+    (tmp_path / "pruned.ckpt").touch()
+    with pytest.raises(InputError, match=r"go on with prune ckpt=.* resume="):
+        train(config("prune", tmp_path))
     assert (tmp_path / "checkpoints" / "last.ckpt").is_file()
 
 

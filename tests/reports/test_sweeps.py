@@ -290,6 +290,16 @@ def test_jobs_that_go_on_with_other_runs_are_jobs_of_their_own(tmp_path: Path) -
         check_goes_on(tmp_path, ["data=digits", "resume=runs/c,runs/d"])
 
 
+def test_a_job_that_was_finished_in_its_folder_is_the_job_that_began_there(sweep: Path) -> None:
+    asked = ["data=digits", "compile=false", "importance=snr,l2,random", "seed=0,1"]
+    states = {one.name: one.state for one in read_sweep(sweep)}
+    given = ["data=digits", "compile=false", "importance=snr", "seed=1"]
+    typed = shlex.join([*given, f"resume='{sweep / '1'}'", f"hydra.run.dir={sweep / '1'}"])
+    record.write_json(sweep / "1" / record.RUN, {"command": f"freqprune prune {typed}", "settings": {"seed": 1}})
+    check_goes_on(sweep, asked)
+    assert {one.name: one.state for one in read_sweep(sweep)} == states
+
+
 def test_commands_of_configs_of_ones_own_are_read(sweep: Path) -> None:
     typed = ["--config-dir", "/my configs", "--config-name", "big", "seed=0"]
     record.write_json(sweep / "0" / record.RUN, {"command": f"freqprune prune {shlex.join(typed)}"})
