@@ -87,7 +87,7 @@ def cut(name: str, share: float) -> dict[str, Any]:
     row: dict[str, Any] = {"name": name, "result": "ok"}
     try:
         torch.manual_seed(0)
-        net = build_model({"name": name}).eval()
+        net = shaken(build_model({"name": name}).eval())
         x = torch.rand(2, 3, *[size_of(name)] * 2)
         plan = Plan(net, x)
         units = plan.choose(streams=True)
@@ -125,6 +125,26 @@ def cut(name: str, share: float) -> dict[str, Any]:
         row["result"] = f"crash: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     row["seconds"] = round(time.perf_counter() - start, 1)
     return row
+
+
+@torch.no_grad()
+def shaken(net: nn.Module) -> nn.Module:
+    """The network with everything that begins as a constant drawn: norms that are the identity, branches that begin at
+    zero or 1e-6, so that a wrong channel anywhere shows in the answer."""
+    for module in net.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if p.numel() < 2 or not (p == p.flatten()[0]).all():
+                continue
+            if p.numel() > 2 * max(p.shape):
+                p.normal_(0, (p.numel() / len(p)) ** -0.5)
+            elif "bias" in name:
+                p.normal_(0, 0.1)
+            else:
+                p.uniform_(0.5, 1.5)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return net
 
 
 def step(net: nn.Module, x: torch.Tensor) -> None:

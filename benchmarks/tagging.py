@@ -92,7 +92,7 @@ def main() -> None:
         return
     images = torch.rand(options.images, 3, 32, 32)
     first, _ = stimulus.distinct_frames
-    step = max(1, frames_that_fit(images[0].numel(), images.device) // len(first))
+    step = max(1, frames_that_fit(images[0, 0].numel(), images.device) // len(first))
     rendered = [
         stimulus.frames(chunk, first).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         for chunk in images.split(step)

@@ -11,10 +11,8 @@ from .blocks import dropped_blocks as dropped_blocks
 from .checkpoint import Stored as Stored
 from .checkpoint import check_resumable as check_resumable
 from .checkpoint import epochs_done as epochs_done
-from .checkpoint import kept_by_all as kept_by_all
 from .checkpoint import load_network as load_network
 from .checkpoint import load_pruned as load_pruned
-from .checkpoint import of_the_dense as of_the_dense
 from .checkpoint import save_pruned as save_pruned
 from .checkpoint import save_weights as save_weights
 from .exports import Exports as Exports
@@ -32,6 +30,9 @@ from .heads import open_heads as open_heads
 from .hooks import evaluating as evaluating
 from .hooks import hooked as hooked
 from .hooks import replaced as replaced
+from .kept import kept_by_all as kept_by_all
+from .kept import left_by as left_by
+from .kept import of_the_dense as of_the_dense
 from .libraries import Preprocessing as Preprocessing
 from .libraries import class_names as class_names
 from .libraries import preprocessing as preprocessing

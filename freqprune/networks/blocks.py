@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -62,3 +62,20 @@ def dropped_blocks(net: nn.Module) -> dict[str, list[str]]:
         for name, module in net.named_modules()
         if isinstance(module, Shortcut)
     }
+
+
+def still_there(left: Mapping[str, Sequence[str]]) -> Callable[[str], bool]:
+    """Whether a layer is in a network that has lost blocks.
+
+    >>> is_there = still_there({"layer2.0": ["downsample"]})
+    >>> [is_there(name) for name in ("layer2.0.conv1", "layer2.0.downsample.0", "layer2.1.conv1")]
+    [False, True, True]
+    """
+
+    def is_there(layer: str) -> bool:
+        return not any(
+            layer.startswith(f"{block}.") and not any(f"{layer}.".startswith(f"{block}.{child}.") for child in children)
+            for block, children in left.items()
+        )
+
+    return is_there

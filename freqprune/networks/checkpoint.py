@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.networks.blocks import drop_blocks, dropped_blocks
 from freqprune.networks.extras import built_otherwise, extras, set_extras, take_types
 from freqprune.networks.files import read, write_atomically
+from freqprune.networks.kept import left_by
 from freqprune.networks.libraries import SET_BY_WEIGHTS, WEIGHTS
 from freqprune.networks.registry import build_model, config_of, is_known, model_names, resize
 from freqprune.networks.state_dicts import load_into, of_the_network, uncompiled, without_prefix
@@ -80,7 +80,7 @@ def load_network(path: str | Path, model: Mapping[str, Any] | None = None) -> St
         config = dict(named if "name" in named else model or {})
         state = of_the_network(content["state_dict"])
         cuts = _cut_while_trained(content)
-        extra = {"kept": kept_by_all(cuts["kept"], cuts.get("dropped", ()))} if cuts else {}
+        extra = {"kept": left_by(cuts)} if cuts else {}
         # Of a module that does not keep them among its own settings.
         said |= {"blocks": said.get("blocks") or (cuts.get("dropped") or [{}])[-1]}
     else:
@@ -146,19 +146,6 @@ def _epochs_done(content: Mapping[str, Any]) -> int:
     return int(content.get("epoch", -1)) + 1
 
 
-def of_the_dense(kept: Mapping[str, Tensor], earlier: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-    """Filters kept of the dense network, when `kept` counts in a network of which only the `earlier` ones were left.
-
-    >>> import torch
-    >>> of_the_dense({"a": torch.tensor([0, 2])}, {"a": [1, 5, 9], "b": [3]})
-    {'a': [1, 9], 'b': [3]}
-    """
-    found = {layer: [int(i) for i in indices] for layer, indices in earlier.items()}
-    for layer, indices in kept.items():
-        found[layer] = [found[layer][i] if layer in found else int(i) for i in indices.tolist()]
-    return found
-
-
 def _of_ours(hyper: Mapping[str, Any]) -> dict[str, Any]:
     """Of the hyper-parameters of a module those that mean what ours mean: others call by these names what they like."""
     fits = {
@@ -177,23 +164,6 @@ def _holds(value: Any, kind: Any) -> bool:
     """Whether something is a mapping of lists of one kind."""
     lists = value.values() if isinstance(value, Mapping) else [None]
     return all(isinstance(one, list | tuple) and all(isinstance(part, kind) for part in one) for one in lists)
-
-
-def kept_by_all(
-    cuts: Sequence[Mapping[str, Sequence[int]]], dropped: Sequence[Mapping[str, Any]]
-) -> dict[str, list[int]]:
-    """Filters that some cuts, one after the other, have left of the dense network, without layers of blocks that are
-    gone after the last.
-
-    Args:
-        cuts: filters kept of each layer, counted in the network before each cut.
-        dropped: blocks that were gone after each.
-    """
-    found: dict[str, list[int]] = {}
-    for kept in cuts:
-        found = of_the_dense({name: torch.tensor(indices) for name, indices in kept.items()}, found)
-    gone = tuple(f"{block}." for block in (dropped[-1] if dropped else ()))
-    return {name: indices for name, indices in found.items() if not name.startswith(gone)}
 
 
 def _cut_while_trained(content: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -37,6 +37,7 @@ class Cut:
         remarks: what a user should know.
         dropped: residual blocks that went altogether; their layers are not in `kept`.
         promise: what a cut by time was asked for and what was measured; None for others.
+        members: layers that lost filters together, by the unit's name.
     """
 
     net: nn.Module
@@ -46,6 +47,7 @@ class Cut:
     remarks: list[str]
     dropped: list[str] = field(default_factory=list)
     promise: Promise | None = None
+    members: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def cut(
@@ -105,7 +107,8 @@ def cut(
         notes.append(f"{len(dropped)} of {len(plan.blocks)} residual blocks went altogether: {', '.join(dropped)}")
     small, more = _made_up_for(plan, small, kept, evidence, material, recipe, stimulus, progress)
     notes += more + _overshoot(plan, kept, amount)
-    return Cut(small, inner, found, evidence.response, notes, plan.dropped(kept), promise)
+    members = {name: plan.unit(name).members for name in inner}
+    return Cut(small, inner, found, evidence.response, notes, plan.dropped(kept), promise, members)
 
 
 def _not_followed(plan: Plan, chosen: Sequence[str], recipe: Recipe) -> list[str]:

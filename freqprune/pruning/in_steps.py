@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from freqprune.networks import count_macs
+from freqprune.networks import count_macs, kept_by_all
 from freqprune.pruning.amount import Amount, step_amount
 from freqprune.pruning.cutting import Cut
 from freqprune.pruning.recipe import Recipe
@@ -29,8 +29,9 @@ class InSteps:
         scores: of the first step.
         dropped: blocks that went.
         remarks: of all steps.
-        led: filters that units had left when the layer that named them went.
         promise: what was measured, of a cut by time.
+        cuts: filters that each step kept, counted in the network before it.
+        members: layers that lost filters together in each of them, by the unit's name.
     """
 
     net: nn.Module
@@ -40,7 +41,8 @@ class InSteps:
     dropped: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     promise: Promise | None = None
-    led: Kept = field(default_factory=dict)
+    cuts: list[dict[str, list[int]]] = field(default_factory=list)
+    members: list[dict[str, tuple[str, ...]]] = field(default_factory=list)
 
     def add(self, done: Cut, plan: Plan, which: str = "") -> None:
         """Take in a step, named `which` in its remarks; `plan` is of the network before the first one."""
@@ -48,21 +50,19 @@ class InSteps:
         self.scores = self.scores or done.scores
         self.dropped += done.dropped
         self.remarks += [which + remark for remark in done.remarks]
+        units = plan.graph.units
+        if not self.cuts:
+            self.cuts = [{name: indices.tolist() for name, indices in self.kept.items()}]
+            self.members = [{name: units[name].members for name in self.kept if name in units}]
+        self.cuts.append({name: indices.tolist() for name, indices in done.kept.items()})
+        self.members.append(done.members)
         # Layers of blocks that went are in the network no more.
-        there, before = dict(done.net.named_modules()), self.kept
-        leads = {member: name for name, unit in plan.graph.units.items() for member in unit.members}
-        self.kept = {
-            name: indices[done.kept[name]] if name in done.kept else indices
-            for name, indices in self.kept.items()
-            if name in there
-        }
-        self.led |= {name: indices for name, indices in before.items() if name not in there}
-        for name in [name for name in done.kept if name not in before]:
-            # What has lost filters with a stream that was led by a block which is gone counts on from there.
-            lead = leads.get(name, name)
-            earlier = before.get(lead, self.led.get(lead))
-            self.kept[name] = done.kept[name] if earlier is None else earlier[done.kept[name]]
-            unit = plan.graph.units.get(lead)
+        there = dict(done.net.named_modules())
+        found = kept_by_all(self.cuts, self.members, there.__contains__)
+        self.kept = {name: torch.tensor(indices, dtype=torch.long) for name, indices in found.items()}
+        leads = {member: name for name, unit in units.items() for member in unit.members}
+        for name in self.kept.keys() - self.widths.keys():
+            unit = units.get(leads.get(name, name))
             channels = len(plan.model.get_parameter(f"{name}.weight"))
             self.widths[name] = channels if unit is None else unit.n_filters
 

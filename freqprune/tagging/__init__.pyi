@@ -7,6 +7,7 @@ from .inputs import layout_of as layout_of
 from .inputs import normalizer as normalizer
 from .inputs import normalizer_for as normalizer_for
 from .inputs import pixels_of as pixels_of
+from .inputs import rounding as rounding
 from .layers import match_layers as match_layers
 from .layers import pick_layers as pick_layers
 from .loss import TagLoss as TagLoss

@@ -72,6 +72,11 @@ def pixels_of(images: Tensor, mean: Sequence[float] | None, std: Sequence[float]
     return images * scale + shift
 
 
+def rounding(images: Tensor) -> float:
+    """By how much pixels of normalised images may lie outside [0, 1]: in half precision they are rounded coarsely."""
+    return max(1e-3, torch.finfo(images.dtype).eps) if images.is_floating_point() else 1e-3
+
+
 def normalizer_for(
     model: nn.Module,
     images: Tensor,

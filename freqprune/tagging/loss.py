@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from freqprune.errors import InputError, at_least, one_of
 from freqprune.networks import device_of, dtype_of, norms_as_in_training
-from freqprune.tagging.inputs import normalizer, pixels_of
+from freqprune.tagging.inputs import normalizer, pixels_of, rounding
 from freqprune.tagging.layers import of_what_is_left, pick_layers
 from freqprune.tagging.loss_terms import MEASURES, fundamentals, intermodulation
 from freqprune.tagging.recording import Recorder
@@ -177,7 +177,7 @@ class TagLoss:
         pixels = pixels_of(images[: self.n_images].detach().float(), self.mean, self.std)
         reading = self._found.get(net)
         if reading is None or not reading.holds(net, self):
-            _check_pixels(pixels, self.mean, self.std)
+            _check_pixels(pixels, rounding(images), self.mean, self.std)
             reading = self._found[net] = self._look_at(net, prepare(pixels[:1].clamp(0, 1)))
         if not reading.sites:
             self.latest = {}
@@ -267,9 +267,9 @@ def _is_weight(given: object) -> bool:
     return isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given)
 
 
-def _check_pixels(pixels: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+def _check_pixels(pixels: Tensor, slack: float, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
     """Refuse what cannot be pixels; what augmentation draws may lie outside of their range."""
-    outside = float(((pixels < -1e-3) | (pixels > 1 + 1e-3)).float().mean())
+    outside = float(((pixels < -slack) | (pixels > 1 + slack)).float().mean())
     if outside > OUTSIDE:
         raise InputError(
             f"{100 * outside:.0f} % of the values of the images lie outside [0, 1] after undoing the normalisation "

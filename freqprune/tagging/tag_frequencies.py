@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from freqprune.errors import InputError
 from freqprune.tagging.components import NEIGHBOURS, collision
@@ -84,14 +84,28 @@ def _nearest_clear(
     cycles: tuple[int, ...], n_frames: int, resolution: float, max_order: int
 ) -> tuple[float, ...] | None:
     """Closest tag frequencies with clear noise bins, moving any two of the tags by up to 8 bins."""
-    n_moved = min(len(cycles), 2)
-    moves = list(itertools.product(range(-8, 9), repeat=n_moved))
-    pairs = itertools.product(itertools.combinations(range(len(cycles)), n_moved), moves)
-    nearest = sorted(pairs, key=lambda one: sum(map(abs, one[1])))
-    by_tag = (dict(zip(which, by, strict=True)) for which, by in nearest)
-    tries = dict.fromkeys(tuple(c + shifts.get(i, 0) for i, c in enumerate(cycles)) for shifts in by_tag)
-    for moved in itertools.islice(tries, MOST_TRIES):
+    for moved in itertools.islice(_moves(cycles), MOST_TRIES):
         legal = min(moved) > 0 and 2 * max(moved) < n_frames and len(set(moved)) == len(moved)
         if legal and not collision(moved, n_frames, max_order):
             return tuple(c * resolution for c in moved)
     return None
+
+
+def _moves(cycles: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """The tags with any two of them moved, the nearest first, as they are asked for: of many tags there are many."""
+    n_moved = min(len(cycles), 2)
+    which = [*itertools.combinations(range(len(cycles)), n_moved)]
+    seen = {cycles}
+
+    def distance(moves: tuple[int, ...]) -> int:
+        return sum(map(abs, moves))
+
+    nearest = sorted(itertools.product(range(-8, 9), repeat=n_moved), key=distance)
+    for _, as_far in itertools.groupby(nearest, distance):
+        for tags, moves in itertools.product(which, as_far):
+            by_tag = dict(zip(tags, moves, strict=True))
+            moved = tuple(c + by_tag.get(i, 0) for i, c in enumerate(cycles))
+            # One that is moved alone comes with each of the others.
+            if moved not in seen:
+                seen.add(moved)
+                yield moved

@@ -14,7 +14,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.networks import config_of, drop_blocks, dropped_blocks, kept_by_all, picks_of_shortcuts
+from freqprune.networks import config_of, drop_blocks, dropped_blocks, left_by, picks_of_shortcuts
 from freqprune.processes import from_first, shared_work
 from freqprune.pruning import (
     Material,
@@ -76,7 +76,8 @@ class TagPruning(TagsInTraining):
         self.recipe, self.epochs = recipe, sorted(set(epochs))
         self.stimulus = stimulus or Stimulus()
         self.kept: list[dict[str, list[int]]] = []
-        # After each cut, the blocks that the network has lost by then, see `drop_blocks`.
+        # Of each cut, the layers that lost filters together, and the blocks gone by then, see `drop_blocks`.
+        self.members: list[dict[str, list[str]]] = []
         self.dropped: list[dict[str, list[str]]] = []
         # Of an image, for tracing the network before there are any.
         self.shape: list[int] | None = None
@@ -90,24 +91,25 @@ class TagPruning(TagsInTraining):
 
     def state_dict(self) -> dict[str, Any]:
         more = {} if self._made is None else {"shortcuts": picks_of_shortcuts(self._made)}
-        return {"kept": self.kept, "dropped": self.dropped, "shape": self.shape, **more}
+        return {"kept": self.kept, "members": self.members, "dropped": self.dropped, "shape": self.shape, **more}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.kept = state_dict["kept"]
+        self.members = state_dict.get("members", [{} for _ in self.kept])
         self.dropped = state_dict.get("dropped", [{} for _ in self.kept])
         self.shape = state_dict.get("shape")
 
     @property
     def kept_of_dense(self) -> dict[str, list[int]]:
         """Filters of the dense network that are left, by unit."""
-        return kept_by_all(self.kept, self.dropped)
+        return left_by(self.state_dict())
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             check_trainer(trainer)
             if all(one is not self._made for one in pl_module.modules()):
                 # Another module than that of an earlier fit has no cuts behind it; it may not have its network yet.
-                self.kept, self.dropped, self.shape = [], [], None
+                self.kept, self.members, self.dropped, self.shape = [], [], [], None
         loading, saving = pl_module.on_load_checkpoint, pl_module.on_save_checkpoint
 
         def rebuild_first(checkpoint: dict[str, Any]) -> None:
@@ -273,6 +275,7 @@ class TagPruning(TagsInTraining):
             trainer.strategy.model = pl_module
             trainer.strategy.configure_ddp()
         self.kept.append({name: indices.tolist() for name, indices in done.kept.items()})
+        self.members.append({name: [*layers] for name, layers in done.members.items()})
         self.dropped.append(dropped_blocks(small))
         for remark in done.remarks:
             log.warning("%s", remark)

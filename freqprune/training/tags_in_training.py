@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from freqprune.errors import InputError
-from freqprune.tagging import pixels_of
+from freqprune.tagging import pixels_of, rounding
 
 
 class TagsInTraining(pl.Callback):
@@ -109,6 +109,11 @@ class TagsInTraining(pl.Callback):
                 labels.append(label)
             if sum(map(len, found)) >= wanted:
                 break
+        if not found:
+            raise InputError(
+                f"{type(self).__name__} tags validation images, and the validation loader gives no batch of them: let "
+                "it keep the last one (drop_last=False), or give it more images"
+            )
         all_labels = torch.cat(labels)[:wanted][share] if len(labels) == len(found) else None
         return torch.cat(found)[:wanted][share], all_labels
 
@@ -130,7 +135,7 @@ class TagsInTraining(pl.Callback):
     def _pixels(self, images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
         """Undo the normalisation; rounding that leaves [0, 1] by less than 1e-3, or that of half precision, is clipped,
         more means that mean and std are wrong."""
-        slack = max(1e-3, torch.finfo(images.dtype).eps) if images.is_floating_point() else 1e-3
+        slack = rounding(images)
         images = pixels_of(images.float(), mean, std)
         low, high = images.amin().item(), images.amax().item()
         if low < -slack or high > 1 + slack:

@@ -341,6 +341,15 @@ def test_bad_input_is_named(images: Tensor) -> None:
         TagLoss(silence=1.0, mean=[0.5], std=[0.5])(net, images)
 
 
+def test_black_images_in_half_precision_are_pixels(images: Tensor) -> None:
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    loss, net = TagLoss(silence=1.0, mean=mean, std=std), nn.Sequential(nn.Conv2d(3, 2, 3)).bfloat16()
+    black = ((torch.zeros_like(images) - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)).bfloat16()
+    # Of red, a third of the values.
+    assert ((black.float() * 0.229 + 0.485)[:, 0] < -1e-3).all()
+    assert loss(net, black).isfinite()
+
+
 def test_a_product_of_the_halves_answers_at_their_sum_and_difference() -> None:
     """By hand: with a and b the light of the halves, filters answer a + ab/2 and b + ab/2."""
     depth, mean_light = 0.5, 0.75

@@ -1,3 +1,4 @@
+import itertools
 import math
 import re
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from freqprune.errors import InputError
+from freqprune.tagging import tag_frequencies
 from freqprune.tagging.parts import LAYOUTS, part_masks
 from freqprune.tagging.stimulus import Stimulus
 
@@ -225,6 +227,15 @@ def test_frequencies_that_a_message_names_are_accepted() -> None:
         Stimulus((8.5, 15.5, 19.0, 19.5), parts="quadrants", max_order=2)
     named = re.findall(r"nearest legal: tag_freqs = \[([^\]]*)\]", str(refused.value))[0]
     Stimulus(tuple(float(one) for one in named.split(",")), parts="quadrants", max_order=2)
+
+
+def test_moves_of_tags_come_nearest_first_and_as_they_are_asked_for() -> None:
+    moves = [*tag_frequencies._moves((20, 30))]
+    far = [abs(a - 20) + abs(b - 30) for a, b in moves]
+    assert (len({*moves}), far) == (17 * 17 - 1, sorted(far))
+    few = [*itertools.islice(tag_frequencies._moves((40,) * 64), 300)]
+    assert len({*few}) == 300
+    assert max(sum(abs(c - 40) for c in one) for one in few) == 2
 
 
 @pytest.mark.parametrize(

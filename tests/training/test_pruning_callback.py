@@ -314,6 +314,21 @@ def test_blocks_that_went_while_a_module_of_others_trained_are_known(tmp_path: P
     torch.testing.assert_close(found.net(images), net(images))
 
 
+def test_streams_count_on_when_the_block_that_named_them_has_gone() -> None:
+    stream = ["layer2.0.conv2", "layer2.0.downsample.0", "layer2.1.conv2"]
+    left = {"layer2.0": ["downsample"]}
+    cuts = TagPruning(Recipe(Amount(macs_cut=0.25), "logit_error", streams=True, blocks=True), (0, 1, 2))
+    state = {"kept": [{stream[0]: [0, 2, 4, 6]}, {}], "members": [{stream[0]: stream}, {}], "dropped": [{}, left]}
+    cuts.load_state_dict(state)
+    assert cuts.kept_of_dense == {stream[1]: [0, 2, 4, 6]}
+    last = {"kept": [{stream[1]: [0, 3]}], "members": [{stream[1]: stream[1:]}], "dropped": [left]}
+    cuts.load_state_dict({name: state[name] + last[name] for name in state})
+    assert cuts.kept_of_dense == {stream[1]: [0, 6]}
+    # Of earlier versions the layers are not known.
+    cuts.load_state_dict({name: state[name] + last[name] for name in state if name != "members"})
+    assert cuts.kept_of_dense == {stream[1]: [0, 3]}
+
+
 class Bare(pl.LightningModule):
     """A module that keeps no hyper-parameters, as somebody writes who needs none, and has weights of its loss."""
 

@@ -373,6 +373,13 @@ def test_no_validation_loader_among_those_given(images: Tensor, tmp_path: Path) 
     assert tagging.latest["n_images"] == 2
 
 
+@pytest.mark.filterwarnings("ignore:Total length of .DataLoader. across ranks is zero")
+def test_a_validation_loader_that_drops_its_only_batch(images: Tensor, tmp_path: Path) -> None:
+    none = DataLoader(TensorDataset(images), batch_size=len(images) + 1, drop_last=True)
+    with pytest.raises(InputError, match=r"the validation loader gives no batch of them: .*drop_last=False"):
+        trainer(tmp_path, FrequencyTagging(n_images=2), max_epochs=1).fit(Foreign(), loader(images), none)
+
+
 def test_given_images_are_tagged_at_validations_from_the_first_epoch_on(images: Tensor, tmp_path: Path) -> None:
     tagging = FrequencyTagging(n_images=2, images=images)
     run = trainer(tmp_path, tagging, max_epochs=4, check_val_every_n_epoch=2, num_sanity_val_steps=0)
