@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
+from freqprune.jobs.values import override
 from freqprune.reports import record, show
 
 # What training and pruning have to agree on; the checkpoint says which network it is.
@@ -67,20 +67,6 @@ def _show(following: Callable[[Sequence[str]], list[str]]) -> None:
     show("next, for example:")
     for command in following(HydraConfig.get().overrides.task):
         show(f"  {command}")
-
-
-def override(key: str, path: str | Path) -> str:
-    """``key=path`` as Hydra reads it: quoted where the path has what stands for something else there, such as the ``=``
-    of a folder that is named after settings.
-
-    >>> override("ckpt", "runs/seed=1/last.ckpt")
-    "ckpt='runs/seed=1/last.ckpt'"
-    """
-    text = str(path)
-    if re.fullmatch(r"[A-Za-z0-9_./:%+@ -]+", text) and text == text.strip():
-        return f"{key}={text}"
-    escaped = text.replace("'", "\\'")
-    return f"{key}='{escaped}'"
 
 
 def typed_out(of_weights: Mapping[str, Any]) -> list[str]:

@@ -11,9 +11,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from freqprune.errors import InputError, at_least, check_file, one_of
-from freqprune.jobs.advice import override
 from freqprune.jobs.config import check_one_network, import_modules, of_the_top
-from freqprune.jobs.values import no_such_key, plain, with_booleans
+from freqprune.jobs.values import no_such_key, override, plain, with_booleans
 from freqprune.reports import record
 from freqprune.training import ENDINGS
 

@@ -12,9 +12,10 @@ from torch import nn
 
 from freqprune.errors import InputError
 from freqprune.jobs import assembly, trainers
-from freqprune.jobs.advice import override, typed_out
+from freqprune.jobs.advice import typed_out
 from freqprune.jobs.config import FOLDERS, FROM_SCRATCH
 from freqprune.jobs.settings import Settings
+from freqprune.jobs.values import override
 from freqprune.networks import config_of, device_of, dropped_blocks, trained
 from freqprune.tagging import untrained
 from freqprune.training import Classifier, ImageData, epochs_of

@@ -181,9 +181,9 @@ def tell(settings: Settings, metrics: Mapping[str, Any], title: str, verdict: Ve
         "of convolutions and linear layers for one image"
     )
     if verdict is not None:
-        answering, everything = sum(verdict.counts.values()), sum(len(flags) for flags in verdict.important.values())
+        important, everything = sum(verdict.counts.values()), sum(len(flags) for flags in verdict.important.values())
         show(
-            f"{answering} of {everything} filters that were read answer the tags (by "
+            f"{important} of {everything} filters that were read are important (by "
             f"{settings.judgement.important_by}), pixel noise sd "
             f"{settings.readout.noise_std:g}"
         )

@@ -14,7 +14,6 @@ from torch import nn
 
 from freqprune.errors import InputError
 from freqprune.jobs import assembly, trainers
-from freqprune.jobs.advice import override
 from freqprune.jobs.announce import announce_pruning
 from freqprune.jobs.config import check_pruning
 from freqprune.jobs.finetuning import check_anew, check_finetuning
@@ -24,11 +23,12 @@ from freqprune.jobs.outputs import explore_cut, name_of, plan_of, tell, write_re
 from freqprune.jobs.resuming import check_same_cut, interrupted
 from freqprune.jobs.settings import Settings, read
 from freqprune.jobs.stages import Run
+from freqprune.jobs.values import override
 from freqprune.networks import Stored, check_export, device_of
 from freqprune.processes import from_first, rank_and_size
 from freqprune.pruning import Verdict, check_folder, judge, needs, plan_cut
 from freqprune.reports import record
-from freqprune.tagging import TagResponse, in_sight, pick_layers, tag
+from freqprune.tagging import TagResponse, in_sight, pick_layers, tag, unread_layers
 from freqprune.training import ImageData
 
 log = logging.getLogger(__name__)
@@ -68,6 +68,11 @@ def _pruned(
     stored = _network_to_prune(settings) if dense is None else Stored(dense, {})
     net = stored.net
     pick_layers(net, settings.readout.layers)
+    if first and settings.readout.layers is None and (unread := unread_layers(net)):
+        log.warning(
+            "tags are read at convolutions only, of which this network has few: to look at linear layers name them, "
+            "such as tagging.layers='%s' (there are also %s)", unread[0], ", ".join(unread[1:4]),
+        )  # fmt: skip
     assembly.seed(settings.common)
     data = data or assembly.load_data(assembly.data_settings(settings))
     assembly.check_match(net, data, stored)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from freqprune.errors import InputError, at_least, one_of
 from freqprune.jobs.config import Common, read_common
-from freqprune.jobs.values import no_such_key, plain, typed, with_booleans
+from freqprune.jobs.values import FREE, no_such_key, plain, typed, with_booleans
 from freqprune.networks import Exports, Latency
 from freqprune.pruning import AMOUNTS, Amount, Judgement, Recipe, Reconstruction, needs
 from freqprune.tagging import Readout, Stimulus, TagLoss, find_components
@@ -95,8 +95,6 @@ SECTIONS: dict[str, tuple[type[Any], ...]] = {
     "latency": (Latency,),
     "export": (Exports,),
 }
-# Sections whose keys are the arguments of whatever their _target_ (of model: its name) stands for.
-FREE = ("data", "model", "trainer", "logger", "callbacks")
 # Fields of a recipe that come from other sections.
 ELSEWHERE = {
     Recipe: ("amount", "criterion", "components", "tagging", "reconstruction", "seed", "latency"),

@@ -17,7 +17,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from freqprune.errors import InputError
 from freqprune.jobs import assembly, trainers
-from freqprune.jobs.advice import advise, override
+from freqprune.jobs.advice import advise
 from freqprune.jobs.announce import announce_training
 from freqprune.jobs.config import check_training
 from freqprune.jobs.csv_log import ResumedCSVLogger
@@ -27,6 +27,7 @@ from freqprune.jobs.launched import named_by_launcher
 from freqprune.jobs.loggers import log_results
 from freqprune.jobs.outputs import explore_training, figures_of_training, training_criterion
 from freqprune.jobs.settings import Settings, read
+from freqprune.jobs.values import override
 from freqprune.networks import build_model, check_resumable, device_of, dtype_of, rebuilt_from
 from freqprune.pruning import check_folder, plan_cut
 from freqprune.reports import record, show, show_folder, write_page

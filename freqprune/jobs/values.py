@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
@@ -12,6 +14,8 @@ from freqprune.errors import InputError, closest
 
 # What YAML takes for true and false, and Hydra's command line for words.
 TRUTHS = {"on": True, "yes": True, "off": False, "no": False}
+# Sections whose keys are the arguments of whatever their _target_ (of model: its name) stands for.
+FREE = ("data", "model", "trainer", "logger", "callbacks")
 # Endings of keys of free sections whose words are names, and keys by which loggers call a run.
 NAMED = ("name", "_column", "_key", "root", "_dir")
 OF_A_RUN = ("project", "entity", "group", "version", "id", "notes", "prefix", "job_type")
@@ -90,6 +94,8 @@ def no_such_key(given: str, cfg: DictConfig) -> str:
     # Of the section that was named first.
     same.sort(key=lambda key: key.split(".")[0] != given.split(".")[0])
     hint = f"; did you mean {' or '.join(same[:3])}?" if same else closest(given, keys)
+    if given.split(".")[0] in FREE and "." in given:
+        hint += f"; with a plus (+{given}=VALUE) it goes to what the section stands for"
     return f"{given} is not a setting{hint or '; --cfg job lists all of them'}"
 
 
@@ -101,3 +107,17 @@ def _keys(cfg: DictConfig, prefix: str = "") -> list[str]:
         if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
             found += _keys(node, f"{prefix}{key}.")
     return found
+
+
+def override(key: str, path: str | Path) -> str:
+    """``key=path`` as Hydra reads it: quoted where the path has what stands for something else there, such as the ``=``
+    of a folder that is named after settings.
+
+    >>> override("ckpt", "runs/seed=1/last.ckpt")
+    "ckpt='runs/seed=1/last.ckpt'"
+    """
+    text = str(path)
+    if re.fullmatch(r"[A-Za-z0-9_./:%+@ -]+", text) and text == text.strip():
+        return f"{key}={text}"
+    escaped = text.replace("'", "\\'")
+    return f"{key}='{escaped}'"

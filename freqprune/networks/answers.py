@@ -97,4 +97,7 @@ def _way_out(said: str) -> str:
         return "maps lie with their channels last here: write torch.flatten(x, 1) or x.reshape in the place of x.view"
     if "dtype" in said or "same type" in said or "scalar type" in said:
         return "give it images of the type of its weights"
-    return "where it was made for images of another size, set data.image_size (of freqprune explain: image_size)"
+    return (
+        "where it was made for images of another size, set data.image_size (of freqprune explain: image_size; "
+        "data=cifar10 and digits have one size, data=torchvision data.name=CIFAR10 any)"
+    )

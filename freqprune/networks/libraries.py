@@ -231,7 +231,7 @@ def _from_timm(kind: str, pretrained: bool = False, num_classes: int | None = No
         raise InputError(
             f"the weights of timm/{kind} could not be read ({_line(error)}); on a machine with a network run this once "
             f"and copy {_hub_folder()}, or fetch {where} and give the file as "
-            "model.pretrained_cfg_overlay.file=FILE"
+            "+model.pretrained_cfg_overlay.file=FILE"
         ) from error
     trained_for = _timm_cfg(kind).num_classes
     if pretrained and num_classes is not None and num_classes != trained_for:

@@ -1,4 +1,4 @@
-"""Response → which filters answer the tags at all: by significance, or by an SNR threshold."""
+"""Response → which filters are important: by significance, or by an SNR threshold."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def _settings(cfg: DictConfig) -> dict[str, Any]:
     settings.pop("output_dir", None)
     for key in GOES_ON:
         # A job that is finished in its own folder is the same job.
-        if settings.get(key) is not None and is_of(settings[key], Path(cfg.output_dir)):
+        if settings.get(key) is not None and is_of(key, settings[key], Path(cfg.output_dir)):
             settings[key] = None
     # As a file holds them, to compare with one.
     found: dict[str, Any] = json.loads(json.dumps(_without_folder(settings, str(cfg.output_dir))))
@@ -99,9 +99,9 @@ def lies_in(path: str | Path, folder: Path) -> bool:
     return any(Path(where(folder)) in Path(where(path)).parents for where in (os.path.abspath, os.path.realpath))
 
 
-def is_of(path: str | Path, folder: Path) -> bool:
-    """Whether a job goes on in its own `folder` from this folder or file."""
-    return Path(path).resolve() == folder.resolve() or lies_in(path, folder)
+def is_of(key: str, path: str | Path, folder: Path) -> bool:
+    """Whether a job goes on in its own `folder`, from what the setting `key` names."""
+    return Path(path).resolve() == folder.resolve() if key == "resume" else lies_in(path, folder)
 
 
 def write(out: Path, cfg: DictConfig, results: Sequence[str] = ()) -> None:
@@ -116,7 +116,7 @@ def write(out: Path, cfg: DictConfig, results: Sequence[str] = ()) -> None:
     """
     settings = _settings(cfg)
     dense = cfg.get("ckpt")
-    goes_on = any(cfg.get(key) is not None and is_of(cfg[key], out) for key in GOES_ON)
+    goes_on = any(cfg.get(key) is not None and is_of(key, cfg[key], out) for key in GOES_ON)
     if read_json(out / RUN).get("settings", settings) != settings and not goes_on:
         here = dense is not None and lies_in(dense, out)
         spared = {path for name in (*OF_TRAINED, *OF_A_TRAINING) for path in out.glob(name)} if here else set()

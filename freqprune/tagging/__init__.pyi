@@ -10,6 +10,7 @@ from .inputs import pixels_of as pixels_of
 from .inputs import rounding as rounding
 from .layers import match_layers as match_layers
 from .layers import pick_layers as pick_layers
+from .layers import unread_layers as unread_layers
 from .loss import TagLoss as TagLoss
 from .measurement import Progress as Progress
 from .measurement import in_sight as in_sight

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
+import re
+from collections import Counter
 from collections.abc import Sequence
 
 from torch import nn
@@ -17,6 +19,27 @@ def default_layers(model: nn.Module) -> list[str]:
     """Names of all convolutions; of all linear layers if there is no convolution."""
     convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.modules.conv._ConvNd)]
     return convolutions or [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def unread_layers(model: nn.Module) -> list[str]:
+    """Linear layers that `default_layers` leaves out of a network in which most layers are of that kind, such as a
+    transformer, as patterns with the commonest and of these the widest first; none of others, of which it leaves out
+    the last layer and a few gates.
+
+    >>> mlp = [nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8)) for _ in range(2)]
+    >>> unread_layers(nn.Sequential(nn.Conv2d(3, 8, 4), *mlp, nn.Linear(8, 99)))
+    ['*.0', '*.1', '3']
+    """
+    usual = default_layers(model)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if usual == [*linear] or len(linear) <= len(usual):
+        return []
+    width, count = Counter[str](), Counter[str]()
+    for name, module in linear.items():
+        pattern = re.sub(r"(?<![^.])\d+(?=\.)", "*", name)
+        count[pattern] += 1
+        width[pattern] = max(width[pattern], module.out_features)
+    return sorted(count, key=lambda pattern: (-count[pattern], -width[pattern]))
 
 
 def match_layers(available: Sequence[str], patterns: str | Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class Optimization:
     """
 
     name: str = "SGD"
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] | None = None
     lr: float = 0.1
     momentum: float = 0.9
     nesterov: bool = True
@@ -87,7 +87,12 @@ class Optimization:
 
     def plain(self) -> dict[str, Any]:
         """The fields as plain lists and dicts, for a checkpoint."""
-        return {**asdict(self), "milestones": list(self.milestones), "arguments": dict(self.arguments)}
+        return {**asdict(self), "milestones": list(self.milestones), "arguments": self.further}
+
+    @property
+    def further(self) -> dict[str, Any]:
+        """The `arguments`."""
+        return dict(self.arguments or {})
 
     def _check_class_weights(self) -> None:
         weights = self.class_weights
@@ -124,9 +129,9 @@ class Optimization:
                 {"params": [p for p in net.parameters() if p.dim() <= 1], "weight_decay": 0.0},
             ]
         try:
-            return kind(parameters, **{**own, **self.arguments})
+            return kind(parameters, **{**own, **self.further})
         except (TypeError, ValueError) as error:
-            raise InputError(f"arguments {dict(self.arguments)} do not go with {self.name} ({error})") from None
+            raise InputError(f"arguments {self.further} do not go with {self.name} ({error})") from None
 
     def rate(self, total: int, warmup: int) -> Callable[[int], float]:
         """Factor of the learning rate by step, of `total` steps, the first `warmup` of them warm-up."""
@@ -228,7 +233,7 @@ def check_same_optimizer(here: Optimization, stored: Mapping[str, Any]) -> None:
         # SGD begins with a momentum of its own.
         if name == "momentum" and _class(here.name) is torch.optim.SGD:
             continue
-        if here.arguments.get(name) and not before.get(name):
+        if here.further.get(name) and not before.get(name):
             raise InputError(
                 f"the checkpoint was trained without arguments.{name} of its optimizer, which keeps a state of its own "
                 "for that: leave it out, or train anew"
@@ -256,7 +261,7 @@ def take_settings(schedule: LambdaLR, asked: Optimization, net: nn.Module) -> No
     # Groups that were added since are not of these settings.
     for number, (group, new) in enumerate(zip(groups, anew, strict=False)):
         # What else is in a group may be state, such as that of Prodigy.
-        group |= {key: new[key] for key in {*constructor, *asked.arguments} - {"lr"} if key in new}
+        group |= {key: new[key] for key in {*constructor, *asked.further} - {"lr"} if key in new}
         base = float(new["lr"])
         if schedule.base_lrs[number] != base:
             rank_zero_only(log.warning)(

@@ -37,6 +37,10 @@ EXPLAIN = "freqprune/jobs/as_explain.py"
         (["optimizer.lrr=3"], "optimizer.lrr is not a setting; did you mean optimizer.lr?"),
         (["trainer.max_epoch=3"], "did you mean trainer.max_epochs?"),
         (["model=resnet32", "model.depht=5"], "model.depht is not a setting"),
+        (
+            ["model=auto", "model.name=mynet", "model.flavour=8"],
+            "a setting; did you mean model.name?; with a plus (+model.flavour=",
+        ),
         (["data=cifar"], "Could not find 'data/cifar'"),
         (["optimizer.lr=fast"], "optimizer.lr must be a number, got 'fast'"),
         (["seed"], "seed"),

@@ -18,7 +18,7 @@ from freqprune.jobs.settings import read
 from freqprune.jobs.stages import Run
 from freqprune.networks.checkpoint import load_network, save_pruned
 from freqprune.networks.profiling import count_macs, count_parameters
-from freqprune.networks.registry import build_model
+from freqprune.networks.registry import build_model, register_model
 from freqprune.pruning import cut, tempo
 from freqprune.reports import tables
 from freqprune.tagging import tag
@@ -321,6 +321,36 @@ def test_the_cut_of_an_earlier_start_is_not_removed(tmp_path: Path, monkeypatch:
     with pytest.raises(InputError, match="holds the cut of an earlier start: go on with resume="):
         prune(config("prune", tmp_path, f"ckpt={tmp_path / 'net.ckpt'}"))
     assert (tmp_path / "pruned.ckpt").read_bytes() == b"of the first start"
+
+
+class Tokens(nn.Module):
+    """Patches, and layers behind them that are linear."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 4, stride=4)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)) for _ in range(2))
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = self.patches(x).flatten(2).mT
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x.mean(1))
+
+
+def test_layers_that_are_not_read_by_default_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    register_model("prune_tokens", Tokens)
+    save_pruned(tmp_path / "net.ckpt", Tokens(), {}, model={"name": "prune_tokens"})
+    given = [f"ckpt={tmp_path / 'net.ckpt'}", "model=auto", "pruning=none"]
+    prune(config("prune", tmp_path / "default", *given))
+    said = "name them, such as tagging.layers='blocks.*.0' (there are also blocks.*.2, head)"
+    assert said in caplog.text
+    assert "patches" in (tmp_path / "default" / "filters.csv").read_text()
+    caplog.clear()
+    prune(config("prune", tmp_path / "named", *given, "tagging.layers='blocks.*.0'"))
+    assert "name them" not in caplog.text
+    assert "blocks.1.0" in (tmp_path / "named" / "filters.csv").read_text()
 
 
 def filters(n_filters: int) -> nn.Module:

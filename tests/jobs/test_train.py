@@ -134,7 +134,7 @@ def test_trains_with_a_loss_from_the_tags(
         (["finetune.lr=0"], "finetune.lr must be above 0"),
         (["optimizer.lr=0"], "optimizer.lr must be above 0"),
         (["optimizer.name=AdamV"], r"optimizer.name must be one of torch.optim's .*; did you mean Adam"),
-        (["optimizer.arguments=5"], r"optimizer.arguments must be a mapping \({...}\), got 5"),
+        (["optimizer.arguments=5"], r"optimizer.arguments must be a mapping \({...}\) or null, got 5"),
         (["optimizer.class_weights=[1,2]"], "class_weights must hold 10 numbers"),
         (["tag_loss.silence=much"], r"tag_loss.silence must be a number or a mapping \({...}\), got 'much'"),
         (["tag_loss.every_n_steps=0"], "tag_loss.every_n_steps must be at least 1"),
@@ -325,6 +325,15 @@ def test_a_training_follows_its_seed(tmp_path: Path) -> None:
     assert np.array_equal(np.random.rand(4), np.random.RandomState(3).rand(4))
     data = assembly.load_data(assembly.data_settings(settings))
     assert _tagging(settings, data).tag_settings["seed"] == 3
+
+
+def test_further_arguments_of_an_optimizer_are_given_like_any_setting(tmp_path: Path) -> None:
+    given = ["optimizer.name=AdamW", "optimizer.arguments={betas: [0.8, 0.9]}"]
+    optimizer = read(config("train", tmp_path, *given)).optimizer.optimizer(torch.nn.Linear(2, 2))
+    assert list(optimizer.param_groups[0]["betas"]) == [0.8, 0.9]
+    # And of what a section holds already, with a plus, as before.
+    plus = read(config("train", tmp_path, given[0], "+optimizer.arguments.betas=[0.8,0.9]"))
+    assert plus.optimizer.further == {"betas": [0.8, 0.9]}
 
 
 def test_the_loss_from_the_tags_shows_the_tags_that_are_set(tmp_path: Path) -> None:
