@@ -61,11 +61,11 @@ def integrated_gradients(judge: Judge, forwards: int, seed: int) -> Tensor:
 
 
 def grad_cam(judge: Judge, forwards: int, seed: int) -> Tensor:
-    """pytorch-grad-cam's, of the last maps."""
+    """pytorch-grad-cam's, of the maps that are pooled (of Lite0 before their activation)."""
     from pytorch_grad_cam import GradCAM
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-    layer = judge.subject.net.get_submodule(judge.subject.last)
+    layer = judge.subject.net.get_submodule(judge.subject.maps)
     with GradCAM(judge.subject.net, [layer]) as cam:
         found = cam(judge.whole[None], [ClassifierOutputTarget(judge.target)])
     return judge.of_tiles(torch.from_numpy(found[0]))

@@ -43,7 +43,8 @@ class Subject:
         mean: of the inputs, ``(n_channels,)``.
         std: likewise.
         images: pixels in [0, 1], ``(n_images, n_channels, height, width)``.
-        last: the layer whose maps make class activation maps.
+        last: the layer whose filters the tags pick for a class activation map.
+        maps: the module whose output the classifier pools, for Grad-CAM.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Subject:
     std: tuple[float, ...]
     images: Tensor
     last: str
+    maps: str
 
 
 class Judge:
@@ -144,11 +146,12 @@ def imagenet(folder: str, n_images: int, skip: int) -> Subject:
         pixels = functional.resize(io.decode_image(files[number], io.ImageReadMode.RGB), [RESIZE], antialias=True)
         images.append(functional.center_crop(pixels, [PHOTOGRAPH, PHOTOGRAPH]).float() / 255)
     mean, std = (127 / 255,) * 3, (128 / 255,) * 3
-    return Subject("imagenet", net, fast(net, images[0][None]), mean, std, torch.stack(images), "_conv_head")
+    return Subject("imagenet", net, fast(net, images[0][None]), mean, std, torch.stack(images), "_conv_head", "_bn1")
 
 
 def cifar(data: ImageFolderData, split: str, n_images: int, skip: int) -> Subject:
     images = data.split(split)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[skip : skip + n_images]
     net, pixels = pretrained(HELD_OUT).eval(), images.pixels[order].float() / 255
-    return Subject("cifar", net, fast(net, pixels[:1]), tuple(data.mean), tuple(data.std), pixels, "layer3.4.conv2")
+    mean, std = tuple(data.mean), tuple(data.std)
+    return Subject("cifar", net, fast(net, pixels[:1]), mean, std, pixels, "layer3.4.conv2", "layer3.4")

@@ -37,7 +37,9 @@ class FilterEffects:
             bins of a few, which more recordings average away.
         interactions: how much more two filters raise the logit of the network's own answer together than one by one,
             ``(n_images, n_filters, n_filters)``.
-        interaction_p_values: of the hypothesis that two filters do not interact, not adjusted, likewise.
+        interaction_p_values: of the hypothesis that two filters do not interact, not adjusted, likewise; beside a
+            filter whose curve is nearly all that there is, those of some pairs are too small, with one recording or two
+            above all.
     """
 
     layer: str

@@ -10,6 +10,8 @@ from freqprune.attribution.gates import halves
 
 # Of the frames, for how many a pair may enter the common fit.
 FRAMES_A_PAIR = 8
+# From how many recordings on the even bins have room for the squares of all gates beside the products.
+OWN_TAKEN_OUT = 3
 
 
 def find_interactions(design: Tensor, scores: Tensor, n_frames: int, mixed: bool = False) -> tuple[Tensor, Tensor]:
@@ -21,9 +23,10 @@ def find_interactions(design: Tensor, scores: Tensor, n_frames: int, mixed: bool
     leave. A pair is as sure as the less sure of its two tests, t tests alone and in the common fit, and p is 1 for
     those that did not enter it.
 
-    Even bins also hold what each part does by itself in a curve, such as the square of its gate. Of waves of their own
-    that is as good as uncorrelated with any product; where waves are mixed, the squares of the gates are taken out
-    of the scores and the products first.
+    Even bins also hold what each part does by itself in a curve, such as the square of its gate. Of sine gates that is
+    one line, on which half of what some products are lies too: a part whose curve is nearly all that the even bins hold
+    makes pairs significant that do nothing. Where waves are mixed, and from three recordings on, the squares of the
+    gates are therefore taken out of the scores and the products first; in fewer they would fill the even bins.
 
     Args:
         design: how far open each part was, ``(n_recordings * n_frames, n_parts)``.
@@ -35,7 +38,8 @@ def find_interactions(design: Tensor, scores: Tensor, n_frames: int, mixed: bool
     about = halves(scores.double() - scores.double().mean(), n_frames)[1]
     n_parts = design.shape[1]
     one, other = torch.ones(n_parts, n_parts).triu(1).nonzero(as_tuple=True)
-    own = torch.cat([torch.ones_like(gates[:, :1]), gates.square()], 1) if mixed else gates[:, :0]
+    taken_out = mixed or len(scores) >= OWN_TAKEN_OUT * n_frames
+    own = torch.cat([torch.ones_like(gates[:, :1]), gates.square()], 1) if taken_out else gates[:, :0]
     span = torch.linalg.qr(own).Q
     about, n_left = _without(span, about), len(about) - max(1, span.shape[1])
     alone, error = _projected(gates, about)
@@ -44,7 +48,7 @@ def find_interactions(design: Tensor, scores: Tensor, n_frames: int, mixed: bool
     products = gates[:, one[chosen]] * gates[:, other[chosen]]
     products = _without(span, products - products.mean(0))
     p_alone = p_alone[chosen]
-    if mixed:
+    if taken_out:
         # What is taken out of a product counts for less than nothing in the projections above.
         size = products.square().sum(0).clamp(min=torch.finfo(torch.float64).tiny)
         error_alone = (about.square().sum() / max(1, n_left) / size).sqrt()

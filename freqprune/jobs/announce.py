@@ -60,8 +60,7 @@ def announce_training(
         how_long = f"for at most {_many(trainer.max_steps, 'step')}"
     said = f"train {how_long}"
     said += f" after {done}" if done else ""
-    if data.progressive_resizing is not None:
-        sides = data.smallest(data.pixels("val", 1)).shape[-2:]
+    if todo and (sides := data.sides(done, done + todo)) != data.training_size():
         said += f", on images of {' x '.join(map(str, sides))} at first"
     if settings.tag_loss.terms:
         said += f", {' and '.join(settings.tag_loss.terms)} from the tags in the loss"

@@ -268,6 +268,16 @@ def _n_answers(net: nn.Module, example: Tensor) -> int:
     return int(answer.shape[1])
 
 
+def check_classes(net: nn.Module, data: ImageData, example: Tensor) -> None:
+    """Raise InputError for a network to train that answers for another number of classes than the data have."""
+    n_classes, answers = len(data.classes), _n_answers(net, example)
+    if answers != n_classes:
+        raise InputError(
+            f"the network answers for {answers} classes, the data have {n_classes}: what its name was registered with "
+            f"is called with num_classes={n_classes}, and has to heed that"
+        )
+
+
 def check_sizes(net: nn.Module, data: ImageData, example: Tensor, epochs: int | None) -> None:
     """Run a network on images as they are and in every size that is trained on in so many epochs.
 

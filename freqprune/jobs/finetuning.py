@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from freqprune.jobs.advice import typed_out
 from freqprune.jobs.config import FOLDERS, FROM_SCRATCH
 from freqprune.jobs.settings import Settings
 from freqprune.jobs.values import override
-from freqprune.networks import config_of, device_of, dropped_blocks, trained
+from freqprune.networks import config_of, device_of, dropped_blocks, epochs_done, trained
 from freqprune.tagging import untrained
 from freqprune.training import Classifier, ImageData, epochs_of
 
@@ -100,23 +101,27 @@ def finetune(
     if not anew:
         classifier.net.load_state_dict(small.state_dict())
     trainer = trainers.make_trainer(settings, settings.out / name, [], epochs)
-    resumable = _how_to_go_on(settings) if name in FOLDERS.values() else ""
+    resumable = f"; to go on: {how_to_go_on(settings)}" if name in FOLDERS.values() else ""
     start = None if ckpt_path is None else str(ckpt_path)
     doing = "training from scratch" if anew else "fine-tuning"
     # Only weights drawn at random may see small images first.
     with nullcontext() if anew else data.whole():
         advice = f"interrupted while {doing}{resumable}"
         trainers.fit(trainer, classifier, data, start, advice, settings.common.compile)
-    return classifier.net.to(device_of(teacher)).eval(), trainer.current_epoch
+    # A training that ends after so many steps, and has them behind it, does not count the last epoch.
+    had = max(trainer.current_epoch, 0 if ckpt_path is None else epochs_done(ckpt_path))
+    return classifier.net.to(device_of(teacher)).eval(), had
 
 
-def _how_to_go_on(settings: Settings) -> str:
+def how_to_go_on(settings: Settings) -> str:
     """With an interrupted training of the cut network; where the dense one was trained in the same run, with that."""
     last = settings.out / "checkpoints" / "last.ckpt"
     goes_on = shlex.quote(override("resume", settings.out))
     if settings.common.ckpt is not None or settings.common.pretrained or not last.is_file():
-        return f"; to go on: prune.py with the same settings and {goes_on}"
-    criterion = f"importance.criterion={settings.scoring.criterion}"
-    further = shlex.join([override("ckpt", last), criterion, *typed_out(assembly.settings_of_weights(settings))])
+        return f"prune.py with the same settings and {goes_on}"
+    # That of prune.py is another, where train.py cut.
+    by_itself = os.environ.get("FREQPRUNE_COMMAND", "").endswith(("prune", "prune.py"))
+    criterion = [] if by_itself else [f"importance.criterion={settings.scoring.criterion}"]
+    further = shlex.join([override("ckpt", last), *criterion, *typed_out(assembly.settings_of_weights(settings))])
     without = " but those of model.*" if trained(assembly.model_settings(settings.model)) else ""
-    return f"; to go on: prune.py with the same settings{without} and {goes_on} {further}"
+    return f"prune.py with the same settings{without} and {goes_on} {further}"

@@ -128,8 +128,9 @@ def _spare_cut(settings: Settings) -> None:
     """Refuse to cut anew where a second start of the same processes finds the cut of the first."""
     if (settings.out / "pruned.ckpt").is_file() and named_by_launcher(settings.out):
         raise InputError(
-            f"{settings.out} is called as its processes meet, and holds the cut of an earlier start: go on with "
-            f"{shlex.quote(override('resume', settings.out))}, or choose another folder (hydra.run.dir=FOLDER)"
+            f"{settings.out} is called as its processes meet, and holds the cut of an earlier start: go on with the "
+            f"same settings and {shlex.quote(override('resume', settings.out))}, or choose another folder "
+            "(hydra.run.dir=FOLDER)"
         )
 
 

@@ -116,13 +116,14 @@ def interrupted(folder: Path, stage: str, epochs: int) -> Interrupted:
     return found
 
 
-def forget_files(metrics: dict[str, Any], out: Path) -> None:
-    """Take out of the metrics what they say of files that are not in this folder."""
+def forget_files(metrics: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    """The metrics without what they say of files that are not in this folder."""
+    metrics = dict(metrics)
     for stage, file in (("onnx", "model.onnx"), ("int8", "model.int8.onnx")):
         if not (out / file).is_file():
             metrics.pop(stage, None)
     there = {file: value for file, value in metrics.pop("exports", {}).items() if (out / file).is_file()}
-    metrics |= {"exports": there} if there else {}
+    return metrics | ({"exports": there} if there else {})
 
 
 def undeployed(metrics: Mapping[str, Any], asked: Exports) -> bool:

@@ -231,9 +231,11 @@ class Run:
         if self.first:
             if earlier.folder.resolve() != self.out.resolve():
                 begin_anew(self.out)
+                record.clear([self.out / record.FORECAST])
             earlier.hand_over(self.out, self.trained)
             self.write(small)
-        forget_files(self.metrics, self.out)
+        # As the first has left the folder.
+        self.metrics = from_first(forget_files, self.metrics, self.out)
         if self.trained in self.metrics:
             if self.first:
                 show(f"{earlier.folder} is complete; its training is not repeated")

@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities import rank_zero_only
+from torch.nn import functional
 
 from freqprune.errors import InputError
 from freqprune.jobs import assembly, trainers
@@ -21,14 +22,14 @@ from freqprune.jobs.advice import advise
 from freqprune.jobs.announce import announce_training
 from freqprune.jobs.config import check_training
 from freqprune.jobs.csv_log import ResumedCSVLogger
-from freqprune.jobs.finetuning import check_anew, check_finetuning
+from freqprune.jobs.finetuning import check_anew, check_finetuning, how_to_go_on
 from freqprune.jobs.launch import world_size
 from freqprune.jobs.launched import named_by_launcher
 from freqprune.jobs.loggers import log_results
 from freqprune.jobs.outputs import explore_training, figures_of_training, training_criterion
 from freqprune.jobs.settings import Settings, read
 from freqprune.jobs.values import override
-from freqprune.networks import build_model, check_resumable, device_of, dtype_of, rebuilt_from
+from freqprune.networks import build_model, check_export, check_resumable, device_of, dtype_of, rebuilt_from
 from freqprune.pruning import check_folder, plan_cut
 from freqprune.reports import record, show, show_folder, write_page
 from freqprune.tagging import TagLoss, pick_layers
@@ -109,15 +110,17 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     )
     example = data.normalize(data.pixels("val", 1))
     assembly.check_sizes(classifier.net, data, example, most)
+    assembly.check_classes(classifier.net, data, example)
     if classifier.tag_loss is not None:
         classifier.tag_loss.check(classifier.net, example)
-        if data.progressive_resizing is not None:
-            classifier.tag_loss.check(classifier.net, data.smallest(example))
+        if data.progressive_resizing is not None and isinstance(most, int):
+            classifier.tag_loss.check(classifier.net, functional.interpolate(example, data.sides(done, most)))
     cut = None
     if settings.recipe is not None:
         check_folder(settings.recipe)
         cut = plan_cut(classifier.net, example, settings.recipe)
         check_finetuning(settings, data)
+        check_export(classifier.net, example, settings.exports)
         if settings.from_scratch:
             check_anew(classifier.net)
     pick_layers(classifier.net, settings.readout.layers)
@@ -129,14 +132,16 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         words = shlex.quote(override("ckpt_path", last))
         if settings.recipe is not None and (out / "pruned.ckpt").is_file():
             # Its training is over, and the one of its cut would be removed.
-            words = f"prune {shlex.quote(override('ckpt', last))} {shlex.quote(override('resume', out))}"
+            words = how_to_go_on(settings)
         raise InputError(
             f"{out} is called as its processes meet, and holds the checkpoints of an earlier start: go on with {words},"
             " or choose another folder (hydra.run.dir=FOLDER)"
         )
 
+    of_a_cut = goes_on and (out / record.METRICS).is_file()
+
     def begin() -> None:
-        if goes_on and most == done and (out / record.METRICS).is_file():
+        if of_a_cut and not trainer.training:
             # Nothing is trained: what was cut and shown, and its record, are of this network.
             return
         record.write(out, cfg, [record.TRAINING, record.METRICS, *record.PAGES])
@@ -146,7 +151,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         for logger in [] if goes_on else trainer.loggers:
             if isinstance(logger, ResumedCSVLogger):
                 logger.forget()
-        if goes_on and most != done:
+        if goes_on and trainer.training:
             # What was cut and shown is of the network as it was.
             stale = (record.TRAINING, record.METRICS, *record.PAGES)
             record.clear([path for name in stale for path in out.glob(name)])
@@ -158,8 +163,11 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     start = time.perf_counter()
     advice = f"interrupted; to go on, if an epoch was complete: {shlex.quote(override('ckpt_path', last))}"
     trainers.fit(trainer, classifier, data, common.ckpt_path, advice, common.compile)
-    # Where no epoch was left to train.
-    begins.on_train_start(trainer, classifier)
+    trained = begins.begin is None
+    if not trained:
+        # No epoch was left, or no step, after which Lightning does not count the last epoch.
+        trainer.fit_loop.epoch_progress.current.completed = max(trainer.current_epoch, done)
+        begins.on_train_start(trainer, classifier)
     seconds = time.perf_counter() - start
     if data.validates and validated_at.step != trainer.global_step:
         # No epoch was left to train, or none to validate after the last.
@@ -174,13 +182,13 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         "seconds": round(seconds, 2),
     }
     if trainer.is_global_zero:
-        record.write_json(out / record.TRAINING, metrics)
-        figures_of_training(tagging, out)
-        title = f"{config['name']}, {metrics['epochs']} epochs, seed {common.seed}"
-        explore_training(
-            settings, tagging, title, classifier.net, example.to(device_of(classifier.net), dtype_of(classifier.net))
-        )
-        write_page(out)
+        if trained or not of_a_cut:
+            record.write_json(out / record.TRAINING, metrics)
+            figures_of_training(tagging, out)
+            title = f"{config['name']}, {metrics['epochs']} epochs, seed {common.seed}"
+            shown = example.to(device_of(classifier.net), dtype_of(classifier.net))
+            explore_training(settings, tagging, title, classifier.net, shown)
+            write_page(out)
         log_results(trainer.logger, out, last=settings.recipe is None)
         total = sum(int(flags.sum()) for flags in tagging.latest.get("important", {}).values())
         show(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -68,8 +69,10 @@ class _LinearCalls(TorchFunctionMode):
         layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         self.macs: dict[str, int] = {}
         # Weights that are computed anew at each use are other tensors each time.
-        own = ((name, module._parameters.get("weight")) for name, module in layers)
-        self._names = {id(weight): name for name, weight in own if weight is not None}
+        own = [(name, module._parameters.get("weight")) for name, module in layers]
+        # Those that layers share are counted where these are called.
+        uses = Counter(id(weight) for _, weight in own)
+        self._names = {id(weight): name for name, weight in own if weight is not None and uses[id(weight)] == 1}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

@@ -33,8 +33,6 @@ OF_TRAINED = (
 # What a training leaves besides its checkpoints.
 OF_A_TRAINING = (TRAINING, "importance.csv", "importance.json", "metrics.csv", "metrics.jsonl")
 EXPLAINED = "explain.html"
-# Settings by which a job goes on from what is there.
-GOES_ON = ("resume", "ckpt_path")
 # Seconds that a job expected to take, by stage.
 FORECAST = "forecast.json"
 PACKAGES = ("freqprune", "torch", "torchvision", "pytorch-lightning", "torch-pruning", "hydra-core", "numpy", "scipy")
@@ -71,13 +69,11 @@ def _versions() -> dict[str, str]:
 
 
 def _settings(cfg: DictConfig) -> dict[str, Any]:
-    settings = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(settings, dict)
-    settings.pop("output_dir", None)
-    for key in GOES_ON:
-        # A job that is finished in its own folder is the same job.
-        if settings.get(key) is not None and is_of(key, settings[key], Path(cfg.output_dir)):
-            settings[key] = None
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(plain, dict)
+    settings = {str(key): value for key, value in plain.items() if key != "output_dir"}
+    # A job that is finished in its own folder is the same job.
+    settings |= dict.fromkeys(gone_on_with(settings, Path(cfg.output_dir)))
     # As a file holds them, to compare with one.
     found: dict[str, Any] = json.loads(json.dumps(_without_folder(settings, str(cfg.output_dir))))
     return found
@@ -99,9 +95,14 @@ def lies_in(path: str | Path, folder: Path) -> bool:
     return any(Path(where(folder)) in Path(where(path)).parents for where in (os.path.abspath, os.path.realpath))
 
 
-def is_of(key: str, path: str | Path, folder: Path) -> bool:
-    """Whether a job goes on in its own `folder`, from what the setting `key` names."""
-    return Path(path).resolve() == folder.resolve() if key == "resume" else lies_in(path, folder)
+def gone_on_with(settings: Mapping[str, Any], folder: Path) -> list[str]:
+    """Those of the settings by which a job goes on in its own `folder`."""
+    given = {key: settings[key] for key in ("ckpt_path", "ckpt") if settings.get(key) is not None}
+    resume = settings.get("resume")
+    if resume is None or Path(resume).resolve() != folder.resolve():
+        # A network that was trained there and is cut there is another's job.
+        return [key for key, path in given.items() if key == "ckpt_path" and lies_in(path, folder)]
+    return ["resume", *(key for key, path in given.items() if lies_in(path, folder))]
 
 
 def write(out: Path, cfg: DictConfig, results: Sequence[str] = ()) -> None:
@@ -116,7 +117,7 @@ def write(out: Path, cfg: DictConfig, results: Sequence[str] = ()) -> None:
     """
     settings = _settings(cfg)
     dense = cfg.get("ckpt")
-    goes_on = any(cfg.get(key) is not None and is_of(key, cfg[key], out) for key in GOES_ON)
+    goes_on = bool(gone_on_with(cfg, out))
     if read_json(out / RUN).get("settings", settings) != settings and not goes_on:
         here = dense is not None and lies_in(dense, out)
         spared = {path for name in (*OF_TRAINED, *OF_A_TRAINING) for path in out.glob(name)} if here else set()

@@ -119,9 +119,10 @@ class ImageData(pl.LightningDataModule, ABC):
         finally:
             self.progressive_resizing = kept
 
-    def smallest(self, images: Tensor) -> Tensor:
-        """Images ``(n_images, n_channels, height, width)`` in the least size that is trained on."""
-        return images if self.progressive_resizing is None else self.progressive_resizing(images, 0, 2**20)
+    def sides(self, epoch: int, epochs: int) -> tuple[int, int]:
+        """Height and width of the images that are trained on in an epoch, counted from 0, of so many."""
+        whole = self.training_size()
+        return whole if self.progressive_resizing is None else self.progressive_resizing.sides(epoch, epochs, *whole)
 
     def training_size(self) -> tuple[int, int]:
         """Height and width of the images that are trained on, as the transforms leave them."""

@@ -15,9 +15,9 @@ from freqprune.tagging.spectrum import benjamini_hochberg
 from tests.attribution.test_attribution import IMAGES, OfTiles
 
 
-def designs(n_parts: int, n_recordings: int, seed: int) -> tuple[Tensor, torch.Generator]:
+def designs(n_parts: int, n_recordings: int, seed: int, steepness: float = 4.0) -> tuple[Tensor, torch.Generator]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.cat([gates(n_parts, 4 * n_parts, generator, 4.0) for _ in range(n_recordings)]), generator
+    return torch.cat([gates(n_parts, 4 * n_parts, generator, steepness) for _ in range(n_recordings)]), generator
 
 
 def pairs_found(p_values: Tensor, alpha: float = 0.05) -> set[tuple[int, int]]:
@@ -63,19 +63,33 @@ def test_pairs_that_do_nothing_are_not_significant_more_often_than_alpha() -> No
     assert families <= 40 * 0.05 + 3 * (40 * 0.05 * 0.95) ** 0.5
 
 
+@pytest.mark.parametrize(("n_parts", "n_recordings"), [(64, 3), (36, 8)])
+def test_a_part_that_acts_in_a_curve_makes_no_pairs_of_others_significant(n_parts: int, n_recordings: int) -> None:
+    """Squares of sine gates lie on single lines, on which half of what some products are lies too."""
+    for seed in range(10):
+        design, _ = designs(n_parts, n_recordings, seed, 1.0)
+        assert not pairs_found(find_interactions(design, design[:, 0].square(), 4 * n_parts)[1])
+        both = design[:, 0].square() + (design[:, 1] - 0.5) * (design[:, 2] - 0.5)
+        assert pairs_found(find_interactions(design, both, 4 * n_parts)[1]) == {(1, 2)}
+
+
 def test_a_pair_is_as_sure_as_the_less_sure_of_two_regressions() -> None:
-    """Four parts in 96 frames: all six pairs enter the common fit, 48 of even bins for six slopes and a mean."""
+    """Four parts in 96 frames: all six pairs enter the common fit, 48 of even bins for six slopes, four squares and a
+    mean."""
     design, generator = designs(4, 6, 0)
     scores = torch.randn(96, generator=generator, dtype=torch.float64) + 4 * design[:, 0] * design[:, 1]
     gates = (design.numpy() - 0.5).reshape(6, 2, 8, 4)[:, 0].reshape(48, 4)
     even = scores.numpy().reshape(6, 2, 8).mean(1).ravel()
     one, other = np.triu_indices(4, 1)
-    products = np.column_stack([gates[:, one] * gates[:, other], np.ones(48)])
+    own = np.column_stack([gates**2, np.ones(48)])
+    products = np.column_stack([gates[:, one] * gates[:, other], own])
     slopes, (left,), *_ = np.linalg.lstsq(products, even)
-    errors = np.sqrt(np.diag(np.linalg.inv(products.T @ products)) * left / (48 - 7))
-    together = 2 * stats.t.sf(np.abs(slopes / errors)[:6], 48 - 7)
-    sizes, about = (products[:, :6] ** 2).sum(0), even - even.mean()
-    alone = 2 * stats.t.sf(np.abs(products[:, :6].T @ about) / np.sqrt(about @ about / 47 * sizes), 47)
+    errors = np.sqrt(np.diag(np.linalg.inv(products.T @ products)) * left / (48 - 11))
+    together = 2 * stats.t.sf(np.abs(slopes / errors)[:6], 48 - 11)
+    # Alone, beside the squares.
+    beside, about = (values - own @ np.linalg.lstsq(own, values)[0] for values in (products[:, :6], even))
+    sizes = (beside**2).sum(0)
+    alone = 2 * stats.t.sf(np.abs(beside.T @ about) / np.sqrt(about @ about / 43 * sizes), 43)
     assert (together > alone).any()
     found, p_values = find_interactions(design, scores, 16)
     np.testing.assert_allclose(found[one, other], slopes[:6], rtol=1e-9)

@@ -343,7 +343,7 @@ def test_a_complete_run_goes_on_where_more_epochs_are_asked_for(tmp_path: Path) 
 def test_a_complete_run_writes_what_it_has_not_written_yet(tmp_path: Path) -> None:
     metrics: dict[str, Any] = {"onnx": {}, "exports": {"model.onnx": 0.0, "model.pt2": 0.0}}
     (tmp_path / "model.onnx").write_text("")
-    forget_files(metrics, tmp_path)
+    metrics = forget_files(metrics, tmp_path)
     # The other file is in another folder, or was deleted.
     assert metrics == {"onnx": {}, "exports": {"model.onnx": 0.0}}
     for asked, missing in (
@@ -356,8 +356,7 @@ def test_a_complete_run_writes_what_it_has_not_written_yet(tmp_path: Path) -> No
         assert undeployed(metrics, asked) is missing, asked
     assert not undeployed({**metrics, "folded": {}}, Exports(fold=True))
     (tmp_path / "model.onnx").unlink()
-    forget_files(metrics, tmp_path)
-    assert metrics == {}
+    assert forget_files(metrics, tmp_path) == {}
 
 
 def test_a_fold_that_is_asked_for_later_is_measured(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -385,8 +384,10 @@ def test_a_fold_that_is_asked_for_later_is_measured(trained: tuple[Path, dict[st
     other = tmp_path / "other"
     other.mkdir()
     (other / "model.onnx").write_bytes(b"of another cut")
+    (other / "forecast.json").write_text("{}")
     assert "onnx" not in prune(config("prune", other, *same, f"resume={tmp_path}"))[0]
     assert not (other / "model.onnx").exists()
+    assert not (other / "forecast.json").exists()
     assert (other / "pruned.ckpt").is_file()
 
 
@@ -423,7 +424,7 @@ def test_only_weights_drawn_anew_see_small_images_first(
     settings = read(config("prune", tmp_path, "data.progressive_resizing={}"))
     data, net = assembly.load_data(assembly.data_settings(settings)), build_model({"name": "resnet8"})
     sizes: list[int] = []
-    monkeypatch.setattr(trainers, "fit", lambda *_: sizes.append(data.smallest(torch.rand(1, 3, 32, 32)).shape[-1]))
+    monkeypatch.setattr(trainers, "fit", lambda *_: sizes.append(data.sides(0, 10)[0]))
     finetune(settings, data, net, net, 1, folder)
     # They begin at half the size by default.
     assert sizes == [16 if grows else 32]

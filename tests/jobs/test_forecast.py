@@ -234,6 +234,9 @@ def test_small_images_and_a_training_from_scratch_are_announced(
     announce_training(given, build_model({"name": "resnet8"}), data, trainer, planned, done=2)
     said = " ".join(capsys.readouterr().out.split())
     assert "train 7 epochs after 2, on images of 16 x 16 at first, tagged" in said
+    # Of those that are left all are whole.
+    announce_training(given, build_model({"name": "resnet8"}), data, trainer, planned, done=8)
+    assert "train 1 epoch after 8, tagged" in " ".join(capsys.readouterr().out.split())
     assert "made up for in sequence; train the same widths from scratch for 3 epochs" in said
 
 

@@ -318,7 +318,7 @@ def test_the_cut_of_an_earlier_start_is_not_removed(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("freqprune.jobs.prune.named_by_launcher", lambda folder: folder == tmp_path)
     save_pruned(tmp_path / "net.ckpt", build_model({"name": "resnet8"}), {})
     (tmp_path / "pruned.ckpt").write_bytes(b"of the first start")
-    with pytest.raises(InputError, match="holds the cut of an earlier start: go on with resume="):
+    with pytest.raises(InputError, match="holds the cut of an earlier start: go on with the same settings and resume="):
         prune(config("prune", tmp_path, f"ckpt={tmp_path / 'net.ckpt'}"))
     assert (tmp_path / "pruned.ckpt").read_bytes() == b"of the first start"
 

@@ -18,7 +18,7 @@ from freqprune.jobs.prune import _network_to_prune
 from freqprune.jobs.settings import read
 from freqprune.jobs.train import _tagging, train
 from freqprune.networks.checkpoint import load_network
-from freqprune.networks.registry import build_model
+from freqprune.networks.registry import build_model, register_model
 from freqprune.reports.record import OF_A_TRAINING
 from freqprune.reports.tables import training_history
 from freqprune.training.classifier import Classifier
@@ -305,6 +305,50 @@ def test_a_training_that_goes_on_leaves_no_cut_of_the_network_as_it_was(
     assert (tmp_path / "importance.csv").is_file()
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_training_with_no_step_left_is_what_it_was(
+    cut: bool, trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Also where its end is one in steps, after which Lightning does not count the epoch."""
+    shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    steps = torch.load(last, weights_only=True)["global_step"]
+    if cut:
+        (tmp_path / "metrics.json").write_text('{"finished": true}')
+    kept = ["metrics.json", "training.json", "explore.html", "report.html"] if cut else []
+    before = {name: (tmp_path / name).read_bytes() for name in kept}
+    rows = training_history(tmp_path / "metrics.csv")
+    given = ("trainer.max_epochs=5", f"+trainer.max_steps={steps}", f"ckpt_path={last}")
+    metrics, _ = train(config("train", tmp_path, *given))
+    assert (metrics["epochs"], metrics["epochs_here"]) == (1, 0)
+    assert {name: (tmp_path / name).read_bytes() for name in kept} == before
+    now = training_history(tmp_path / "metrics.csv")
+    assert now["train/loss"] == rows["train/loss"]
+    assert now["val/loss"][0] == rows["val/loss"][0]
+
+
+class Stubborn(torch.nn.Module):
+    """A thousand classes, whatever is asked for, and a choice that no exporter follows."""
+
+    def __init__(self, num_classes: int = 1000, heeds: bool = False) -> None:
+        super().__init__()
+        self.conv, self.linear = torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(8, num_classes if heeds else 1000)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = self.linear(self.conv(x).relu().mean((2, 3)))
+        return x if x.mean() > 0 else x * 2
+
+
+def test_what_no_training_would_make_good_is_refused_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    register_model("stubborn", Stubborn)
+    monkeypatch.setattr(Classifier, "training_step", killed)
+    given = ("model=auto", "model.name=stubborn", "importance=l2", "pruning.compensation=none")
+    with pytest.raises(InputError, match=r"answers for 1000 classes, the data have 10: .*num_classes=10"):
+        train(config("train", tmp_path, *given))
+    with pytest.raises(InputError, match=r"export\.onnx = true cannot take this network"):
+        train(config("prune", tmp_path, *given, "+model.heeds=true", "export.onnx=true"))
+
+
 def test_checkpoints_of_an_earlier_start_are_not_removed(
     trained: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,8 +357,9 @@ def test_checkpoints_of_an_earlier_start_are_not_removed(
     with pytest.raises(InputError, match="holds the checkpoints of an earlier start: go on with ckpt_path="):
         train(config("train", tmp_path))
     (tmp_path / "pruned.ckpt").touch()
-    with pytest.raises(InputError, match=r"go on with prune ckpt=.* resume="):
-        train(config("prune", tmp_path))
+    # The criterion of prune.py is another.
+    with pytest.raises(InputError, match=r"prune\.py with the same settings and resume=.* ckpt=.* importance.*=snr"):
+        train(config("train", tmp_path, "pruning=filters", "pruning.macs_cut=0.5"))
     assert (tmp_path / "checkpoints" / "last.ckpt").is_file()
 
 

@@ -16,7 +16,7 @@ from torch._dynamo.exc import TorchDynamoException
 from freqprune.errors import InputError
 from freqprune.jobs import assembly, trainers
 from freqprune.jobs.compiled import ReleaseGradients
-from freqprune.jobs.finetuning import _how_to_go_on, finetune
+from freqprune.jobs.finetuning import finetune, how_to_go_on
 from freqprune.jobs.prune import prune
 from freqprune.jobs.settings import read
 from freqprune.jobs.train import train
@@ -110,7 +110,7 @@ def test_a_network_that_was_compiled_before_stays_so(learning: Classifier, modes
     assert _calls(learning) == before
 
 
-def test_what_cannot_be_compiled_is_an_error_that_says_how_to_go_on(learning: Classifier, modes: list[Any]) -> None:
+def test_what_cannot_be_compiled_is_an_error_that_sayshow_to_go_on(learning: Classifier, modes: list[Any]) -> None:
     pretended = Pretended()
     trainer: Any = pretended
     data: Any = None
@@ -205,12 +205,12 @@ def test_everything_on_an_accelerator(more: tuple[str, ...], tmp_path: Path) -> 
 
 def test_how_an_interrupted_fine_tuning_goes_on_depends_on_where_the_dense_network_is(tmp_path: Path) -> None:
     given = read(config("prune", tmp_path / "given", "pretrained=true"))
-    assert _how_to_go_on(given) == f"; to go on: prune.py with the same settings and resume={tmp_path / 'given'}"
+    assert how_to_go_on(given) == f"prune.py with the same settings and resume={tmp_path / 'given'}"
     # train.py has another criterion by default, and the resumed run is to be told.
     trained = read(config("train", tmp_path / "trained", "pruning=filters"))
     (tmp_path / "trained" / "checkpoints").mkdir(parents=True)
     (tmp_path / "trained" / "checkpoints" / "last.ckpt").touch()
-    found = _how_to_go_on(trained)
+    found = how_to_go_on(trained)
     assert found.endswith(f" ckpt={tmp_path / 'trained' / 'checkpoints' / 'last.ckpt'} importance.criterion=snr")
 
 

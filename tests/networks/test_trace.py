@@ -90,6 +90,12 @@ def test_layers_whose_weight_the_forward_multiplies_with_itself_count() -> None:
     assert macs_by_layer(Itself(), torch.rand(1, 3, 4, 4)) == {"a": 16 * 3 * 8, "b": 16 * 8 * 6}
 
 
+def test_layers_that_share_a_weight_count_once_a_call() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    net[2].weight = net[0].weight
+    assert macs_by_layer(net, torch.rand(1, 8)) == {"0": 64, "2": 64}
+
+
 class Answers(nn.Module):
     def __init__(self) -> None:
         super().__init__()

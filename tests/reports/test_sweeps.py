@@ -294,10 +294,21 @@ def test_a_job_that_was_finished_in_its_folder_is_the_job_that_began_there(sweep
     asked = ["data=digits", "compile=false", "importance=snr,l2,random", "seed=0,1"]
     states = {one.name: one.state for one in read_sweep(sweep)}
     given = ["data=digits", "compile=false", "importance=snr", "seed=1"]
-    typed = shlex.join([*given, f"resume='{sweep / '1'}'", f"hydra.run.dir={sweep / '1'}"])
+    # With the network that was trained there, where it was.
+    own = [
+        f"resume='{sweep / '1'}'",
+        f"ckpt={sweep / '1' / 'checkpoints' / 'last.ckpt'}",
+        f"hydra.run.dir={sweep / '1'}",
+    ]
+    typed = shlex.join([*given, *own])
     record.write_json(sweep / "1" / record.RUN, {"command": f"freqprune prune {typed}", "settings": {"seed": 1}})
     check_goes_on(sweep, asked)
     assert {one.name: one.state for one in read_sweep(sweep)} == states
+    # A network that was trained there and cut there is another job.
+    typed = shlex.join([*given, *own[1:]])
+    record.write_json(sweep / "1" / record.RUN, {"command": f"freqprune prune {typed}", "settings": {"seed": 1}})
+    with pytest.raises(InputError, match="1 holds a finished job of another sweep"):
+        check_goes_on(sweep, asked)
 
 
 def test_commands_of_configs_of_ones_own_are_read(sweep: Path) -> None:

@@ -114,8 +114,8 @@ def test_fine_tuning_sees_whole_images() -> None:
     data = DigitsData(progressive_resizing={}, **DATA)
     with data.whole():
         assert fit(data, max_epochs=2).trained == {0: {(32, 32)}, 1: {(32, 32)}}
-    assert data.smallest(torch.rand(1, 3, 32, 32)).shape == (1, 3, 16, 16)
-    assert DigitsData(**DATA).smallest(torch.rand(1, 3, 32, 32)).shape == (1, 3, 32, 32)
+    assert [data.sides(epoch, 10) for epoch in (0, 9)] == [(16, 16), (32, 32)]
+    assert DigitsData(**DATA).sides(0, 10) == (32, 32)
 
 
 def test_a_network_is_tried_on_every_size_that_is_trained_on() -> None:
