@@ -144,12 +144,11 @@ class Attribution(OfParts):
             raise InputError(
                 f"pixels must be those of one image, (n_channels, {size[0]}, {size[1]}), got {tuple(pixels.shape)}"
             )
+        sure = self.significant(image, alpha)
         if self.parts.dim() == 4:
-            sure = self.significant(image, alpha)
             return bars(self.effects[image], self.standard_error[image], self.part_names, sure, pixels, title)
         pairs = self.strongest_pairs(image, n_pairs, alpha)
         marked = self.ranked(image, n_marked)
-        sure = self.significant(image, alpha)
         return picture(self._map(image), self.parts[image], sure, pixels, pairs, marked, title)
 
     def for_captum(self, n_channels: int = 3) -> Tensor:

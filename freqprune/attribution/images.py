@@ -99,7 +99,9 @@ def attribute(
         raise InputError(f"overlap must lie in [0, {MOST_OVERLAP:g}], got {overlap}")
     if until is not None and not until > 0:
         raise InputError(f"until must be a standard error above 0, got {until}")
-    reader = _Reader(model, score, _dtype(half))
+    if half is not None:
+        one_of(HALF, half=half)
+    reader = _Reader(model, score, None if half is None else HALF[half])
     prepare = normalizer(images, mean, std, device_of(model), dtype_of(model))
     check_answers(model, prepare(images[:1]).contiguous())
     fades_to = find_baseline(images.float(), baseline)
@@ -265,10 +267,3 @@ def _fitted(design: Tensor, scores: Tensor, n_frames: int, where: Tensor, mixed:
         of_all(p_of_pairs, 1.0),
         of_all(first_order(design, scores, n_frames)),
     )
-
-
-def _dtype(half: str | None) -> torch.dtype | None:
-    if half is None:
-        return None
-    one_of(HALF, half=half)
-    return HALF[half]

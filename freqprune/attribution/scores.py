@@ -85,7 +85,6 @@ def read(output: Any, score: str | Score, target: Tensor | None) -> Tensor:
             came = getattr(found, "shape", type(found).__name__)
             raise InputError(f"score must return one number an image, (n_images,), got {came}")
         return found
-    one_of(SCORES, score=score)
     logits = first(output).float()
     assert target is not None
     at = target.to(logits.device)[:, None]

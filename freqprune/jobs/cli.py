@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from freqprune.errors import InputError
-from freqprune.jobs.config import Common, check_pruning, check_training, names_trained, read_common
+from freqprune.jobs.config import Common, check_pruning, check_training, names_trained, of_the_top
 from freqprune.jobs.explain_settings import check_explaining
 from freqprune.jobs.failed import let_go
 from freqprune.jobs.launched import run_id
@@ -136,7 +136,7 @@ def _do(cfg: DictConfig, trains: Callable[[Common], bool]) -> None:
     from freqprune.reports import record
 
     with record.failures_kept(Path(str(cfg.output_dir))):
-        common = read_common(cfg)
+        common = of_the_top(Common, cfg)
         training, pruning = trains(common), cfg.get("pruning") or {}
         prunes = typed(bool, pruning.get("enabled", False), "pruning.enabled")
         check_training(cfg) if training else check_pruning(cfg)

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 
 from freqprune.errors import InputError, at_least, check_file, closest, one_of
-from freqprune.jobs.values import TRUTHS, plain_value, typed
+from freqprune.jobs.values import plain_value, typed, with_booleans
 from freqprune.networks import cards
 
 T = TypeVar("T")
@@ -47,11 +47,6 @@ class Common:
         one_of(("highest", "high", "medium"), matmul_precision=self.matmul_precision)
 
 
-def read_common(cfg: DictConfig) -> Common:
-    """The settings of no section, typed and in range."""
-    return of_the_top(Common, cfg)
-
-
 def of_the_top(cls: type[T], cfg: DictConfig) -> T:
     """An object of a settings class whose fields are keys of no section."""
     hints = get_type_hints(cls)
@@ -65,14 +60,11 @@ def of_the_top(cls: type[T], cfg: DictConfig) -> T:
 WHOLE = ("64-true", "64", "16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
 
 
-def _is_set(value: Any) -> bool:
-    return bool(TRUTHS.get(value.lower(), value) if isinstance(value, str) else value)
-
-
 def names_trained(cfg: DictConfig) -> str | None:
     """The setting that names trained weights of torchvision or timm, if there is one."""
     model = cfg.get("model")
-    given = [key for key in ("weights", "pretrained") if isinstance(model, DictConfig) and _is_set(model.get(key))]
+    keys = ("weights", "pretrained") if isinstance(model, DictConfig) else ()
+    given = [key for key in keys if with_booleans(model.get(key))]
     return f"model.{given[0]}" if given else None
 
 
@@ -94,7 +86,7 @@ def check_training(cfg: DictConfig) -> None:
         InputError: for settings that only pruning has a use for, values that are missing, files and modules that are
             not there.
     """
-    common = read_common(cfg)
+    common = of_the_top(Common, cfg)
     if common.ckpt is not None:
         raise InputError(
             f"ckpt = {common.ckpt} is the network that prune.py prunes; to resume training use ckpt_path={common.ckpt}"
@@ -124,7 +116,7 @@ def check_pruning(cfg: DictConfig, at_hand: bool = False) -> None:
         InputError: for a network that is given twice or not at all, values that are missing, files and modules that are
             not there.
     """
-    common = read_common(cfg)
+    common = of_the_top(Common, cfg)
     check_one_network(cfg, common.ckpt, common.pretrained, "to prune", at_hand)
     if not at_hand and common.ckpt_path is not None:
         raise InputError(

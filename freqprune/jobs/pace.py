@@ -71,16 +71,15 @@ class Pace:
     fed: Span = NOTHING
 
 
-def of_forward(net: nn.Module, example: Tensor, most: int = IMAGES) -> Span:
+def of_forward(net: nn.Module, example: Tensor) -> Span:
     """Seconds that an image takes in eval mode.
 
     Args:
         net: the network; left as it is.
         example: inputs, ``(n_images, n_channels, height, width)``, on its device.
-        most: images of a batch; fewer where that takes too long.
     """
     with evaluating(net), torch.inference_mode():
-        return _an_image(lambda batch: net(batch), example, most)
+        return _an_image(net, example, IMAGES)
 
 
 def of_training(

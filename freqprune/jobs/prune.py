@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,13 @@ from freqprune.errors import InputError
 from freqprune.jobs import assembly, trainers
 from freqprune.jobs.announce import announce_pruning
 from freqprune.jobs.config import check_pruning
-from freqprune.jobs.finetuning import check_anew, check_finetuning
+from freqprune.jobs.finetuning import check_anew, check_finetuning, how_to_go_on
 from freqprune.jobs.launch import in_all_processes
 from freqprune.jobs.launched import named_by_launcher
 from freqprune.jobs.outputs import explore_cut, name_of, plan_of, tell, write_response
-from freqprune.jobs.resuming import check_same_cut, interrupted
+from freqprune.jobs.resuming import check_same_cut, holds_cut, interrupted
 from freqprune.jobs.settings import Settings, read
 from freqprune.jobs.stages import Run
-from freqprune.jobs.values import override
 from freqprune.networks import Stored, check_export, device_of
 from freqprune.processes import from_first, rank_and_size
 from freqprune.pruning import Verdict, check_folder, judge, needs, plan_cut
@@ -70,8 +68,8 @@ def _pruned(
     pick_layers(net, settings.readout.layers)
     if first and settings.readout.layers is None and (unread := unread_layers(net)):
         log.warning(
-            "tags are read at convolutions only, of which this network has few: to look at linear layers name them, "
-            "such as tagging.layers='%s' (there are also %s)", unread[0], ", ".join(unread[1:4]),
+            "tags are read at convolutions only, and most layers of this network are linear: name those to look at, "
+            "such as tagging.layers='%s'", unread,
         )  # fmt: skip
     assembly.seed(settings.common)
     data = data or assembly.load_data(assembly.data_settings(settings))
@@ -90,8 +88,9 @@ def _pruned(
     resumed = settings.common.resume
     # One reads: it writes into that folder as soon as it goes on.
     earlier = None if resumed is None else from_first(interrupted, Path(resumed), run.trained, settings.finetune_epochs)
-    if settings.recipe is not None and earlier is None:
+    if earlier is None or earlier.folder.resolve() != settings.out.resolve():
         from_first(_spare_cut, settings)
+    if settings.recipe is not None and earlier is None:
         check_folder(settings.recipe)
         assembly.warn_of_seen_images(settings.common.pretrained, data)
     # After a training it was said before that.
@@ -126,11 +125,10 @@ def _pruned(
 
 def _spare_cut(settings: Settings) -> None:
     """Refuse to cut anew where a second start of the same processes finds the cut of the first."""
-    if (settings.out / "pruned.ckpt").is_file() and named_by_launcher(settings.out):
+    if settings.recipe is not None and holds_cut(settings.out) and named_by_launcher(settings.out):
         raise InputError(
-            f"{settings.out} is called as its processes meet, and holds the cut of an earlier start: go on with the "
-            f"same settings and {shlex.quote(override('resume', settings.out))}, or choose another folder "
-            "(hydra.run.dir=FOLDER)"
+            f"{settings.out} is called as its processes meet, and holds the cut of an earlier start: go on with "
+            f"{how_to_go_on(settings)}, or choose another folder (hydra.run.dir=FOLDER)"
         )
 
 

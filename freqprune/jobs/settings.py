@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 
 from freqprune.errors import InputError, at_least, one_of
-from freqprune.jobs.config import Common, read_common
+from freqprune.jobs.config import Common, of_the_top
 from freqprune.jobs.values import FREE, no_such_key, plain, typed, with_booleans
 from freqprune.networks import Exports, Latency
 from freqprune.pruning import AMOUNTS, Amount, Judgement, Recipe, Reconstruction, needs
@@ -193,7 +193,7 @@ def read(cfg: DictConfig) -> Settings:
             "out (in code, freqprune.networks.export writes any network)"
         )
     return Settings(
-        common=read_common(cfg),
+        common=of_the_top(Common, cfg),
         stimulus=stimulus,
         readout=readout,
         showing=_build(Showing, "tagging", values),
@@ -220,7 +220,7 @@ def _build(cls: type[T], section: str, values: Mapping[str, Any], **more: Any) -
     """An object of a settings class from what a section says of its fields; errors name the keys as users write
     them."""
     hints = get_type_hints(cls)
-    prefix = f"{section}." if section else ""
+    prefix = f"{section}."
     given = {
         name: typed(hints[name], values[section][name], prefix + name)
         for name in _names(cls)

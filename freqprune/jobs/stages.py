@@ -25,7 +25,6 @@ from freqprune.networks import (
     latency_ms,
     load_network,
     load_pruned,
-    of_the_dense,
     save_pruned,
 )
 from freqprune.processes import from_first
@@ -40,6 +39,7 @@ from freqprune.pruning import (
     in_equal_parts,
     plan_cut,
     recalibrate_batch_norm,
+    with_earlier,
 )
 from freqprune.reports import record, run_figures, save, show, tables, write_page
 from freqprune.tagging import TagResponse, find_folds, in_sight
@@ -164,14 +164,14 @@ class Run:
         for stage, one in stages.items():
             self.measure(stage, one)
         self.latencies({"dense": net, **stages})
-        self.metrics["kept"] = tables.kept_counts(ours)
+        self.metrics["kept"] = {name: len(indices) for name, indices in ours.items()}
         self.metrics["widths"] = widths = {name: done.widths[name] for name in ours}
         title = f"Filters kept by {self.settings.scoring.criterion}"
         if self.first and ours:
             figure = run_figures.kept_per_layer(self.metrics["kept"], widths, title)
             save(figure, self.out / "figures" / "kept_per_layer.png")
         self.metrics["remarks"] = done.remarks
-        self.kept = of_the_dense(ours, earlier)
+        self.kept = with_earlier(plan, small, ours, earlier)
         self.write(small)
         # The page counts in units of the dense network.
         known = {name: indices for name, indices in ours.items() if name in plan.graph.units}

@@ -27,6 +27,7 @@ from freqprune.jobs.launch import world_size
 from freqprune.jobs.launched import named_by_launcher
 from freqprune.jobs.loggers import log_results
 from freqprune.jobs.outputs import explore_training, figures_of_training, training_criterion
+from freqprune.jobs.resuming import holds_cut
 from freqprune.jobs.settings import Settings, read
 from freqprune.jobs.values import override
 from freqprune.networks import build_model, check_export, check_resumable, device_of, dtype_of, rebuilt_from
@@ -130,7 +131,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
 
     if last.is_file() and not goes_on and named_by_launcher(out):
         words = shlex.quote(override("ckpt_path", last))
-        if settings.recipe is not None and (out / "pruned.ckpt").is_file():
+        if settings.recipe is not None and holds_cut(out):
             # Its training is over, and the one of its cut would be removed.
             words = how_to_go_on(settings)
         raise InputError(
@@ -173,7 +174,8 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         # No epoch was left to train, or none to validate after the last.
         with trainers.ended_by_sigterm(trainer):
             trainer.validate(classifier, datamodule=data, verbose=False)
-    validated = {"val_accuracy": trainers.metric(trainer, "val/accuracy")} if data.validates else {}
+    accuracy = float(trainer.callback_metrics.get("val/accuracy", math.nan))
+    validated = {"val_accuracy": accuracy} if data.validates else {}
     metrics = {
         **validated,
         **_tested(settings, trainer, classifier, data),

@@ -174,11 +174,6 @@ def accuracy_of(settings: Settings, net: nn.Module, data: ImageData) -> float:
     return tested(evaluator(settings), Classifier(net, num_classes=len(data.classes)), data)["test_accuracy"]
 
 
-def metric(trainer: pl.Trainer, name: str) -> float:
-    value = trainer.callback_metrics.get(name)
-    return float("nan") if value is None else float(value)
-
-
 def chosen_device(settings: Settings) -> torch.device:
     """The device that the trainer gives this process."""
     return place(settings.trainer).strategy.root_device

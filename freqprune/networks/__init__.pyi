@@ -32,7 +32,6 @@ from .hooks import hooked as hooked
 from .hooks import replaced as replaced
 from .kept import kept_by_all as kept_by_all
 from .kept import left_by as left_by
-from .kept import of_the_dense as of_the_dense
 from .libraries import Preprocessing as Preprocessing
 from .libraries import class_names as class_names
 from .libraries import preprocessing as preprocessing
@@ -78,6 +77,7 @@ from .trace import PLAIN as PLAIN
 from .trace import SUMS as SUMS
 from .trace import Trace as Trace
 from .trace import equal_batches as equal_batches
+from .trace import groups_of as groups_of
 from .trace import images_at_once as images_at_once
 from .trace import run as run
 from .trace import same_answer as same_answer

@@ -226,14 +226,13 @@ def _from_timm(kind: str, pretrained: bool = False, num_classes: int | None = No
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise
-        cfg = _timm_cfg(kind)
-        where = f"the repository {cfg.hf_hub_id} of the Hugging Face hub" if cfg.hf_hub_id else cfg.url
+        where = f"the repository {known.hf_hub_id} of the Hugging Face hub" if known.hf_hub_id else known.url
         raise InputError(
             f"the weights of timm/{kind} could not be read ({_line(error)}); on a machine with a network run this once "
             f"and copy {_hub_folder()}, or fetch {where} and give the file as "
             "+model.pretrained_cfg_overlay.file=FILE"
         ) from error
-    trained_for = _timm_cfg(kind).num_classes
+    trained_for = known.num_classes
     if pretrained and num_classes is not None and num_classes != trained_for:
         log.warning("the last layer of timm/%s is new: %d classes instead of %d", kind, num_classes, trained_for)
     arguments = {key: value for key, value in arguments.items() if not key.startswith("pretrained_cfg")}
@@ -255,22 +254,16 @@ def _line(error: BaseException) -> str:
 def _replace_head(net: nn.Module, old: int, new: int) -> None:
     """Fresh layers in the place of those that answer for `old` classes, in place."""
     for name, module in list(net.named_modules()):
-        fresh: nn.Module
+        fresh: nn.Linear | nn.Conv2d
         if isinstance(module, nn.Linear) and module.out_features == old:
             fresh = nn.Linear(module.in_features, new, module.bias is not None)
-        elif isinstance(module, nn.Conv2d) and module.out_channels == old and isinstance(module.kernel_size, tuple):
+        elif isinstance(module, nn.Conv2d) and module.out_channels == old:
             if module.kernel_size != (1, 1) or name.startswith("features"):
                 continue
             fresh = nn.Conv2d(module.in_channels, new, 1, bias=module.bias is not None)
         else:
             continue
-        nn.init.normal_(_of(fresh), 0, 0.01)
+        nn.init.normal_(fresh.weight, 0, 0.01)
         if isinstance(fresh.bias, Tensor):
             nn.init.zeros_(fresh.bias)
         net.set_submodule(name, fresh)
-
-
-def _of(layer: nn.Module) -> Tensor:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight

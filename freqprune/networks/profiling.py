@@ -70,7 +70,7 @@ class _LinearCalls(TorchFunctionMode):
         self.macs: dict[str, int] = {}
         # Weights that are computed anew at each use are other tensors each time.
         own = [(name, module._parameters.get("weight")) for name, module in layers]
-        # Those that layers share are counted where these are called.
+        # Those that layers share count where these are called as modules, and only there.
         uses = Counter(id(weight) for _, weight in own)
         self._names = {id(weight): name for name, weight in own if weight is not None and uses[id(weight)] == 1}
 

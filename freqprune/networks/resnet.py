@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freqprune.errors import InputError
+from freqprune.errors import InputError, at_least
 from freqprune.networks.blocks import Shortcut
 
 STAGE_WIDTHS = (16, 32, 64)
@@ -120,9 +120,7 @@ class CifarResNet(nn.Module):
             raise InputError(f'shortcut must be "A" (index) or "B" (projection), got {shortcut!r}')
         if len(stage_widths) != 3 or min(stage_widths) < 1 or list(stage_widths) != sorted(stage_widths):
             raise InputError(f"stage_widths must be three positive widths that do not shrink, got {list(stage_widths)}")
-        for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
-            if value < 1:
-                raise InputError(f"{argument} must be at least 1, got {value}")
+        at_least(1, num_classes=num_classes, in_channels=in_channels)
         self._config: dict[str, Any] = {
             "depth": depth,
             "num_classes": num_classes,
@@ -184,20 +182,11 @@ class CifarResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.features(x).mean(dim=(2, 3)))
 
-    def _blocks(self, stage: str) -> list[nn.Module]:
-        found = getattr(self, stage)
-        return list(found) if isinstance(found, nn.Sequential) else []
-
     @property
     def config(self) -> dict[str, Any]:
         """Plain dict for `freqprune.build_model`: this architecture with the widths it has now."""
-        dense = dict(
-            zip(
-                ("conv1", "layer1", "layer2", "layer3"),
-                (self._config["stage_widths"][0], *self._config["stage_widths"]),
-                strict=True,
-            )
-        )
+        first, second, third = self._config["stage_widths"]
+        dense = {"conv1": first, "layer1": first, "layer2": second, "layer3": third}
         widths: dict[str, int] = {}
         indices: dict[str, list[int]] = {}
         for name, module in self.named_modules():
@@ -211,7 +200,7 @@ class CifarResNet(nn.Module):
                 indices[name] = module.index.tolist()
         # A block that is gone is built first, as wide as its shortcut.
         stream = self.conv1.out_channels
-        for name, module in ((f"{stage}.{i}", m) for stage in dense for i, m in enumerate(self._blocks(stage))):
+        for name, module in self.named_modules():
             if isinstance(module, BasicBlock):
                 stream = module.conv2.out_channels
             elif isinstance(module, Shortcut):

@@ -27,7 +27,7 @@ from torch.utils.benchmark import Timer
 from freqprune.errors import InputError
 from freqprune.networks.hooks import evaluating
 from freqprune.networks.steps import best_multiple, widths_to_time
-from freqprune.networks.trace import CONVOLUTIONS, Trace, run
+from freqprune.networks.trace import CONVOLUTIONS, Trace, groups_of, reader, run
 
 SHARES = (1.0, 0.75, 0.5, 0.25)
 # Seconds that each measurement takes at least.
@@ -130,13 +130,10 @@ class Times:
         """The multiple that widths are best rounded up to, `most` at most, by the steps in the times of the `N_HEAVY`
         layers that take longest."""
         ranked = sorted(self.operations, key=lambda one: -one.writes[0])
-        heavy = [one.node for one in ranked if one.node in trace.layers and _groups(one.node) == 1][:N_HEAVY]
+        heavy = [one.node for one in ranked if one.node in trace.layers and groups_of(one.node) == 1][:N_HEAVY]
         fixed = trace.inputs(model)
         values: dict[Node, Any] = {trace.entrance: batch}
-
-        def read(of: Node) -> Any:
-            return fixed[of] if of in fixed else values[of]
-
+        read = reader(fixed, values)
         curves = []
         with evaluating(model), torch.no_grad():
             for node in trace.walk(values, fixed):
@@ -148,9 +145,7 @@ class Times:
         return best_multiple(curves, most)
 
     def _measure(self, node: Node, trace: Trace, values: Mapping[Node, Any], fixed: Mapping[Node, Tensor]) -> Operation:
-        def read(of: Node) -> Any:
-            return fixed[of] if of in fixed else values[of]
-
+        read = reader(fixed, values)
         if node in trace.layers:
             return self._layer(node, trace.layers[node], read)
         layer, before = None, [node]
@@ -171,7 +166,7 @@ class Times:
 
     def _layer(self, node: Node, layer: str, read: Callable[[Node], Any]) -> Operation:
         writes = tuple(self._narrow(node, read, 1.0, share) for share in SHARES)
-        if _groups(node) > 1:
+        if groups_of(node) > 1:
             return Operation(node, layer, (writes[0],) * len(SHARES), writes)
         return Operation(node, layer, tuple(self._narrow(node, read, share, 1.0) for share in SHARES), writes)
 
@@ -181,7 +176,7 @@ class Times:
         rest = list(node.args[3:])
         own_bias = node.args[2] if len(node.args) > 2 else None
         bias = read(own_bias) if isinstance(own_bias, Node) else None
-        dim, groups = 1 if node.target in CONVOLUTIONS else -1, _groups(node)
+        dim, groups = 1 if node.target in CONVOLUTIONS else -1, groups_of(node)
         n_in, n_out = (max(1, round(n * share)) for n, share in ((weight.shape[1], inputs), (len(weight), outputs)))
         if groups > 1:
             # Whole groups go, on both sides.
@@ -206,11 +201,6 @@ class Times:
             with nullcontext() if self._device.type == "cpu" else torch.accelerator.device_index(self._device.index):
                 self._known[key] = 1000 * timer.blocked_autorange(min_run_time=LEAST_S).median
         return self._known[key]
-
-
-def _groups(node: Node) -> int:
-    """Groups of a layer."""
-    return int(node.args[6]) if node.target in CONVOLUTIONS and len(node.args) > 6 else 1  # type: ignore[arg-type]
 
 
 def _format(tensor: Tensor) -> torch.memory_format:

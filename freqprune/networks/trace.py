@@ -153,10 +153,7 @@ class Trace:
             instead: the result of an operation, of it and of what reads values for it; `PLAIN` for its own.
             nodes: the operations; all if left out.
         """
-
-        def read(of: Node) -> Any:
-            return fixed[of] if of in fixed else values[of]
-
+        read = reader(fixed, values)
         for node in self.nodes if nodes is None else nodes:
             result = PLAIN if instead is None else instead(node, read)
             values[node] = run(node, read) if result is PLAIN else result
@@ -177,6 +174,16 @@ class Trace:
     def done_with(self, node: Node) -> Sequence[Node]:
         """Operations whose results nobody needs after `node` has run."""
         return self._last_used.get(node, ())
+
+
+def reader(fixed: Mapping[Node, Tensor], values: Mapping[Node, Any]) -> Callable[[Node], Any]:
+    """What reads a node: a parameter or buffer, from `Trace.inputs`, or a result so far."""
+    return lambda of: fixed[of] if of in fixed else values[of]
+
+
+def groups_of(node: Node) -> int:
+    """Groups of a layer's operation."""
+    return int(node.args[6]) if node.target in CONVOLUTIONS and len(node.args) > 6 else 1  # type: ignore[arg-type]
 
 
 def run(node: Node, values: Any) -> Any:

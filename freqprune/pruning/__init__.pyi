@@ -20,6 +20,7 @@ from .graph import ChannelGraph as ChannelGraph
 from .importance import Evidence as Evidence
 from .in_sequence import Reconstruction as Reconstruction
 from .in_steps import cut_in_steps as cut_in_steps
+from .in_steps import with_earlier as with_earlier
 from .moments import input_moments as input_moments
 from .moments import output_gradients as output_gradients
 from .planning import plan_cut as plan_cut

@@ -78,7 +78,9 @@ def answers_without(
         blocks: the blocks.
         silenced: input channels (of a linear layer: features) set to zero, by layer or parameter-free shortcut.
     """
-    readers = silencing(trace, silenced or {})
+    silenced = silenced or {}
+    layers = {node: silenced[name] for node, name in trace.layers.items() if name in silenced}
+    readers = layers | shortcuts_of(trace, silenced)
     ends = {node for block in blocks for node in block.ends}
     branch = {node for block in blocks for node in block.branch} - ends
 
@@ -96,15 +98,11 @@ def answers_without(
     return answer
 
 
-def silencing(trace: Trace, silenced: Mapping[str, Sequence[int]]) -> dict[Node, Sequence[int]]:
-    """Operations that read silenced channels, each with the channels; arguments as of `answers_without`."""
-    layers = {node: silenced[name] for node, name in trace.layers.items() if name in silenced}
-    return layers | {node: silenced[name] for node, name in shortcuts_of(trace, silenced).items()}
-
-
-def shortcuts_of(trace: Trace, silenced: Mapping[str, Sequence[int]]) -> dict[Node, str]:
-    """Those of modules without weights, such as `freqprune.networks.IndexShortcut`, by the module's name."""
-    return trace.entering(set(silenced) - set(trace.layers.values()))
+def shortcuts_of(trace: Trace, silenced: Mapping[str, Sequence[int]]) -> dict[Node, Sequence[int]]:
+    """Operations that read silenced channels in modules without weights, such as `freqprune.networks.IndexShortcut`,
+    each with the channels; arguments as of `answers_without`."""
+    entered = trace.entering(set(silenced) - set(trace.layers.values()))
+    return {node: silenced[name] for node, name in entered.items()}
 
 
 def without_channels(node: Node, channels: Sequence[int], read: Callable[[Node], Any]) -> Any:

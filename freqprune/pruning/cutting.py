@@ -86,7 +86,8 @@ def cut(
     if plan.blocks:
         # Only in sequence a cut makes up for whole blocks.
         how = ONE_PASS if recipe.compensation == "sequential" else None
-        batches = evidence.frames or _some(plan, material, recipe, stimulus)
+        n_images = n_measured(recipe, material.images.shape)
+        batches = evidence.frames or list(calibration(net, material, recipe, stimulus, n_images))
         found |= block_scores(net, batches, how, progress, among=list(plan.blocks))
     amount, promise = recipe.amount, None
     try:
@@ -188,11 +189,6 @@ def _made_up_for(
             "lost is made up for by its mean only; more calibration images (pruning.calibration_images) would help"
         )
     return small, notes
-
-
-def _some(plan: Plan, material: Material, recipe: Recipe, stimulus: Stimulus) -> list[Tensor]:
-    """Inputs to measure the worth of blocks on, where the criterion measures nothing."""
-    return list(calibration(plan.model, material, recipe, stimulus, n_measured(recipe, material.images.shape)))
 
 
 def _overshoot(plan: Plan, kept: Kept, amount: Amount) -> list[str]:

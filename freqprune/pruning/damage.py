@@ -96,9 +96,7 @@ def _answers(
                 yield outputs
         return
     fixed = trace.inputs(model)
-    muted = [
-        {node: channels[name] for node, name in shortcuts_of(trace, channels).items()} for channels in ({}, *silenced)
-    ]
+    muted = [shortcuts_of(trace, channels) for channels in ({}, *silenced)]
     changed = {node for node, name in trace.layers.items() if name in solved[0]} | {*muted[-1]}
     start = min(at for at, node in enumerate(trace.nodes) if node in changed)
     for batch in batches:

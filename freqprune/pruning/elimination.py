@@ -8,7 +8,7 @@ to date. All of H and W follows after a block of filters, in one matrix product,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ def elimination_errors(
     readers: Mapping[str, tuple[Tensor, Tensor, Tensor]],
     gradients: Mapping[str, Tensor] | None = None,
     ridge: float = RIDGE,
-    progress: Callable[[int], object] | None = None,
 ) -> Tensor:
     """What each filter adds that the others cannot make up for, found by removing the least missed one after the other.
 
@@ -42,7 +41,6 @@ def elimination_errors(
             of each filter, ``(n_filters, n_columns)``.
         gradients: for each reader S, ``(n_outputs, n_outputs)``, to weigh its outputs with.
         ridge: see `least_squares`.
-        progress: called after each filter with how many are gone.
 
     Returns:
         Error over the variance of the layer's output (with `gradients`: in squared logits), summed over the readers,
@@ -55,10 +53,8 @@ def elimination_errors(
     n_filters = len(next(iter(readers.values()))[2])
     found = torch.zeros(n_filters, dtype=torch.float64)
     with torch.inference_mode():
-        for n_gone, (at, error) in enumerate(_eliminated(readers, gradients, ridge), 1):
+        for at, error in _eliminated(readers, gradients, ridge):
             found[at] = error
-            if progress is not None:
-                progress(n_gone)
     return found
 
 

@@ -16,7 +16,7 @@ from torch_pruning.dependency.dependency import Dependency
 from torch_pruning.dependency.group import Group
 
 from freqprune.errors import InputError
-from freqprune.networks import BATCH_NORM, CONVOLUTIONS, IDENTITIES, LINEAR, Trace
+from freqprune.networks import BATCH_NORM, CONVOLUTIONS, IDENTITIES, LINEAR, Trace, groups_of
 
 _ATEN = torch.ops.aten
 # What acts on every channel by itself, with further arguments that are no tensors.
@@ -67,7 +67,7 @@ def follow(model: nn.Module, example: Tensor, convolutions: bool = False) -> dic
     found: dict[str, Followed] = {}
     taken: set[str] = set()
     for node, name in trace.layers.items():
-        if name in taken or not (node.target is LINEAR or (convolutions and _groups(node) == 1)):
+        if name in taken or not (node.target is LINEAR or (convolutions and groups_of(node) == 1)):
             continue
         unit = _follow(node, trace)
         if unit is not None and not taken & {*unit.members}:
@@ -128,15 +128,12 @@ def _worth_a_look(model: nn.Module) -> bool:
     return bool({layer.out_features for layer in layers} & {layer.in_features for layer in layers})
 
 
-def _groups(node: Node) -> int:
-    """Groups of a convolution."""
-    return int(node.args[6]) if len(node.args) > 6 else 1  # type: ignore[arg-type]
-
-
 def _depthwise(node: Node) -> bool:
     """Whether an operation is a convolution with a filter of its own for every channel."""
     source: Any = node.args[0]
-    return node.target in CONVOLUTIONS and _groups(node) == source.meta["val"].shape[1] == node.meta["val"].shape[1] > 1
+    return (
+        node.target in CONVOLUTIONS and groups_of(node) == source.meta["val"].shape[1] == node.meta["val"].shape[1] > 1
+    )
 
 
 def _follow(start: Node, trace: Trace) -> Followed | None:
@@ -160,7 +157,7 @@ def _follow(start: Node, trace: Trace) -> Followed | None:
             reads = CONVOLUTIONS if maps and node.meta["val"].dim() == 4 else (LINEAR,)
             if user.target in reads and user.args[0] is node and user in layers:
                 if not _depthwise(user):
-                    if maps and reads is CONVOLUTIONS and _groups(user) != 1:
+                    if maps and reads is CONVOLUTIONS and groups_of(user) != 1:
                         return None
                     found.readers.append(layers[user])
                     continue
@@ -194,5 +191,5 @@ def _source(node: Node, width: int, start: Node) -> Node | None:
     passing = (*_ELEMENTWISE, BATCH_NORM, *_OF_MAPS) if dim == 1 else _ELEMENTWISE
     while (node.target in passing or (dim == 1 and _depthwise(node))) and isinstance(node.args[0], Node):
         node = node.args[0]
-    whole = node.target in kinds and (node.target is LINEAR or _groups(node) == 1)
+    whole = node.target in kinds and (node.target is LINEAR or groups_of(node) == 1)
     return node if whole and node.meta["val"].shape[dim] == width else None

@@ -224,10 +224,10 @@ class ChannelGraph:
         """Input channels (of a linear layer: features) that a unit's filters are to each layer that reads them."""
         found: dict[str, list[int]] = {}
         for dependency, idxs in self.group(name, filters):
-            reader = self._names.get(dependency.target.module)
-            if (dependency.handler in IN and reader is not None) or (
-                isinstance(dependency.target.module, IndexShortcut) and reader is not None and _enters(dependency)
-            ):
+            module = dependency.target.module
+            reader, act = self._names.get(module), getattr(dependency.handler, "__name__", "")
+            enters = dependency.handler in IN or (isinstance(module, IndexShortcut) and act == "prune_in_channels")
+            if reader is not None and enters:
                 found.setdefault(reader, []).extend(int(i) for i in idxs)
         return found
 
@@ -249,7 +249,3 @@ class ChannelGraph:
                 left[side] -= gone.get(name, 0) * share
             found[layer] = left["in"], left["out"]
         return found
-
-
-def _enters(dependency: Any) -> bool:
-    return getattr(dependency.handler, "__name__", "") == "prune_in_channels"

@@ -115,3 +115,17 @@ def _left(found: InSteps, plan: Plan, widths: dict[str, int], amount: Amount) ->
     if amount.ratio is not None:
         return sum(len(indices) for name, indices in found.kept.items() if name in widths) / sum(widths.values())
     return count_macs(found.net, plan.example) / count_macs(plan.model, plan.example)
+
+
+def with_earlier(plan: Plan, small: nn.Module, kept: Kept, earlier: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Filters that a cut and those before it have left of the first network.
+
+    Args:
+        plan: of the network before the cut.
+        small: the network after it.
+        kept: filters of the network before it.
+        earlier: filters of the first network that this one has, by unit.
+    """
+    members = {name: unit.members for name, unit in plan.graph.units.items()}
+    cuts = [earlier, {name: indices.tolist() for name, indices in kept.items()}]
+    return kept_by_all(cuts, [members, members], dict(small.named_modules()).__contains__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -256,11 +257,9 @@ def _to_macs(
             f"{cut_by(blocks):.3f}; "
             "let more layers lose filters (pruning.layers, pruning.streams, pruning.blocks) or cut less"
         )
-    low, high = 0, len(blocks)
-    while low < high:  # fewest blocks that reach the cut; the cut only grows with every block
-        middle = (low + high) // 2
-        low, high = (low, middle) if cut_by(blocks[:middle]) >= enough else (middle + 1, high)
-    removed = blocks[:low]
+    # Fewest blocks that reach the cut; the cut only grows with every block.
+    fewest = bisect_left(range(len(blocks)), True, key=lambda number: cut_by(blocks[:number]) >= enough)
+    removed = blocks[:fewest]
     # The last block may overshoot; give back what the cut can spare, best filters first.
     widths, count = left(removed), Counter(block.layer for block in removed)
     spared = set()

@@ -47,7 +47,7 @@ class SideBySide:
         changed = [f"{name}.weight" for name in silenced]
         self.touched = {node for node in self.fixed[0] if trace.source(node) in changed}
         # Shortcuts without weights, which cannot be zero on silenced channels.
-        self.shortcuts = {node: silenced[name] for node, name in shortcuts_of(trace, silenced).items()}
+        self.shortcuts = shortcuts_of(trace, silenced)
 
     def error(self) -> float:
         """Mean squared difference of the twin's answers from the dense network's."""

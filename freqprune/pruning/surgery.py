@@ -48,7 +48,8 @@ class Plan:
         self.streams = {name: unit.members for name, unit in self.graph.streams.items()}
         self.coupled = self.graph.coupled
         # Layers that no forward in eval mode reaches.
-        layers = {name for name, module in model.named_modules() if _has_macs(module)}
+        kinds = nn.modules.conv._ConvNd | nn.Linear
+        layers = {name for name, module in model.named_modules() if isinstance(module, kinds)}
         self.unreached = sorted(layers - self.graph.left({}).keys())
         self.blocks: dict[str, Block] = {}
         self.gone, self.stuck = list(dropped_blocks(model)), list[str]()
@@ -285,7 +286,3 @@ class Plan:
             raise InputError(f"{name!r} would keep no filter, which cuts the network in two; keep at least one")
         if len(set(found)) != len(found) or min(found) < 0 or max(found) >= width:
             raise InputError(f"kept filters of {name!r} must be distinct indices in [0, {width - 1}], got {found}")
-
-
-def _has_macs(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.conv._ConvNd | nn.Linear)

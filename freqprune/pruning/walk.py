@@ -14,7 +14,7 @@ from torch.fx import Node
 from freqprune.errors import InputError
 from freqprune.networks import LINEAR, Trace, run
 from freqprune.processes import from_first
-from freqprune.pruning.blocks import Block, answers_without, shortcuts_of
+from freqprune.pruning.blocks import Block, answers_without
 from freqprune.pruning.equations import Sums, solve
 from freqprune.pruning.in_sequence import Reconstruction
 from freqprune.pruning.moments import MAX_VALUES
@@ -59,7 +59,8 @@ class Walk(SideBySide):
         """Mean squared difference of another network's answers from the dense network's, with the same blocks and
         shortcuts silenced."""
         pairs, fixed = zip(self.batches, self.dense[self.trace.exit], strict=True), self.trace.inputs(net)
-        muted = {name: self.silenced[name] for name in shortcuts_of(self.trace, self.silenced).values()}
+        layers = {*self.trace.layers.values()}
+        muted = {name: channels for name, channels in self.silenced.items() if name not in layers}
         answers = ((answers_without(self.trace, fixed, x, self.without, muted), y) for x, y in pairs)
         return self._mean(float((answer - y).double().square().mean()) for answer, y in answers)
 

@@ -9,16 +9,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from freqprune.errors import InputError
 from freqprune.reports.filters import Filters
+from freqprune.reports.page import rendered
 from freqprune.reports.record import write_text
 from freqprune.reports.trial import Trial
 from freqprune.tagging import Stimulus
 
-EXPLORER = "explore.html"
 # In the order in which they are read; uPlot (MIT) draws the spectra.
 SCRIPTS = ("uPlot.iife.min.js", "cut.js", "data.js", "network.js", "spectrum.js", "tables.js", "explore.js")
 STYLES = ("uPlot.min.css", "explore.css")
@@ -52,24 +51,21 @@ def write_explorer(
         raise InputError("there are no filters to explore; tag a network first")
     if any(dict(one.widths) != dict(filters[0].widths) for one in filters):
         raise InputError("the layers at all times have to be the same to stand on one page; write a page for each")
-    environment = Environment(
-        loader=PackageLoader("freqprune.reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
     parts = files("freqprune.reports") / "templates" / "explorer"
-    page = environment.get_template("explore.html.j2").render(
-        title=title,
-        lead=_lead(stimulus, filters),
-        notes=notes,
-        several=len(filters) > 1,
-        n_times=len(filters),
-        last=filters[-1].label,
-        trial=trial is not None,
-        report="report.html",
-        data=_in_a_script(_content(filters, stimulus, trial)),
-        styles=[Markup((parts / name).read_text(encoding="utf-8")) for name in STYLES],
-        scripts=[Markup((parts / name).read_text(encoding="utf-8")) for name in SCRIPTS],
-    )
-    return write_text(folder / EXPLORER, page)
+    content = {
+        "title": title,
+        "lead": _lead(stimulus, filters),
+        "notes": notes,
+        "several": len(filters) > 1,
+        "n_times": len(filters),
+        "last": filters[-1].label,
+        "trial": trial is not None,
+        "report": "report.html",
+        "data": _in_a_script(_content(filters, stimulus, trial)),
+        "styles": [Markup((parts / name).read_text(encoding="utf-8")) for name in STYLES],
+        "scripts": [Markup((parts / name).read_text(encoding="utf-8")) for name in SCRIPTS],
+    }
+    return write_text(folder / "explore.html", rendered("explore.html.j2", content))
 
 
 def _lead(stimulus: Stimulus, filters: Sequence[Filters]) -> str:

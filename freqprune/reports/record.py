@@ -33,6 +33,8 @@ OF_TRAINED = (
 # What a training leaves besides its checkpoints.
 OF_A_TRAINING = (TRAINING, "importance.csv", "importance.json", "metrics.csv", "metrics.jsonl")
 EXPLAINED = "explain.html"
+# Settings by which a job may go on in its folder, which its record then does not hold.
+GOES_ON = ("resume", "ckpt_path", "ckpt")
 # Seconds that a job expected to take, by stage.
 FORECAST = "forecast.json"
 PACKAGES = ("freqprune", "torch", "torchvision", "pytorch-lightning", "torch-pruning", "hydra-core", "numpy", "scipy")
@@ -97,12 +99,12 @@ def lies_in(path: str | Path, folder: Path) -> bool:
 
 def gone_on_with(settings: Mapping[str, Any], folder: Path) -> list[str]:
     """Those of the settings by which a job goes on in its own `folder`."""
-    given = {key: settings[key] for key in ("ckpt_path", "ckpt") if settings.get(key) is not None}
+    found = [key for key in GOES_ON[1:] if settings.get(key) is not None and lies_in(settings[key], folder)]
     resume = settings.get("resume")
     if resume is None or Path(resume).resolve() != folder.resolve():
         # A network that was trained there and is cut there is another's job.
-        return [key for key, path in given.items() if key == "ckpt_path" and lies_in(path, folder)]
-    return ["resume", *(key for key, path in given.items() if lies_in(path, folder))]
+        return [key for key in found if key == "ckpt_path"]
+    return ["resume", *found]
 
 
 def write(out: Path, cfg: DictConfig, results: Sequence[str] = ()) -> None:

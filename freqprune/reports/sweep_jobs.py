@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from freqprune.errors import InputError
-from freqprune.reports.record import FAILED, METRICS, RUN, TRAINING, gone_on_with, is_finished, options, read_json
+from freqprune.reports.record import FAILED, GOES_ON, METRICS, RUN, TRAINING, is_finished, options, read_json
 from freqprune.reports.tables import percentages
 
 REPEATED = "seed"
@@ -100,7 +100,7 @@ def _read_job(path: Path, sweep: Path) -> Job:
         record = read_json(path / RUN)
         given = by_key(_overrides(path, record))
         # A job that was interrupted and finished in its folder is the job that began there.
-        own = gone_on_with({key: value.strip("'\"") for key, value in given.items()}, path)
+        own = {key for key in GOES_ON if record.get("settings", {}).get(key, "") is None}
         job = replace(job, overrides={key: value for key, value in given.items() if key not in own})
         if (path / FAILED).is_file():
             return replace(

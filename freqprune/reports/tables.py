@@ -278,8 +278,3 @@ def layer_medians(path: Path) -> dict[str, dict[str, float]]:
         name: {layer: median(found) if found else math.nan for layer, found in by_layer.items()}
         for name, by_layer in values.items()
     }
-
-
-def kept_counts(kept: Mapping[str, Tensor]) -> dict[str, int]:
-    """Number of filters kept a layer."""
-    return {layer: len(indices) for layer, indices in kept.items()}

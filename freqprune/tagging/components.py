@@ -113,9 +113,7 @@ def _combinations(n_tags: int, max_order: int) -> Iterator[tuple[int, ...]]:
             yield (first, *others)
 
 
-def collision(
-    cycles: Sequence[int], n_times: int, max_order: int, neighbours: Sequence[int] = NEIGHBOURS
-) -> str | None:
+def collision(cycles: Sequence[int], n_times: int, max_order: int) -> str | None:
     """What makes a set of tags unreadable, in words; None if they can be told apart.
 
     Either another combination up to `max_order` falls on a tag itself, or on the noise bins of a response.
@@ -126,7 +124,7 @@ def collision(
             return f"{component.aliases[0]} falls on {component.name} itself"
     found = {c.bin: c.name for c in every}
     for where, name in found.items():
-        for distance in neighbours:
+        for distance in NEIGHBOURS:
             for other in (where - distance, where + distance):
                 if other in found:
                     return f"the noise bins of {name} hold the response {found[other]}"

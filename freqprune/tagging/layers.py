@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections import Counter
 from collections.abc import Sequence
 
 from torch import nn
@@ -21,25 +20,27 @@ def default_layers(model: nn.Module) -> list[str]:
     return convolutions or [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
-def unread_layers(model: nn.Module) -> list[str]:
-    """Linear layers that `default_layers` leaves out of a network in which most layers are of that kind, such as a
-    transformer, as patterns with the commonest and of these the widest first; none of others, of which it leaves out
-    the last layer and a few gates.
+def unread_layers(model: nn.Module) -> str | None:
+    """Of a network in which most layers are linear, such as a transformer, the pattern of those that `default_layers`
+    leaves out: the commonest, of these the widest. None for others, of which it leaves out the last layer and a few
+    gates.
 
     >>> mlp = [nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8)) for _ in range(2)]
     >>> unread_layers(nn.Sequential(nn.Conv2d(3, 8, 4), *mlp, nn.Linear(8, 99)))
-    ['*.0', '*.1', '3']
+    '*.0'
     """
     usual = default_layers(model)
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    # Attention multiplies with the weight of its last layer itself.
+    inside = {f"{name}.out_proj" for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
+    linear = {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear) and name not in inside}
     if usual == [*linear] or len(linear) <= len(usual):
-        return []
-    width, count = Counter[str](), Counter[str]()
-    for name, module in linear.items():
-        pattern = re.sub(r"(?<![^.])\d+(?=\.)", "*", name)
-        count[pattern] += 1
-        width[pattern] = max(width[pattern], module.out_features)
-    return sorted(count, key=lambda pattern: (-count[pattern], -width[pattern]))
+        return None
+    widths: dict[str, list[int]] = {}
+    for name, layer in linear.items():
+        widths.setdefault(re.sub(r"\d+(?=\.)", "*", name), []).append(layer.out_features)
+    # A pattern that convolutions match too would read these alone.
+    patterns = [one for one in widths if not fnmatch.filter(usual, one)]
+    return max(patterns, key=lambda one: (len(widths[one]), max(widths[one])), default=None)
 
 
 def match_layers(available: Sequence[str], patterns: str | Sequence[str]) -> list[str]:

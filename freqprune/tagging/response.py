@@ -202,11 +202,6 @@ class TagResponse:
         p_values = significance(power, bins, n_images)
         return torch.where(self._noise_free(layer, which), 1.0, p_values)
 
-    def _silent(self, layer: str) -> Tensor:
-        """Filters that the tags themselves move by no more than rounding: they answer nothing, whatever their mean;
-        ``(n_filters, 1)``."""
-        return (self.layers[layer].amplitude[:, 1:].amax(-1) <= self.rounding(layer))[:, None]
-
     def _noise_free(self, layer: str, which: Sequence[str] | str) -> Tensor:
         """Where the noise bins hold rounding error only, ``(n_filters, n_components)``."""
         spectrum = self._noisy_amplitude(layer)
@@ -214,12 +209,12 @@ class TagResponse:
 
     def why_no_snr(self, layer: str, which: Sequence[str] | str = "fundamentals") -> list[str]:
         """One word a filter: ``""`` where the SNR is defined, ``"dead"`` (it answers nothing) or ``"noise-free"``."""
-        response, bins = self.layers[layer], self._bins(which)
+        response = self.layers[layer]
         undefined = torch.ones(len(response.amplitude), dtype=torch.bool)
         if response.noisy_amplitude is not None:
-            floor = baseline(response.noisy_amplitude, bins)
-            undefined = is_noise_free(response.noisy_amplitude, floor, self.precision).any(-1)
-        dead = self._silent(layer)[:, 0]
+            undefined = self._noise_free(layer, which).any(-1)
+        # What the tags themselves move by no more than rounding answers nothing, whatever its mean.
+        dead = response.amplitude[:, 1:].amax(-1) <= self.rounding(layer)
         return [
             "" if not u else "dead" if d else "noise-free"
             for u, d in zip(undefined.tolist(), dead.tolist(), strict=True)

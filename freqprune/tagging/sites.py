@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from freqprune.errors import InputError, closest
+from freqprune.errors import InputError, closest, one_of
 from freqprune.tagging.calls import Call, probe
 from freqprune.tagging.layers import default_layers
 
@@ -108,8 +108,7 @@ def find_sites(
     Raises:
         InputError: for an unknown layer or `where`, or a layer that the forward does not reach.
     """
-    if where not in WHERE:
-        raise InputError(f"where must be one of {', '.join(WHERE)}, got {where!r}{closest(where, WHERE)}")
+    one_of(WHERE, where=where)
     modules = dict(model.named_modules())
     wanted = list(layers) if layers is not None else default_layers(model)
     for name in wanted:

@@ -102,12 +102,7 @@ def is_noise_free(spectrum: Tensor, floor: Tensor, precision: torch.dtype) -> Te
     return floor <= relative * spectrum.amax(-1, keepdim=True)
 
 
-def snr(
-    spectrum: Tensor,
-    bins: Sequence[int],
-    neighbours: Sequence[int] = NEIGHBOURS,
-    precision: torch.dtype = torch.float32,
-) -> Tensor:
+def snr(spectrum: Tensor, bins: Sequence[int], precision: torch.dtype = torch.float32) -> Tensor:
     """Signal-to-noise ratio: amplitude of a bin over the mean amplitude of its noise bins.
 
     ``amplitude[i] / mean(amplitude[i-2], amplitude[i-1], amplitude[i+1], amplitude[i+2])`` (Böge et al. 2024, arXiv
@@ -116,13 +111,12 @@ def snr(
     Args:
         spectrum: amplitudes ``(..., n_freqs)``.
         bins: bins to read.
-        neighbours: distances of the noise bins.
         precision: dtype in which the network ran; decides what counts as rounding error.
 
     Returns:
         ``(..., n_bins)``; NaN where the baseline is rounding error (`is_noise_free`), and for a dead unit (all zeros).
     """
-    floor = baseline(spectrum, bins, neighbours)
+    floor = baseline(spectrum, bins)
     ratio = spectrum[..., list(bins)] / floor
     return torch.where(is_noise_free(spectrum, floor, precision), torch.nan, ratio)
 
@@ -166,25 +160,21 @@ def z_score(
         ``(..., n_bins)``; NaN where the noise bins do not vary.
     """
     around = noise_bins(bins, spectrum.shape[-1], neighbours, avoid)
-    mean = torch.stack([spectrum[..., b].mean(-1) for b in around], -1)
+    mean = baseline(spectrum, bins, neighbours, avoid)
     sd = torch.stack([spectrum[..., b].std(-1) for b in around], -1)
     return torch.where(sd > 0, (spectrum[..., list(bins)] - mean) / sd, torch.nan)
 
 
-def corrected_amplitude(
-    spectrum: Tensor, bins: Sequence[int], neighbours: Sequence[int] = NEIGHBOURS, avoid: Collection[int] = ()
-) -> Tensor:
+def corrected_amplitude(spectrum: Tensor, bins: Sequence[int], avoid: Collection[int] = ()) -> Tensor:
     """Baseline-corrected amplitude: amplitude of a bin less the mean of its noise bins, ``(..., n_bins)``.
 
     Summed over the harmonics of a tag it quantifies the whole response (Retter, Rossion & Schiltz 2021, doi
     10.1162/jocn_a_01763).
     """
-    return spectrum[..., list(bins)] - baseline(spectrum, bins, neighbours, avoid)
+    return spectrum[..., list(bins)] - baseline(spectrum, bins, avoid=avoid)
 
 
-def effective_images(
-    power: Tensor, squared_floor: Tensor, bins: Sequence[int], n_images: int, neighbours: Sequence[int] = NEIGHBOURS
-) -> Tensor:
+def effective_images(power: Tensor, squared_floor: Tensor, bins: Sequence[int], n_images: int) -> Tensor:
     """How many images of equal noise a mean of powers is worth, M for `significance`: fewer than there are where some
     are noisier than others, as an image that leaves a filter silent adds nothing.
 
@@ -196,22 +186,19 @@ def effective_images(
         squared_floor: square of each image's mean power over the noise bins, mean over images, ``(..., n_bins)``.
         bins: bins to test.
         n_images: how many there are.
-        neighbours: distances of the noise bins.
 
     Returns:
         float64 ``(..., n_bins)``, between 1 and `n_images`.
     """
-    n_noise = torch.tensor([len(b) for b in noise_bins(bins, power.shape[-1], neighbours)], dtype=torch.float64)
-    floor = baseline(power.double().cpu(), bins, neighbours)
+    n_noise = torch.tensor([len(b) for b in noise_bins(bins, power.shape[-1])], dtype=torch.float64)
+    floor = baseline(power.double().cpu(), bins)
     # The square of a mean over K exponential powers is 1 + 1 / K times the square of what they are the mean of.
     squares = squared_floor.double().cpu() * n_noise / (n_noise + 1)
     worth = n_images * floor.square() / squares.clamp(min=torch.finfo(torch.float64).tiny) - 1 / n_noise
     return worth.clamp(1, n_images)
 
 
-def significance(
-    power: Tensor, bins: Sequence[int], n_images: int | Tensor, neighbours: Sequence[int] = NEIGHBOURS
-) -> Tensor:
+def significance(power: Tensor, bins: Sequence[int], n_images: int | Tensor) -> Tensor:
     """p-values of the power ratio r of a bin over the mean of its K noise bins, power summed or averaged over M images.
 
     In Gaussian noise each bin's power is exponential, so r follows F(2 M, 2 K M); for one image ``p = (1 + r / K) **
@@ -222,15 +209,14 @@ def significance(
         bins: bins to test.
         n_images: M, the number of independent spectra of equal noise averaged, or one for each result, see
             `effective_images`.
-        neighbours: distances of the noise bins.
 
     Returns:
         float64 ``(..., n_bins)``; 1 where the baseline is zero (a dead unit).
     """
     power = power.double().cpu()
-    floor = baseline(power, bins, neighbours)
+    floor = baseline(power, bins)
     ratio = torch.where(floor > 0, power[..., list(bins)] / floor, 0.0).numpy()
-    n_noise = np.array([len(b) for b in noise_bins(bins, power.shape[-1], neighbours)])
+    n_noise = np.array([len(b) for b in noise_bins(bins, power.shape[-1])])
     worth = n_images.numpy() if isinstance(n_images, Tensor) else n_images
     return torch.from_numpy(np.asarray(scipy.stats.f.sf(ratio, 2 * worth, 2 * worth * n_noise)))
 

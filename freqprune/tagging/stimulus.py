@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from freqprune.errors import InputError, closest
+from freqprune.errors import InputError, at_least, one_of
 from freqprune.tagging.components import Component, components
 from freqprune.tagging.parts import LAYOUTS, part_masks
 from freqprune.tagging.tag_frequencies import check_tag_freqs, cycles_of
@@ -81,19 +81,14 @@ class Stimulus:
             raise InputError(
                 f"depth must lie in (0, 1], got {self.depth}; 1 lets the part go dark, 0.5 keeps half of its light"
             )
-        if self.mode not in MODES:
-            raise InputError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}{closest(self.mode, MODES)}")
+        one_of(MODES, mode=self.mode)
         if isinstance(self.pivot, str) and self.pivot not in PIVOTS:
             raise InputError(
                 f"pivot must be one of {', '.join(PIVOTS)} or the data set's channel means in [0, 1], got "
                 f"{self.pivot!r}"
             )
-        if self.control not in CONTROLS:
-            raise InputError(
-                f"control must be one of {', '.join(CONTROLS)}, got {self.control!r}{closest(self.control, CONTROLS)}"
-            )
-        if self.max_order < 1:
-            raise InputError(f"max_order must be at least 1, got {self.max_order}")
+        one_of(CONTROLS, control=self.control)
+        at_least(1, max_order=self.max_order)
         if self.gap < 0:
             raise InputError(f"gap must be 0 or more pixels, got {self.gap}")
         if self.phases is not None:

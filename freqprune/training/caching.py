@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from freqprune.errors import one_of
 from freqprune.memory import free_memory
 from freqprune.processes import on_this_machine
 from freqprune.training.ledger import checked, open_ledger, read_all, room
@@ -41,7 +40,6 @@ def hold(
     Raises:
         InputError: names images that cannot be read; says how much room ``"disk"`` needs where there is too little.
     """
-    one_of(CACHES, **{"data.cache": cache})
     place = Path(str(folder)).expanduser() if folder is not None else beside / ".freqprune"
     stems = {split: _stem(place, split, reader, folder is None) for split, reader in readers.items()}
     if cache == "auto":

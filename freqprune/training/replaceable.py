@@ -49,7 +49,7 @@ def check_trainer(trainer: pl.Trainer) -> None:
 
 def check_module(trainer: pl.Trainer, pl_module: pl.LightningModule, attribute: str) -> None:
     """Raise InputError where something holds on to layers of the network under `attribute`, or it is not in float32."""
-    net, own = pl_module.get_submodule(attribute), f"{attribute}."
+    net = pl_module.get_submodule(attribute)
     inside = set(net.parameters())
     # Each of its names as a whole is of the smaller one as well.
     whole = tuple(f"{name}." for name, child in pl_module._modules.items() if child is net)
@@ -63,8 +63,8 @@ def check_module(trainer: pl.Trainer, pl_module: pl.LightningModule, attribute: 
     )
     if beside is not None:
         raise InputError(
-            f"{type(pl_module).__name__} has layers of {own}* as {beside} too, which would stay as they were: "
-            f"let it run {own.rstrip('.')} only, without another name for a part of it"
+            f"{type(pl_module).__name__} has layers of {attribute}.* as {beside} too, which would stay as they were: "
+            f"let it run {attribute} only, without another name for a part of it"
         )
     for one in trainer.optimizers:
         # As Lightning tells a ZeroRedundancyOptimizer.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from freqprune.errors import InputError
+from freqprune.errors import InputError, at_least
 from freqprune.tagging import pixels_of, rounding
 
 
@@ -31,8 +31,7 @@ class TagsInTraining(pl.Callback):
         self, n_images: int, network: str | None, mean: Sequence[float] | None, std: Sequence[float] | None
     ) -> None:
         super().__init__()
-        if n_images < 1:
-            raise InputError(f"n_images must be at least 1, got {n_images}")
+        at_least(1, n_images=n_images)
         if (mean is None) != (std is None):
             raise InputError(f"mean and std go together, got mean = {mean} and std = {std}")
         self.n_images, self.network, self.mean, self.std = n_images, network, mean, std
@@ -102,7 +101,7 @@ class TagsInTraining(pl.Callback):
                 moved.get("label", moved.get("labels"))
                 if isinstance(moved, Mapping)
                 else moved[1]
-                if _is_pair(moved)
+                if isinstance(moved, list | tuple) and len(moved) > 1
                 else None
             )
             if isinstance(label, Tensor) and label.dim() == 1:
@@ -154,10 +153,6 @@ def _is_dealt(loader: Any) -> bool:
         return True
     samplers = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
     return any(isinstance(one, DistributedSampler) for one in samplers)
-
-
-def _is_pair(batch: Any) -> bool:
-    return isinstance(batch, list | tuple) and len(batch) > 1
 
 
 def of_all(values: Tensor, trainer: pl.Trainer) -> Tensor:

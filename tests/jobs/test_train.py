@@ -357,6 +357,7 @@ def test_checkpoints_of_an_earlier_start_are_not_removed(
     with pytest.raises(InputError, match="holds the checkpoints of an earlier start: go on with ckpt_path="):
         train(config("train", tmp_path))
     (tmp_path / "pruned.ckpt").touch()
+    (tmp_path / "metrics.json").write_text('{"pruned": {}}')
     # The criterion of prune.py is another.
     with pytest.raises(InputError, match=r"prune\.py with the same settings and resume=.* ckpt=.* importance.*=snr"):
         train(config("train", tmp_path, "pruning=filters", "pruning.macs_cut=0.5"))

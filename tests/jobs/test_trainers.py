@@ -110,7 +110,7 @@ def test_a_network_that_was_compiled_before_stays_so(learning: Classifier, modes
     assert _calls(learning) == before
 
 
-def test_what_cannot_be_compiled_is_an_error_that_sayshow_to_go_on(learning: Classifier, modes: list[Any]) -> None:
+def test_what_cannot_be_compiled_is_an_error_that_says_how_to_go_on(learning: Classifier, modes: list[Any]) -> None:
     pretended = Pretended()
     trainer: Any = pretended
     data: Any = None
@@ -203,7 +203,10 @@ def test_everything_on_an_accelerator(more: tuple[str, ...], tmp_path: Path) -> 
     assert device_of(made["net"]).type == "cuda"
 
 
-def test_how_an_interrupted_fine_tuning_goes_on_depends_on_where_the_dense_network_is(tmp_path: Path) -> None:
+def test_how_an_interrupted_fine_tuning_goes_on_depends_on_where_the_dense_network_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FREQPRUNE_COMMAND", raising=False)
     given = read(config("prune", tmp_path / "given", "pretrained=true"))
     assert how_to_go_on(given) == f"prune.py with the same settings and resume={tmp_path / 'given'}"
     # train.py has another criterion by default, and the resumed run is to be told.
@@ -212,6 +215,9 @@ def test_how_an_interrupted_fine_tuning_goes_on_depends_on_where_the_dense_netwo
     (tmp_path / "trained" / "checkpoints" / "last.ckpt").touch()
     found = how_to_go_on(trained)
     assert found.endswith(f" ckpt={tmp_path / 'trained' / 'checkpoints' / 'last.ckpt'} importance.criterion=snr")
+    # prune.py has its own default again.
+    monkeypatch.setenv("FREQPRUNE_COMMAND", "python prune.py")
+    assert how_to_go_on(trained) == found.removesuffix(" importance.criterion=snr")
 
 
 class Killed(Classifier):

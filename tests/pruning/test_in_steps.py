@@ -10,7 +10,7 @@ from freqprune.networks.profiling import count_macs
 from freqprune.networks.registry import build_model
 from freqprune.pruning.amount import Amount, step_amount
 from freqprune.pruning.cutting import Cut, Material, Recipe, cut, plan_cut
-from freqprune.pruning.in_steps import InSteps, cut_in_steps
+from freqprune.pruning.in_steps import InSteps, cut_in_steps, with_earlier
 from freqprune.pruning.selection import NothingToRemoveError
 from freqprune.pruning.surgery import Plan
 from freqprune.tagging.stimulus import Stimulus
@@ -167,3 +167,16 @@ def test_blocks_of_all_steps_are_named(net: nn.Module) -> None:
     for gone in (["layer1.0"], [], ["layer3.0"]):
         found.add(Cut(net, {}, {}, None, [], dropped=gone), plan)
     assert found.dropped == ["layer1.0", "layer3.0"]
+
+
+def test_a_second_cut_counts_in_the_first_network() -> None:
+    """Also a stream whose block went with the second, and without the layers of that block."""
+    first, names = build_model({"name": "resnet14", "shortcut": "B"}).eval(), ["layer2.0.conv2", "layer2.1.conv2"]
+    plan = Plan(first, PIXELS[:1], blocks=True)
+    left = {names[0]: torch.tensor([0, 2, 4, 6]), "layer2.0.conv1": torch.tensor([1, 2])}
+    once = plan.apply(left)
+    now = Plan(once, PIXELS[:1], blocks=True)
+    twice = now.apply({"layer2.0": torch.tensor([], dtype=torch.long), "layer3.0.conv1": torch.tensor([3])})
+    earlier = {name: indices.tolist() for name, indices in left.items()}
+    kept = with_earlier(now, twice, {names[1]: torch.tensor([0, 3]), "layer3.0.conv1": torch.tensor([3])}, earlier)
+    assert kept == {names[1]: [0, 6], "layer3.0.conv1": [3]}

@@ -301,12 +301,15 @@ def test_a_job_that_was_finished_in_its_folder_is_the_job_that_began_there(sweep
         f"hydra.run.dir={sweep / '1'}",
     ]
     typed = shlex.join([*given, *own])
-    record.write_json(sweep / "1" / record.RUN, {"command": f"freqprune prune {typed}", "settings": {"seed": 1}})
+    # What the job's own record does not hold, as it went on where it was.
+    settings = {"seed": 1, "resume": None, "ckpt": None}
+    record.write_json(sweep / "1" / record.RUN, {"command": f"freqprune prune {typed}", "settings": settings})
     check_goes_on(sweep, asked)
     assert {one.name: one.state for one in read_sweep(sweep)} == states
     # A network that was trained there and cut there is another job.
     typed = shlex.join([*given, *own[1:]])
-    record.write_json(sweep / "1" / record.RUN, {"command": f"freqprune prune {typed}", "settings": {"seed": 1}})
+    settings |= {"ckpt": "${output_dir}/checkpoints/last.ckpt"}
+    record.write_json(sweep / "1" / record.RUN, {"command": f"freqprune prune {typed}", "settings": settings})
     with pytest.raises(InputError, match="1 holds a finished job of another sweep"):
         check_goes_on(sweep, asked)
 
