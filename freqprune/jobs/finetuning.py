@@ -115,7 +115,10 @@ def finetune(
 
 def how_to_go_on(settings: Settings) -> str:
     """With an interrupted training of the cut network; where the dense one was trained in the same run, with that."""
-    last = settings.out / "checkpoints" / "last.ckpt"
+    last, began_from = settings.out / "checkpoints" / "last.ckpt", settings.common.ckpt_path
+    if began_from is not None and not last.is_file():
+        # No epoch was left to train.
+        last = Path(began_from)
     goes_on = shlex.quote(override("resume", settings.out))
     if settings.common.ckpt is not None or settings.common.pretrained or not last.is_file():
         return f"prune.py with the same settings and {goes_on}"
@@ -123,5 +126,7 @@ def how_to_go_on(settings: Settings) -> str:
     by_itself = os.environ.get("FREQPRUNE_COMMAND", "").endswith(("prune", "prune.py"))
     criterion = [] if by_itself else [f"importance.criterion={settings.scoring.criterion}"]
     further = shlex.join([override("ckpt", last), *criterion, *typed_out(assembly.settings_of_weights(settings))])
-    without = " but those of model.*" if trained(assembly.model_settings(settings.model)) else ""
+    of_training = ["ckpt_path"] if began_from is not None else []
+    of_training += ["those of model.*"] if trained(assembly.model_settings(settings.model)) else []
+    without = f" but {' and '.join(of_training)}" if of_training else ""
     return f"prune.py with the same settings{without} and {goes_on} {further}"

@@ -129,9 +129,10 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     last = out / "checkpoints" / "last.ckpt"
     goes_on = common.ckpt_path is not None and record.lies_in(common.ckpt_path, out)
 
-    if last.is_file() and not goes_on and named_by_launcher(out):
+    is_cut = settings.recipe is not None and holds_cut(out)
+    if (last.is_file() or is_cut) and not goes_on and named_by_launcher(out):
         words = shlex.quote(override("ckpt_path", last))
-        if settings.recipe is not None and holds_cut(out):
+        if is_cut:
             # Its training is over, and the one of its cut would be removed.
             words = how_to_go_on(settings)
         raise InputError(

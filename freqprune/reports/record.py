@@ -94,6 +94,8 @@ def _without_folder(value: Any, folder: str) -> Any:
 
 def lies_in(path: str | Path, folder: Path) -> bool:
     """Whether a file is in a folder, by its own name or by where links lead."""
+    # Hydra takes a name of digits for a number.
+    path = str(path)
     return any(Path(where(folder)) in Path(where(path)).parents for where in (os.path.abspath, os.path.realpath))
 
 
@@ -101,7 +103,7 @@ def gone_on_with(settings: Mapping[str, Any], folder: Path) -> list[str]:
     """Those of the settings by which a job goes on in its own `folder`."""
     found = [key for key in GOES_ON[1:] if settings.get(key) is not None and lies_in(settings[key], folder)]
     resume = settings.get("resume")
-    if resume is None or Path(resume).resolve() != folder.resolve():
+    if resume is None or Path(str(resume)).resolve() != folder.resolve():
         # A network that was trained there and is cut there is another's job.
         return [key for key in found if key == "ckpt_path"]
     return ["resume", *found]

@@ -100,7 +100,8 @@ def _read_job(path: Path, sweep: Path) -> Job:
         record = read_json(path / RUN)
         given = by_key(_overrides(path, record))
         # A job that was interrupted and finished in its folder is the job that began there.
-        own = {key for key in GOES_ON if record.get("settings", {}).get(key, "") is None}
+        told = record.get("settings", {})
+        own = {key for key in GOES_ON if given.get(key) != "null" and told.get(key, "") is None}
         job = replace(job, overrides={key: value for key, value in given.items() if key not in own})
         if (path / FAILED).is_file():
             return replace(

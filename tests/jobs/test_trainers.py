@@ -215,6 +215,12 @@ def test_how_an_interrupted_fine_tuning_goes_on_depends_on_where_the_dense_netwo
     (tmp_path / "trained" / "checkpoints" / "last.ckpt").touch()
     found = how_to_go_on(trained)
     assert found.endswith(f" ckpt={tmp_path / 'trained' / 'checkpoints' / 'last.ckpt'} importance.criterion=snr")
+    # A training that itself was gone on with, there or elsewhere with no epoch left.
+    last = tmp_path / "trained" / "checkpoints" / "last.ckpt"
+    for folder in ("trained", "other"):
+        further = read(config("train", tmp_path / folder, "pruning=filters", f"ckpt_path={last}"))
+        said = f"settings but ckpt_path and resume={tmp_path / folder} ckpt={last} "
+        assert said in how_to_go_on(further)
     # prune.py has its own default again.
     monkeypatch.setenv("FREQPRUNE_COMMAND", "python prune.py")
     assert how_to_go_on(trained) == found.removesuffix(" importance.criterion=snr")

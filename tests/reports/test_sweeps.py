@@ -306,12 +306,22 @@ def test_a_job_that_was_finished_in_its_folder_is_the_job_that_began_there(sweep
     record.write_json(sweep / "1" / record.RUN, {"command": f"freqprune prune {typed}", "settings": settings})
     check_goes_on(sweep, asked)
     assert {one.name: one.state for one in read_sweep(sweep)} == states
+    # A null that was typed is no folder to go on in.
+    nothing = {"command": f"freqprune prune {shlex.join([*given, 'ckpt=null'])}", "settings": settings}
+    record.write_json(sweep / "1" / record.RUN, nothing)
+    assert next(one for one in read_sweep(sweep) if one.name == "1").overrides["ckpt"] == "null"
     # A network that was trained there and cut there is another job.
     typed = shlex.join([*given, *own[1:]])
     settings |= {"ckpt": "${output_dir}/checkpoints/last.ckpt"}
     record.write_json(sweep / "1" / record.RUN, {"command": f"freqprune prune {typed}", "settings": settings})
     with pytest.raises(InputError, match="1 holds a finished job of another sweep"):
         check_goes_on(sweep, asked)
+
+
+def test_what_a_job_goes_on_with_may_be_called_by_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert record.gone_on_with({"ckpt": 5, "ckpt_path": None, "resume": None}, tmp_path / "1") == []
+    assert record.gone_on_with({"ckpt": 5, "ckpt_path": None, "resume": 1}, tmp_path / "1") == ["resume"]
 
 
 def test_commands_of_configs_of_ones_own_are_read(sweep: Path) -> None:
