@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -136,6 +137,12 @@ class _Entry:
 _CRITERIA: dict[str, _Entry] = {}
 
 
+def _table() -> dict[str, _Entry]:
+    """The table, filled: a function of this module may come to a fresh process by itself, as pickle brings it."""
+    import_module("freqprune.pruning.criteria")
+    return _CRITERIA
+
+
 def criterion(name: str, *needs: str) -> Callable[[Criterion], Criterion]:
     """Register a function ``(evidence, layer) -> (n_filters,)`` as ``importance.criterion=<name>``.
 
@@ -160,7 +167,7 @@ def criterion(name: str, *needs: str) -> Callable[[Criterion], Criterion]:
 
 def criterion_names() -> list[str]:
     """Names of all registered criteria."""
-    return list(_CRITERIA)
+    return list(_table())
 
 
 def needs(name: str) -> frozenset[str]:
@@ -169,7 +176,7 @@ def needs(name: str) -> frozenset[str]:
     Raises:
         InputError: for an unknown name.
     """
-    if name not in _CRITERIA:
+    if name not in _table():
         raise InputError(
             f"importance.criterion must be one of {', '.join(_CRITERIA)}, got {name!r}{closest(name, _CRITERIA)}"
         )

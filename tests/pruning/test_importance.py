@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -479,3 +481,9 @@ def test_activations_below_zero_count_by_their_size() -> None:
         answers = net[:2](x)
     assert (answers < 0).any()
     torch.testing.assert_close(found.float(), answers.abs().mean((0, 2, 3)))
+
+
+def test_criteria_are_known_in_a_process_that_pickle_brought_a_function_to() -> None:
+    code = "from freqprune.pruning.importance import criterion_names, needs; needs('l2'); print(*criterion_names())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"snr", "l2", "logit_error"} <= {*done.stdout.split()}
