@@ -20,8 +20,8 @@ def first_order(design: Tensor, scores: Tensor, n_frames: int) -> Tensor:
     chance is taken off, as Tissot & Prieur (2012) do for random balance designs, but in odd and in even bins each by
     what is left there: gates lie in odd bins alone, and what one part does in its own direction is no noise in that of
     another. A part that does nothing is therefore 0 in the mean and may be a little below. Squares of sine gates lie on
-    single lines and not all over the even bins: with one recording of these, what parts do in curves counts too little,
-    and parts that do nothing beside them are below 0 in the mean.
+    single lines and not all over the even bins: with one recording, of these above all, what parts do in curves counts
+    too little, and parts that do nothing beside them are below 0 in the mean.
 
     Args:
         design: how far open each part was, ``(n_recordings * n_frames, n_parts)``, of `freqprune.attribution.gates`.

@@ -5,23 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from freqprune.networks.blocks import still_there
-
-
-def of_the_dense(kept: Mapping[str, Tensor], earlier: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-    """Filters kept of the dense network, when `kept` counts in a network of which only the `earlier` ones were left.
-
-    >>> import torch
-    >>> of_the_dense({"a": torch.tensor([0, 2])}, {"a": [1, 5, 9], "b": [3]})
-    {'a': [1, 9], 'b': [3]}
-    """
-    found = {layer: [int(i) for i in indices] for layer, indices in earlier.items()}
-    for layer, indices in kept.items():
-        found[layer] = [found[layer][i] if layer in found else int(i) for i in indices.tolist()]
-    return found
 
 
 def kept_by_all(
@@ -47,9 +31,11 @@ def kept_by_all(
     found: dict[str, list[int]] = {}
     together: dict[str, tuple[str, ...]] = {}
     for number, kept in enumerate(cuts):
-        together |= {name: (name, *(members[number].get(name, ()) if number < len(members) else ())) for name in kept}
-        each = {layer: torch.as_tensor(indices) for name, indices in kept.items() for layer in together[name]}
-        found = of_the_dense(each, found)
+        known = members[number] if number < len(members) else {}
+        together |= {name: tuple(dict.fromkeys((name, *known.get(name, ())))) for name in kept}
+        for layer, indices in [(layer, indices) for name, indices in kept.items() for layer in together[name]]:
+            before = found.get(layer)
+            found[layer] = [int(i) if before is None else before[int(i)] for i in indices]
     names = [name for name in together if is_there(name)]
     for layers in together.values():
         left = [layer for layer in layers if is_there(layer)]

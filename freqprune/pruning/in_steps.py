@@ -30,8 +30,6 @@ class InSteps:
         dropped: blocks that went.
         remarks: of all steps.
         promise: what was measured, of a cut by time.
-        cuts: filters that each step kept, counted in the network before it.
-        members: layers that lost filters together in each of them, by the unit's name.
     """
 
     net: nn.Module
@@ -41,8 +39,6 @@ class InSteps:
     dropped: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     promise: Promise | None = None
-    cuts: list[dict[str, list[int]]] = field(default_factory=list)
-    members: list[dict[str, tuple[str, ...]]] = field(default_factory=list)
 
     def add(self, done: Cut, plan: Plan, which: str = "") -> None:
         """Take in a step, named `which` in its remarks; `plan` is of the network before the first one."""
@@ -51,14 +47,7 @@ class InSteps:
         self.dropped += done.dropped
         self.remarks += [which + remark for remark in done.remarks]
         units = plan.graph.units
-        if not self.cuts:
-            self.cuts = [{name: indices.tolist() for name, indices in self.kept.items()}]
-            self.members = [{name: units[name].members for name in self.kept if name in units}]
-        self.cuts.append({name: indices.tolist() for name, indices in done.kept.items()})
-        self.members.append(done.members)
-        # Layers of blocks that went are in the network no more.
-        there = dict(done.net.named_modules())
-        found = kept_by_all(self.cuts, self.members, there.__contains__)
+        found = with_earlier(plan, done.net, done.kept, {name: kept.tolist() for name, kept in self.kept.items()})
         self.kept = {name: torch.tensor(indices, dtype=torch.long) for name, indices in found.items()}
         leads = {member: name for name, unit in units.items() for member in unit.members}
         for name in self.kept.keys() - self.widths.keys():
@@ -118,14 +107,14 @@ def _left(found: InSteps, plan: Plan, widths: dict[str, int], amount: Amount) ->
 
 
 def with_earlier(plan: Plan, small: nn.Module, kept: Kept, earlier: dict[str, list[int]]) -> dict[str, list[int]]:
-    """Filters that a cut and those before it have left of the first network.
+    """Filters that a cut and those before it have left of the first network, without layers that are gone.
 
     Args:
-        plan: of the network before the cut.
+        plan: of the network before the cut, or before some of those before it.
         small: the network after it.
         kept: filters of the network before it.
         earlier: filters of the first network that this one has, by unit.
     """
-    members = {name: unit.members for name, unit in plan.graph.units.items()}
+    members = {member: unit.members for unit in plan.graph.units.values() for member in unit.members}
     cuts = [earlier, {name: indices.tolist() for name, indices in kept.items()}]
     return kept_by_all(cuts, [members, members], dict(small.named_modules()).__contains__)
