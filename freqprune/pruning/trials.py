@@ -12,9 +12,9 @@ from freqprune.pruning.surgery import Plan
 
 
 def misread_units(plan: Plan, names: Sequence[str]) -> list[str]:
-    """Those of some units that torch-pruning cannot remove filters of so that the proof holds: half of every unit is
-    removed, first of all together, then of each alone. A half here and there: the first would pass where a forward
-    slices channels by their numbers."""
+    """Those of some units that torch-pruning cannot remove filters of so that the proof holds: about half of every unit
+    is removed, first of all together, then of each alone. Filters here and there: the first would pass where a forward
+    slices channels by their numbers. An odd number stays: an even one would pass where groups halve evenly."""
     generator = torch.Generator().manual_seed(0)
     halves = {
         name: _half(plan.unit(name).n_filters, generator)
@@ -48,4 +48,4 @@ def stuck_blocks(plan: Plan) -> list[str]:
 
 
 def _half(n_filters: int, generator: torch.Generator) -> Tensor:
-    return torch.randperm(n_filters, generator=generator)[: -(-n_filters // 2)].sort().values
+    return torch.randperm(n_filters, generator=generator)[: n_filters // 2 | 1].sort().values

@@ -373,6 +373,24 @@ def test_slices_by_number_are_found_by_the_trial() -> None:
     assert misread_units(Plan(Sliced().eval(), X), ["u", "d"]) == ["u"]
 
 
+class GroupsOfOtherWidth(nn.Module):
+    """A convolution in two groups with more outputs than inputs, whose inputs torch-pruning removes one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.u, self.grouped, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 16, 1, groups=2), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.grouped(self.u(x).relu()).relu().mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_inputs_of_groups_are_found_by_the_trial_though_half_of_them_could_go() -> None:
+    torch.manual_seed(0)
+    plan = Plan(GroupsOfOtherWidth().eval(), X)
+    plan.apply({"u": torch.arange(0, 8, 2)})
+    assert misread_units(plan, ["u"]) == ["u"]
+
+
 class Helped(nn.Module):
     """A classifier that helps in training only."""
 
