@@ -46,6 +46,13 @@ def test_commands_of_the_first_page_are_made_of_settings_that_are_there() -> Non
             read(compose(program, [*given, "output_dir=x"]))
 
 
+def test_the_first_page_gives_the_defaults_of_a_fine_tuning() -> None:
+    with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
+        finetune = compose("prune", ["output_dir=x"]).finetune
+    said = f"({finetune.epochs} epochs, 0 for none; {finetune.name}, {finetune.lr}, {finetune.schedule},"
+    assert said in (ROOT / "README.md").read_text()
+
+
 def test_choices_that_the_first_page_names_are_there() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
     groups = [(group, said) for group, said in rows if (ROOT / "conf" / group).is_dir()]

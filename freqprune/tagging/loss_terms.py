@@ -17,7 +17,7 @@ FAINT = 1e-3
 
 def separation(amplitude: Tensor, stimulus: Stimulus) -> Tensor:
     """1 less the share of the intermodulation in a layer's response: of the amplitudes at the fundamentals and at
-    intermodulation components, summed over filters, the share at the fundamentals. 1 for affine filters.
+    intermodulation components, summed over filters, the share at the fundamentals. 1 for affine functions of the image.
 
     Of the sums, not filter by filter: a filter that is about to fall silent has a large share of next to nothing.
     """

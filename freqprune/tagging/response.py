@@ -149,8 +149,9 @@ class TagResponse:
         """How much a filter combines the parts: clean amplitude summed over intermodulation components, over that at
         the fundamentals.
 
-        0 for an affine filter; NaN for a filter that does not answer the fundamentals, and for all where the stimulus
-        has no intermodulation components, as with one part or ``max_order=1``. ``(n_filters,)``.
+        0 for an affine function of the image (a filter inherits what layers before it combined); NaN for a filter that
+        does not answer the fundamentals, and for all where the stimulus has no intermodulation components, as with one
+        part or ``max_order=1``. ``(n_filters,)``.
         """
         fundamentals = self.amplitude(layer, "fundamentals").sum(-1)
         bins = [c.bin for c in self.stimulus.components if c.kind == "intermodulation"]
