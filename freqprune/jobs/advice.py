@@ -133,7 +133,9 @@ def commands(
         again = [one for key, one in given.items() if key not in (*AMOUNT, "resume")]
         again = [one for one in again if one not in OF_TIME]
     brought, last = given.keys() & {"ckpt", "pretrained", *OF_A_LIBRARY}, out / "checkpoints" / "last.ckpt"
-    trained_here = job == "train" or not brought or (brought <= OF_A_LIBRARY and last.is_file())
+    # With no epoch left there is none but that which the training began from.
+    began_from = None if last.is_file() else given.get("ckpt_path")
+    trained_here = job == "train" or not brought or (brought <= OF_A_LIBRARY and bool(last.is_file() or began_from))
     if trained_here:
         own = ("model=", "model.", "optimizer", "trainer.", "ckpt_path", "tag_loss")
         again = [one for one in again if one.startswith(WHERE) or not one.startswith(own)]
@@ -141,7 +143,7 @@ def commands(
             # The checkpoint names its network; the experiment has another.
             again.append("model=auto")
         again += [one for one in typed_out(of_weights or {}) if one.split("=")[0] not in given]
-        again.append(override("ckpt", last))
+        again.append(override("ckpt", last) if began_from is None else f"ckpt={began_from.partition('=')[2]}")
 
     def call(*more: str, sweep: bool = False) -> str:
         return f"{prune} {'-m ' if sweep else ''}{shlex.join([*again, *more])}"

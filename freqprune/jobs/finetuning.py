@@ -122,10 +122,11 @@ def how_to_go_on(settings: Settings) -> str:
     goes_on = shlex.quote(override("resume", settings.out))
     if settings.common.ckpt is not None or settings.common.pretrained or not last.is_file():
         return f"prune.py with the same settings and {goes_on}"
-    # That of prune.py is another, where train.py cut.
+    # That of prune.py is another, where train.py cut, and so is what suits it.
     by_itself = os.environ.get("FREQPRUNE_COMMAND", "").endswith(("prune", "prune.py"))
-    criterion = [] if by_itself else [f"importance.criterion={settings.scoring.criterion}"]
-    further = shlex.join([override("ckpt", last), *criterion, *typed_out(assembly.settings_of_weights(settings))])
+    of_cut = ("criterion", "scope", "compensation")
+    scoring = [] if by_itself else [f"importance.{name}={getattr(settings.scoring, name)}" for name in of_cut]
+    further = shlex.join([override("ckpt", last), *scoring, *typed_out(assembly.settings_of_weights(settings))])
     of_training = ["ckpt_path"] if began_from is not None else []
     of_training += ["those of model.*"] if trained(assembly.model_settings(settings.model)) else []
     without = f" but {' and '.join(of_training)}" if of_training else ""

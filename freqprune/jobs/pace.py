@@ -14,7 +14,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.networks import evaluating
+from freqprune.networks import evaluating, first
 from freqprune.training import ImageData, Optimization
 
 # Seconds that each measurement takes, but for one call that takes longer.
@@ -105,7 +105,7 @@ def of_training(
         def step(batch: Tensor) -> None:
             optimizer.zero_grad()
             with context():
-                logits = twin(batch)
+                logits = first(twin(batch))
                 loss = nn.functional.cross_entropy(logits, logits.argmax(1))
             loss.backward()
             optimizer.step()

@@ -24,7 +24,13 @@ from freqprune.reports import record
 
 # Settings that say what was cut and in which order images come.
 _AMOUNTS = [f"pruning.{name}" for name in AMOUNTS]
-_SAME = ("seed", "importance.criterion", *_AMOUNTS)
+_SAME = (
+    "seed", "importance.criterion", "importance.scope", *_AMOUNTS,
+    *(f"pruning.{name}" for name in (
+        "scope", "compensation", "normalize", "min_filters", "multiple_of", "layers", "exclude", "blocks", "streams",
+        "steps", "step_epochs",
+    )),
+)  # fmt: skip
 # Metrics that come after the training of the cut network.
 _AFTER_TRAINING = ("folded", "onnx", "int8", "exports", "finished")
 # What a training has logged.

@@ -140,9 +140,10 @@ class Run:
         stimulus, course = self.settings.stimulus, self.settings.course
 
         def cut_once(small: nn.Module, now: Recipe, step: int) -> Cut:
-            known = response if step == 0 else None
+            # Until something has gone, as its share may be less than what goes at once, it is the network that came.
+            known = response if small is net else None
             done = cut(small, self._material(), now, stimulus, known, assembly.bars())
-            if step == 0 and self.first:
+            if small is net and self.first:
                 begin_anew(self.out)
             return replace(done, net=done.net.to(memory_format=torch.channels_last))
 
@@ -243,6 +244,9 @@ class Run:
             if not self.metrics.get("finished") or undeployed(self.metrics, self.settings.exports):
                 self._deploy(net, small)
         else:
+            if self.first:
+                # Those of a shorter training.
+                record.clear([self.out / name for name in record.EXPORTED])
             small = self.recover(net, small, earlier.last)
         self.finish()
         self.tell(net, None)

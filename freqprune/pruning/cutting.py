@@ -85,7 +85,8 @@ def cut(
     found = scores(recipe.criterion, evidence, chosen, progress)
     if plan.blocks:
         # Only in sequence a cut makes up for whole blocks.
-        how = ONE_PASS if recipe.compensation == "sequential" else None
+        one_pass = replace(ONE_PASS, memory_gb=recipe.reconstruction.memory_gb)
+        how = one_pass if recipe.compensation == "sequential" else None
         n_images = n_measured(recipe, material.images.shape)
         batches = evidence.frames or list(calibration(net, material, recipe, stimulus, n_images))
         found |= block_scores(net, batches, how, progress, among=list(plan.blocks))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -89,13 +90,14 @@ def select(
             raise InputError(
                 f"pruning.ratio = {amount.ratio} asks for {n_removed} of {total} filters, but with pruning.min_filters "
                 f"= {amount.min_filters} only "
-                f"{removable} can go; use at most {removable / total:.3f}"
+                f"{removable} can go; use at most {_inside(removable / total, math.floor):g}"
             )
         removed = _that_fit(blocks, n_removed)
         if not removed:
             least = min(len(block.filters) for block in blocks)
             raise NothingToRemoveError(
-                f"pruning.ratio = {amount.ratio} of {total} filters removes nothing; use at least {least / total:.2g}"
+                f"pruning.ratio = {amount.ratio} of {total} filters removes nothing; use at least "
+                f"{_inside(least / total, math.ceil):g}"
             )
         return _without(scores, removed)
     assert macs is not None
@@ -105,6 +107,11 @@ def select(
         )
     name = "macs_cut" if amount.macs_cut is not None else "latency_cut"
     return _to_macs(scores, blocks, getattr(amount, name), macs, name)
+
+
+def _inside(share: float, rounded: Callable[[float], int]) -> float:
+    """A share in four digits that can be asked for: a largest one rounded down, a least one up."""
+    return rounded(share * 1e4 + (-ROUNDING if rounded is math.ceil else ROUNDING)) / 1e4
 
 
 def remarks(kept: Mapping[str, Tensor], widths: Mapping[str, int], amount: Amount) -> list[str]:

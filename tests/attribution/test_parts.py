@@ -70,6 +70,13 @@ def test_what_is_beside_the_patches_is_in_none() -> None:
     assert found.parts[0, 27, 31] == 55
 
 
+def test_patches_begin_in_the_padding() -> None:
+    stem = nn.Sequential(nn.Conv2d(3, 4, 4, 4, padding=(2, 0)), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    row, column = patches_of(stem, torch.rand(1, 3, 32, 32))
+    assert row.tolist() == [(pixel + 2) // 4 for pixel in range(32)]
+    assert column.tolist() == [pixel // 4 for pixel in range(32)]
+
+
 def test_superpixels() -> None:
     slic = pytest.importorskip("skimage.segmentation").slic
     # Quarters of one colour each.
@@ -101,6 +108,8 @@ def test_a_part_that_an_image_lacks_does_nothing_to_it() -> None:
     assert found.present.tolist() == [[True, False, True], [True] * 3, [True] * 3]
     torch.testing.assert_close(found.adjusted[0, [0, 2]], alone.adjusted[0])
     assert found.ranked(0) == [[0, 2][place] for place in alone.ranked(0)]
+    assert [pair[:2] for pair in found.strongest_pairs(0, 9)] == [(0, 2)]
+    assert len(found.strongest_pairs(1, 9)) == 3
 
 
 def test_numbers_of_a_mask_may_have_gaps() -> None:

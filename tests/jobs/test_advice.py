@@ -70,6 +70,18 @@ def test_what_is_advised_can_be_typed(job: str, given: list[str], out: Path) -> 
         exec(compile(words[2], "advice", "exec"), {})
 
 
+@pytest.mark.parametrize("given", [["model=resnet8"], ["model.name=torchvision/resnet18", "model.weights=DEFAULT"]])
+@pytest.mark.parametrize("job", ["train", "prune"])
+def test_where_no_epoch_was_left_the_checkpoint_is_the_one_it_began_from(
+    job: str, given: list[str], tmp_path: Path
+) -> None:
+    before = tmp_path / "before.ckpt"
+    found = commands(job, tmp_path, "python prune.py", ["data=digits", *given, f"ckpt_path={before}"])
+    words = [shlex.split(one) for one in found if one.startswith("python prune.py")]
+    assert words
+    assert all(f"ckpt={before}" in one and not any("ckpt_path" in word for word in one) for one in words)
+
+
 @pytest.mark.parametrize("more", [[], ["grid=3", "refine=1"], ["parts=channels", "forwards=64"]])
 def test_what_is_advised_after_an_explanation_can_be_typed(more: list[str], out: Path) -> None:
     images = out / "one.png"

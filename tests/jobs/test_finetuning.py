@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +312,34 @@ def test_a_default_that_was_not_used_is_not_compared(tmp_path: Path) -> None:
         check_same_cut(config("prune", tmp_path, "pruning.default_macs_cut=0.4"), tmp_path)
 
 
+@pytest.mark.parametrize("other", ["pruning.compensation=none", "importance.scope=layer", "pruning.streams=true"])
+def test_a_run_that_was_cut_in_another_way_is_not_gone_on_with(other: str, tmp_path: Path) -> None:
+    content = OmegaConf.to_container(config("prune", tmp_path, "importance=logit_error"), resolve=True)
+    (tmp_path / "run.json").write_text(json.dumps({"settings": content}))
+    check_same_cut(config("prune", tmp_path, "importance=logit_error"), tmp_path)
+    with pytest.raises(InputError, match=f"was cut with {re.escape(other.split('=')[0])} = "):
+        check_same_cut(config("prune", tmp_path, "importance=logit_error", other), tmp_path)
+
+
+def test_a_first_step_that_removes_nothing_leaves_no_earlier_run(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    earlier = [tmp_path / "finetune" / "checkpoints" / "last.ckpt", tmp_path / "model.onnx"]
+    for path in earlier:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"of another network")
+    metrics, _ = prune(
+        config(
+            "prune", tmp_path, f"ckpt={trained[0] / 'checkpoints' / 'last.ckpt'}", "importance=l2", "pruning.ratio=0.5",
+            "pruning.multiple_of=8", "pruning.layers=layer1.0.conv1", "pruning.steps=4", "finetune.epochs=0",
+            "latency.batch_sizes=[1]",
+        )
+    )  # fmt: skip
+    assert metrics["remarks"][0].startswith("step 1 of 4 cut nothing")
+    assert metrics["kept"] == {"layer1.0.conv1": 8}
+    assert not any(path.exists() for path in earlier)
+
+
 def test_a_complete_run_goes_on_where_more_epochs_are_asked_for(tmp_path: Path) -> None:
     whole = {"dense": {}, "pruned": {}, "finetuned": {}, "folded": {}, "onnx": {}, "exports": {}, "finished": True}
     last = tmp_path / "finetune" / "checkpoints" / "last.ckpt"
@@ -389,6 +418,10 @@ def test_a_fold_that_is_asked_for_later_is_measured(trained: tuple[Path, dict[st
     assert not (other / "model.onnx").exists()
     assert not (other / "forecast.json").exists()
     assert (other / "pruned.ckpt").is_file()
+    # Nor that of a training which was shorter.
+    (tmp_path / "model.onnx").write_bytes(b"of one epoch")
+    assert prune(config("prune", tmp_path, *same, f"resume={tmp_path}", "finetune.epochs=2"))[0]["finished"]
+    assert not (tmp_path / "model.onnx").exists()
 
 
 def test_exports_without_a_cut_are_refused(tmp_path: Path) -> None:

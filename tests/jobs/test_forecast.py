@@ -174,6 +174,16 @@ def test_a_pace_is_measured_and_leaves_no_trace(monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(torch.get_rng_state(), drawn)
 
 
+def test_a_pace_is_of_the_first_of_several_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "BUDGET_S", 0.05)
+
+    class Pair(Sleeper):
+        def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+            return super().forward(x), None
+
+    assert pace.of_training(Pair(), torch.rand(8, 3, 4, 4), Optimization(), 8).low > 0
+
+
 def test_images_in_memory_cost_next_to_nothing_to_read(data: DigitsData) -> None:
     train, test = pace.of_reading(data)
     assert 0 <= train.high < 0.01

@@ -137,6 +137,13 @@ def test_pruning_none_only_tags_and_tests(trained: tuple[Path, dict[str, Any]], 
     assert float(first["part_preference"]) == pytest.approx(
         objects["response"].part_preference("conv1")[2].item(), rel=1e-4
     )
+    last = [row["integration"] for row in rows if (row["group"], row["layer"]) == ("all", "layer3.0.conv2")]
+    integration = objects["response"].integration("layer3.0.conv2")
+    assert integration.nanmean() > 0
+    torch.testing.assert_close(
+        torch.tensor([float(value or "nan") for value in last], dtype=integration.dtype), integration,
+        rtol=1e-4, atol=1e-6, equal_nan=True,
+    )  # fmt: skip
     assert set(metrics) == TAGGED
     assert metrics["tagged_images"] == objects["response"].n_images
     check_page(tmp_path)

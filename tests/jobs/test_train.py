@@ -43,6 +43,10 @@ def test_train_writes_what_it_says(trained: tuple[Path, dict[str, Any]]) -> None
     assert len(rows) == sum(
         m.out_channels for m in build_model({"name": "resnet8"}).modules() if isinstance(m, torch.nn.Conv2d)
     )
+    # As the settings judge, which the callback alone would not.
+    above = [float(row["snr_f1"]) + float(row["snr_f2"]) > 2 * 10 for row in rows]
+    assert [row["important"] == "1" for row in rows] == above
+    assert 0 < sum(above) < len(above)
     assert {path.name for path in (out / "figures").iterdir()} == {
         "important_last_epoch.png",
         "important_over_epochs.png",

@@ -214,7 +214,14 @@ def test_how_an_interrupted_fine_tuning_goes_on_depends_on_where_the_dense_netwo
     (tmp_path / "trained" / "checkpoints").mkdir(parents=True)
     (tmp_path / "trained" / "checkpoints" / "last.ckpt").touch()
     found = how_to_go_on(trained)
-    assert found.endswith(f" ckpt={tmp_path / 'trained' / 'checkpoints' / 'last.ckpt'} importance.criterion=snr")
+    how = " importance.criterion=snr importance.scope=layer importance.compensation=none"
+    assert found.endswith(f" ckpt={tmp_path / 'trained' / 'checkpoints' / 'last.ckpt'}{how}")
+    resumed = read(config("prune", tmp_path / "resumed", "pruning=filters", *found.split()[-4:]))
+    assert resumed.recipe is not None
+    assert trained.recipe is not None
+    for name in ("criterion", "scope", "compensation"):
+        one, other = (vars(recipe) | vars(recipe.amount) for recipe in (resumed.recipe, trained.recipe))
+        assert one[name] == other[name]
     # A training that itself was gone on with, there or elsewhere with no epoch left.
     last = tmp_path / "trained" / "checkpoints" / "last.ckpt"
     for folder in ("trained", "other"):
@@ -223,7 +230,7 @@ def test_how_an_interrupted_fine_tuning_goes_on_depends_on_where_the_dense_netwo
         assert said in how_to_go_on(further)
     # prune.py has its own default again.
     monkeypatch.setenv("FREQPRUNE_COMMAND", "python prune.py")
-    assert how_to_go_on(trained) == found.removesuffix(" importance.criterion=snr")
+    assert how_to_go_on(trained) == found.removesuffix(how)
 
 
 class Killed(Classifier):

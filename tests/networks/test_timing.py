@@ -113,6 +113,11 @@ def test_networks_are_timed_in_turn() -> None:
     assert 12 <= speed.small_ms < speed.dense_ms
 
 
+def test_a_slow_moment_does_not_change_what_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtimes, "in_turn", lambda *rest: [[10.0] * 9, [6.0] * 6 + [20.0] * 3])
+    assert compare(lambda: None, lambda: None, 9).saved == pytest.approx(0.4)
+
+
 def test_the_spread_knows_of_slow_moments(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
 

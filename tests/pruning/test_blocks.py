@@ -297,6 +297,22 @@ def test_a_cut_that_makes_up_for_nothing_ranks_blocks_so() -> None:
     assert min(float(done.scores[name]) for name in plan.blocks) == pytest.approx(float(min(alone)), rel=1e-3)
 
 
+def test_ranking_blocks_takes_the_memory_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def ranked(net: nn.Module, batches: Any, how: Reconstruction, *rest: Any, **more: Any) -> dict[str, Tensor]:
+        seen.append(how)
+        return block_scores(net, batches, how, *rest, **more)
+
+    monkeypatch.setattr(cutting, "block_scores", ranked)
+    recipe = Recipe(
+        Amount(macs_cut=0.3, scope="per_mac"), "logit_error", blocks=True, calibrate_on="images",
+        compensation="sequential", reconstruction=Reconstruction(memory_gb=0.5),
+    )  # fmt: skip
+    cut(odd(), Material(X, lambda p: p, calibration=torch.rand(64, 3, 32, 32)), recipe, Stimulus())
+    assert [(how.memory_gb, how.rounds) for how in seen] == [(0.5, 0)]
+
+
 @pytest.mark.parametrize("compensation", ["mean", "least_squares"])
 def test_a_cut_with_blocks_makes_up_at_once(compensation: str) -> None:
     net, pixels = odd(), torch.rand(64, 3, 32, 32)

@@ -1,3 +1,6 @@
+import re
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -36,9 +39,30 @@ def test_floor_passes_the_cut_on_to_the_next_filter() -> None:
     # In order 0.1 b, 0.2 b, 0.5 b, 1 a, 2 a; then 3 a would leave one in a, so 4 b goes.
     assert kept(Amount(ratio=0.6, min_filters=2)) == {"a": [0, 2], "b": [1, 5]}
     with pytest.raises(
-        InputError, match=r"asks for 5 of 10 filters, but with pruning.min_filters = 3 only 4 can go; use at most 0.400"
+        InputError, match=r"asks for 5 of 10 filters, but with pruning.min_filters = 3 only 4 can go; use at most 0.4"
     ):
         kept(Amount(ratio=0.5, min_filters=3))
+
+
+@pytest.mark.parametrize(
+    ("widths", "how"),
+    [
+        # Those of a ResNet-50, of which 0.93067, 0.99567 and 0.98267 can go.
+        ([64] * 7 + [128] * 8 + [256] * 12 + [512] * 6, {"ratio": 0.999, "min_filters": 16}),
+        ([64] * 7 + [128] * 8 + [256] * 12 + [512] * 6, {"ratio": 0.999, "min_filters": 1}),
+        ([64] * 7 + [128] * 8 + [256] * 12 + [512] * 6, {"ratio": 0.999, "min_filters": 4}),
+        # 0.010417 goes at least.
+        ([512] * 3, {"ratio": 0.001, "multiple_of": 16}),
+        ([512] * 3, {"ratio": 0.999, "min_filters": 256}),
+    ],
+)
+def test_a_ratio_that_a_message_names_is_accepted(widths: list[int], how: dict[str, Any]) -> None:
+    table = {str(i): torch.rand(width) for i, width in enumerate(widths)}
+    with pytest.raises(InputError, match="use at") as refused:
+        select(table, Amount(**how))
+    named = re.findall(r"use at (?:most|least) ([\d.]+)$", str(refused.value))
+    found = select(table, Amount(**{**how, "ratio": float(named[0])}))
+    assert sum(map(len, found.values())) < sum(widths)
 
 
 def test_layer_scope_takes_the_same_share_of_each() -> None:

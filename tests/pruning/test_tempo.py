@@ -152,6 +152,45 @@ def test_milliseconds_are_those_of_where_it_counts(
     assert kept["0"].tolist() == [*range(6, 20)]
 
 
+@pytest.mark.parametrize(
+    ("measured", "kept_try"),
+    [
+        # As far below, by threes, as above: the first stays.
+        ([0.28, 0.36, 0.2, 0.2, 0.2, 0.2], 0),
+        # Too little is worse than too much.
+        ([0.27, 0.36, 0.2, 0.2, 0.2, 0.2], 1),
+        # Nothing more can go after a first try that was near.
+        ([0.27, None], 0),
+    ],
+)
+@pytest.mark.usefixtures("_by_macs")
+def test_the_best_try_is_kept(
+    measured: list[float | None], kept_try: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 20, 1), nn.ReLU(), nn.Conv2d(20, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    plan, how = Plan(net.eval(), PIXELS[:1]), recipe(tmp_path, latency_cut=0.3)
+    tries: list[dict[str, Tensor]] = []
+
+    def one(*asked: Any) -> dict[str, Tensor]:
+        if measured[len(tries)] is None:
+            raise InputError("no more can go")
+        tries.append({"0": torch.arange(len(tries), 20)})
+        return tries[-1]
+
+    def times(*rest: Any) -> Speed:
+        saved = measured[len(tries) - 1]
+        assert saved is not None
+        return Speed(10.0, 10 * (1 - saved), saved, 0.0)
+
+    monkeypatch.setattr(tempo, "select", one)
+    monkeypatch.setattr(tempo, "_measured", times)
+    clock = tempo.Clock(plan, Material(PIXELS[:4], lambda p: p), how)
+    kept, _, _, promise = tempo.to_time(plan, {"0": torch.arange(1.0, 21.0)}, clock, how)
+    assert torch.equal(kept["0"], tries[kept_try]["0"])
+    assert promise.speed.saved == measured[kept_try]
+    assert len(tries) == len([saved for saved in measured if saved is not None])
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("_by_macs")
 def test_what_is_missed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

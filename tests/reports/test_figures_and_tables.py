@@ -227,6 +227,15 @@ def test_figures_of_runs_and_sweeps_draw_what_they_are_given() -> None:
     assert curves.axes[1].lines[0].get_xydata().tolist() == [[1, 25.0]]
 
 
+def test_filters_are_drawn_beside_all_of_their_layer() -> None:
+    important = {"a": torch.tensor([True, False, False]), "b": torch.tensor([True, True])}
+    for figure in (
+        response_figures.important_per_layer(important),
+        run_figures.kept_per_layer({"a": 1, "b": 2}, {"a": 3, "b": 2}),
+    ):
+        assert [bar.get_height() for bar in figure.axes[0].patches] == [3, 2, 1, 2]
+
+
 def test_epochs_with_other_filters_are_kept_and_not_compared(tmp_path: Path) -> None:
     """As where layers were pruned on the way, or a training goes on with others being read."""
     images, path = torch.rand(2, 3, 16, 16), tmp_path / "importance.csv"
@@ -236,7 +245,11 @@ def test_epochs_with_other_filters_are_kept_and_not_compared(tmp_path: Path) -> 
         tables.write_importance(
             path, epoch, response, scores("amplitude", Evidence(net, response), layers), judge(response)
         )
-        assert list(tables.important_shares(path)) == list(range(epoch + 1))
+        shares = tables.important_shares(path)
+        assert list(shares) == list(range(epoch + 1))
+        assert shares[epoch] == {
+            layer: float(flags.double().mean()) for layer, flags in judge(response).important.items()
+        }
         found = tables.rank_agreement(path)
         assert found[epoch]["conv1"] == pytest.approx(1.0)
         assert [label.label for label in filters_over_epochs(path, Stimulus(tag_freqs=(6.0, 7.5)), "amplitude")] == [

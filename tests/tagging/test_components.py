@@ -70,6 +70,18 @@ def test_three_tags() -> None:
     assert {"f1", "f3", "f1+f3", "f3-f2", "2f2"} <= names
 
 
+def test_every_combination_of_three_tags_is_on_one_component() -> None:
+    cycles, n = (10, 13, 17), 400
+    by_bin = {c.bin: c for c in components(cycles, n, 100.0, 3)}
+    for factors in itertools.product(range(-3, 4), repeat=3):
+        order, position = sum(map(abs, factors)), sum(a * b for a, b in zip(factors, cycles, strict=True))
+        if 1 <= order <= 3 and position > 0:
+            assert component_name(factors) in (by_bin[position].name, *by_bin[position].aliases)
+            assert by_bin[position].order <= order
+    assert by_bin[40].name == "f1+f2+f3"
+    assert collision((30, 47, 61, 138), 2400, 3) == "f4-f2-f3 falls on f1 itself"
+
+
 def test_a_harmonic_names_a_bin_before_an_intermodulation_of_its_order() -> None:
     (shared,) = [c for c in components((20, 44, 32), 240, 120.0, 2) if c.bin == 64]
     assert (shared.name, shared.aliases) == ("2f3", ("f1+f2",))
@@ -117,5 +129,10 @@ def test_many_parts_are_enumerated_by_their_order() -> None:
         c for n in range(1, 5) for picked in itertools.combinations_with_replacement(range(8), n) for c in [picked]
     }
     # Of every choice of up to four tags, with each sign: far fewer than 9 ** 8.
-    assert len(found) <= sum(2 ** len(picked) for picked in by_hand)
+    bins = set()
+    for picked in by_hand:
+        for signs in itertools.product((1, -1), repeat=len(picked)):
+            position = sum(sign * cycles[part] for sign, part in zip(signs, picked, strict=True)) % 2400
+            bins.add(min(position, 2400 - position))
+    assert {component.bin for component in found} == bins - {0, 1200}
     assert {component.order for component in found} == {1, 2, 3, 4}

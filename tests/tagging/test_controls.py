@@ -61,6 +61,12 @@ def test_shuffled_frames_leave_no_tag() -> None:
     torch.testing.assert_close(found[:, 0], plain[:, 0])
 
 
+def test_shuffled_frames_are_those_of_the_stimulus() -> None:
+    plain, mixed = Stimulus(), shuffled(Stimulus())
+    assert not torch.equal(mixed.scale, plain.scale)
+    assert sorted(mixed.scale.T.tolist()) == sorted(plain.scale.T.tolist())
+
+
 def test_a_static_image_answers_to_nothing() -> None:
     stimulus = static(Stimulus())
     assert len(stimulus.distinct_frames[0]) == 1

@@ -237,7 +237,7 @@ def test_one_filter_that_answers_without_noise_is_not_the_least(criterion: str) 
     assert scores(criterion, evidence, ["conv"])["conv"].argmax() == 0
 
 
-def test_a_filter_that_hardly_leaves_its_mean_has_a_score() -> None:
+def test_a_filter_that_hardly_leaves_its_mean_has_a_score(caplog: pytest.LogCaptureFixture) -> None:
     """Its noise is less than rounding may leave beside its mean; the tags themselves are above that."""
 
     class Still(nn.Module):
@@ -264,3 +264,5 @@ def test_a_filter_that_hardly_leaves_its_mean_has_a_score() -> None:
     least = response.amplitude("conv")[0] / response.rounding("conv")[0]
     assert found[0] == pytest.approx(float(least.mean()))
     assert 1 < found[0] < found[1:].min()
+    # One of four is no reason to warn.
+    assert "rounding error only" not in caplog.text

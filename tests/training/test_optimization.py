@@ -35,10 +35,14 @@ class Watch(pl.Callback):
     def __init__(self) -> None:
         self.weights: list[torch.Tensor] = []
         self.statistics: list[torch.Tensor] = []
+        self.validated: list[torch.Tensor] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         self.weights.append(pl_module.net.conv1.weight.detach().clone())
         self.statistics.append(pl_module.net.bn1.running_mean.clone())
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.validated.append(pl_module.net.conv1.weight.detach().clone())
 
 
 class Save(pl.Callback):
@@ -100,6 +104,13 @@ def test_steps_and_warmup() -> None:
     assert {rate(step) for step in range(10)} == {1.0}
 
 
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_a_warmup_as_long_as_the_training_is_said(warmup: int, caplog: pytest.LogCaptureFixture) -> None:
+    module = Classifier(SMALL, warmup_epochs=warmup)
+    pl.Trainer(max_epochs=1, limit_val_batches=0, **QUIET).fit(module, datamodule=digits())
+    assert ("the rate never reaches lr, nor falls" in caplog.text) == bool(warmup)
+
+
 def test_the_average_of_the_weights_is_what_is_validated_and_left(tmp_path: Path) -> None:
     pl.seed_everything(0, verbose=False)
     watch, module = Watch(), Classifier(SMALL, ema=0.8)
@@ -114,6 +125,13 @@ def test_the_average_of_the_weights_is_what_is_validated_and_left(tmp_path: Path
             average = 0.8 * average + 0.2 * value
         torch.testing.assert_close(left, average)
         assert not torch.equal(left, seen[-1])
+    # After each epoch of as many steps; the second is what is left.
+    first, second = watch.validated[0], watch.validated[-1]
+    average = watch.weights[0]
+    for value in watch.weights[1 : len(watch.weights) // 2]:
+        average = 0.8 * average + 0.2 * value
+    torch.testing.assert_close(first, average)
+    assert torch.equal(second, module.net.conv1.weight)
     run.save_checkpoint(tmp_path / "last.ckpt")
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]["net.conv1.weight"]
     assert torch.equal(saved, module.net.conv1.weight)

@@ -15,6 +15,7 @@ from freqprune import FrequencyTagging, Stimulus, scores, tag
 from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
 from freqprune.pruning.importance import Evidence
+from freqprune.pruning.verdict import judge
 from freqprune.training.classifier import Classifier
 from freqprune.training.datamodule import DigitsData
 from tests.training.small import digits, trainer
@@ -402,6 +403,18 @@ def test_filters_are_scored_and_judged_as_is_asked_for(images: Tensor, tmp_path:
     assert 0 < flags.sum() < len(flags)
     expected = scores("amplitude", Evidence(module, response, ["f1"]), ["body.0"])["body.0"]
     torch.testing.assert_close(tagging.latest["score"]["body.0"], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_significance_is_at_the_rate_that_is_asked_for(images: Tensor, tmp_path: Path) -> None:
+    found = []
+    for alpha in (0.5, 1e-3):
+        module = Foreign()
+        tagging = FrequencyTagging(n_images=2, images=images, noise_std=1.0, alpha=alpha)
+        trainer(tmp_path, tagging, max_epochs=1).fit(module, loader(images), loader(images))
+        expected = judge(tag(module, images[:2], noise_std=1.0), alpha=alpha).important["body.0"]
+        assert torch.equal(tagging.latest["important"]["body.0"], expected)
+        found.append(int(expected.sum()))
+    assert found[0] > found[1]
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*")
