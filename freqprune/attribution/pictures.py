@@ -85,7 +85,7 @@ def bars(
 
 
 def filters_by_classes(effects: Tensor, names: Sequence[str], title: str = "") -> Figure:
-    """A figure of what filters do to classes, those together that raise the same class most.
+    """A figure of what filters do to classes, those together that raise the same class most. Of many not all are named.
 
     Args:
         effects: of every filter on every class, ``(n_filters, n_classes)``.
@@ -94,15 +94,17 @@ def filters_by_classes(effects: Tensor, names: Sequence[str], title: str = "") -
     """
     best = effects.argmax(1)
     order = sorted(range(len(effects)), key=lambda row: (int(best[row]), -float(effects[row].amax())))
-    height = max(2.4, 0.16 * len(order) + 1.2)
-    figure = Figure(figsize=(max(3.6, 0.34 * len(names) + 2.0), height), layout="constrained")
+    size = min(24.0, max(3.6, 0.34 * len(names) + 2.0)), min(40.0, max(2.4, 0.16 * len(order) + 1.2))
+    figure = Figure(figsize=size, layout="constrained")
     axis = figure.subplots()
     limit = float(effects.abs().max()) or 1.0
     drawn = axis.imshow(
         effects[order].cpu().numpy(), cmap=COLOURS, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
     )
-    axis.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 3 else 0, fontsize=8)
-    axis.set_yticks(range(len(order)), [str(row) for row in order], fontsize=6)
+    across, down = range(0, len(names), -(-len(names) // 70)), range(0, len(order), -(-len(order) // 250))
+    named = [names[at] for at in across]
+    axis.set_xticks(across, named, rotation=90 if max(map(len, named)) > 3 else 0, fontsize=8)
+    axis.set_yticks(down, [str(order[at]) for at in down], fontsize=6)
     axis.set_ylabel("filter", fontsize=9)
     axis.set_title(title, fontsize=9, loc="left")
     bar = figure.colorbar(drawn, ax=axis)

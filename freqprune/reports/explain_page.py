@@ -61,6 +61,7 @@ def write_explain_page(folder: Path, found: Attribution, page: ExplainPage) -> P
         "n_pairs": page.n_pairs,
         "mapped": found.parts.dim() == 3,
         "forwards": found.forwards,
+        "until": run["settings"].get("until") is not None,
         "refined": run["settings"].get("refine", 0) > 0,
         "images": [_of_an_image(folder, found, adjusted[number], page, number) for number in range(len(page.names))],
         "run": run,

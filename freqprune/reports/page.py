@@ -60,7 +60,7 @@ class SweepPage:
         rows: of the table.
         missing: name, state, overrides and error of jobs that are not in the table.
         commands: that started the sweeps.
-        finished: folder of every finished job, by the settings in which the jobs differ.
+        finished: the settings in which the jobs differ, and the folder, of every finished job.
     """
 
     folders: Sequence[str]
@@ -69,7 +69,7 @@ class SweepPage:
     rows: Sequence[Sequence[str]]
     missing: Sequence[Sequence[str]]
     commands: Sequence[str]
-    finished: Mapping[str, Path]
+    finished: Sequence[tuple[str, Path]]
 
 
 def write_page(folder: Path, sweep: SweepPage | None = None) -> Path:
@@ -86,7 +86,7 @@ def write_page(folder: Path, sweep: SweepPage | None = None) -> Path:
         content, shown = _of_a_run(folder), _figures(folder, CAPTIONS)
     else:
         content, shown = _of_a_sweep(sweep), _figures(folder, OF_A_SWEEP)
-        for label, first in list(sweep.finished.items())[:1]:
+        for label, first in sweep.finished[:1]:
             note = f" (Job {first.name}: {label}.)" if label else ""
             shown += [
                 {**one, "caption": one["caption"] + note}
@@ -114,7 +114,7 @@ def embedded(path: Path) -> str:
 
 
 def _of_a_sweep(sweep: SweepPage) -> dict[str, Any]:
-    recorded = [folder for folder in sweep.finished.values() if (folder / RUN).is_file()]
+    recorded = [folder for _, folder in sweep.finished if (folder / RUN).is_file()]
     runs, metrics = (
         [read_json(folder / RUN) for folder in recorded],
         [read_json(folder / METRICS) for folder in recorded],

@@ -260,11 +260,11 @@ def gather(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
     _write_csv(out / "sweep.csv", groups)
     _draw(groups, out / "figures")
     commands = [command for path in paths for command in commands_of(path)]
-    runs = {
-        ", ".join(f"{k}={job.overrides.get(k, DEFAULT)}" for k in differing): job.folder
+    runs = [
+        (", ".join(f"{k}={job.overrides.get(k, DEFAULT)}" for k in differing), job.folder)
         for job in jobs
         if job.state == "finished" and job.folder
-    }
+    ]
     write_page(
         out, SweepPage([path.resolve().name for path in paths], len(jobs), header, rows, missing, commands, runs)
     )

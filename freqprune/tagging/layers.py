@@ -17,7 +17,13 @@ LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
 def default_layers(model: nn.Module) -> list[str]:
     """Names of all convolutions; of all linear layers if there is no convolution."""
     convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.modules.conv._ConvNd)]
-    return convolutions or [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return convolutions or [*_called(model, nn.Linear)]
+
+
+def _called(model: nn.Module, kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> dict[str, nn.Module]:
+    """Modules of some kinds but the last layer of attentions, with whose weight these multiply themselves."""
+    inside = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
+    return {name: one for name, one in model.named_modules() if isinstance(one, kinds) and id(one) not in inside}
 
 
 def unread_layers(model: nn.Module) -> str | None:
@@ -30,9 +36,7 @@ def unread_layers(model: nn.Module) -> str | None:
     '*.0'
     """
     usual = default_layers(model)
-    # Attention multiplies with the weight of its last layer itself.
-    inside = {f"{name}.out_proj" for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
-    linear = {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear) and name not in inside}
+    linear = {name: one for name, one in _called(model, nn.Linear).items() if isinstance(one, nn.Linear)}
     if usual == [*linear] or len(linear) <= len(usual):
         return None
     widths: dict[str, list[int]] = {}
@@ -74,7 +78,7 @@ def pick_layers(model: nn.Module, patterns: str | Sequence[str] | None) -> list[
     if patterns is None:
         return usual
     modules = {name: module for name, module in model.named_modules() if name}
-    other = [name for name, module in modules.items() if isinstance(module, LAYERS)]
+    other = [name for name in _called(model, LAYERS) if name]
     picked: list[str] = []
     given = [patterns] if isinstance(patterns, str) else list(patterns)
     # Once blocks have gone, a pattern may match none of what is left, unless all do.
@@ -91,6 +95,6 @@ def of_what_is_left(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Patterns without those that match nothing, in a network whose blocks have gone; all of them in others."""
     if not dropped_blocks(model):
         return list(patterns)
-    names = [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
+    names = [*_called(model, LAYERS)]
     modules = {name for name, _ in model.named_modules()}
     return [one for one in patterns if one in modules or fnmatch.filter(names, one)]

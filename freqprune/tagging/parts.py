@@ -27,7 +27,9 @@ def _centre_surround(y: Tensor, x: Tensor, gap: tuple[float, float]) -> list[Ten
     # A disc of half the image's area against the rest.
     radius = torch.sqrt(y**2 + x**2)
     boundary = math.sqrt(2 / math.pi)
-    return [radius < boundary - max(gap), radius > boundary + max(gap)]
+    # Half of the gap along the ray through each pixel, in the units of its radius.
+    half = radius / torch.hypot(y / gap[0], x / gap[1]).clamp(min=1e-12)
+    return [radius < boundary - half, radius > boundary + half]
 
 
 LAYOUTS: dict[str, tuple[tuple[str, ...], Callable[[Tensor, Tensor, tuple[float, float]], list[Tensor]]]] = {

@@ -230,6 +230,12 @@ def _channel_dim(layer: nn.Module, output: Tensor) -> int:
     of_maps = output.dim() == 4 if last is None else isinstance(last, IN_MAPS)
     if isinstance(last, nn.modules.conv._ConvNd):
         of_maps = output.dim() == 2 + len(last.kernel_size)
+    elif isinstance(last, nn.BatchNorm2d):
+        of_maps = output.dim() == 4
+    elif isinstance(last, (nn.Linear, nn.LayerNorm)):
+        # Maps that were turned for it and back, as in ConvNeXt, or a layer that only weighs them, as in a gate.
+        width = last.out_features if isinstance(last, nn.Linear) else last.normalized_shape[-1]
+        of_maps = output.shape[-1] != width == output.shape[1 % output.dim()]
     return min(1, output.dim() - 1) if of_maps else output.dim() - 1
 
 

@@ -11,6 +11,7 @@ from freqprune import Amount, Material, Recipe, Stimulus, cut
 from freqprune.attribution import filters
 from freqprune.attribution.effects import estimate
 from freqprune.attribution.filters import FilterEffects, filter_effects
+from freqprune.attribution.pictures import filters_by_classes
 from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
 from freqprune.pruning.criteria import scores
@@ -178,6 +179,17 @@ def test_a_figure_of_filters_by_classes() -> None:
     assert found.movement.tolist() == [4, 9, 25]
     with pytest.raises(InputError, match="classes must name 2 classes, got 1"):
         found.plot(["cat"])
+
+
+def test_a_figure_of_many_filters_and_classes_has_an_end() -> None:
+    effects = torch.arange(3072.0)[:, None] - torch.arange(1000)
+    figure = filters_by_classes(effects, [f"class {number}" for number in range(1000)])
+    axis = figure.axes[0]
+    assert figure.get_size_inches().max() <= 40
+    # Filter 3071 has the largest effect on class 0, as all have on it.
+    named = [label.get_text() for label in axis.get_yticklabels()]
+    assert (named[0], len(named)) == ("3071", 237)
+    assert [label.get_text() for label in axis.get_xticklabels()][:2] == ["class 0", "class 15"]
 
 
 def test_filters_refuse(net: nn.Module) -> None:

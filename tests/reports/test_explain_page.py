@@ -14,12 +14,19 @@ from tests.attribution.test_attribution import IMAGES, OfTiles
 from tests.reports.test_page import BROWSER, in_a_browser
 
 
-def written(folder: Path, found: Attribution, n_pairs: int = 2, overlap: float = 0.0) -> Path:
+def written(
+    folder: Path, found: Attribution, n_pairs: int = 2, overlap: float = 0.0, until: float | None = None
+) -> Path:
     folder.mkdir(exist_ok=True)
     machine = {"system": "Linux", "processor": "x86_64", "cores": 2}
     write_json(
         folder / "run.json",
-        {"command": "freqprune explain images='<i>'", "settings": {"grid": 4}, "versions": {}, "machine": machine},
+        {
+            "command": "freqprune explain images='<i>'",
+            "settings": {"grid": 4, "until": until},
+            "versions": {},
+            "machine": machine,
+        },
     )
     names = ["1_one & <b>", "2_two"]
     for number, name in enumerate(names):
@@ -49,6 +56,9 @@ def test_the_page_tells_what_was_found(found: Attribution, tmp_path: Path) -> No
     assert page.count("The other 13 parts") == 2
     assert "freqprune explain images=&#39;&lt;i&gt;&#39;" in page
     assert page.count("of the variance\nover the frames is due to parts alone") == 2
+    assert "16 parts,\n512 frames of an image" in page
+    # Some images may have been sure before.
+    assert "16 parts,\nat most 512 frames" in written(tmp_path / "until", found, until=0.3).read_text()
     # Parts that open together are not told apart in that.
     assert "due to parts alone" not in written(tmp_path / "overlapping", found, overlap=0.7).read_text()
 

@@ -133,7 +133,7 @@ def sweep_of(run: Path) -> SweepPage:
         rows,
         missing,
         commands,
-        {"importance=snr, seed=3": run},
+        [("importance=snr, seed=3", run)],
     )
 
 
@@ -145,7 +145,7 @@ def test_page_of_a_sweep(run: Path, tmp_path: Path) -> None:
     other["settings"].update(seed=4, importance={"criterion": "l2"})
     other["versions"]["torch"] = "3"
     write_json(again / "run.json", other)
-    text = write_page(run, replace(sweep, finished={**sweep.finished, "importance=l2, seed=4": again})).read_text()
+    text = write_page(run, replace(sweep, finished=[*sweep.finished, ("importance=l2, seed=4", again)])).read_text()
     # What the jobs share is told, what they differ in is not.
     assert "4 of 5 jobs are in the table. Network: resnet8. It was tagged at 6 and 7.5 Hz (halves)" in text
     assert "50.0 % of the MACs were cut. The smaller network was fine-tuned for 1 epoch." in text
@@ -158,7 +158,7 @@ def test_page_of_a_sweep(run: Path, tmp_path: Path) -> None:
     assert text.count("<img ") == 2
     assert "<script" not in text
     # No job finished: the command is all there is to tell.
-    lost = write_page(run, replace(sweep, finished={}, rows=[])).read_text()
+    lost = write_page(run, replace(sweep, finished=[], rows=[])).read_text()
     assert "python prune.py -m importance=snr,group_l2" in lost
     assert "All settings" not in lost
 

@@ -191,6 +191,17 @@ def test_a_job_without_overrides_is_a_job_of_its_own_and_seed_0_the_same_as_none
     assert [row[:2] for row in rows] == [["default", "1"], ["l2", "1"]]
 
 
+def test_seeds_that_stand_in_a_config_are_told_of_all_jobs(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        job(tmp_path / str(seed) / "0", ["importance=snr"], 0.8 + 0.02 * seed)
+        settings(tmp_path / str(seed) / "0", seed=seed)
+        path = tmp_path / str(seed) / "0" / "run.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "versions": {"torch": str(seed)}}))
+    text = (gather([tmp_path / "0", tmp_path / "1"], tmp_path / "out") / "report.html").read_text()
+    assert "Seeds 0 and 1" in text
+    assert "2 of 2 jobs are in the table" in text
+
+
 def test_an_older_record_of_a_run_still_makes_a_report(tmp_path: Path) -> None:
     job(tmp_path / "0", ["importance=snr"], 0.8)
     (tmp_path / "0" / "run.json").write_text('{"settings": {"importance": {"criterion": "snr"}}}')

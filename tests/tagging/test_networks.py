@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 from freqprune.errors import InputError
-from freqprune.tagging.layers import default_layers
+from freqprune.tagging.layers import default_layers, pick_layers
 from freqprune.tagging.measurement import tag
 from freqprune.tagging.sites import find_sites
 from freqprune.tagging.stimulus import Stimulus
@@ -79,13 +79,19 @@ def test_the_class_token_apart() -> None:
         tag(net, x, layers=["conv_proj"], spatial="class_token")
 
 
+def test_attention_without_a_convolution_is_read_by_what_runs() -> None:
+    net = nn.Sequential(
+        nn.Flatten(2), nn.TransformerEncoderLayer(16, 2, 8, batch_first=True), nn.Flatten(), nn.Linear(48, 4)
+    )
+    x = torch.rand(2, 3, 4, 4)
+    assert list(tag(net, x, noise_std=0.0).layers) == ["1.linear1", "1.linear2", "3"]
+    assert pick_layers(net, "*attn*") == ["1.self_attn"]
+
+
 def test_vit_b_16_has_sites() -> None:
     net = torchvision.models.vit_b_16()
-    names = [
-        name
-        for name, module in net.named_modules()
-        if isinstance(module, nn.Linear | nn.MultiheadAttention) and not name.endswith("out_proj")
-    ]
+    names = pick_layers(net, ["encoder.layers.*", "heads.*"])
+    assert "encoder.layers.encoder_layer_0.self_attention" in names
     sites = find_sites(net, torch.rand(1, 3, 224, 224), names)
     assert len(sites) == 12 * 3 + 1
     assert {site.n_filters for site in sites} == {768, 3072, 1000}

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.convnext import LayerNorm2d
 
 from freqprune.errors import InputError
 from freqprune.networks.blocks import drop_blocks
@@ -201,6 +202,21 @@ class ChannelsLast(nn.Module):
         return x.permute(0, 2, 3, 1)
 
 
+class ChannelsFirst(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 3, 1, 2)
+
+
+class Weighed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.gate = nn.Conv2d(3, 5, 3), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return x * self.gate(x.mean((2, 3)))[..., None, None]  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize(
     ("block", "shape", "dim"),
     [
@@ -211,6 +227,10 @@ class ChannelsLast(nn.Module):
         (InTheLast(), (2, 8, 9, 3), 3),
         (nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(2), Turned()), (2, 3, 8, 9), 2),
         (nn.Sequential(nn.Conv2d(3, 5, 3), ChannelsLast(), nn.LayerNorm(5)), (2, 3, 8, 9), 3),
+        (nn.Sequential(nn.Conv2d(3, 5, 3), LayerNorm2d(5)), (2, 3, 8, 9), 1),
+        (nn.Sequential(ChannelsLast(), nn.Linear(3, 5), ChannelsFirst()), (2, 3, 8, 9), 1),
+        (nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Flatten(2), Turned()), (2, 3, 8, 9), 2),
+        (Weighed(), (2, 3, 8, 9), 1),
         (nn.Sequential(nn.Linear(3, 6), nn.Linear(6, 3)), (2, 7, 3), 2),
         (nn.Linear(3, 4), (2, 8, 9, 3), 3),
         (nn.Linear(3, 4), (2, 3), 1),

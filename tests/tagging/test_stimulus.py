@@ -88,7 +88,12 @@ def test_gap_is_counted_in_pixels_and_left_alone(images: Tensor) -> None:
 def test_gap_is_in_pixels_on_oblong_images() -> None:
     assert part_masks("halves", 32, 64, gap=4).any(0)[0].sum() == 60
     assert part_masks("top_bottom", 32, 64, gap=4).any(0)[:, 0].sum() == 28
-    assert part_masks("quadrants", 32, 64, gap=4).any(0).sum() == 28 * 60
+    quadrants = part_masks("quadrants", 32, 64, gap=4).any(0)
+    assert (quadrants.any(1).sum(), quadrants.any(0).sum()) == (28, 60)
+    # From the middle to each side.
+    for height, width in ((32, 32), (32, 64), (96, 32)):
+        tagged = part_masks("centre_surround", height, width, gap=4).any(0)
+        assert (~tagged[height // 2]).sum() == (~tagged[:, width // 2]).sum() == 8
 
 
 def test_centre_is_half_of_the_image() -> None:
