@@ -172,7 +172,13 @@ def as_folder(root: object) -> Path:
     """A folder by its name, which may be a number."""
     if root is None or root == "":
         raise InputError("data.root must name a folder, got none; leave it out for the default, if there is one")
-    return Path(str(root)).expanduser()
+    path = Path(str(root)).expanduser()
+    if isinstance(root, int | float) and not path.is_dir():
+        raise InputError(
+            f"data.root = {root} is a number and no folder; Hydra reads names such as 2024_01_02 as numbers: quote the "
+            "name, as in data.root='\"2024_01_02\"'"
+        )
+    return path
 
 
 def as_floats(value: Sequence[float] | None) -> list[float] | None:

@@ -22,8 +22,9 @@ from freqprune.training.image_files import upright
 from freqprune.training.listed import ImageFolderData
 from freqprune.training.listing import Fitting
 from freqprune.training.loading import _fits
-from freqprune.training.sources import Images, channel_statistics, digits, stratified_split
+from freqprune.training.sources import Images, as_folder, channel_statistics, digits, stratified_split
 from tests.forked import FORKED
+from tests.jobs.small import config
 from tests.training.small import trainer
 from tests.training.test_defaults import crop_and_flip
 
@@ -431,6 +432,18 @@ def test_one_process_downloads_at_a_time(tmp_path: Path) -> None:
     for one in both:
         one.join()
     assert (tmp_path / "log").read_text().split() == ["in", "out", "in", "out"]
+
+
+def test_a_folder_whose_name_is_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = config("train", tmp_path, "data=image_folder", "data.root=2024_01_02").data.root
+    with pytest.raises(InputError, match=r"data\.root = 20240102 is a number and no folder.* quote the name"):
+        as_folder(given)
+    (tmp_path / "20240102").mkdir()
+    assert as_folder(given) == Path("20240102")
+    assert as_folder(config("train", tmp_path, "data=image_folder", "data.root='2024_01_02'").data.root) == Path(
+        "2024_01_02"
+    )
 
 
 @pytest.mark.parametrize("value", [1e3, 2.5, True])
