@@ -101,9 +101,12 @@ def interrupted(folder: Path, stage: str, epochs: int) -> Interrupted:
         )
     # Not by its last checkpoint: callbacks may have ended it earlier.
     had = record.read_json(folder / record.RUN).get("settings", {}).get("finetune", {}).get("epochs", epochs)
-    wants_more = stage in metrics and had < epochs
+    wants_more = (stage in metrics or bool(metrics.get("finished"))) and had < epochs
+    if wants_more:
+        # What was measured of the shorter training, or of none, will be measured again.
+        metrics = {name: value for name, value in metrics.items() if name not in (stage, *_AFTER_TRAINING)}
     if found.last is None or not found.last.is_file():
-        if wants_more:
+        if wants_more and had:
             raise InputError(
                 f"resume = {folder} is complete after {had} epochs, finetune.epochs = {epochs} asks for more, and its "
                 f"{FOLDERS[stage]}/checkpoints/last.ckpt, to go on from, is gone; give the number of that run, or cut "
@@ -115,11 +118,7 @@ def interrupted(folder: Path, stage: str, epochs: int) -> Interrupted:
             f"resume = {folder} has {done} epochs of its training behind it, finetune.epochs = {epochs} asks for fewer "
             "in all; give the number of that run"
         )
-    if wants_more:
-        # What was measured of the shorter training will be measured again.
-        for name in (stage, *_AFTER_TRAINING):
-            metrics.pop(name, None)
-    return found
+    return Interrupted(folder, metrics, found.last)
 
 
 def holds_cut(folder: Path) -> bool:
@@ -150,11 +149,14 @@ def check_same_cut(cfg: DictConfig, folder: Path) -> None:
     Raises:
         InputError: names the first that differs.
     """
-    before = OmegaConf.create(record.read_json(folder / record.RUN).get("settings", {}))
+    settings = record.read_json(folder / record.RUN).get("settings", {})
+    before = OmegaConf.create(settings)
     by_default = all(OmegaConf.select(one, name) is None for name in _AMOUNTS for one in (cfg, before))
+    # An older record may lack some.
+    known = {*settings, *(f"{group}.{key}" for group in ("importance", "pruning") for key in settings.get(group, {}))}
     for name in (*_SAME, *(["pruning.default_macs_cut"] if by_default else [])):
         given, had = OmegaConf.select(cfg, name), OmegaConf.select(before, name)
-        if before and given != had:
+        if name in known and given != had:
             raise InputError(
                 f"resume = {folder} was cut with {name} = {had}, and this command says {given}: give the settings of "
                 "that run, which its run.json holds"

@@ -244,7 +244,7 @@ class Run:
             if not self.metrics.get("finished") or undeployed(self.metrics, self.settings.exports):
                 self._deploy(net, small)
         else:
-            if self.first:
+            if self.first and self.settings.finetune_epochs:
                 # Those of a shorter training.
                 record.clear([self.out / name for name in record.EXPORTED])
             small = self.recover(net, small, earlier.last)

@@ -224,14 +224,15 @@ def _follow(name: str, layer: nn.Module, tensor: Tensor, start: int, calls: list
 
 def _channel_dim(layer: nn.Module, output: Tensor) -> int:
     """The dimension of a module's output that counts its filters, by the last layer in it that has any: the first after
-    the images of maps, the last of tokens, also of those that a convolution was flattened to."""
+    the images of maps, the last of tokens, also of those that a convolution was flattened to. Maps that are as wide as
+    they have channels are taken for tokens if that layer is a linear one or a layer norm."""
     inside = [module for module in layer.modules() if isinstance(module, (*IN_MAPS, nn.Linear, nn.LayerNorm))]
     last = inside[-1] if inside else None
     of_maps = output.dim() == 4 if last is None else isinstance(last, IN_MAPS)
     if isinstance(last, nn.modules.conv._ConvNd):
         of_maps = output.dim() == 2 + len(last.kernel_size)
     elif isinstance(last, nn.BatchNorm2d):
-        of_maps = output.dim() == 4
+        of_maps = output.dim() == 4 or output.shape[-1] != last.num_features == output.shape[1 % output.dim()]
     elif isinstance(last, (nn.Linear, nn.LayerNorm)):
         # Maps that were turned for it and back, as in ConvNeXt, or a layer that only weighs them, as in a gate.
         width = last.out_features if isinstance(last, nn.Linear) else last.normalized_shape[-1]

@@ -317,6 +317,12 @@ def test_a_run_that_was_cut_in_another_way_is_not_gone_on_with(other: str, tmp_p
     content = OmegaConf.to_container(config("prune", tmp_path, "importance=logit_error"), resolve=True)
     (tmp_path / "run.json").write_text(json.dumps({"settings": content}))
     check_same_cut(config("prune", tmp_path, "importance=logit_error"), tmp_path)
+    # A record of a time without such a setting says nothing against it.
+    group, name = other.split("=")[0].split(".")
+    older = {**content, group: {key: value for key, value in content[group].items() if key != name}}
+    (tmp_path / "run.json").write_text(json.dumps({"settings": older}))
+    check_same_cut(config("prune", tmp_path, "importance=logit_error"), tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({"settings": content}))
     with pytest.raises(InputError, match=f"was cut with {re.escape(other.split('=')[0])} = "):
         check_same_cut(config("prune", tmp_path, "importance=logit_error", other), tmp_path)
 
@@ -363,6 +369,11 @@ def test_a_complete_run_goes_on_where_more_epochs_are_asked_for(tmp_path: Path) 
         InputError, match=r"complete after 1 epochs, finetune\.epochs = 3 asks for more, and its finetune/"
     ):
         interrupted(tmp_path, "finetuned", 3)
+    # Nothing was trained, and what was measured without is measured again.
+    (tmp_path / "run.json").write_text(json.dumps({"settings": {"finetune": {"epochs": 0}}}))
+    (tmp_path / "metrics.json").write_text(json.dumps({key: whole[key] for key in whole if key != "finetuned"}))
+    assert interrupted(tmp_path, "finetuned", 2).metrics == {"dense": {}, "pruned": {}}
+    assert "finished" in interrupted(tmp_path, "finetuned", 0).metrics
     # A look at the network in the folder of a cut.
     (tmp_path / "metrics.json").write_text('{"dense": {}, "finished": true}')
     with pytest.raises(InputError, match="holds the metrics of a later look"):
@@ -418,6 +429,13 @@ def test_a_fold_that_is_asked_for_later_is_measured(trained: tuple[Path, dict[st
     assert not (other / "model.onnx").exists()
     assert not (other / "forecast.json").exists()
     assert (other / "pruned.ckpt").is_file()
+    # What a cut that is not trained has left stays where more of it is asked for.
+    bare = tmp_path / "bare"
+    prune(config("prune", bare, *same, "finetune.epochs=0"))
+    (bare / "model.onnx").write_bytes(b"of this cut")
+    found, _ = prune(config("prune", bare, *same, "finetune.epochs=0", f"resume={bare}", "export.fold=true"))
+    assert (bare / "model.onnx").is_file()
+    assert "folded" in found
     # Nor that of a training which was shorter.
     (tmp_path / "model.onnx").write_bytes(b"of one epoch")
     assert prune(config("prune", tmp_path, *same, f"resume={tmp_path}", "finetune.epochs=2"))[0]["finished"]

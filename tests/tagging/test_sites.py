@@ -230,6 +230,7 @@ class Weighed(nn.Module):
         (nn.Sequential(nn.Conv2d(3, 5, 3), LayerNorm2d(5)), (2, 3, 8, 9), 1),
         (nn.Sequential(ChannelsLast(), nn.Linear(3, 5), ChannelsFirst()), (2, 3, 8, 9), 1),
         (nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Flatten(2), Turned()), (2, 3, 8, 9), 2),
+        (nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Flatten(2)), (2, 3, 8, 9), 1),
         (Weighed(), (2, 3, 8, 9), 1),
         (nn.Sequential(nn.Linear(3, 6), nn.Linear(6, 3)), (2, 7, 3), 2),
         (nn.Linear(3, 4), (2, 8, 9, 3), 3),
