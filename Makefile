@@ -6,7 +6,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-UV := $(shell command -v uv 2>/dev/null)
+# By its name: its path may hold spaces.
+UV := $(if $(shell command -v uv 2>/dev/null),uv)
 
 ifdef UV
   CREATE := $(UV) venv --quiet --seed --allow-existing --python $(PYTHON) $(VENV)

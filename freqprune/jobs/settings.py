@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.accelerators import MPSAccelerator
 
 from freqprune.errors import InputError, at_least, one_of
 from freqprune.jobs.config import Common, of_the_top
@@ -209,8 +210,20 @@ def read(cfg: DictConfig) -> Settings:
         from_scratch=tuned.from_scratch,
         latency=_build(Latency, "latency", values),
         exports=exports,
-        **{name: with_booleans(values[name]) for name in FREE},
+        **_free(values, recipe),
     )
+
+
+def _free(values: Mapping[str, Any], recipe: Recipe | None) -> dict[str, Any]:
+    """The sections that hold arguments of whatever they stand for."""
+    found = {name: with_booleans(values[name]) for name in FREE}
+    left_open = found["trainer"].get("accelerator") == "auto"
+    if left_open and recipe is not None and recipe.needs_float64 and MPSAccelerator.is_available():
+        log.warning(
+            "Apple's accelerator has no float64, in which this cut solves its equations: the job runs on the CPU"
+        )
+        found["trainer"] = {**found["trainer"], "accelerator": "cpu"}
+    return found
 
 
 T = TypeVar("T")

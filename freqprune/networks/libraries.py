@@ -223,8 +223,9 @@ def _from_timm(kind: str, pretrained: bool = False, num_classes: int | None = No
         raise InputError(f"model.pretrained = true, and timm has no weights of {kind}; leave model.pretrained out")
     try:
         net: nn.Module = timm.create_model(kind, pretrained=pretrained, **classes, **arguments)
-    except (OSError, RuntimeError) as error:
-        if not pretrained:
+    except Exception as error:
+        # Downloads and files fail in the types of several libraries; arguments that a network does not take, in one.
+        if not pretrained or isinstance(error, TypeError):
             raise
         where = f"the repository {known.hf_hub_id} of the Hugging Face hub" if known.hf_hub_id else known.url
         raise InputError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.networks import IndexShortcut, Trace
+from freqprune.networks import IndexShortcut, Trace, device_of
 from freqprune.pruning.blocks import answers_without
 from freqprune.pruning.compensation import readers_of
 from freqprune.pruning.criteria import needs
@@ -26,8 +26,13 @@ def plan_cut(net: nn.Module, example: Tensor, recipe: Recipe) -> tuple[Plan, lis
 
     Raises:
         InputError: for patterns that match nothing or pick what cannot go, or tag settings that leave the criterion
-            without its readings.
+            without its readings; for a network on a device without float64, where the cut needs it.
     """
+    if recipe.needs_float64 and device_of(net).type == "mps":
+        raise InputError(
+            "this cut solves equations in float64, which Apple's accelerator does not have: move the network to the CPU "
+            "(trainer=cpu), or use importance=l2, which needs none"
+        )
     plan = Plan(net, example, blocks=recipe.with_blocks)
     # Where some have gone in an earlier step, there may be no other.
     needed = recipe.blocks and not plan.gone

@@ -117,3 +117,8 @@ class Recipe:
     @property
     def needs_moments(self) -> bool:
         return self.compensation in AT_ONCE or "moments" in needs(self.criterion)
+
+    @property
+    def needs_float64(self) -> bool:
+        """Whether a cut solves equations, in numbers that Apple's accelerator (MPS) does not have."""
+        return self.needs_moments or self.compensation == "sequential" or self.with_blocks

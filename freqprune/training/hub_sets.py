@@ -102,9 +102,11 @@ class HuggingFaceData(ListedData):
             raise InputError("data=huggingface needs datasets: pip install 'freqprune[datasets]'") from None
         try:
             found = datasets.load_dataset(self.path, self.config_name, **self.arguments)
-        except (OSError, ValueError, RuntimeError, TypeError) as error:
+        except Exception as error:
+            # What is wrong with a file, or a full disk, is wrapped.
+            why = error.__cause__ or error
             raise InputError(
-                f"data.path = {self.path} could not be loaded ({type(error).__name__}: {error}); on a machine without "
+                f"data.path = {self.path} could not be loaded ({type(why).__name__}: {why}); on a machine without "
                 "a network it must have been loaded once, or be files: data.path=imagefolder "
                 "+data.arguments.data_dir=FOLDER"
             ) from error

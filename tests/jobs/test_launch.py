@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from pytorch_lightning.accelerators import MPSAccelerator
 
 from freqprune.errors import InputError
 from freqprune.jobs.launch import world_size
 from freqprune.jobs.launched import launched, named_by_launcher, run_id
 from freqprune.jobs.settings import read
 from freqprune.jobs.trainers import chosen_device, evaluator
+from freqprune.networks import build_model
+from freqprune.pruning import Amount, Recipe, plan_cut, planning
 from tests.jobs.small import config
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
@@ -66,6 +70,34 @@ def test_each_process_has_a_device_of_its_own(told: Any, monkeypatch: pytest.Mon
         settings = read(config("prune", tmp_path, "trainer=ddp", "trainer.accelerator=gpu", "trainer.devices=2"))
         assert str(chosen_device(settings)) == f"cuda:{rank}"
         assert str(evaluator(settings).strategy.root_device) == f"cuda:{rank}"
+
+
+@pytest.mark.parametrize(
+    ("given", "type_"),
+    [
+        ([], "cpu"),
+        (["importance=l2", "pruning.compensation=least_squares"], "cpu"),
+        (["importance=l2"], "mps"),
+        (["pruning=none"], "mps"),
+        (["trainer.accelerator=mps"], "mps"),
+    ],
+)
+def test_a_cut_runs_where_there_is_float64(
+    given: list[str], type_: str, told: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told()
+    monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: True))
+    monkeypatch.setattr("lightning_fabric.accelerators.mps.MPSAccelerator.is_available", staticmethod(lambda: True))
+    settings = read(config("prune", tmp_path, "trainer=auto", *given))
+    assert chosen_device(settings).type == type_
+
+
+def test_a_cut_on_a_device_without_float64_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "device_of", lambda net: torch.device("mps"))
+    net, x = build_model({"name": "resnet8"}), torch.rand(1, 3, 32, 32)
+    with pytest.raises(InputError, match="Apple's accelerator does not have: move the network to the CPU"):
+        plan_cut(net, x, Recipe(Amount(macs_cut=0.3), criterion="logit_error"))
+    assert plan_cut(net, x, Recipe(Amount(macs_cut=0.3), criterion="l2"))[1]
 
 
 def test_other_processes_than_were_asked_for_are_refused(told: Any) -> None:

@@ -131,6 +131,13 @@ def test_weights_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     name = "timm/resnet10t"
     with pytest.raises(InputError, match=r"of timm/resnet10t could not be read.*run this once and copy") as refused:
         build_model({"name": name, "pretrained": True})
+    # Files that git or a browser has left in the place of the weights.
+    for file in ("model.safetensors", "model.bin"):
+        (tmp_path / file).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 20\n")
+        with pytest.raises(InputError, match="of timm/resnet10t could not be read"):
+            build_model({"name": name, "pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / file)}})
+    with pytest.raises(InputError, match="does not take these arguments: .*nonsense"):
+        build_model({"name": name, "pretrained": True, "nonsense": 3})
     # With the plus that a key of the library's needs on the command line.
     assert str(refused.value).endswith(" +model.pretrained_cfg_overlay.file=FILE")
     torch.manual_seed(0)

@@ -56,6 +56,11 @@ def test_labels_that_are_words(folder: Path) -> None:
     data = HuggingFaceData("parquet", label_column="kind", arguments={"data_files": files}, val_fraction=0.5)
     assert data.split("test").labels.tolist() == [1, 0, 1, 0]
     assert data.classes == ("a", "b")
+    path = folder / "test.parquet"
+    path.write_bytes(path.read_bytes()[:40])
+    broken = HuggingFaceData("parquet", label_column="kind", arguments={"data_files": files}, val_fraction=0.5)
+    with pytest.raises(InputError, match=r"data.path = parquet could not be loaded \((?!DatasetGenerationError)"):
+        broken.setup()
 
 
 def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
