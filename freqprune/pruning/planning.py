@@ -30,8 +30,8 @@ def plan_cut(net: nn.Module, example: Tensor, recipe: Recipe) -> tuple[Plan, lis
     """
     if recipe.needs_float64 and device_of(net).type == "mps":
         raise InputError(
-            "this cut solves equations in float64, which Apple's accelerator does not have: move the network to the CPU "
-            "(trainer=cpu), or use importance=l2, which needs none"
+            "this cut solves equations in float64, which Apple's accelerator does not have: move the network to the "
+            "CPU (trainer=cpu), or use importance=l2, which needs none"
         )
     plan = Plan(net, example, blocks=recipe.with_blocks)
     # Where some have gone in an earlier step, there may be no other.
