@@ -31,10 +31,11 @@ from torchvision import transforms
 
 from freqprune import Stimulus, build_model, tag
 from freqprune.jobs.cli import keep_freed_memory
+from freqprune.networks import CIFAR10
 from freqprune.training.augment import random_crop_flip
 from freqprune.training.classifier import Classifier
 from freqprune.training.datamodule import ImageData
-from freqprune.training.sources import CIFAR10_MEAN, CIFAR10_STD, Images, Source
+from freqprune.training.sources import Images, Source
 
 EPOCH = 45_000
 
@@ -43,7 +44,7 @@ class RandomData(ImageData):
     """Random bytes in place of photographs: their content does not change the time."""
 
     def __init__(self, n_images: int, **settings: Any) -> None:
-        super().__init__(mean=CIFAR10_MEAN, std=CIFAR10_STD, **settings)
+        super().__init__(mean=CIFAR10.mean, std=CIFAR10.std, **settings)
         self.n_images = n_images
 
     def load(self) -> Source:
@@ -63,7 +64,7 @@ class PilImages(Dataset[Any]):
                 transforms.RandomCrop(32, padding=4),
                 transforms.RandomHorizontalFlip(),
                 transforms.ToTensor(),
-                transforms.Normalize(CIFAR10_MEAN, CIFAR10_STD),
+                transforms.Normalize(CIFAR10.mean, CIFAR10.std),
             ]
         )
 

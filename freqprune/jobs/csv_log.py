@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class ResumedCSVLogger(CSVLogger):
         """
         writer = self.experiment
         if self._earlier is not None and "epoch" in metrics:
-            kept = _before(self._earlier, float(metrics["epoch"]))
+            kept = list(compress(self._earlier, before(self._earlier, float(metrics["epoch"]))))
             path = Path(self.log_dir) / METRICS
             if kept:
                 _write(path, kept)
@@ -81,15 +82,11 @@ class ResumedCSVLogger(CSVLogger):
         super().finalize(status)
 
 
-def _before(rows: list[dict[str, str]], epoch: float) -> list[dict[str, str]]:
-    """Rows of the epochs before one; rows without an epoch, as learning rates have, by their steps."""
-    of_epochs = [row for row in rows if row.get("epoch") and float(row["epoch"]) < epoch]
-    until = max((float(row["step"]) for row in of_epochs if row.get("step")), default=-1.0)
-    return [
-        row
-        for row in rows
-        if (float(row["epoch"]) < epoch if row.get("epoch") else row.get("step") and float(row["step"]) <= until)
-    ]
+def before(entries: Sequence[Mapping[str, Any]], epoch: float) -> list[bool]:
+    """Whether each entry is of an epoch before one; without an epoch, as learning rates are, by its steps."""
+    known = [[None if one.get(key) in (None, "") else float(one[key]) for key in ("epoch", "step")] for one in entries]
+    until = max((step for at, step in known if at is not None and at < epoch and step is not None), default=-1.0)
+    return [step is not None and step <= until if at is None else at < epoch for at, step in known]
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

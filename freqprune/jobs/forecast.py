@@ -13,7 +13,7 @@ from torch import nn
 
 from freqprune.jobs.pace import NOTHING, Pace, Span
 from freqprune.jobs.settings import Settings
-from freqprune.pruning import Plan, Recipe, n_measured, needs
+from freqprune.pruning import Plan, n_measured, needs
 from freqprune.tagging import Readout, Stimulus
 from freqprune.training import ImageData
 
@@ -198,12 +198,12 @@ def of_a_cut(pace: Pace, settings: Settings, data: ImageData, plan: Plan, chosen
         return None
     wanted = needs(recipe.criterion)
     n_images = min(settings.course.calibration_images, len(data.split("train")))
-    n_inputs = n_images * _inputs_an_image(recipe)
+    n_inputs = n_images * recipe.inputs_an_image
     seconds = pace.forward.times(n_inputs).times(*MOMENTS) if recipe.needs_moments else NOTHING
     if "gradients" in wanted:
         seconds += pace.forward.times(n_inputs).times(*GRADIENTS)
     if "frames" in wanted:
-        measured = min(n_images, n_measured(recipe, data.split("val").pixels.shape)) * _inputs_an_image(recipe)
+        measured = min(n_images, n_measured(recipe, data.split("val").pixels.shape)) * recipe.inputs_an_image
         seconds += pace.forward.times(len(chosen) * TRIED * measured).times(*AFTER)
     if "labels" in wanted:
         seconds += pace.forward.times(min(settings.scoring.labelled_images, len(data.split("train")))).times(*LABELLED)
@@ -224,12 +224,6 @@ def of_explaining(pace: Pace, n_own: int, n_images: int, forwards: int) -> dict[
         "effects": pace.forward.times(n_own * forwards).times(*EXPLAINED),
         "pictures": PICTURE.times(n_images),
     }
-
-
-def _inputs_an_image(recipe: Recipe) -> int:
-    """Network inputs that a calibration image makes."""
-    frames = 0 if recipe.calibrate_on == "images" else recipe.frames_an_image
-    return frames + (recipe.calibrate_on != "frames")
 
 
 def _cubes(net: nn.Module, names: set[str] | None = None) -> float:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.utilities import rank_zero_only
 
-from freqprune.jobs.csv_log import ResumedCSVLogger
+from freqprune.jobs.csv_log import ResumedCSVLogger, before
 from freqprune.reports import record
 
 METRICS_LINES = "metrics.jsonl"
@@ -75,16 +76,7 @@ def _lines_before(texts: Sequence[str], line: Mapping[str, Any]) -> list[str]:
     of stages up to its own."""
     found = [json.loads(text) for text in texts]
     if "epoch" in line:
-        before = [one for one in found if one.get("epoch", math.inf) < line["epoch"]]
-        # Without an epoch, as learning rates are, by their steps.
-        until = max((one["step"] for one in before if one.get("step") is not None), default=-1)
-
-        def stays(one: Mapping[str, Any]) -> bool:
-            if "epoch" in one:
-                return bool(one["epoch"] < line["epoch"])
-            return one.get("step") is not None and bool(one["step"] <= until)
-
-        return [text for text, one in zip(texts, found, strict=True) if stays(one)]
+        return list(compress(texts, before(found, line["epoch"])))
     own = _stages(line)
     first = next((i for i, one in enumerate(found) if _stages(one) & own), len(found))
     return [text for i, (text, one) in enumerate(zip(texts, found, strict=True)) if "epoch" in one or i < first]

@@ -10,12 +10,10 @@ import torch
 from PIL import Image
 from rich.progress import track
 from torch import Tensor
-from torchvision.transforms.v2 import functional
-from torchvision.transforms.v2.functional import InterpolationMode
 
 from freqprune.errors import InputError
 from freqprune.reports import is_quiet
-from freqprune.training import UNREADABLE, in_bytes, upright
+from freqprune.training import UNREADABLE, Fitting, in_bytes, upright
 
 # What a grey .png says of pixels in no part: it has no negative numbers.
 NONE = 255
@@ -43,17 +41,14 @@ def read_images(
         InputError: for files that are no images, or images that differ in size.
     """
     found: list[Tensor] = []
+    fitted = Fitting(image_size, resize, interpolation)
     for path in track(paths, description="reading images", transient=True, disable=len(paths) < 100 or is_quiet()):
         try:
             with Image.open(path) as file:
-                image = in_bytes(upright(file), "L" if n_channels == 1 else "RGB")
+                image = fitted(in_bytes(upright(file), "L" if n_channels == 1 else "RGB"))
         except UNREADABLE as error:
             raise InputError(f"{key}: {path} is not a readable image ({error}); repair it or leave it out") from None
-        if image_size is not None:
-            size = [image_size, image_size] if resize is None else [resize]
-            how = InterpolationMode(interpolation)
-            image = functional.center_crop(functional.resize(image, size, how), [image_size, image_size])
-        pixels = torch.from_numpy(np.array(image)).view(image.height, image.width, n_channels).permute(2, 0, 1) / 255
+        pixels = torch.from_numpy(image).view(*image.shape[:2], n_channels).permute(2, 0, 1) / 255
         if found and pixels.shape != found[0].shape:
             here, there = ("{1} x {2}".format(*one.shape) for one in (pixels, found[0]))
             raise InputError(f"{key}: {path} has {here} pixels, {paths[0]} has {there}; set image_size=PIXELS")

@@ -6,7 +6,6 @@ import logging
 import math
 import shlex
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -42,29 +41,6 @@ log = logging.getLogger(__name__)
 CHANCE = 1.2
 # Share of a step's time that a loss from the tags may take before it is said how it takes less.
 COSTLY = 0.2
-
-
-class _Begins(pl.Callback):
-    """Does something once, when nothing of a training can be refused any more."""
-
-    def __init__(self, begin: Callable[[], None]) -> None:
-        super().__init__()
-        self.begin: Callable[[], None] | None = begin
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        begin, self.begin = self.begin, None
-        if begin is not None and trainer.is_global_zero:
-            begin()
-
-
-class _Validated(pl.Callback):
-    """Steps behind the last validation."""
-
-    step: int | None = None
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self.step = trainer.global_step
 
 
 def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -141,10 +117,15 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         )
 
     of_a_cut = goes_on and (out / record.METRICS).is_file()
+    began = False
+    validated_at: int | None = None
 
-    def begin() -> None:
-        if of_a_cut and not trainer.training:
-            # Nothing is trained: what was cut and shown, and its record, are of this network.
+    def begin(*_: Any) -> None:
+        """Once nothing of the training can be refused any more."""
+        nonlocal began
+        began = True
+        if not trainer.is_global_zero or (of_a_cut and not trainer.training):
+            # Where nothing is trained, what was cut and shown, and its record, are of this network.
             return
         record.write(out, cfg, [record.TRAINING, record.METRICS, *record.PAGES])
         # Of an earlier training in this folder: it would be taken for one of this.
@@ -158,20 +139,26 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
             stale = (record.TRAINING, record.METRICS, *record.PAGES)
             record.clear([path for name in stale for path in out.glob(name)])
 
-    validated_at, begins = _Validated(), _Begins(begin)
-    trainer = trainers.make_trainer(settings, out, [tagging, validated_at, begins])
+    def note(*_: Any) -> None:
+        """The steps behind a validation."""
+        nonlocal validated_at
+        if not trainer.sanity_checking:
+            validated_at = trainer.global_step
+
+    hooks = pl.callbacks.LambdaCallback(on_train_start=begin, on_validation_end=note)
+    trainer = trainers.make_trainer(settings, out, [tagging, hooks])
     if trainer.is_global_zero:
         announce_training(settings, classifier.net, data, trainer, cut, done)
     start = time.perf_counter()
     advice = f"interrupted; to go on, if an epoch was complete: {shlex.quote(override('ckpt_path', last))}"
     trainers.fit(trainer, classifier, data, common.ckpt_path, advice, common.compile)
-    trained = begins.begin is None
+    trained = began
     if not trained:
         # No epoch was left, or no step, after which Lightning does not count the last epoch.
         trainer.fit_loop.epoch_progress.current.completed = max(trainer.current_epoch, done)
-        begins.on_train_start(trainer, classifier)
+        begin()
     seconds = time.perf_counter() - start
-    if data.validates and validated_at.step != trainer.global_step:
+    if data.validates and validated_at != trainer.global_step:
         # No epoch was left to train, or none to validate after the last.
         with trainers.ended_by_sigterm(trainer):
             trainer.validate(classifier, datamodule=data, verbose=False)

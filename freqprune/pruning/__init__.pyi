@@ -17,8 +17,8 @@ from .cutting import cut as cut
 from .evidence import n_measured as n_measured
 from .evidence import shared_batches as shared_batches
 from .graph import ChannelGraph as ChannelGraph
+from .graph import Unit as Unit
 from .importance import Evidence as Evidence
-from .in_sequence import Reconstruction as Reconstruction
 from .in_steps import cut_in_steps as cut_in_steps
 from .in_steps import with_earlier as with_earlier
 from .moments import input_moments as input_moments
@@ -28,6 +28,7 @@ from .proof import masked_forward as masked_forward
 from .pruners import CUSTOM_PRUNERS as CUSTOM_PRUNERS
 from .recipe import Material as Material
 from .recipe import Recipe as Recipe
+from .recipe import Reconstruction as Reconstruction
 from .reconstruction import reconstruct as reconstruct
 from .selection import Kept as Kept
 from .selection import NothingToRemoveError as NothingToRemoveError

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from freqprune.networks import Trace, equal_batches, images_at_once
 from freqprune.processes import added_up, own_share, rank_and_size
 from freqprune.pruning.blocks import answers_without, find_blocks
-from freqprune.pruning.in_sequence import Reconstruction
+from freqprune.pruning.recipe import Reconstruction
 from freqprune.pruning.reconstruction import error_without
 from freqprune.tagging import Progress, in_sight
 

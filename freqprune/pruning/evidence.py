@@ -91,13 +91,12 @@ def shared_batches(recipe: Recipe, images: Tensor) -> int | None:
     """Batches of calibration images that the processes of a cut share, at the step that has fewest; None if it needs
     none."""
     kinds = (recipe.calibrate_on != "frames") + (recipe.calibrate_on != "images")
-    each = (recipe.calibrate_on != "frames") + (recipe.calibrate_on != "images") * recipe.frames_an_image
     found = [-(-len(images) // BATCH) * kinds] if recipe.needs_moments else []
     if recipe.with_blocks:
         # Of single images, if need be.
-        found.append(min(len(images), n_measured(recipe, images.shape)) * each)
+        found.append(min(len(images), n_measured(recipe, images.shape)) * recipe.inputs_an_image)
     if recipe.compensation == "sequential":
-        found.append(len(equal_batches([images] * each)))
+        found.append(len(equal_batches([images] * recipe.inputs_an_image)))
     return min(found, default=None)
 
 

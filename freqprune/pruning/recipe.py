@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,12 +14,12 @@ from freqprune.networks import Latency
 from freqprune.pruning.amount import Amount
 from freqprune.pruning.compensation import AT_ONCE, METHODS
 from freqprune.pruning.criteria import needs
-from freqprune.pruning.in_sequence import Reconstruction
 from freqprune.tagging import Readout
 
 # Criteria whose scores are squared changes of the logits.
 BLOCK_CRITERIA = ("logit_error", "logit_redundancy")
 CALIBRATIONS = ("frames", "images", "both")
+RESOLVE = ("shifted", "lost")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,45 @@ class Material:
     std: Sequence[float] | None = None
     calibration: Tensor | None = None
     labelled: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How a cut is made up for in sequence.
+
+    Args:
+        positions: random positions of each map that enter the equations, drawn anew for every batch.
+        ridge: pulls the weights towards those that the cut left, or, after a round, towards those that they were solved
+            to before, in units of the inputs' mean variance; None: for each layer the one of
+            `freqprune.pruning.equations.RIDGES` that does best on every fourth batch from the others,
+            1e-2 where there are fewer than four.
+        resolve: ``"shifted"``: every layer whose inputs have changed is solved again; ``"lost"``: only those that lost
+            inputs.
+        rounds: after a layer is solved, so many times the layer that feeds it takes a Gauss-Newton step towards the
+            same target, and it is solved again.
+        memory_gb: gigabytes that the activations of all calibration images may take; fewer images are used where more
+            would be needed.
+        seed: of the positions; 0 in a `Recipe`: its own.
+
+    Raises:
+        InputError: for an argument out of range.
+    """
+
+    positions: int = 256
+    ridge: float | None = 1e-2
+    resolve: str = "shifted"
+    rounds: int = 3
+    memory_gb: float = 4.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(1, positions=self.positions)
+        at_least(0, rounds=self.rounds)
+        one_of(RESOLVE, resolve=self.resolve)
+        if not self.memory_gb > 0:
+            raise InputError(f"memory_gb must be above 0, got {self.memory_gb}")
+        if self.ridge is not None and not (self.ridge > 0 and math.isfinite(self.ridge)):
+            raise InputError(f"ridge must be a finite number above 0, got {self.ridge}")
 
 
 @dataclass(frozen=True)
@@ -113,6 +153,11 @@ class Recipe:
     @property
     def with_blocks(self) -> bool:
         return self.amount.by_time if self.blocks is None else self.blocks
+
+    @property
+    def inputs_an_image(self) -> int:
+        """Network inputs that a calibration image makes."""
+        return (self.calibrate_on != "frames") + (self.calibrate_on != "images") * self.frames_an_image
 
     @property
     def needs_moments(self) -> bool:

@@ -21,7 +21,7 @@ from freqprune.errors import InputError
 from freqprune.networks import Trace, check_answers
 from freqprune.processes import rank_and_size
 from freqprune.pruning.blocks import find_blocks
-from freqprune.pruning.in_sequence import Reconstruction
+from freqprune.pruning.recipe import Reconstruction
 from freqprune.pruning.walk import Walk
 
 

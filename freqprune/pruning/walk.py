@@ -16,9 +16,9 @@ from freqprune.networks import LINEAR, Trace, run
 from freqprune.processes import from_first
 from freqprune.pruning.blocks import Block, answers_without
 from freqprune.pruning.equations import Sums, solve
-from freqprune.pruning.in_sequence import Reconstruction
 from freqprune.pruning.moments import MAX_VALUES
 from freqprune.pruning.patches import Geometry, pick
+from freqprune.pruning.recipe import Reconstruction
 from freqprune.pruning.refinement import Segment, gauss_newton
 from freqprune.pruning.side_by_side import SideBySide
 from freqprune.pruning.surroundings import constant_in, goes_into, path_to, scale_of

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from freqprune.errors import InputError
 from freqprune.networks import macs_by_layer
-from freqprune.pruning import AUTO, Amount, Evidence, Plan, scores
+from freqprune.pruning import AUTO, Amount, Evidence, Plan, Unit, scores
 from freqprune.reports.filters import packed
 from freqprune.tagging import TagResponse
 
@@ -19,24 +19,14 @@ BY_TAGS = ("snr", "amplitude", "integration", "intermodulation")
 
 
 @dataclass(frozen=True)
-class Unit:
+class TriedUnit(Unit):
     """Filters that go together, and what goes with one of them.
 
     Attributes:
-        name: of the unit.
-        members: layers whose filters these are.
-        n_filters: number of filters.
-        width: channels that are one filter.
-        n_parts: equal parts of a layer that these are spread over, see `freqprune.pruning.Unit`.
         shares: by layer, the shares of its inputs and outputs that one filter is.
     """
 
-    name: str
-    members: tuple[str, ...]
-    n_filters: int
-    width: int
-    shares: Mapping[str, tuple[float, float]]
-    n_parts: int = 1
+    shares: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,7 +42,7 @@ class Trial:
     """
 
     macs: Mapping[str, int]
-    units: list[Unit]
+    units: list[TriedUnit]
     scores: Mapping[str, Mapping[str, Tensor]]
     amount: Amount = field(default_factory=lambda: Amount(macs_cut=0.5, scope="per_mac"))
     criterion: str = "snr"
@@ -149,9 +139,9 @@ def trial_of(
     return trial if amount is None else replace(trial, amount=amount)
 
 
-def _unit(plan: Plan, name: str) -> Unit:
+def _unit(plan: Plan, name: str) -> TriedUnit:
     unit = plan.unit(name)
     left = plan.graph.left({name: unit.n_filters - 1})
     shares = {layer: (1 - inputs, 1 - outputs) for layer, (inputs, outputs) in left.items()}
     touched = {layer: share for layer, share in shares.items() if max(share) > 1e-12}
-    return Unit(name, unit.members, unit.n_filters, unit.width, touched, unit.n_parts)
+    return TriedUnit(**vars(unit), shares=touched)

@@ -11,6 +11,7 @@ from .image_files import in_bytes as in_bytes
 from .image_files import upright as upright
 from .listed import ImageFolderData as ImageFolderData
 from .listed import ListedData as ListedData
+from .listing import Fitting as Fitting
 from .optimization import Optimization as Optimization
 from .pruning_callback import TagPruning as TagPruning
 from .shard_sets import WebDatasetData as WebDatasetData

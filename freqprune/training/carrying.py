@@ -45,8 +45,7 @@ def carry_over(
             for name, target in carrier.named_parameters():
                 value = whole.get(name, {}).get(key)
                 target.zero_() if value is None else target.copy_(value)
-        plan.model = carrier
-        for name, value in plan.apply(kept, check=False).named_parameters():
+        for name, value in plan.apply(kept, check=False, weights=carrier).named_parameters():
             if name in new and key in whole.get(name, {}):
                 state[new[name]][key] = value.detach().clone()
     for name, one in whole.items():

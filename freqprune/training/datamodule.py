@@ -14,12 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from freqprune.errors import InputError
+from freqprune.networks import CIFAR10
 from freqprune.training.augment import random_crop_flip
 from freqprune.training.loading import make_loader
 from freqprune.training.resizing import ProgressiveResizing
 from freqprune.training.sources import (
-    CIFAR10_MEAN,
-    CIFAR10_STD,
     Images,
     Source,
     as_floats,
@@ -285,7 +284,7 @@ class CIFAR10Data(ImageData):
 
     def __init__(self, root: str | Path = "data", download: bool = True, **settings: Any) -> None:
         if settings.get("mean") is None and settings.get("std") is None:
-            settings |= {"mean": CIFAR10_MEAN, "std": CIFAR10_STD}
+            settings |= {"mean": CIFAR10.mean, "std": CIFAR10.std}
         super().__init__(**settings)
         self.root, self.download = as_folder(root), download
 

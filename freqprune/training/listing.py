@@ -50,7 +50,7 @@ class Fitting:
             )
 
     def __call__(self, image: Image.Image) -> NDArray[np.uint8]:
-        """An RGB image as ``(height, width, 3)``."""
+        """An RGB image as ``(height, width, 3)``, a grey one as ``(height, width)``."""
         size, how = self.image_size, _INTERPOLATIONS[self.interpolation]
         if self.resize is not None and size is not None:
             # As torchvision rounds the longer side.

@@ -16,8 +16,6 @@ from freqprune.errors import InputError
 from freqprune.training.downloads import alone
 from freqprune.training.pixels import StoredPixels
 
-CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-
 
 @dataclass(frozen=True)
 class Images:

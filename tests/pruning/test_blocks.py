@@ -22,8 +22,8 @@ from freqprune.pruning.blocks import find_blocks
 from freqprune.pruning.compensation import compensate
 from freqprune.pruning.cutting import Material, Recipe, cut, plan_cut
 from freqprune.pruning.depth import block_scores
-from freqprune.pruning.in_sequence import Reconstruction
 from freqprune.pruning.moments import input_moments
+from freqprune.pruning.recipe import Reconstruction
 from freqprune.pruning.reconstruction import error_without, reconstruct
 from freqprune.pruning.selection import select
 from freqprune.pruning.surgery import Plan

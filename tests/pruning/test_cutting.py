@@ -18,7 +18,7 @@ from freqprune.networks.registry import build_model
 from freqprune.pruning.amount import Amount
 from freqprune.pruning.cutting import Material, Recipe, cut, plan_cut
 from freqprune.pruning.evidence import calibration, n_measured, shared_batches
-from freqprune.pruning.in_sequence import Reconstruction
+from freqprune.pruning.recipe import Reconstruction
 from freqprune.pruning.surgery import Plan
 from freqprune.tagging.measurement import tag
 from freqprune.tagging.stimulus import Stimulus

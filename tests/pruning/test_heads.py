@@ -15,8 +15,8 @@ from freqprune.pruning.amount import Amount
 from freqprune.pruning.criteria import criterion_names, scores
 from freqprune.pruning.cutting import Material, Recipe, cut
 from freqprune.pruning.importance import Evidence
-from freqprune.pruning.in_sequence import Reconstruction
 from freqprune.pruning.proof import masked_forward
+from freqprune.pruning.recipe import Reconstruction
 from freqprune.pruning.surgery import Plan
 from freqprune.tagging.measurement import tag
 from freqprune.tagging.stimulus import Stimulus

@@ -16,8 +16,8 @@ from freqprune.processes import added_up, from_first, own_share, rank_and_size, 
 from freqprune.pruning.amount import Amount
 from freqprune.pruning.cutting import Material, Recipe, cut
 from freqprune.pruning.depth import block_scores
-from freqprune.pruning.in_sequence import Reconstruction
 from freqprune.pruning.moments import input_moments, output_gradients
+from freqprune.pruning.recipe import Reconstruction
 from freqprune.tagging.stimulus import Stimulus
 from tests.forked import in_two_processes
 

@@ -17,7 +17,7 @@ from freqprune.pruning.criteria import criterion_names, scores
 from freqprune.pruning.cutting import Material, Recipe, cut
 from freqprune.pruning.followed import follow
 from freqprune.pruning.importance import Evidence
-from freqprune.pruning.in_sequence import Reconstruction
+from freqprune.pruning.recipe import Reconstruction
 from freqprune.pruning.selection import select
 from freqprune.pruning.surgery import Plan
 from freqprune.tagging.measurement import tag

@@ -18,8 +18,8 @@ from freqprune.networks.trace import Trace, equal_batches
 from freqprune.pruning import walk
 from freqprune.pruning.damage import logit_errors
 from freqprune.pruning.equations import Equations, Sums, solve
-from freqprune.pruning.in_sequence import Reconstruction
 from freqprune.pruning.moments import input_moments
+from freqprune.pruning.recipe import Reconstruction
 from freqprune.pruning.reconstruction import mute, reconstruct
 from freqprune.pruning.refinement import Segment, gauss_newton
 from freqprune.pruning.surgery import Plan

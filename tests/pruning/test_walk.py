@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from freqprune.networks.registry import build_model
 from freqprune.pruning.equations import Sums
-from freqprune.pruning.in_sequence import Reconstruction
+from freqprune.pruning.recipe import Reconstruction
 from freqprune.pruning.reconstruction import _walked, reconstruct
 from freqprune.pruning.surgery import Plan
 

@@ -19,7 +19,7 @@ from freqprune.pruning import Evidence
 from freqprune.reports import filters_of, trial_of, write_explorer
 from freqprune.reports.explorer import SCRIPTS
 from freqprune.reports.filters import Filters
-from freqprune.reports.trial import Trial, Unit
+from freqprune.reports.trial import Trial, TriedUnit
 from freqprune.tagging import TagResponse
 from tests.conftest import ROOT
 from tests.reports.conftest import STIMULUS
@@ -263,7 +263,7 @@ def test_twenty_two_thousand_filters_are_there_in_two_seconds(tmp_path: Path) ->
     widths = {f"layer{i}": 440 for i in range(50)}
     spectra = rng.lognormal(size=(22_000, 67))
     epochs = [Filters(name, widths, {"snr": spectra[:, 12]}, np.arange(67) / 2, spectra) for name in ("1", "2")]
-    units = [Unit(name, (name,), 440, 1, {name: (0.0, 1 / 440)}) for name in widths]
+    units = [TriedUnit(name, (name,), 440, (), shares={name: (0.0, 1 / 440)}) for name in widths]
     scores = {"snr": {name: torch.from_numpy(rng.random(440)) for name in widths}}
     trial = Trial(dict.fromkeys(widths, 10**8), units, scores)
     page = write_explorer(tmp_path, "wide", epochs, STIMULUS, trial)

@@ -46,6 +46,7 @@ def test_the_torus_of_an_affine_layer_is_the_mean_of_its_images() -> None:
 def test_swapped_tags_follow_their_part() -> None:
     stimulus = swapped(Stimulus())
     assert stimulus.tag_freqs == (7.5, 6.0)
+    assert next(one.freq for one in stimulus.components if one.name == "f1") == 7.5
     found = tag(Affine(), WHITE, stimulus, noise_std=0.0).layers["conv"].amplitude[0]
     assert found[15].item() == pytest.approx(0.25)
     assert found[12].item() < 1e-14

@@ -76,13 +76,6 @@ def test_an_affine_layer_read_before_its_rectifier_has_the_fundamentals_only(whe
     assert response.amplitude("0", "intermodulation").max() < 1e-14
 
 
-def test_swapped_tags_leave_the_fundamentals_of_each_half_unchanged() -> None:
-    plain, swapped = tag(Affine(), WHITE), tag(Affine(), WHITE, Stimulus(tag_freqs=(7.5, 6.0)))
-    left = plain.amplitude("conv", ["f1"])[0]
-    torch.testing.assert_close(swapped.amplitude("conv", ["f1"])[0], left, rtol=0, atol=1e-14)
-    assert swapped.components(["f1"])[0].freq == 7.5
-
-
 def test_equals_the_plain_way(images: Tensor) -> None:
     """All 240 frames one by one, whole maps kept, one image at a time."""
     net = build_model({"name": "resnet8"}).eval()
