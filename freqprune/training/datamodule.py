@@ -143,22 +143,12 @@ class ImageData(pl.LightningDataModule, ABC):
     def setup(self, stage: str | None = None) -> None:
         if self.train is not None:
             return
-        source = self.load()
-        if self.validates:
-            train, val = stratified_split(source.train, self.val_fraction, self.split_seed, source.classes)
-        else:
-            train = source.train[torch.randperm(len(source.train), generator=_seeded(self.split_seed))]
-        if self.limit_train is not None:
-            train = train[torch.arange(min(self.limit_train, len(train)))]
-        test = source.test
-        if self.limit_test is not None:
-            # A seeded draw: test images are often sorted by class.
-            test = test[torch.randperm(len(test), generator=_seeded(self.split_seed))[: self.limit_test]]
+        train, val, test, self.classes = self.parts()
         if self.mean is None:
             self.mean, self.std = channel_statistics(train.pixels)
-        self._whole, self.classes = train, source.classes
+        self._whole = train
         self.train, self.test = self._seen(train), self._seen(test)
-        self.val = self._seen(val) if self.validates else self.train
+        self.val = self.train if val is None else self._seen(val)
         self.transforms.bind(len(self.classes), train.pixels[0].clone() if self.transforms.single else None)
         n_channels = train.pixels.shape[1]
         for name, statistic in (("mean", self.mean), ("std", self.std)):
@@ -166,6 +156,26 @@ class ImageData(pl.LightningDataModule, ABC):
                 raise InputError(f"data.{name} must hold {n_channels} values, one a channel, got {statistic}")
         if min(self.std or [1.0]) <= 0:
             raise InputError(f"data.std must be positive, got {self.std}")
+
+    def parts(self) -> tuple[Images, Images | None, Images, tuple[str, ...]]:
+        """Images to train on, those held out for validation, those to test on; names of the classes."""
+        source = self.load()
+        return (*self.divided(source.train, source.test, source.classes), source.classes)
+
+    def divided(self, train: Images, test: Images, classes: Sequence[str]) -> tuple[Images, Images | None, Images]:
+        """Some of the training images held out for validation, and of the rest and the test images what the limits
+        leave."""
+        val = None
+        if self.validates:
+            train, val = stratified_split(train, self.val_fraction, self.split_seed, classes)
+        else:
+            train = train[torch.randperm(len(train), generator=_seeded(self.split_seed))]
+        if self.limit_train is not None:
+            train = train[torch.arange(min(self.limit_train, len(train)))]
+        if self.limit_test is not None:
+            # A seeded draw: test images are often sorted by class.
+            test = test[torch.randperm(len(test), generator=_seeded(self.split_seed))[: self.limit_test]]
+        return train, val, test
 
     def _seen(self, images: Images) -> Images:
         """What validation, test and tags see of them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from freqprune.errors import InputError, one_of
 from freqprune.training.caching import CACHES, hold
 from freqprune.training.datamodule import ImageData
-from freqprune.training.listing import Fitting, FolderListing, Listing, Reader
+from freqprune.training.listing import Chosen, Fitting, FolderListing, Listing, Reader
 from freqprune.training.sources import Images, Source, as_folder
 
 
@@ -56,14 +56,34 @@ class ListedData(ImageData):
 
     def load(self) -> Source:
         train, test, classes = self.listings()
-        readers = {"train": Reader(train, self.fitting), "test": Reader(test, self.fitting)}
+        held = self._held({"train": train, "test": test})
+        return Source(held[0], held[1], classes)
+
+    def parts(self) -> tuple[Images, Images | None, Images, tuple[str, ...]]:
+        if self.limit_train is None and self.limit_test is None:
+            return super().parts()
+        # What the limits leave out is not read.
+        train, test, classes = self.listings()
+        numbered = [Images(torch.arange(len(one)), one.labels) for one in (train, test)]
+        chosen = dict(zip(("train", "val", "test"), self.divided(numbered[0], numbered[1], classes), strict=True))
+        listings = {
+            name: Chosen(test if name == "test" else train, one.pixels[:])
+            for name, one in chosen.items()
+            if one is not None
+        }
+        held = dict(zip(listings, self._held(listings), strict=True))
+        return held["train"], held.get("val"), held["test"], classes
+
+    def _held(self, listings: Mapping[str, Listing]) -> list[Images]:
+        """Images by their split, held where `cache` says."""
+        readers = {split: Reader(listing, self.fitting) for split, listing in listings.items()}
         shapes = {split: reader.shape[:2] for split, reader in readers.items()}
         if shapes["train"] != shapes["test"]:
             raise InputError(
                 f"train images are {shapes['train']} pixels, test images {shapes['test']}; set data.image_size"
             )
         pixels = hold(readers, self.cache, self.cache_dir, self.beside())
-        return Source(Images(pixels[0], train.labels), Images(pixels[1], test.labels), classes)
+        return [Images(some, listing.labels) for some, listing in zip(pixels, listings.values(), strict=True)]
 
 
 class ImageFolderData(ListedData):

@@ -160,6 +160,33 @@ class FolderListing(Listing):
         return hashlib.sha256(b"\n".join([str(len(self)).encode(), self._names.tobytes()])).hexdigest()
 
 
+class Chosen(Listing):
+    """Some images of a listing.
+
+    Args:
+        listing: all of them.
+        numbers: which, ``(n_images,)``.
+    """
+
+    def __init__(self, listing: Listing, numbers: Tensor) -> None:
+        self.listing, self.numbers = listing, numbers.numpy()
+        self.place, self.beside, self.labels = listing.place, listing.beside, listing.labels[numbers]
+        # Files of their own: other limits leave other images.
+        self.version = f"{listing.version} {hashlib.sha256(self.numbers.tobytes()).hexdigest()}"
+
+    def name(self, number: int) -> str:
+        return self.listing.name(int(self.numbers[number]))
+
+    def open(self, number: int) -> Image.Image:
+        return self.listing.open(int(self.numbers[number]))
+
+    def stamps(self) -> NDArray[np.int64]:
+        return self.listing.stamps()[self.numbers]
+
+    def digest(self) -> str:
+        return self.listing.digest()
+
+
 def check_classes(train: Listing, test: Listing, classes: Sequence[str], way_out: str) -> None:
     """Refuse classes that only one of two parts shows: an accuracy over other classes than were trained is none.
 

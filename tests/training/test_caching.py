@@ -27,6 +27,7 @@ from freqprune.training import caching
 from freqprune.training.classifier import Classifier
 from freqprune.training.ledger import ROW, Ledger
 from freqprune.training.listed import ImageFolderData
+from freqprune.training.listing import Reader
 from freqprune.training.pixels import MappedPixels, StoredPixels
 from tests.jobs.small import SMALL, config
 
@@ -53,6 +54,37 @@ def test_the_same_images_wherever_they_are_held(cache: str, folder: Path) -> Non
     assert torch.equal(memory.split("test").pixels[5], stored.split("test").pixels[5])
     again = pickle.loads(pickle.dumps(stored.split("val").pixels))
     assert torch.equal(again[:], memory.split("val").pixels)
+
+
+@pytest.mark.parametrize("cache", ["memory", *STORED])
+@pytest.mark.parametrize("val_fraction", [0.25, 0])
+def test_images_beyond_a_limit_are_not_read(
+    cache: str, val_fraction: float, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ImageFolderData(folder, cache="memory", val_fraction=val_fraction)
+    whole.setup()
+    seen: set[str] = set()
+
+    def read(self: Reader, number: int) -> Any:
+        seen.add(self.listing.name(number))
+        return self._read(number)
+
+    monkeypatch.setattr(Reader, "__call__", read)
+    some = ImageFolderData(folder, cache=cache, val_fraction=val_fraction, limit_train=20, limit_test=4)
+    train, test = some.split("train"), some.split("test")
+    assert torch.equal(train.pixels[:], whole.split("train").pixels[:20])
+    assert torch.equal(train.labels, whole.split("train").labels[:20])
+    assert len(test) == 4
+    kept = [torch.equal(test.pixels[0], image) for image in whole.split("test").pixels]
+    assert any(kept)
+    n_val = len(whole.split("val")) if val_fraction else 0
+    if val_fraction:
+        assert torch.equal(some.split("val").pixels[:], whole.split("val").pixels)
+    assert len(seen) == 20 + 4 + n_val
+    # Other limits are other files.
+    more = ImageFolderData(folder, cache=cache, val_fraction=val_fraction, limit_train=30, limit_test=4)
+    assert torch.equal(more.split("train").pixels[:], whole.split("train").pixels[:30])
+    assert torch.equal(train.pixels[:], whole.split("train").pixels[:20])
 
 
 @pytest.mark.parametrize("cache", ["memory", *STORED])
