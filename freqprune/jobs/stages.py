@@ -286,7 +286,8 @@ class Run:
         course, recipe = self.settings.course, self.settings.recipe
         # Made up for in sequence, the norms' means are part of the solution.
         solved = course.bn_when == "auto" and recipe is not None and recipe.compensation == "sequential"
-        if not course.bn_images or solved:
+        none = not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules())
+        if not course.bn_images or solved or none:
             return False
         images = self.data.split("train")
         count = min(course.bn_images, len(images))

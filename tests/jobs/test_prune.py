@@ -491,6 +491,8 @@ def test_norms_are_estimated_anew_but_not_after_a_cut_in_sequence(
     with torch.no_grad():
         expected = net.conv1(data.normalize(images)).mean((0, 2, 3)) if done else before
     torch.testing.assert_close(net.bn1.running_mean, expected, rtol=1e-4, atol=1e-5)
+    # Nothing is estimated, and no stage of its own, where there is none.
+    assert run._recalibrate(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4))) is False
 
 
 @pytest.mark.parametrize("more", [("finetune.epochs=1",), ("finetune.epochs=0",)])
