@@ -251,6 +251,8 @@ def check_match(net: nn.Module, data: ImageData, stored: Stored) -> None:
             "data: accuracies are wrong unless they mean the same in the same order",
             len(other), len(data.classes), *other[0],
         )  # fmt: skip
+    if other_size := stored.other_size(*data.split("val").pixels.shape[-2:]):
+        rank_zero_only(log.warning)(f"{other_size}: unless that is meant, set data.image_size as in its training")
     if failed is not None:
         raise failed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
@@ -38,6 +39,8 @@ from freqprune.networks import (
 from freqprune.processes import rank_and_size
 from freqprune.reports import ExplainPage, record, save, show, show_folder, write_explain_page
 from freqprune.tagging import normalizer
+
+log = logging.getLogger(__name__)
 
 OF_PARTS = (
     "effects", "smoothed", "standard_error", "p_values", "adjusted", "interactions", "interaction_p_values",
@@ -82,6 +85,8 @@ def _explained(
     takes = _preprocessing(asked, stored)
     paths = find_images(asked.photographs)
     pixels = _read(paths, takes)
+    if is_first and asked.photographs.image_size is None and (other := stored.other_size(*pixels.shape[-2:])):
+        log.warning("%s: unless that is meant, set image_size, resize and interpolation as in its training", other)
     prepare = normalizer(pixels[:1], takes.mean, takes.std, device, dtype_of(net))
     check_answers(net, prepare(pixels[:1]).contiguous())
     classes = _classes(asked, net, pixels[:1], stored)

@@ -93,6 +93,7 @@ def finetune(
         num_classes=len(data.classes),
         normalization=assembly.normalization_of(data),
         classes=data.classes,
+        image_size=data.split("val").pixels.shape[-2:],
         teacher=teacher,
         blocks=gone if rebuilt else None,
         **asdict(settings.finetune),

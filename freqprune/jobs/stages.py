@@ -106,7 +106,9 @@ class Run:
             return
         if net is not None:
             normalization = assembly.normalization_of(self.data)
-            save_pruned(self.out / "pruned.ckpt", net, self.kept, normalization, classes=self.data.classes)
+            size = self.data.split("val").pixels.shape[-2:]
+            path, classes = self.out / "pruned.ckpt", self.data.classes
+            save_pruned(path, net, self.kept, normalization, classes=classes, image_size=size)
         record.write_json(self.out / record.METRICS, self.metrics)
 
     def finish(self) -> None:

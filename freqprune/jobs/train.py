@@ -82,6 +82,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         num_classes=len(data.classes),
         normalization=assembly.normalization_of(data),
         classes=data.classes,
+        image_size=data.split("val").pixels.shape[-2:],
         tag_loss=_tag_loss(settings, data),
         **asdict(settings.optimizer),
     )

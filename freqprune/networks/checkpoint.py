@@ -31,6 +31,7 @@ class Stored:
         normalization: ``{"mean": [...], "std": [...]}`` of its inputs, empty if the file does not say.
         kept: filters kept of the dense network, by layer; empty for a dense one.
         classes: names of its outputs in order, empty if the file does not say.
+        image_size: height and width of the images that it was validated on, empty if the file does not say.
     """
 
     net: nn.Module
@@ -38,6 +39,15 @@ class Stored:
     normalization: dict[str, list[float]] = field(default_factory=dict)
     kept: dict[str, list[int]] = field(default_factory=dict)
     classes: list[str] = field(default_factory=list)
+    image_size: list[int] = field(default_factory=list)
+
+    def other_size(self, height: int, width: int) -> str:
+        """What to say of images of another size than it was trained for; nothing where they are of that size, or none
+        is known."""
+        if self.image_size in ([], [height, width]):
+            return ""
+        there = " x ".join(map(str, self.image_size))
+        return f"the network was trained on images of {there} pixels, these have {height} x {width}"
 
 
 def load_network(path: str | Path, model: Mapping[str, Any] | None = None) -> Stored:
@@ -113,7 +123,8 @@ def load_network(path: str | Path, model: Mapping[str, Any] | None = None) -> St
         resize(net, state)
         set_extras(net, _cut_while_trained(content))
     load_into(net, state, path, config)
-    extra |= {"normalization": dict(said.get("normalization") or {}), "classes": list(said.get("classes") or ())}
+    extra |= {"normalization": dict(said.get("normalization") or {})}
+    extra |= {key: list(said.get(key) or ()) for key in ("classes", "image_size")}
     return Stored(net.eval(), config, **extra)
 
 
@@ -153,6 +164,7 @@ def _of_ours(hyper: Mapping[str, Any]) -> dict[str, Any]:
         "blocks": lambda value: _holds(value, str),
         "normalization": lambda value: _holds(value, int | float) and value.keys() <= {"mean", "std"},
         "classes": lambda value: isinstance(value, list),
+        "image_size": lambda value: _holds({"": value}, int) and len(value) == 2,
     }
     found = {key: hyper[key] for key, fit in fits.items() if key in hyper and fit(hyper[key])}
     if "blocks" in found and not is_known(found.get("model")):
@@ -179,6 +191,7 @@ def save_pruned(
     normalization: Mapping[str, Sequence[float]] | None = None,
     model: Mapping[str, Any] | None = None,
     classes: Sequence[str] = (),
+    image_size: Sequence[int] = (),
 ) -> None:
     """Write a pruned network as plain tensors, lists and numbers; the file appears complete or not at all.
 
@@ -190,6 +203,7 @@ def save_pruned(
         model: config for `freqprune.build_model` that builds the dense network, e.g. ``{"name": "torchvision/resnet18",
             "num_classes": 10}``; the network's own `config`, which everything from `build_model` has, if left out.
         classes: names of its outputs, in order.
+        image_size: height and width of its images.
 
     Raises:
         InputError: if there is no config, or it does not rebuild this network.
@@ -222,6 +236,7 @@ def save_pruned(
         **more,
         "normalization": {key: [float(v) for v in value] for key, value in (normalization or {}).items()},
         "classes": [str(name) for name in classes],
+        "image_size": [int(side) for side in image_size],
     }
     write_atomically(path, content)
 
@@ -238,7 +253,8 @@ def save_weights(path: str | Path, checkpoint: str | Path) -> None:
     load_network(checkpoint)
     hyper = content["hyper_parameters"]
     state = {key: value.contiguous() for key, value in content["state_dict"].items() if key.startswith("net.")}
-    about = {key: hyper[key] for key in ("model", "normalization", "classes", "blocks") if key in hyper}
+    kept = ("model", "normalization", "classes", "image_size", "blocks")
+    about = {key: hyper[key] for key in kept if key in hyper}
     cuts = {"callbacks": {"TagPruning": _cut_while_trained(content)}} if _cut_while_trained(content) else {}
     write_atomically(path, {"hyper_parameters": about, "state_dict": state, **cuts})
 

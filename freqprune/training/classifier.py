@@ -42,6 +42,7 @@ class Classifier(pl.LightningModule):
         temperature: softens both networks' outputs for that part.
         tag_loss: terms of the training loss that are read off the tags.
         classes: names of the outputs in order, kept with the weights.
+        image_size: height and width of the images that it is validated on, likewise.
         blocks: residual blocks that a network of this config has lost, see `freqprune.networks.drop_blocks`.
         optimization: fields of `Optimization`: ``lr`` and so on.
     """
@@ -56,6 +57,7 @@ class Classifier(pl.LightningModule):
         temperature: float = 4.0,
         tag_loss: TagLoss | None = None,
         classes: Sequence[str] = (),
+        image_size: Sequence[int] = (),
         blocks: Mapping[str, Sequence[str]] | None = None,
         **optimization: Any,
     ) -> None:
@@ -82,6 +84,7 @@ class Classifier(pl.LightningModule):
                 "num_classes": num_classes,
                 "normalization": {key: list(value) for key, value in (normalization or {}).items()},
                 "classes": [str(name) for name in classes],
+                "image_size": [int(side) for side in image_size],
                 "blocks": {name: list(left) for name, left in (blocks or {}).items()},
             }
         )

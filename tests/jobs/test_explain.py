@@ -164,7 +164,9 @@ def test_a_trained_network_of_torchvision(cache: Path, tmp_path: Path) -> None:
     assert f"Class {int(answer.argmax())}, {label}: " in (tmp_path / "out" / "explain.html").read_text()
 
 
-def test_a_checkpoint_says_what_its_inputs_are_normalised_with(images: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_says_what_its_inputs_are_normalised_with(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     torch.manual_seed(0)
     net = build_model({"name": "resnet8"}).eval()
     mean, std = [0.1, 0.2, 0.3], [0.5, 0.4, 0.3]
@@ -177,8 +179,12 @@ def test_a_checkpoint_says_what_its_inputs_are_normalised_with(images: Path, tmp
     assert found.target is not None
     assert f"<p>Class {int(found.target)}: logit" in (tmp_path / "out" / "explain.html").read_text()
     named = tmp_path / "named.ckpt"
-    save_pruned(named, net, {}, {"mean": mean, "std": std}, classes=[f"kind {i}" for i in range(10)])
+    save_pruned(
+        named, net, {}, {"mean": mean, "std": std}, classes=[f"kind {i}" for i in range(10)], image_size=[64, 64]
+    )
+    assert "was trained on images" not in caplog.text
     explain(asked(tmp_path / "named", f"images={images / 'a.png'}", f"ckpt={named}"))
+    assert "was trained on images of 64 x 64 pixels, these have 32 x 32: unless that is meant" in caplog.text
     page = (tmp_path / "named" / "explain.html").read_text()
     assert f"Class {int(found.target)}, kind {int(found.target)}: " in page
 

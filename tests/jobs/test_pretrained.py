@@ -107,8 +107,10 @@ def test_classes_of_other_names_are_told(folder: Path, caplog: pytest.LogCapture
         InputError, match=r"trained with mean \[0.5\], one value a channel, and the data have 3 channels"
     ):
         assembly.check_match(net, data, Stored(net, {}, normalization={"mean": [0.5], "std": [0.5]}))
-    assembly.check_match(net, data, Stored(net, {}, classes=list(data.classes)))
+    assembly.check_match(net, data, Stored(net, {}, classes=list(data.classes), image_size=[32, 32]))
     assert not caplog.records
+    assembly.check_match(net, data, Stored(net, {}, image_size=[64, 64]))
+    assert "trained on images of 64 x 64 pixels, these have 32 x 32: unless that is meant, set data.im" in caplog.text
     assembly.check_match(net, data, Stored(net, {}, classes=[data.classes[0], "other"]))
     assert (
         f"1 of 2 classes have other names than the network was trained with, the first is 'other' there and "

@@ -33,7 +33,9 @@ def test_train_writes_what_it_says(trained: tuple[Path, dict[str, Any]]) -> None
     expected = json.loads((out / "forecast.json").read_text())
     assert {"training", "tags", "total"} <= expected.keys()
     assert {"best.ckpt", "last.ckpt"} <= {path.name for path in (out / "checkpoints").iterdir()}
-    assert load_network(out / "checkpoints" / "last.ckpt").classes == [str(digit) for digit in range(10)]
+    stored = load_network(out / "checkpoints" / "last.ckpt")
+    assert stored.classes == [str(digit) for digit in range(10)]
+    assert stored.image_size == [32, 32]
     with (out / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     logged = {key for row in rows for key, value in row.items() if value}

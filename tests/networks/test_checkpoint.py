@@ -29,7 +29,14 @@ def pruned(tmp_path: Path) -> tuple[Path, torch.nn.Module]:
     net = build_model({"name": "resnet8"}).eval()
     kept = {"layer1.0.conv1": torch.tensor([0, 3, 7]), "layer3.0.conv1": torch.arange(5)}
     small = Plan(net, X).apply(kept)
-    save_pruned(tmp_path / "pruned.ckpt", small, kept, {"mean": [0.5] * 3, "std": [0.2] * 3}, classes=CLASSES)
+    save_pruned(
+        tmp_path / "pruned.ckpt",
+        small,
+        kept,
+        {"mean": [0.5] * 3, "std": [0.2] * 3},
+        classes=CLASSES,
+        image_size=X.shape[2:],
+    )
     return tmp_path / "pruned.ckpt", small
 
 
@@ -54,6 +61,8 @@ def test_pruned_checkpoint_is_plain(pruned: tuple[Path, torch.nn.Module]) -> Non
     stored = load_network(pruned[0])
     assert stored.normalization == {"mean": [0.5] * 3, "std": [0.2] * 3}
     assert stored.classes == CLASSES
+    assert stored.other_size(32, 32) == ""
+    assert stored.other_size(32, 48) == "the network was trained on images of 32 x 32 pixels, these have 32 x 48"
     assert os.listdir(pruned[0].parent) == ["pruned.ckpt"]
 
 
@@ -366,7 +375,8 @@ def test_arguments_that_our_own_networks_cannot_take_are_said_in_words() -> None
         {"normalization": {"type": "imagenet"}},
         {"model": "resnet8"},
         {"model": {"_target_": "a.B"}},
-        {"classes": 10, "blocks": [3, 4, 6, 3], "normalization": "imagenet"},
+        {"classes": 10, "blocks": [3, 4, 6, 3], "normalization": "imagenet", "image_size": 224},
+        {"image_size": [3, 224, 224]},
     ],
 )
 def test_hyper_parameters_of_others_are_their_own_business(said: dict[str, object], tmp_path: Path) -> None:
@@ -375,7 +385,8 @@ def test_hyper_parameters_of_others_are_their_own_business(said: dict[str, objec
     torch.save({"state_dict": state, "hyper_parameters": said}, tmp_path / "x.ckpt")
     found = load_network(tmp_path / "x.ckpt", {"name": "resnet8"})
     assert all(torch.equal(a, b) for a, b in zip(found.net.parameters(), net.parameters(), strict=True))
-    assert (found.classes, found.normalization) == ([], {})
+    assert (found.classes, found.normalization, found.image_size) == ([], {}, [])
+    assert found.other_size(7, 9) == ""
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
