@@ -252,7 +252,9 @@ def check_match(net: nn.Module, data: ImageData, stored: Stored) -> None:
             len(other), len(data.classes), *other[0],
         )  # fmt: skip
     if other_size := stored.other_size(*data.split("val").pixels.shape[-2:]):
-        rank_zero_only(log.warning)(f"{other_size}: unless that is meant, set data.image_size as in its training")
+        rank_zero_only(log.warning)(
+            f"{other_size}: unless that is meant, prepare them as in its training (data, data.image_size)"
+        )
     if failed is not None:
         raise failed
 

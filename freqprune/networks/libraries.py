@@ -224,9 +224,11 @@ def _from_timm(kind: str, pretrained: bool = False, num_classes: int | None = No
     try:
         net: nn.Module = timm.create_model(kind, pretrained=pretrained, **classes, **arguments)
     except Exception as error:
-        # Downloads and files fail in the types of several libraries; arguments that a network does not take, in one.
-        if not pretrained or isinstance(error, TypeError):
+        # Downloads and files fail in the types of several libraries.
+        if not pretrained:
             raise
+        # What is wrong with the arguments is told by the same without weights.
+        timm.create_model(kind, **classes, **arguments)
         where = f"the repository {known.hf_hub_id} of the Hugging Face hub" if known.hf_hub_id else known.url
         raise InputError(
             f"the weights of timm/{kind} could not be read ({_line(error)}); on a machine with a network run this once "

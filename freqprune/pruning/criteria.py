@@ -111,7 +111,7 @@ def activation_score(evidence: Evidence, layer: str) -> Tensor:
         evidence.model, find_sites(evidence.model, images[:1], [layer]), lambda output, dim: map_mean(output.abs(), dim)
     ) as recorder:
         for batch in images.split(64):
-            total = total + recorder(batch)[layer].double().sum(0).cpu()
+            total = total + recorder(batch)[layer].cpu().double().sum(0)
     assert isinstance(total, Tensor)
     return total / len(images)
 

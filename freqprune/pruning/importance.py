@@ -65,7 +65,7 @@ class Evidence:
         if isinstance(module, nn.modules.conv._ConvTransposeNd):
             # Inputs first, and of the outputs those of one group.
             weight = weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)
-        return weight.detach().flatten(1).double().cpu()
+        return weight.detach().flatten(1).cpu().double()
 
     def tags(self) -> TagResponse:
         assert self.response is not None, "criteria that need tags are checked before they run"

@@ -68,7 +68,9 @@ def _choose(planned: list[tuple[Reader, Path]]) -> str:
     said = "unknown" if free is None else f"{free / 1e9:.3g} GB"
     log.log(
         logging.INFO if chosen == "memory" else logging.WARNING,
-        "data.cache=auto: the images take %.3g GB, free memory is %s: data.cache=%s", needed / 1e9, said, chosen
+        "data.cache=auto: the images take %.3g GB, free memory is %s: data.cache=%s%s", needed / 1e9, said, chosen,
+        "" if chosen == "memory" else "; all are read once, for a trial or a look take fewer with data.limit_train, "
+        "data.limit_val and data.limit_test"
     )  # fmt: skip
     return chosen
 

@@ -59,6 +59,7 @@ class ImageData(pl.LightningDataModule, ABC):
         num_workers: processes that read batches; if left out, one a core where images have to be decoded or
             `transforms` are to be done, none elsewhere.
         limit_train: use the first so many images of the training split only, e.g. for a quick trial.
+        limit_val: likewise, of those that are held out.
         limit_test: use so many test images only, drawn at random by `split_seed`: they are often sorted by class.
     """
 
@@ -76,6 +77,7 @@ class ImageData(pl.LightningDataModule, ABC):
         progressive_resizing: Mapping[str, Any] | None = None,
         num_workers: int | None = None,
         limit_train: int | None = None,
+        limit_val: int | None = None,
         limit_test: int | None = None,
     ) -> None:
         super().__init__()
@@ -85,6 +87,7 @@ class ImageData(pl.LightningDataModule, ABC):
             ("eval_size", eval_size, 1),
             ("num_workers", num_workers, 0),
             ("limit_train", limit_train, 1),
+            ("limit_val", limit_val, 1),
             ("limit_test", limit_test, 1),
         ):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
@@ -99,7 +102,7 @@ class ImageData(pl.LightningDataModule, ABC):
         self.mean, self.std = as_floats(mean), as_floats(std)
         self.crop_padding = crop_padding
         self.flip = flip
-        self.limit_train, self.limit_test = limit_train, limit_test
+        self.limit_train, self.limit_val, self.limit_test = limit_train, limit_val, limit_test
         self.transforms, self.eval_size, self.num_workers = Transforms(transforms), eval_size, num_workers
         self.progressive_resizing = ProgressiveResizing.of(progressive_resizing)
         self.train: Images | None = None
@@ -168,6 +171,7 @@ class ImageData(pl.LightningDataModule, ABC):
         val = None
         if self.validates:
             train, val = stratified_split(train, self.val_fraction, self.split_seed, classes)
+            val = val if self.limit_val is None else val[torch.arange(min(self.limit_val, len(val)))]
         else:
             train = train[torch.randperm(len(train), generator=_seeded(self.split_seed))]
         if self.limit_train is not None:

@@ -119,7 +119,7 @@ def open_ledger(reader: Reader, stem: Path, with_pixels: bool) -> Ledger:
         InputError: names images that cannot be read; says how much room is needed where it is too little.
         OSError: if the folder cannot be written to and the files there are not complete.
     """
-    stamps = reader.listing.stamps()
+    stamps = reader.listing.stamps(np.arange(len(reader)))
     found = _existing(reader, stem, with_pixels, "r")
     if found is not None and not len(found.stale(stamps)):
         return found

@@ -60,18 +60,21 @@ class ListedData(ImageData):
         return Source(held[0], held[1], classes)
 
     def parts(self) -> tuple[Images, Images | None, Images, tuple[str, ...]]:
-        if self.limit_train is None and self.limit_test is None:
-            return super().parts()
-        # What the limits leave out is not read.
         train, test, classes = self.listings()
         numbered = [Images(torch.arange(len(one)), one.labels) for one in (train, test)]
-        chosen = dict(zip(("train", "val", "test"), self.divided(numbered[0], numbered[1], classes), strict=True))
-        listings = {
-            name: Chosen(test if name == "test" else train, one.pixels[:])
-            for name, one in chosen.items()
-            if one is not None
-        }
+        some, val, tested = self.divided(numbered[0], numbered[1], classes)
+        # What a limit leaves out is not read; a part without one lies where it lies without any.
+        listings = {"train": train, "test": test}
+        if self.limit_train is not None:
+            listings["train"] = Chosen(train, some.pixels[:])
+            listings |= {} if val is None else {"val": Chosen(train, val.pixels[:])}
+        if self.limit_test is not None:
+            listings["test"] = Chosen(test, tested.pixels[:])
         held = dict(zip(listings, self._held(listings), strict=True))
+        if self.limit_train is None:
+            whole = held["train"]
+            held["train"] = whole[some.pixels[:]]
+            held |= {} if val is None else {"val": whole[val.pixels[:]]}
         return held["train"], held.get("val"), held["test"], classes
 
     def _held(self, listings: Mapping[str, Listing]) -> list[Images]:

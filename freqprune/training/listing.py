@@ -91,8 +91,8 @@ class Listing(ABC):
         """An image, not yet decoded if that can be put off."""
 
     @abstractmethod
-    def stamps(self) -> NDArray[np.int64]:
-        """Two numbers an image, ``(n_images, 2)``, that are others once it has changed."""
+    def stamps(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Two numbers for each of some images, ``(n_images, 2)``, that are others once it has changed."""
 
     @abstractmethod
     def digest(self) -> str:
@@ -114,7 +114,7 @@ class FolderListing(Listing):
 
         def hidden(path: str) -> bool:
             """Such as a notebook's or a Mac's copies."""
-            return any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
+            return f"{os.sep}." in path[len(str(folder)) :]
 
         class Seen(ImageFolder):
             def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
@@ -136,7 +136,7 @@ class FolderListing(Listing):
         self.folder, self.place, self.classes = folder, str(folder), tuple(tree.classes)
         self.labels = torch.tensor(tree.targets)
         # Bytes in one block: a million Python strings would be copied page by page into every worker.
-        self._names = np.array([os.fsencode(os.path.relpath(path, folder)) for path, _ in tree.samples])
+        self._names = np.array([os.fsencode(path[len(str(folder)) + 1 :]) for path, _ in tree.samples])
 
     def name(self, number: int) -> str:
         return os.path.join(self.folder, os.fsdecode(self._names[number]))
@@ -144,16 +144,16 @@ class FolderListing(Listing):
     def open(self, number: int) -> Image.Image:
         return Image.open(self.name(number))
 
-    def stamps(self) -> NDArray[np.int64]:
-        found = np.empty((len(self), 2), np.int64)
-        for number in range(len(self)):
+    def stamps(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        found = np.empty((len(numbers), 2), np.int64)
+        for place, number in enumerate(numbers.tolist()):
             try:
                 there = os.stat(self.name(number))
             except OSError as error:
                 raise InputError(
                     f"{self.name(number)} cannot be read ({error.strerror}); repair or remove it"
                 ) from None
-            found[number] = there.st_size, there.st_mtime_ns
+            found[place] = there.st_size, there.st_mtime_ns
         return found
 
     def digest(self) -> str:
@@ -180,8 +180,8 @@ class Chosen(Listing):
     def open(self, number: int) -> Image.Image:
         return self.listing.open(int(self.numbers[number]))
 
-    def stamps(self) -> NDArray[np.int64]:
-        return self.listing.stamps()[self.numbers]
+    def stamps(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self.listing.stamps(self.numbers[numbers])
 
     def digest(self) -> str:
         return self.listing.digest()

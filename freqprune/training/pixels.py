@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import warnings
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -130,9 +131,13 @@ class MappedPixels(StoredPixels):
     def _open(self) -> None:
         self._handed_out = 0
         with open(self._path, "rb") as file:
-            # Private: torch wants memory that it may write to; nothing is ever written.
-            self._map = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        self._all = torch.frombuffer(self._map, dtype=torch.uint8).view(self._n_all, *self._image[1:], self._image[0])
+            # Read-only: of what may be written to, the system maps no more than it has memory for.
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        with warnings.catch_warnings():
+            # Nothing is ever written.
+            warnings.filterwarnings("ignore", ".*buffer is not writable.*")
+            found = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._all = found.view(self._n_all, *self._image[1:], self._image[0])
 
     def _read(self, rows: Tensor) -> Tensor:
         pixels = self._all.index_select(0, rows).permute(0, 3, 1, 2)

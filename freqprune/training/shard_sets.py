@@ -118,10 +118,10 @@ class ShardListing(Listing):
             file.seek(offset)
             return Image.open(io.BytesIO(file.read(size)))
 
-    def stamps(self) -> NDArray[np.int64]:
+    def stamps(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         there = [os.stat(shard) for shard in self.shards]
         stamps = np.array([(one.st_size, one.st_mtime_ns) for one in there], np.int64)
-        return stamps[self._places[:, 0]]
+        return stamps[self._places[numbers, 0]]
 
     def digest(self) -> str:
         parts = [self._names.tobytes(), self._places.tobytes(), self.labels.numpy().tobytes()]

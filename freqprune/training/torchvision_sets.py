@@ -118,9 +118,9 @@ class DatasetListing(Listing):
         assert isinstance(image, Image.Image)
         return image
 
-    def stamps(self) -> NDArray[np.int64]:
+    def stamps(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         # torchvision checks what it has downloaded; single images have no date.
-        return np.zeros((len(self), 2), np.int64)
+        return np.zeros((len(numbers), 2), np.int64)
 
     def digest(self) -> str:
         return hashlib.sha256(self.identity.encode() + self.labels.numpy().tobytes()).hexdigest()

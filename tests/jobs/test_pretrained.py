@@ -110,7 +110,10 @@ def test_classes_of_other_names_are_told(folder: Path, caplog: pytest.LogCapture
     assembly.check_match(net, data, Stored(net, {}, classes=list(data.classes), image_size=[32, 32]))
     assert not caplog.records
     assembly.check_match(net, data, Stored(net, {}, image_size=[64, 64]))
-    assert "trained on images of 64 x 64 pixels, these have 32 x 32: unless that is meant, set data.im" in caplog.text
+    assert (
+        "trained on images of 64 x 64 pixels, these have 32 x 32: unless that is meant, prepare them as in"
+        in caplog.text
+    )
     assembly.check_match(net, data, Stored(net, {}, classes=[data.classes[0], "other"]))
     assert (
         f"1 of 2 classes have other names than the network was trained with, the first is 'other' there and "

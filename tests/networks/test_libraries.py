@@ -136,6 +136,8 @@ def test_weights_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         (tmp_path / file).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 20\n")
         with pytest.raises(InputError, match="of timm/resnet10t could not be read"):
             build_model({"name": name, "pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / file)}})
+    with pytest.raises(AssertionError):
+        build_model({"name": name, "pretrained": True, "output_stride": 5})
     with pytest.raises(InputError, match=r"does not take these arguments: .*nonsense"):
         build_model({"name": name, "pretrained": True, "nonsense": 3})
     # With the plus that a key of the library's needs on the command line.

@@ -171,6 +171,33 @@ def test_noise_free_snr_is_no_score() -> None:
         scores("snr", Evidence(Affine(), response), ["conv"])
 
 
+@pytest.mark.parametrize("name", ["l2", "activation"])
+def test_numbers_leave_a_device_before_they_are_doubled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apple's accelerator has no float64."""
+    net, images = build_model({"name": "resnet8"}).eval(), torch.rand(4, 3, 32, 32)
+    evidence = Evidence(net, labelled=[(images, torch.arange(4))])
+    left: set[int] = set()
+    cpu, double = Tensor.cpu, Tensor.double
+
+    def moved(given: Tensor) -> Tensor:
+        found = cpu(given).clone()
+        left.add(id(found))
+        kept.append(found)
+        return found
+
+    def doubled(given: Tensor) -> Tensor:
+        assert given.dtype == torch.float64 or id(given) in left
+        return double(given)
+
+    kept: list[Tensor] = []
+    expected = scores(name, evidence, ["layer1.0.conv1"])["layer1.0.conv1"]
+    monkeypatch.setattr(Tensor, "cpu", moved)
+    monkeypatch.setattr(Tensor, "double", doubled)
+    found = scores(name, evidence, ["layer1.0.conv1"])["layer1.0.conv1"]
+    assert kept
+    torch.testing.assert_close(found, expected)
+
+
 def test_too_little_noise_is_said_and_scored(caplog: pytest.LogCaptureFixture) -> None:
     response = tag(Affine(), WHITE, noise_std=1e-13)
     table = scores("snr", Evidence(Affine(), response), ["conv"])["conv"]

@@ -23,7 +23,7 @@ from freqprune.jobs.settings import read as read_settings
 from freqprune.jobs.stages import Run
 from freqprune.networks.registry import build_model
 from freqprune.processes import expect
-from freqprune.training import caching
+from freqprune.training import caching, ledger
 from freqprune.training.classifier import Classifier
 from freqprune.training.ledger import ROW, Ledger
 from freqprune.training.listed import ImageFolderData
@@ -81,10 +81,55 @@ def test_images_beyond_a_limit_are_not_read(
     if val_fraction:
         assert torch.equal(some.split("val").pixels[:], whole.split("val").pixels)
     assert len(seen) == 20 + 4 + n_val
+    # Of each of these, and of no others, it is asked whether they have changed.
+    taken = {str(path) for path in folder.glob("t*/*/*.png")} - seen
+    for path in sorted(taken)[:3]:
+        Path(path).unlink()
+        Path(path).symlink_to(folder / "nowhere")
+    again = ImageFolderData(folder, cache=cache, val_fraction=val_fraction, limit_train=20, limit_test=4)
+    if cache != "memory":
+        assert torch.equal(again.split("train").pixels[:], train.pixels[:])
+        assert len(seen) == 20 + 4 + n_val
+    for path in sorted(taken)[:3]:
+        Path(path).unlink()
+        Image.new("RGB", (16, 16)).save(path)
+    whole = ImageFolderData(folder, cache="memory", val_fraction=val_fraction)
     # Other limits are other files.
     more = ImageFolderData(folder, cache=cache, val_fraction=val_fraction, limit_train=30, limit_test=4)
     assert torch.equal(more.split("train").pixels[:], whole.split("train").pixels[:30])
     assert torch.equal(train.pixels[:], whole.split("train").pixels[:20])
+
+
+@pytest.mark.parametrize("cache", STORED)
+def test_a_part_without_a_limit_lies_where_it_did(cache: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = ImageFolderData(folder, cache=cache)
+    whole.setup()
+    read: list[str] = []
+
+    def counted(self: Reader, number: int) -> Any:
+        read.append(self.listing.place)
+        return self._read(number)
+
+    monkeypatch.setattr(ledger, "read_all", lambda reader, numbers, *rest: [counted(reader, n) for n in numbers])
+    for how in ({"limit_val": 3}, {"limit_val": 3, "limit_test": 4}, {"limit_train": 20}):
+        read.clear()
+        some = ImageFolderData(folder, cache=cache, **how)
+        some.setup()
+        assert len(some.split("val")) == how.get("limit_val", len(whole.split("val")))
+        parts = {"limit_train": folder / "train", "limit_test": folder / "test"}
+        assert {*read} <= {str(place) for key, place in parts.items() if key in how}
+
+
+def test_files_larger_than_memory_are_mapped(tmp_path: Path) -> None:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    shape = (4096, 4096, 3)
+    n_images = 4 * memory // int(np.prod(shape))
+    with (tmp_path / "big").open("wb") as file:
+        file.truncate(n_images * int(np.prod(shape)))
+        file.seek(-1, os.SEEK_END)
+        file.write(b"7")
+    found = MappedPixels(tmp_path / "big", shape, Ledger(np.zeros(n_images, ROW)))[n_images - 1]
+    assert (int(found.max()), int(found[2, -1, -1])) == (ord("7"), ord("7"))
 
 
 @pytest.mark.parametrize("cache", ["memory", *STORED])
