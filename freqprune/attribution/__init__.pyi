@@ -2,6 +2,7 @@ from .effects import Attribution as Attribution
 from .filters import FilterEffects as FilterEffects
 from .filters import filter_effects as filter_effects
 from .filters import filter_movement as filter_movement
+from .gates import frames_for as frames_for
 from .images import attribute as attribute
 from .refining import attribute_fine as attribute_fine
 from .scores import check_dims as check_dims

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
+from freqprune.attribution import frames_for
 from freqprune.jobs.pace import NOTHING, Pace, Span
 from freqprune.jobs.settings import Settings
-from freqprune.pruning import Plan, n_measured, needs
+from freqprune.pruning import Plan, images_a_step, n_measured, needs
 from freqprune.tagging import Readout, Stimulus
 from freqprune.training import ImageData
 
@@ -34,8 +35,6 @@ WITHOUT_AMOUNT = 0.3
 TRAINING_PAGES, PRUNING_PAGES = Span(1, 4), Span(4, 15)
 # Forwards of a frame of an explanation, with the fit of its effects; seconds for the picture of an image.
 EXPLAINED, PICTURE = (1.0, 2.0), Span(0.3, 1.5)
-# Criteria whose work no count here tells.
-UNCOUNTED = ("effect",)
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
@@ -190,11 +189,10 @@ def of_pruning(
 
 
 def of_a_cut(pace: Pace, settings: Settings, data: ImageData, plan: Plan, chosen: list[str]) -> Span | None:
-    """Seconds of one cut; nothing can be said of one by time, one that ranks blocks, or a criterion that counts its
-    own forwards."""
+    """Seconds of one cut; nothing can be said of one by time or one that ranks blocks."""
     recipe = settings.recipe
     assert recipe is not None
-    if recipe.amount.by_time or recipe.with_blocks or recipe.criterion in UNCOUNTED:
+    if recipe.amount.by_time or recipe.with_blocks:
         return None
     wanted = needs(recipe.criterion)
     n_images = min(settings.course.calibration_images, len(data.split("train")))
@@ -205,14 +203,21 @@ def of_a_cut(pace: Pace, settings: Settings, data: ImageData, plan: Plan, chosen
     if "frames" in wanted:
         measured = min(n_images, n_measured(recipe, data.split("val").pixels.shape)) * recipe.inputs_an_image
         seconds += pace.forward.times(len(chosen) * TRIED * measured).times(*AFTER)
-    if "labels" in wanted:
-        seconds += pace.forward.times(min(settings.scoring.labelled_images, len(data.split("train")))).times(*LABELLED)
+    labelled = min(settings.scoring.labelled_images, len(data.split("train")))
+    if recipe.criterion == "effect":
+        # A recording in which each filter of a layer has a tag.
+        n_filters = sum(plan.unit(name).n_filters * len(plan.unit(name).members) for name in chosen)
+        seconds += pace.forward.times(labelled * frames_for(n_filters)).times(*EXPLAINED)
+    elif "labels" in wanted:
+        seconds += pace.forward.times(labelled).times(*LABELLED)
     readers = {reader for name in chosen for reader in plan.unit(name).readers}
     if "moments" in wanted:
         seconds += pace.inversion.times(_cubes(plan.model, readers)).times(*SCORED)
     if recipe.compensation == "sequential":
         rounds = recipe.reconstruction.rounds
-        seconds += pace.forward.times(n_inputs).times(WALK[0] + rounds * ROUND[0], WALK[1] + rounds * ROUND[1])
+        seconds += pace.forward.times(n_inputs).times(*WALK)
+        stepped = images_a_step(n_inputs, data.split("val").pixels[:1])
+        seconds += pace.forward.times(stepped * rounds).times(*ROUND)
         seconds += pace.inversion.times(_cubes(plan.model)).times((1 + rounds) * SOLVED[0], (1 + rounds) * SOLVED[1])
     return seconds
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from freqprune.errors import InputError
-from freqprune.networks import LINEAR, Trace, run
+from freqprune.networks import LINEAR, Trace, images_at_once, run
 from freqprune.processes import from_first
 from freqprune.pruning.blocks import Block, answers_without
 from freqprune.pruning.equations import Sums, solve
@@ -28,6 +28,12 @@ log = logging.getLogger(__name__)
 HELD_OUT = 4
 # Pixels of the images of one Gauss-Newton step, 1,200 of 32 x 32: larger images have more positions to learn from.
 STEP_PIXELS = 1200 * 32**2
+
+
+def images_a_step(n_images: int, example: Tensor) -> int:
+    """Images that a Gauss-Newton step sees, of so many like an example ``(1, n_channels, height, width)``: one batch at
+    least."""
+    return min(n_images, max(images_at_once(example), STEP_PIXELS // example.shape[-2:].numel()))
 
 
 class Walk(SideBySide):

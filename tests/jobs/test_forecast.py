@@ -17,7 +17,7 @@ from freqprune.jobs.forecast import PICTURE, Forecast, of_a_cut, of_explaining, 
 from freqprune.jobs.pace import Pace, Span
 from freqprune.jobs.settings import Settings, read
 from freqprune.networks import build_model
-from freqprune.pruning import Amount, Plan, Recipe, plan_cut
+from freqprune.pruning import Amount, Plan, Recipe, images_a_step, plan_cut
 from freqprune.training import DigitsData, Optimization
 from freqprune.training.resizing import ProgressiveResizing
 from tests.jobs.small import config
@@ -106,7 +106,15 @@ def test_a_cut_is_counted_or_left_out(data: DigitsData, planned: tuple[Plan, lis
     assert longer.high > 5 * measured.high
     assert cut("importance=logit_error", "pruning.latency_cut=0.3") is None
     assert cut("importance=logit_error", "pruning.blocks=true") is None
-    assert cut("importance=effect") is None
+    # Layers of 16, 32 and 64 filters, four frames of eight images for each filter.
+    assert cut("importance=effect", "pruning.compensation=none") == Span(8 * 4 * 112, 2 * 8 * 4 * 112)
+
+
+def test_a_step_of_photographs_sees_few_of_them() -> None:
+    assert images_a_step(1200, torch.empty(1, 3, 32, 32)) == 1200
+    assert images_a_step(1200, torch.empty(1, 3, 224, 224)) == 24
+    assert images_a_step(10, torch.empty(1, 3, 224, 224)) == 10
+    assert images_a_step(10, torch.empty(1, 3, 2000, 2000)) == 1
 
 
 def test_a_pruning_is_its_stages(data: DigitsData, planned: tuple[Plan, list[str]], tmp_path: Path) -> None:
