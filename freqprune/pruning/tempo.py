@@ -100,10 +100,10 @@ class Clock:
         self.dense = _ready(plan.model, self.batch)
         self.time_dense = runner(self.dense, self.batch, how.target)
         eager = runner(self.dense, self.batch)
-        dense_ms = compare(eager, eager, N_PAIRS[0]).dense_ms
-        self.target_ms = (
-            dense_ms if how.target == "eager" else compare(self.time_dense, self.time_dense, N_PAIRS[0]).dense_ms
-        )
+        dense_ms = compare(eager, eager, N_PAIRS[0], progress=progress).dense_ms
+        self.target_ms = dense_ms
+        if how.target != "eager":
+            self.target_ms = compare(self.time_dense, self.time_dense, N_PAIRS[0], progress=progress).dense_ms
         asked = recipe.amount.latency_cut
         if asked is None:
             assert recipe.amount.latency_ms is not None
@@ -221,7 +221,7 @@ def _measured(
 ) -> Speed:
     time_small = runner(small, batch, target)
     taken = N_PAIRS[0]
-    speed = compare(time_dense, time_small, taken)
+    speed = compare(time_dense, time_small, taken, progress=progress)
     for n_pairs in N_PAIRS[1:]:
         a_pair = (speed.dense_ms + speed.small_ms) / 1000
         enough = speed.spread <= NOISY and taken * a_pair >= LEAST_S

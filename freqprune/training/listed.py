@@ -120,6 +120,13 @@ class ImageFolderData(ListedData):
             raise InputError(
                 f"data.root = {root} is not a folder; it must hold train/<class>/*.png and test/<class>/*.png"
             )
+        # Before one of them is walked through, which may take minutes.
+        for split in ("train", "test"):
+            if not (root / split).is_dir():
+                val = "; rename val to it, or link it" if split == "test" and (root / "val").is_dir() else ""
+                raise InputError(
+                    f"{root / split} is missing{val}; data.root must hold train/<class>/*.png and test/<class>/*.png"
+                )
         train, test = (FolderListing(root / split) for split in ("train", "test"))
         if self.n_classes is not None:
             for listing in (train, test):

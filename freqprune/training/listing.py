@@ -106,7 +106,7 @@ class FolderListing(Listing):
         classes: names of the class folders, sorted.
 
     Raises:
-        InputError: if the folder is missing, holds one class, or a class folder is empty.
+        InputError: if the folder holds one class, or a class folder is empty.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -123,8 +123,6 @@ class FolderListing(Listing):
                     raise FileNotFoundError(f"no class folder in {directory}")
                 return names, {name: number for number, name in enumerate(names)}
 
-        if not folder.is_dir():
-            raise InputError(f"{folder} is missing; data.root must hold train/<class>/*.png and test/<class>/*.png")
         try:
             tree = Seen(str(folder), is_valid_file=lambda path: path.lower().endswith(ENDINGS) and not hidden(path))
         except FileNotFoundError as error:

@@ -120,7 +120,7 @@ def test_milliseconds_are_a_share_of_those_measured(tmp_path: Path, monkeypatch:
     net = build_model({"name": "resnet8"}).eval()
     whole = count_macs(net, PIXELS[:1])
     slow_as(lambda small: count_macs(small, PIXELS[:1]) / whole, monkeypatch)
-    monkeypatch.setattr(tempo, "compare", lambda *forwards: Speed(10.0, 10.0, 0.0, 0.0))
+    monkeypatch.setattr(tempo, "compare", lambda *forwards, **more: Speed(10.0, 10.0, 0.0, 0.0))
     how = replace(recipe(tmp_path, latency_ms=7.0), compensation="none")
     done = cut(net, Material(PIXELS[:4], lambda p: p, calibration=PIXELS), how, Stimulus())
     assert done.promise is not None
@@ -138,7 +138,7 @@ def test_milliseconds_are_those_of_where_it_counts(
 ) -> None:
     times = {"eager": 10.0, target: dense_ms}
     monkeypatch.setattr(tempo, "runner", lambda net, batch, target="eager": target)
-    monkeypatch.setattr(tempo, "compare", lambda one, *rest: Speed(times[one], times[one], 0.0, 0.0))
+    monkeypatch.setattr(tempo, "compare", lambda one, *rest, **more: Speed(times[one], times[one], 0.0, 0.0))
     net = nn.Sequential(nn.Conv2d(3, 20, 1), nn.ReLU(), nn.Conv2d(20, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     whole = count_macs(net, PIXELS[:1])
     slow_as(lambda small: count_macs(small, PIXELS[:1]) / whole, monkeypatch)
@@ -329,7 +329,7 @@ def test_a_selection_alone_measures_no_multiple() -> None:
 def test_what_a_few_forwards_tell_is_asked_before_anything_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tempo, "compare", lambda *forwards: Speed(10.0, 10.0, 0.0, 0.0))
+    monkeypatch.setattr(tempo, "compare", lambda *forwards, **more: Speed(10.0, 10.0, 0.0, 0.0))
     monkeypatch.setattr("freqprune.pruning.cutting.gather", lambda *_: pytest.fail("measured"))
     net = build_model({"name": "resnet8"}).eval()
     material = Material(PIXELS[:4], lambda p: p, calibration=PIXELS)

@@ -232,6 +232,8 @@ def damage(root: Path, how: str) -> None:
     match how:
         case "no test":
             (root / "test").rename(root / "tset")
+        case "val":
+            (root / "test").rename(root / "val")
         case "empty class":
             for path in (root / "train" / "class1").iterdir():
                 path.unlink()
@@ -252,7 +254,8 @@ def damage(root: Path, how: str) -> None:
     ("how", "message"),
     [
         ("nothing there", "is missing; data.root must hold"),
-        ("no test", "test is missing"),
+        ("no test", "test is missing; data.root must hold"),
+        ("val", "test is missing; rename val to it, or link it; data.root must hold"),
         ("one class", r"holds one class \(class0\)"),
         ("empty class", "holds no images, or a class folder"),
         ("corrupt", r"00.png is not a readable image"),
