@@ -58,7 +58,8 @@ def test_hidden_copies_are_no_images(tmp_path: Path) -> None:
         (first.parent / copy).parent.mkdir(exist_ok=True)
         (first.parent / copy).write_bytes(content)
     (tmp_path / "train" / ".cache").mkdir()
-    (tmp_path / "none" / "train" / ".cache").mkdir(parents=True)
+    for split in ("train", "test"):
+        (tmp_path / "none" / split / ".cache").mkdir(parents=True)
     with pytest.raises(InputError, match="holds no images, or a class folder in it is empty: no class folder in"):
         ImageFolderData(tmp_path / "none").setup()
     with pytest.raises(InputError, match=r"data\.root must name a folder, got none"):
