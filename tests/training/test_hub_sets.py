@@ -36,6 +36,14 @@ def test_the_same_images_as_from_the_folder(cache: str, folder: Path) -> None:
     assert (found.mean, found.std) == (expected.mean, expected.std)
 
 
+@pytest.mark.parametrize("cache", ["memory", "disk", "none"])
+def test_some_of_the_images(cache: str, folder: Path) -> None:
+    whole, some = by_hub(folder, cache=cache), by_hub(folder, cache=cache, limit_train=3, limit_val=2)
+    assert torch.equal(some.split("train").pixels[:], whole.split("train").pixels[:3])
+    assert torch.equal(some.split("val").pixels[:], whole.split("val").pixels[:2])
+    assert torch.equal(some.split("test").pixels[:], whole.split("test").pixels[:])
+
+
 def test_the_part_that_is_called_test_comes_before_the_one_for_validation(folder: Path) -> None:
     for number in range(2):
         (folder / "validation" / f"class{number}").mkdir(parents=True)

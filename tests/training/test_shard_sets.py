@@ -57,6 +57,15 @@ def test_pixels_and_labels(cache: str, shards: tuple[Path, Any]) -> None:
     assert found.classes == ("0", "1", "2")
 
 
+@pytest.mark.parametrize("cache", ["memory", "disk", "none"])
+def test_some_of_the_samples(cache: str, shards: tuple[Path, Any]) -> None:
+    whole, some = data(shards[0], cache=cache), data(shards[0], cache=cache, limit_train=3, limit_val=1, limit_test=2)
+    assert torch.equal(some.split("train").pixels[:], whole.split("train").pixels[:3])
+    assert torch.equal(some.split("val").pixels[:], whole.split("val").pixels[:1])
+    assert torch.equal(some.split("train").labels, whole.split("train").labels[:3])
+    assert len(some.split("test")) == 2
+
+
 def test_bytes_lie_beside_the_first_shard_that_a_pattern_matches(shards: tuple[Path, Any]) -> None:
     folder, _ = shards
     (folder / "a1").mkdir()
