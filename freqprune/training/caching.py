@@ -69,8 +69,8 @@ def _choose(planned: list[tuple[Reader, Path]]) -> str:
     log.log(
         logging.INFO if chosen == "memory" else logging.WARNING,
         "data.cache=auto: the images take %.3g GB, free memory is %s: data.cache=%s%s", needed / 1e9, said, chosen,
-        "" if chosen == "memory" else "; all are read once, for a trial or a look take fewer with data.limit_train, "
-        "data.limit_val and data.limit_test"
+        "" if chosen == "memory" else "; what is not there yet is read once: for a trial or a look data.limit_train "
+        "and data.limit_test take fewer"
     )  # fmt: skip
     return chosen
 

@@ -63,15 +63,18 @@ class ListedData(ImageData):
         train, test, classes = self.listings()
         numbered = [Images(torch.arange(len(one)), one.labels) for one in (train, test)]
         some, val, tested = self.divided(numbered[0], numbered[1], classes)
-        # What a limit leaves out is not read; a part without one lies where it lies without any.
+        # Test images, and all training images together, lie where they lie without limits, unless one is theirs. In
+        # memory nothing lies yet: there each part is read by itself, and no other image.
+        limited = any(limit is not None for limit in (self.limit_train, self.limit_val, self.limit_test))
+        apart = self.limit_train is not None or (limited and self.cache == "memory")
         listings = {"train": train, "test": test}
-        if self.limit_train is not None:
+        if apart:
             listings["train"] = Chosen(train, some.pixels[:])
             listings |= {} if val is None else {"val": Chosen(train, val.pixels[:])}
         if self.limit_test is not None:
             listings["test"] = Chosen(test, tested.pixels[:])
         held = dict(zip(listings, self._held(listings), strict=True))
-        if self.limit_train is None:
+        if not apart:
             whole = held["train"]
             held["train"] = whole[some.pixels[:]]
             held |= {} if val is None else {"val": whole[val.pixels[:]]}
@@ -81,10 +84,11 @@ class ListedData(ImageData):
         """Images by their split, held where `cache` says."""
         readers = {split: Reader(listing, self.fitting) for split, listing in listings.items()}
         shapes = {split: reader.shape[:2] for split, reader in readers.items()}
-        if shapes["train"] != shapes["test"]:
-            raise InputError(
-                f"train images are {shapes['train']} pixels, test images {shapes['test']}; set data.image_size"
-            )
+        for split, shape in shapes.items():
+            if shape != shapes["train"]:
+                raise InputError(
+                    f"train images are {shapes['train']} pixels, {split} images {shape}; set data.image_size"
+                )
         pixels = hold(readers, self.cache, self.cache_dir, self.beside())
         return [Images(some, listing.labels) for some, listing in zip(pixels, listings.values(), strict=True)]
 

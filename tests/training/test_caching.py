@@ -23,12 +23,13 @@ from freqprune.jobs.settings import read as read_settings
 from freqprune.jobs.stages import Run
 from freqprune.networks.registry import build_model
 from freqprune.processes import expect
-from freqprune.training import caching, ledger
+from freqprune.training import caching, ledger, listed
 from freqprune.training.classifier import Classifier
 from freqprune.training.ledger import ROW, Ledger
 from freqprune.training.listed import ImageFolderData
 from freqprune.training.listing import Reader
 from freqprune.training.pixels import MappedPixels, StoredPixels
+from freqprune.training.sources import Images
 from tests.jobs.small import SMALL, config
 
 STORED = ("disk", "none")
@@ -118,6 +119,30 @@ def test_a_part_without_a_limit_lies_where_it_did(cache: str, folder: Path, monk
         assert len(some.split("val")) == how.get("limit_val", len(whole.split("val")))
         parts = {"limit_train": folder / "train", "limit_test": folder / "test"}
         assert {*read} <= {str(place) for key, place in parts.items() if key in how}
+
+
+def test_in_memory_no_image_is_held_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, read = ImageFolderData(folder, cache="memory"), []
+    whole.setup()
+    monkeypatch.setattr(listed, "hold", lambda readers, *rest: read.append(readers) or caching.hold(readers, *rest))
+    some = ImageFolderData(folder, cache="memory", limit_test=4)
+    assert torch.equal(some.split("train").pixels[:], whole.split("train").pixels)
+    assert torch.equal(some.split("val").pixels[:], whole.split("val").pixels)
+    sizes = {split: len(reader) for split, reader in read[0].items()}
+    assert sizes == {"train": len(whole.split("train")), "val": len(whole.split("val")), "test": 4}
+
+
+def test_parts_of_another_size_are_refused(folder: Path) -> None:
+    how: dict[str, Any] = {"cache": "memory", "limit_train": 1, "limit_val": 1, "limit_test": 1}
+    for path in folder.glob("train/*/*.png"):
+        Image.new("RGB", (16, 16)).save(path)
+    listings = ImageFolderData(folder, **how).listings()
+    numbers = [Images(torch.arange(len(one)), one.labels) for one in listings[:2]]
+    val = ImageFolderData(folder, **how).divided(numbers[0], numbers[1], listings[2])[1]
+    assert val is not None
+    Image.new("RGB", (8, 16)).save(listings[0].name(int(val.pixels[:][0])))
+    with pytest.raises(InputError, match=r"train images are \(16, 16\) pixels, val images \(16, 8\); set data.image"):
+        ImageFolderData(folder, **how).setup()
 
 
 def test_files_larger_than_memory_are_mapped(tmp_path: Path) -> None:
