@@ -14,7 +14,7 @@ from torch import nn
 from freqprune.attribution import frames_for
 from freqprune.jobs.pace import NOTHING, Pace, Span
 from freqprune.jobs.settings import Settings
-from freqprune.pruning import Plan, images_a_step, n_measured, needs
+from freqprune.pruning import Plan, n_measured, needs, seen_in_a_step
 from freqprune.tagging import Readout, Stimulus
 from freqprune.training import ImageData
 
@@ -216,7 +216,7 @@ def of_a_cut(pace: Pace, settings: Settings, data: ImageData, plan: Plan, chosen
     if recipe.compensation == "sequential":
         rounds = recipe.reconstruction.rounds
         seconds += pace.forward.times(n_inputs).times(*WALK)
-        stepped = images_a_step(n_inputs, data.split("val").pixels[:1])
+        stepped = seen_in_a_step(n_inputs, data.split("val").pixels.shape[-2:].numel())
         seconds += pace.forward.times(stepped * rounds).times(*ROUND)
         seconds += pace.inversion.times(_cubes(plan.model)).times((1 + rounds) * SOLVED[0], (1 + rounds) * SOLVED[1])
     return seconds

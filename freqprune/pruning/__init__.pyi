@@ -39,4 +39,4 @@ from .tempo import check_time as check_time
 from .verdict import Judgement as Judgement
 from .verdict import Verdict as Verdict
 from .verdict import judge as judge
-from .walk import images_a_step as images_a_step
+from .walk import seen_in_a_step as seen_in_a_step

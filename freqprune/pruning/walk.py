@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from freqprune.errors import InputError
-from freqprune.networks import LINEAR, Trace, images_at_once, run
+from freqprune.networks import LINEAR, Trace, run
 from freqprune.processes import from_first
 from freqprune.pruning.blocks import Block, answers_without
 from freqprune.pruning.equations import Sums, solve
@@ -30,10 +30,9 @@ HELD_OUT = 4
 STEP_PIXELS = 1200 * 32**2
 
 
-def images_a_step(n_images: int, example: Tensor) -> int:
-    """Images that a Gauss-Newton step sees, of so many like an example ``(1, n_channels, height, width)``: one batch at
-    least."""
-    return min(n_images, max(images_at_once(example), STEP_PIXELS // example.shape[-2:].numel()))
+def seen_in_a_step(count: int, n_pixels: int) -> int:
+    """How many of so many images, or batches, of so many pixels a Gauss-Newton step sees: one at least."""
+    return max(1, min(count, STEP_PIXELS // n_pixels))
 
 
 class Walk(SideBySide):
@@ -187,7 +186,7 @@ class Walk(SideBySide):
 
     def _some(self, number: int) -> list[int]:
         """Batches of this process for one step, `STEP_PIXELS` at most in all and others each time."""
-        count = max(1, min(self.n_all, STEP_PIXELS // self.batch_pixels))
+        count = seen_in_a_step(self.n_all, self.batch_pixels)
         chosen = {(number * count + i) % self.n_all for i in range(count)}
         return [i for i, own in enumerate(self.numbers) if own in chosen]
 

@@ -1,6 +1,4 @@
 from .classifier import Classifier as Classifier
-from .datamodule import CIFAR10Data as CIFAR10Data
-from .datamodule import DigitsData as DigitsData
 from .datamodule import ImageData as ImageData
 from .datamodule import epochs_of as epochs_of
 from .distillation import Distillation as Distillation
@@ -19,3 +17,5 @@ from .sources import Images as Images
 from .sources import Source as Source
 from .tagging_callback import FrequencyTagging as FrequencyTagging
 from .torchvision_sets import TorchvisionData as TorchvisionData
+from .whole_sets import CIFAR10Data as CIFAR10Data
+from .whole_sets import DigitsData as DigitsData

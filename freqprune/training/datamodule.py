@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,7 +13,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from freqprune.errors import InputError
-from freqprune.networks import CIFAR10
 from freqprune.training.augment import random_crop_flip
 from freqprune.training.loading import make_loader
 from freqprune.training.resizing import ProgressiveResizing
@@ -22,10 +20,7 @@ from freqprune.training.sources import (
     Images,
     Source,
     as_floats,
-    as_folder,
     channel_statistics,
-    cifar10,
-    digits,
     stratified_split,
 )
 from freqprune.training.transforms import Transforms
@@ -290,24 +285,3 @@ def epochs_of(trainer: pl.Trainer) -> int:
             f"and leave trainer.max_steps alone; got max_epochs = {trainer.max_epochs}, max_steps = {trainer.max_steps}"
         )
     return trainer.max_epochs
-
-
-class CIFAR10Data(ImageData):
-    """CIFAR-10, downloaded by torchvision into `root` on first use; normalised with the data set's own statistics by
-    default."""
-
-    def __init__(self, root: str | Path = "data", download: bool = True, **settings: Any) -> None:
-        if settings.get("mean") is None and settings.get("std") is None:
-            settings |= {"mean": CIFAR10.mean, "std": CIFAR10.std}
-        super().__init__(**settings)
-        self.root, self.download = as_folder(root), download
-
-    def load(self) -> Source:
-        return cifar10(self.root, self.download)
-
-
-class DigitsData(ImageData):
-    """scikit-learn's bundled digits as 3 x 32 x 32; no download."""
-
-    def load(self) -> Source:
-        return digits()

@@ -60,13 +60,14 @@ class ListedData(ImageData):
         return Source(held[0], held[1], classes)
 
     def parts(self) -> tuple[Images, Images | None, Images, tuple[str, ...]]:
+        if (self.limit_train, self.limit_val, self.limit_test) == (None, None, None):
+            return super().parts()
         train, test, classes = self.listings()
         numbered = [Images(torch.arange(len(one)), one.labels) for one in (train, test)]
         some, val, tested = self.divided(numbered[0], numbered[1], classes)
         # Test images, and all training images together, lie where they lie without limits, unless one is theirs. In
         # memory nothing lies yet: there each part is read by itself, and no other image.
-        limited = any(limit is not None for limit in (self.limit_train, self.limit_val, self.limit_test))
-        apart = self.limit_train is not None or (limited and self.cache == "memory")
+        apart = self.limit_train is not None or self.cache == "memory"
         listings = {"train": train, "test": test}
         if apart:
             listings["train"] = Chosen(train, some.pixels[:])

@@ -17,7 +17,7 @@ from freqprune.jobs.forecast import PICTURE, Forecast, of_a_cut, of_explaining, 
 from freqprune.jobs.pace import Pace, Span
 from freqprune.jobs.settings import Settings, read
 from freqprune.networks import build_model
-from freqprune.pruning import Amount, Plan, Recipe, images_a_step, plan_cut
+from freqprune.pruning import Amount, Plan, Recipe, plan_cut, seen_in_a_step
 from freqprune.training import DigitsData, Optimization
 from freqprune.training.resizing import ProgressiveResizing
 from tests.jobs.small import config
@@ -111,10 +111,10 @@ def test_a_cut_is_counted_or_left_out(data: DigitsData, planned: tuple[Plan, lis
 
 
 def test_a_step_of_photographs_sees_few_of_them() -> None:
-    assert images_a_step(1200, torch.empty(1, 3, 32, 32)) == 1200
-    assert images_a_step(1200, torch.empty(1, 3, 224, 224)) == 24
-    assert images_a_step(10, torch.empty(1, 3, 224, 224)) == 10
-    assert images_a_step(10, torch.empty(1, 3, 2000, 2000)) == 1
+    assert seen_in_a_step(1200, 32**2) == 1200
+    assert seen_in_a_step(1200, 224**2) == 24
+    assert seen_in_a_step(10, 224**2) == 10
+    assert seen_in_a_step(10, 2000**2) == 1
 
 
 def test_a_pruning_is_its_stages(data: DigitsData, planned: tuple[Plan, list[str]], tmp_path: Path) -> None:

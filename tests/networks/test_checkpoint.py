@@ -18,7 +18,7 @@ from freqprune.networks.libraries import rebuilt_from
 from freqprune.networks.registry import build_model, register_model
 from freqprune.networks.resnet import IndexShortcut
 from freqprune.pruning.surgery import Plan
-from freqprune.training.datamodule import DigitsData
+from freqprune.training.whole_sets import DigitsData
 
 X = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 CLASSES = [f"kind {i}" for i in range(10)]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from freqprune.training.datamodule import DigitsData
+from freqprune.training.whole_sets import DigitsData
 
 
 def trainer(folder: Path, *callbacks: pl.Callback, **settings: Any) -> pl.Trainer:

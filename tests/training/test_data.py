@@ -16,13 +16,13 @@ from freqprune.errors import InputError
 from freqprune.jobs.photographs import read_images
 from freqprune.training.augment import random_crop_flip
 from freqprune.training.classifier import Classifier
-from freqprune.training.datamodule import CIFAR10Data, DigitsData
 from freqprune.training.downloads import alone
 from freqprune.training.image_files import upright
 from freqprune.training.listed import ImageFolderData
 from freqprune.training.listing import Fitting
 from freqprune.training.loading import _fits
-from freqprune.training.sources import Images, as_folder, channel_statistics, digits, stratified_split
+from freqprune.training.sources import Images, as_folder, channel_statistics, stratified_split
+from freqprune.training.whole_sets import CIFAR10Data, DigitsData, digits
 from tests.forked import FORKED
 from tests.jobs.small import config
 from tests.training.small import trainer

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from freqprune.networks.registry import build_model
 from freqprune.training.classifier import Classifier
-from freqprune.training.datamodule import DigitsData
+from freqprune.training.whole_sets import DigitsData
 
 EPOCHS, BATCH, SEED = 2, 16, 3
 

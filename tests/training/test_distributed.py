@@ -21,7 +21,7 @@ from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
 from freqprune.tagging.measurement import tag
 from freqprune.training.classifier import Classifier
-from freqprune.training.datamodule import DigitsData
+from freqprune.training.whole_sets import DigitsData
 from tests.forked import in_two_processes
 
 

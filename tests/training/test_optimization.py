@@ -15,8 +15,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from freqprune.errors import InputError
 from freqprune.training.classifier import Classifier
-from freqprune.training.datamodule import DigitsData
 from freqprune.training.optimization import Optimization
+from freqprune.training.whole_sets import DigitsData
 
 SMALL = {"name": "resnet8", "stage_widths": [4, 4, 8]}
 QUIET: dict[str, Any] = {

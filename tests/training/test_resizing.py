@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from freqprune.errors import InputError
 from freqprune.jobs.assembly import check_sizes
 from freqprune.training.classifier import Classifier
-from freqprune.training.datamodule import DigitsData
 from freqprune.training.resizing import ProgressiveResizing
+from freqprune.training.whole_sets import DigitsData
 
 DATA: dict[str, Any] = {"limit_train": 32, "batch_size": 16, "num_workers": 0}
 

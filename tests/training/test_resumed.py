@@ -11,8 +11,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from freqprune.errors import InputError
 from freqprune.training.classifier import Classifier
-from freqprune.training.datamodule import DigitsData
 from freqprune.training.optimization import Optimization, take_settings
+from freqprune.training.whole_sets import DigitsData
 from tests.training.small import trainer
 
 

@@ -17,7 +17,7 @@ from freqprune.networks.registry import build_model
 from freqprune.pruning.importance import Evidence
 from freqprune.pruning.verdict import judge
 from freqprune.training.classifier import Classifier
-from freqprune.training.datamodule import DigitsData
+from freqprune.training.whole_sets import DigitsData
 from tests.training.small import digits, trainer
 
 

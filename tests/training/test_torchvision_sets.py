@@ -10,8 +10,8 @@ from PIL import Image
 from torchvision import datasets
 
 from freqprune.errors import InputError
-from freqprune.training.datamodule import CIFAR10Data
 from freqprune.training.torchvision_sets import SETS, DatasetListing, TorchvisionData
+from freqprune.training.whole_sets import CIFAR10Data
 
 
 def write_fashion_mnist(root: Path, name: str = "FashionMNIST") -> dict[str, tuple[Any, Any]]:

@@ -11,9 +11,9 @@ from torchvision.transforms import v2
 
 from freqprune.errors import InputError
 from freqprune.training.classifier import Classifier
-from freqprune.training.datamodule import DigitsData
 from freqprune.training.listed import ImageFolderData
 from freqprune.training.transforms import Transforms
+from freqprune.training.whole_sets import DigitsData
 from tests.training.test_data import write_tree
 
 ERASE = {"name": "RandomErasing", "p": 1.0, "value": 255}
