@@ -1,9 +1,12 @@
 from .effects import Attribution as Attribution
+from .effects import OfParts as OfParts
 from .filters import FilterEffects as FilterEffects
 from .filters import filter_effects as filter_effects
 from .filters import filter_movement as filter_movement
 from .gates import frames_for as frames_for
 from .images import attribute as attribute
+from .recorded import Cache as Cache
+from .recorded import key_of as key_of
 from .refining import attribute_fine as attribute_fine
 from .scores import check_dims as check_dims
 from .scores import compares_classes as compares_classes

@@ -15,6 +15,7 @@ from freqprune.attribution.effects import Attribution, OfParts, estimate
 from freqprune.attribution.gates import batches, check_apart, check_frames, frames_for, opened, overlapped, waves
 from freqprune.attribution.pairs import find_interactions
 from freqprune.attribution.parts import find_parts, places
+from freqprune.attribution.recorded import Cache, key_of
 from freqprune.attribution.scores import Score, check_dims, check_logits, one_by_one, read, targets
 from freqprune.attribution.sensitivity import first_order
 from freqprune.attribution.smoothing import smoothed
@@ -51,6 +52,7 @@ def attribute(
     half: str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    cache: Cache | None = None,
 ) -> Attribution:
     """Tag the parts of images, each at a frequency of its own, and read at a score what the answer hangs on.
 
@@ -85,6 +87,8 @@ def attribute(
         half: ``"float16"`` or ``"bfloat16"``: run the network in half precision by autocast.
         seed: of frequencies and phases.
         progress: wraps the iteration over recordings, image after image, for a progress bar.
+        cache: holds what was found of images, and gets what is found as soon as it is, so that a call that was
+            interrupted can go on. Its keys hang on everything but the network and the score: one for each of these.
 
     Raises:
         InputError: for more parts than odd bins, masks of another size, a class that is not there, a network that
@@ -124,12 +128,10 @@ def attribute(
     tags = [waves(len(names), n_frames, generator) for _ in range(forwards // n_frames)]
     rank, n_processes = rank_and_size()
     own = range(rank, len(images), n_processes)
-    recordings = [(number, recording) for number in own for recording in range(len(tags))]
     where = {number: places(numbers[number], len(names)) for number in own}
     for at in where.values():
         check_apart(at, overlap)
-    found: dict[int, OfParts] = {}
-    n_taken: dict[int, int] = {}
+    found: dict[int, tuple[OfParts, int]] = {}
     designs: list[Tensor] = []
     scores: list[Tensor] = []
     with evaluating(model), torch.inference_mode():
@@ -142,6 +144,15 @@ def attribute(
             ]
         )
         _check_ends(ends, half)
+        asked = (len(names), forwards, until, steepness, overlap, half, seed)
+        keys: dict[int, str] = {}
+        if cache is not None:
+            for number in own:
+                wants = None if wanted is None else wanted[number]
+                keys[number] = key_of(*ends_of(number), numbers[number], wants, *asked)
+                if (before := cache.get(keys[number])) is not None:
+                    found[number] = before
+        recordings = [(number, recording) for number in own if number not in found for recording in range(len(tags))]
         at_hand: tuple[int, tuple[Tensor, Tensor]] | None = None
         for number, recording in progress(recordings) if progress is not None else recordings:
             if number in found:
@@ -159,12 +170,14 @@ def attribute(
             except InputError as error:
                 raise InputError(f"image {number} (the first is 0): {error}{_advice(half)}") from None
             if last or (until is not None and float(fitted.standard_error.max()) <= until):
-                found[number], n_taken[number] = fitted, n_frames * len(designs)
+                found[number] = fitted, n_frames * len(designs)
                 designs, scores = [], []
+                if cache is not None:
+                    cache[keys[number]] = found[number]
     everyone = merged(found)
-    fits = [everyone[number] for number in range(len(images))]
+    fits = [everyone[number][0] for number in range(len(images))]
     each = {field.name: torch.stack([getattr(fit, field.name) for fit in fits]) for field in fields(OfParts)}
-    taken = max(merged(n_taken).values())
+    taken = max(n_frames for _, n_frames in everyone.values())
     # Made in inference mode, they could be used in no graph of gradients.
     target, ends = None if wanted is None else wanted.clone(), ends.clone()
     return Attribution(

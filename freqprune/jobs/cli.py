@@ -6,6 +6,7 @@ import ctypes
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -189,6 +190,10 @@ def _run(task: Callable[[], Any], name: str) -> None:
         if message is None:
             raise
         fail(message)
+    except KeyboardInterrupt:
+        # How to go on has been said by then.
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def heed_quiet() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ from freqprune.jobs.explain_settings import PIXEL_BASELINES, Explaining, Photogr
 from freqprune.jobs.launch import in_all_processes
 from freqprune.jobs.launched import launched
 from freqprune.jobs.photographs import read_classes, read_images, read_segments
+from freqprune.jobs.so_far import FOLDER, kept
 from freqprune.networks import (
     CIFAR10,
     CIFAR10_CLASSES,
@@ -92,27 +94,29 @@ def _explained(
     classes = _classes(asked, net, pixels[:1], stored)
     if is_first:
         announce_explaining(out, net, pixels, tags)
-    found = attribute_fine(
-        net,
-        pixels,
-        tags.target,
-        parts=tags.parts,
-        grid=tags.grid if isinstance(tags.grid, int) else (tags.grid[0], tags.grid[1]),
-        segments=None if tags.segments is None else read_segments(tags.segments),
-        n_segments=tags.n_segments,
-        refine=tags.refine,
-        forwards=tags.forwards,
-        until=tags.until,
-        score=tags.score,
-        baseline=_baseline(tags.baseline, pixels, takes),
-        steepness=tags.steepness,
-        overlap=tags.overlap,
-        mean=takes.mean,
-        std=takes.std,
-        half=tags.half,
-        seed=whose.seed,
-        progress=assembly.bars(),
-    )
+    with kept(out, asked, net, is_first) as cache:
+        found = attribute_fine(
+            net,
+            pixels,
+            tags.target,
+            parts=tags.parts,
+            grid=tags.grid if isinstance(tags.grid, int) else (tags.grid[0], tags.grid[1]),
+            segments=None if tags.segments is None else read_segments(tags.segments),
+            n_segments=tags.n_segments,
+            refine=tags.refine,
+            forwards=tags.forwards,
+            until=tags.until,
+            score=tags.score,
+            baseline=_baseline(tags.baseline, pixels, takes),
+            steepness=tags.steepness,
+            overlap=tags.overlap,
+            mean=takes.mean,
+            std=takes.std,
+            half=tags.half,
+            seed=whose.seed,
+            progress=assembly.bars(),
+            cache=cache,
+        )
     names = _names(paths)
     objects = {"pixels": pixels, "names": names, "net": net}
     if not is_first:
@@ -120,6 +124,7 @@ def _explained(
     _forget(out)
     record.write(out, cfg)
     _write(out, asked, found, pixels, names, classes)
+    shutil.rmtree(out / FOLDER, ignore_errors=True)
     sure = sum(int(found.significant(number, asked.telling.alpha).sum()) for number in range(len(names)))
     images = f"{len(names)} image{'' if len(names) == 1 else 's'}"
     most = "at most " if tags.until is not None else ""

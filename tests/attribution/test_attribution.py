@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from freqprune.attribution.effects import estimate
+from freqprune.attribution.effects import OfParts, estimate
 from freqprune.attribution.gates import check_apart, gates, halves, opened, overlapped, waves
 from freqprune.attribution.images import attribute
 from freqprune.attribution.scores import compares_classes, read
@@ -135,6 +136,48 @@ def test_recordings_follow_from_the_error_asked_for() -> None:
     assert more.standard_error.max() <= barely
     again = attribute(net, IMAGES[:1], grid=4, forwards=1024, until=1e9)
     assert torch.equal(again.effects, rough.effects)
+
+
+@pytest.mark.parametrize("until", [None, 1e9])
+def test_what_is_in_a_cache_is_not_recorded_again(until: float | None) -> None:
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.n_frames, self.left = build_model({"name": "resnet8"}).eval(), 0, 10**9
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.n_frames += len(x)
+            self.left -= len(x) > 4
+            if not self.left:
+                raise KeyboardInterrupt
+            return self.net(x)
+
+    net, cache = Counted(), dict[str, tuple[OfParts, int]]()
+    asked: dict[str, Any] = {"grid": 4, "forwards": 128, "until": until}
+    expected = attribute(net, IMAGES, **asked)
+    whole, net.n_frames = net.n_frames, 0
+    # Broken off in the recordings of the second image.
+    net.left = 3 if until is None else 2
+    with pytest.raises(KeyboardInterrupt):
+        attribute(net, IMAGES, **asked, cache=cache)
+    assert len(cache) == 1
+    net.n_frames, net.left = 0, 10**9
+    found = attribute(net, IMAGES, **asked, cache=cache)
+    assert (whole - net.n_frames, found.forwards) == ((128, 128) if until is None else (64, 64))
+    for name in (*(field.name for field in fields(OfParts)), "target", "whole", "baseline", "parts"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+    # All that they hang on is in the keys, and nothing else: the images may be others, or in another order.
+    net.n_frames = 0
+    again = attribute(net, IMAGES[[2, 0]], **asked, cache=cache)
+    assert torch.equal(again.effects, expected.effects[[2, 0]])
+    assert net.n_frames < 16
+    attribute(net, IMAGES[:1], 0, **asked, cache=cache)
+    for other in (
+        {"seed": 1}, {"steepness": 2.0}, {"overlap": 0.5}, {"forwards": 64}, {"until": 0.5}, {"grid": 3}, {"target": 1},
+        {"baseline": "grey"}, {"half": "bfloat16"}, {"mean": [0.5] * 3, "std": [0.25] * 3},
+    ):  # fmt: skip
+        attribute(net, IMAGES[:1], **{"target": 0, **asked, **other}, cache=(own := dict(cache)))
+        assert len(own) == len(cache) + 1, other
 
 
 def test_segments_and_what_is_in_none() -> None:

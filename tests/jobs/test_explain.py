@@ -4,7 +4,9 @@ import base64
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +18,12 @@ from torch import Tensor, nn
 from torchvision import models
 
 from freqprune import attribute, register_model, resnet32
+from freqprune.attribution import images as images_of_attribution
 from freqprune.errors import InputError
 from freqprune.jobs.explain import OF_PARTS, _short, explain
 from freqprune.jobs.explain_settings import Photographs, find_images
 from freqprune.jobs.photographs import read_classes, read_images, read_segments
+from freqprune.jobs.so_far import FOLDER
 from freqprune.networks import registry
 from freqprune.networks.checkpoint import save_pruned
 from freqprune.networks.libraries import preprocessing
@@ -404,6 +408,41 @@ def test_half_a_file_of_an_earlier_explanation_is_written_anew(left: bytes, imag
     explain(asked(tmp_path, f"images={images / 'a.png'}", "pretrained=true"))
     with np.load(tmp_path / "attribution.npz") as found:
         assert found["names"].tolist() == ["1_a"]
+
+
+def test_an_explanation_that_broke_off_goes_on(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    counted, fitted = [0], images_of_attribution._fitted
+
+    def breaks_off(*args: Any) -> Any:
+        counted[0] += 1
+        if counted[0] == 3:
+            raise KeyboardInterrupt
+        return fitted(*args)
+
+    monkeypatch.setattr(images_of_attribution, "_fitted", breaks_off)
+    words = (f"images={images}", "pretrained=true")
+    with pytest.raises(KeyboardInterrupt):
+        explain(asked(tmp_path / "out", *words))
+    assert f"to go on: the same command with hydra.run.dir={tmp_path / 'out'}" in capfd.readouterr().out
+    kept = sorted((tmp_path / "out" / FOLDER).rglob("*.*"))
+    assert [path.suffix for path in kept] == [".npz"] * 2
+    # Half a file is none, and what another network or score answers is something else.
+    kept[0].write_bytes(kept[0].read_bytes()[:1000])
+    shutil.copytree(tmp_path / "out", tmp_path / "other")
+    counted[0] = 3
+    found, _ = explain(asked(tmp_path / "out", *words))
+    assert counted[0] == 3 + 2
+    assert "going on with what an interrupted explanation has left" in capfd.readouterr().out
+    whole, _ = explain(asked(tmp_path / "whole", *words))
+    for name in OF_PARTS:
+        assert torch.equal(getattr(found, name), getattr(whole, name))
+    assert not (tmp_path / "out" / FOLDER).exists()
+    counted[0] = 3
+    explain(asked(tmp_path / "other", *words, "score=probability"))
+    assert counted[0] == 3 + 3
+    assert "going on" not in capfd.readouterr().out
 
 
 def test_a_run_is_no_folder_to_explain_into(images: Path, tmp_path: Path) -> None:
