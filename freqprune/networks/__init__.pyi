@@ -52,6 +52,7 @@ from .profiling import macs_by_layer as macs_by_layer
 from .profiling import peak_memory as peak_memory
 from .registry import build_model as build_model
 from .registry import config_of as config_of
+from .registry import is_known as is_known
 from .registry import model_names as model_names
 from .registry import register_model as register_model
 from .resnet import BasicBlock as BasicBlock

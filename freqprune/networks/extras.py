@@ -65,7 +65,9 @@ def set_extras(net: nn.Module, given: Mapping[str, Any]) -> None:
 _SETTINGS = (
     "kernel_size", "stride", "padding", "dilation", "padding_mode", "ceil_mode", "count_include_pad", "output_size",
     "scale_factor", "upscale_factor", "mode", "eps", "num_groups", "normalized_shape", "negative_slope", "alpha",
-    "approximate", "start_dim", "end_dim", "transform_input",
+    "approximate", "start_dim", "end_dim", "transform_input", "align_corners", "size",
+    "output_padding", "num_heads", "n_heads",
+    "min_val", "max_val", "beta", "threshold",
 )  # fmt: skip
 
 

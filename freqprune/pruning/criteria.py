@@ -116,7 +116,7 @@ def activation_score(evidence: Evidence, layer: str) -> Tensor:
     return total / len(images)
 
 
-@criterion("effect", "labels")
+@criterion("effect", "labels", "logits")
 def effect_score(evidence: Evidence, layer: str) -> Tensor:
     """How far the logits move when the filter opens, squared, with the layer's other filters half open: read off tags
     on all of them at once, see `freqprune.filter_effects`; without a gradient. Nothing makes up for the filter."""
@@ -261,13 +261,13 @@ def fpgm_score(evidence: Evidence, layer: str) -> Tensor:
     return _by_torch_pruning(evidence, layer, tp.importance.FPGMImportance(normalizer=None))
 
 
-@criterion("taylor", "graph", "labels")
+@criterion("taylor", "graph", "loss")
 def taylor_score(evidence: Evidence, layer: str) -> Tensor:
     """Absolute weight times gradient of the loss (Molchanov et al. 2019), by torch-pruning."""
     return _by_torch_pruning(evidence, layer, tp.importance.GroupTaylorImportance(normalizer=None), 0)
 
 
-@criterion("hessian", "graph", "labels")
+@criterion("hessian", "graph", "loss")
 def hessian_score(evidence: Evidence, layer: str) -> Tensor:
     """Squared weight times squared gradient of single losses, the diagonal of the Fisher matrix (Optimal Brain Damage),
     by torch-pruning."""

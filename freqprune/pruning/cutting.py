@@ -73,7 +73,7 @@ def cut(
     """
     check_folder(recipe)
     example = material.normalize(material.images[:1].to(device_of(net)))
-    plan, chosen = plan_cut(net, example, recipe)
+    plan, chosen = plan_cut(net, example, recipe, None if material.labelled is None else material.labelled[1])
     clock: list[Clock] = []
     if recipe.amount.by_time:
         # What is timed in one process is timed while the others wait.

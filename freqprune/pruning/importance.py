@@ -125,7 +125,7 @@ Criterion = Callable[[Evidence, str], Tensor]
 
 # Of these a response to the tags has all.
 OF_TAGS = frozenset({"tags", "noise", "intermodulation"})
-NEEDS = ("tags", "noise", "intermodulation", "graph", "moments", "gradients", "labels", "frames")
+NEEDS = ("tags", "noise", "intermodulation", "graph", "moments", "logits", "gradients", "labels", "loss", "frames")
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,8 @@ def criterion(name: str, *needs: str) -> Callable[[Criterion], Criterion]:
         name: the name.
         needs: what it reads of the `Evidence` beside the network: ``"tags"`` (the response), ``"noise"`` (a response
             measured with noise), ``"intermodulation"`` (one to parts that combine), ``"graph"``, ``"moments"``,
-            ``"gradients"`` (of the logits), ``"labels"``, ``"frames"``.
+            ``"logits"`` (a classifier's answer), ``"gradients"`` (of the logits), ``"labels"`` (labelled images),
+            ``"loss"`` (gradients of the cross-entropy of these), ``"frames"``.
     """
     unknown = sorted(set(needs) - set(NEEDS))
     if unknown:
@@ -159,6 +160,8 @@ def criterion(name: str, *needs: str) -> Callable[[Criterion], Criterion]:
     def register(score: Criterion) -> Criterion:
         implied = {"tags"} if {"noise", "intermodulation"} & set(needs) else set()
         implied |= {"graph"} if {"moments", "gradients"} & set(needs) else set()
+        implied |= {"logits"} if {"gradients", "loss"} & set(needs) else set()
+        implied |= {"labels"} if "loss" in needs else set()
         _CRITERIA[name] = _Entry(score, frozenset(needs) | implied)
         return score
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.networks import IndexShortcut, Trace, device_of
+from freqprune.networks import IndexShortcut, Trace, check_answers, device_of, evaluating, first
 from freqprune.pruning.blocks import answers_without
 from freqprune.pruning.compensation import readers_of
 from freqprune.pruning.criteria import needs
@@ -20,19 +20,21 @@ from freqprune.pruning.trials import misread_units, stuck_blocks
 from freqprune.tagging import pick_layers
 
 
-def plan_cut(net: nn.Module, example: Tensor, recipe: Recipe) -> tuple[Plan, list[str]]:
+def plan_cut(net: nn.Module, example: Tensor, recipe: Recipe, labels: Tensor | None = None) -> tuple[Plan, list[str]]:
     """What may be removed, and which of it the recipe picks, without what torch-pruning misreads, after checking that
-    the tags will tell what the criterion asks for.
+    the tags will tell what the criterion asks for; `labels` are those of images that it may take the loss of.
 
     Raises:
         InputError: for patterns that match nothing or pick what cannot go, or tag settings that leave the criterion
-            without its readings; for a network on a device without float64, where the cut needs it.
+            without its readings; for a network that answers with no logits, or labels that are no classes of it, where
+            the criterion reads these; for a network on a device without float64, where the cut needs it.
     """
     if recipe.needs_float64 and device_of(net).type == "mps":
         raise InputError(
             "this cut solves equations in float64, which Apple's accelerator does not have: move the network to the "
             "CPU (trainer=cpu), or use importance=l2, which needs none"
         )
+    _check_answer(net, example, recipe.criterion, labels)
     plan = Plan(net, example, blocks=recipe.with_blocks)
     # Where some have gone in an earlier step, there may be no other.
     needed = recipe.blocks and not plan.gone
@@ -95,6 +97,35 @@ def plan_cut(net: nn.Module, example: Tensor, recipe: Recipe) -> tuple[Plan, lis
                 "default 0.02, or importance=amplitude"
             )
     return plan, chosen
+
+
+def _check_answer(net: nn.Module, example: Tensor, criterion: str, labels: Tensor | None) -> None:
+    """Raise InputError for answers, or labels, that a criterion can make nothing of."""
+    if "logits" not in needs(criterion):
+        return
+    check_answers(net, example)
+    with evaluating(net), torch.no_grad():
+        shape = tuple(first(net(example)).shape)
+    others = "use another criterion, such as importance=redundancy, snr or l2"
+    if len(shape) != 2:
+        raise InputError(
+            f"importance.criterion = {criterion} reads logits, (n_images, n_classes), and {type(net).__name__} answers "
+            f"{shape}; {others}"
+        )
+    if "loss" not in needs(criterion):
+        return
+    if shape[1] < 2:
+        raise InputError(
+            f"importance.criterion = {criterion} reads the cross-entropy of two classes or more, and "
+            f"{type(net).__name__} answers with {shape[1]} number an image; {others}"
+        )
+    if labels is None or not len(labels):
+        return
+    if labels.is_floating_point() or not 0 <= int(labels.min()) <= int(labels.max()) < shape[1]:
+        raise InputError(
+            f"importance.criterion = {criterion} reads labels, whole numbers in [0, {shape[1] - 1}], got "
+            f"{labels.dtype} in [{labels.min():g}, {labels.max():g}]; {others}"
+        )
 
 
 def _check_readers(plan: Plan, chosen: Sequence[str]) -> None:

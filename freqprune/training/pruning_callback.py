@@ -14,7 +14,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.networks import config_of, drop_blocks, dropped_blocks, left_by, picks_of_shortcuts
+from freqprune.networks import config_of, drop_blocks, dropped_blocks, is_known, left_by, picks_of_shortcuts
 from freqprune.processes import from_first, shared_work
 from freqprune.pruning import (
     Material,
@@ -117,6 +117,9 @@ class TagPruning(TagsInTraining):
             state = checkpoint.get("callbacks", {}).get(self.state_key)
             if state is not None and not self._fits(pl_module, checkpoint["state_dict"]):
                 self._rebuild(pl_module, state)
+            elif state is not None and state["kept"]:
+                # It was cut by another callback.
+                self._made = self._net(pl_module)
             loading(checkpoint)
 
         def tell_of_cuts(checkpoint: dict[str, Any]) -> None:
@@ -166,7 +169,8 @@ class TagPruning(TagsInTraining):
             setattr(pl_module, name, small)
         self._made = small
         config, gone = config_of(small), dropped_blocks(small)
-        if config and isinstance(pl_module.hparams.get("model"), Mapping):
+        # What others call so is their own.
+        if config and is_known(pl_module.hparams.get("model")):
             pl_module.hparams["model"] = config
             if gone:
                 pl_module.hparams["blocks"] = gone
@@ -210,7 +214,8 @@ class TagPruning(TagsInTraining):
                 "hold no labels: let them be (images, labels), or use another criterion"
             )
         try:
-            plan, _ = plan_cut(self._net(pl_module), material.normalize(images[:1]), self.recipe)
+            labels = None if material.labelled is None else material.labelled[1]
+            plan, _ = plan_cut(self._net(pl_module), material.normalize(images[:1]), self.recipe, labels)
             if self.recipe.amount.by_time and not self.kept:
                 with shared_work():
                     from_first(check_time, plan, material, self.recipe)
@@ -294,10 +299,10 @@ class TagPruning(TagsInTraining):
         return net
 
     def _example(self, pl_module: pl.LightningModule, shape: Sequence[int] | None) -> Tensor:
-        """Input for tracing before any data are loaded: the module's own example, or of a shape that is known; of a
-        checkpoint of an earlier version, the size of its first layer and 32 x 32 pixels."""
+        """Input for tracing before any data are loaded: of a shape that is known; of a checkpoint of an earlier version
+        the module's own example, or the size of its first layer and 32 x 32 pixels."""
         example = getattr(pl_module, "example_input_array", None)
-        if isinstance(example, Tensor):
+        if shape is None and isinstance(example, Tensor):
             return example
         first = next(m for m in self._net(pl_module).modules() if isinstance(m, nn.modules.conv._ConvNd))
         return torch.zeros(1, *(shape or (first.in_channels, 32, 32)), device=first.weight.device)

@@ -6,6 +6,8 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
 from pytorch_lightning.strategies import DDPStrategy
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from freqprune.errors import InputError
 from freqprune.networks import dtype_of
@@ -66,6 +68,14 @@ def check_module(trainer: pl.Trainer, pl_module: pl.LightningModule, attribute: 
             f"{type(pl_module).__name__} has layers of {attribute}.* as {beside} too, which would stay as they were: "
             f"let it run {attribute} only, without another name for a part of it"
         )
+    _check_hooks(net, attribute)
+    shapes = [value.shape for value in net.state_dict().values()]
+    for name, one in pl_module.named_modules():
+        if isinstance(one, AveragedModel) and [value.shape for value in one.module.state_dict().values()] == shapes:
+            raise InputError(
+                f"TagPruning replaces {attribute}, and {type(pl_module).__name__}.{name} would go on averaging the old "
+                "one: use one of them, or prune with prune.py between two runs"
+            )
     for one in trainer.optimizers:
         # As Lightning tells a ZeroRedundancyOptimizer.
         if (isinstance(one, torch.optim.LBFGS) or hasattr(one, "consolidate_state_dict")) and inside & _parameters(one):
@@ -77,6 +87,22 @@ def check_module(trainer: pl.Trainer, pl_module: pl.LightningModule, attribute: 
             f"TagPruning cuts networks in float32, this one is in {str(dtype_of(net)).removeprefix('torch.')}; use "
             "precision=bf16-mixed or 16-mixed, which leave the weights as they are, or 32-true"
         )
+
+
+def _check_hooks(net: nn.Module, attribute: str) -> None:
+    """Raise InputError for hooks that are methods of a module or callback around the network, which a copy of it would
+    copy too."""
+    inside = set(net.modules())
+    for name, module in net.named_modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+            for hook in hooks.values():
+                owner = getattr(getattr(hook, "func", hook), "__self__", None)
+                if isinstance(owner, nn.Module | pl.Callback) and owner not in inside:
+                    raise InputError(
+                        f"a hook of {'.'.join(filter(None, [attribute, name]))} is a method of {type(owner).__name__}, "
+                        "of which the smaller network would call a copy: register a function, or read the layer "
+                        "where the network is run"
+                    )
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> set[torch.nn.Parameter]:

@@ -333,6 +333,28 @@ def test_networks_that_their_config_does_not_build_are_not_saved(what: str, tmp_
     assert not (tmp_path / "p.ckpt").exists()
 
 
+def test_settings_that_no_tensor_holds_are_compared(tmp_path: Path) -> None:
+    class Maps(nn.Module):
+        def __init__(self, num_classes: int = 4, align: bool = False, heads: int = 2) -> None:
+            super().__init__()
+            self.up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=align)
+            self.conv, self.attention = nn.Conv2d(3, 8, 1), nn.MultiheadAttention(8, heads, batch_first=True)
+            self.head = nn.Linear(8, num_classes)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(self.up(x)).flatten(2).mT
+            return self.head(self.attention(x, x, x)[0].mean(1))  # type: ignore[no-any-return]
+
+    register_model("maps", Maps)
+    for given, where in (({"align": True}, "up"), ({"heads": 4}, "attention")):
+        net = build_model({"name": "maps", **given})
+        with pytest.raises(InputError, match=where):
+            save_pruned(tmp_path / "p.ckpt", net, {}, model={"name": "maps"})
+        save_pruned(tmp_path / "p.ckpt", net, {}, model={"name": "maps", **given})
+        x = torch.rand(1, 3, 8, 8)
+        torch.testing.assert_close(load_pruned(tmp_path / "p.ckpt")(x), net.eval()(x))
+
+
 def test_a_dropout_that_was_taken_out_changes_no_answer(tmp_path: Path) -> None:
     net = build_model({"name": "torchvision/mobilenet_v2", "num_classes": 4}).eval()
     net.classifier[0] = nn.Identity()  # type: ignore[index, operator]

@@ -1,6 +1,7 @@
 """Pruning while a module of one's own trains: what is refused before epochs are lost, and what a checkpoint needs."""
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
 from freqprune.errors import InputError
@@ -64,9 +66,12 @@ class Own(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
 
-def loader(scale: float = 1.0, labels: bool = True) -> DataLoader[Any]:
+def loader(
+    scale: float = 1.0, labels: bool = True, first: int = 0, dtype: torch.dtype = torch.int64
+) -> DataLoader[Any]:
     images = torch.rand(16, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * scale
-    return DataLoader(TensorDataset(images, *([torch.arange(16) % 10] if labels else [])), 8)
+    numbers = (torch.arange(16) % 10 + first).to(dtype)
+    return DataLoader(TensorDataset(images, *([numbers] if labels else [])), 8)
 
 
 def cutting(recipe: Recipe = RECIPE, epochs: tuple[int, ...] = (1,)) -> TagPruning:
@@ -123,6 +128,12 @@ def test_a_second_module_begins_without_the_cuts_of_the_first(tmp_path: Path) ->
             {"labels": False},
             r"no labels: let them be \(images, labels\)",
         ),
+        (
+            Recipe(Amount(ratio=0.25), criterion="taylor"),
+            {"dtype": torch.float32},
+            r"whole numbers in \[0, 9\], got tor",
+        ),
+        (Recipe(Amount(ratio=0.25), criterion="hessian"), {"first": 7}, r"in \[0, 9\], got torch.int64 in \[7, 10\]"),
     ],
 )
 def test_what_the_cut_would_refuse_is_refused_before_the_first_epoch(
@@ -132,6 +143,81 @@ def test_what_the_cut_would_refuse_is_refused_before_the_first_epoch(
     with pytest.raises(InputError, match=message):
         trainer(tmp_path, cutting(recipe), max_epochs=2).fit(module, loader(**given), loader(**given))
     assert module.n_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("criterion", "ends", "message"),
+    [
+        (
+            "taylor",
+            [nn.Linear(6, 1), nn.Flatten(0)],
+            r"reads logits, \(n_images, n_classes\), and Sequential answers \(1,\)",
+        ),
+        ("taylor", [nn.Linear(6, 1)], "of two classes or more, and Sequential answers with 1 number an image"),
+        ("logit_error", [nn.Unflatten(1, (1, 2, 3))], r"and Sequential answers \(1, 1, 2, 3\); use another criterion"),
+        ("effect", [nn.Unflatten(1, (1, 2, 3))], r"and Sequential answers \(1, 1, 2, 3\); use another criterion"),
+    ],
+)
+def test_answers_that_a_criterion_can_make_nothing_of_are_refused_before_the_first_epoch(
+    criterion: str, ends: list[nn.Module], message: str, tmp_path: Path
+) -> None:
+    module = Own()
+    layers = [nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    module.net = nn.Sequential(*layers, *ends)  # type: ignore[assignment]
+    recipe = Recipe(Amount(ratio=0.25), criterion)
+    with pytest.raises(InputError, match=message):
+        trainer(tmp_path, cutting(recipe), max_epochs=2).fit(module, loader(), loader())
+    assert module.n_steps == 0
+    # What reads none of it cuts.
+    trainer(tmp_path, cutting(Recipe(Amount(ratio=0.25, scope="layer"), "activation")), max_epochs=2).fit(
+        module, loader(dtype=torch.float32), loader(dtype=torch.float32)
+    )
+    assert module.net[0].out_channels == 3  # type: ignore[index]
+
+
+def test_a_checkpoint_says_itself_what_the_network_takes(tmp_path: Path) -> None:
+    class Pairs(Own):
+        example_input_array = torch.zeros(1, 2, 1, 28, 28)
+
+        def forward(self, pairs: Tensor) -> Tensor:
+            return self.net(pairs.flatten(0, 1))  # type: ignore[no-any-return]
+
+    run = trainer(tmp_path, cutting(), max_epochs=2)
+    run.fit(Pairs(), loader(), loader())
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    again = Pairs()
+    trainer(tmp_path, cutting(), max_epochs=3).fit(
+        again, loader(), loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True
+    )
+    assert (again.n_steps, again.net.conv1.out_channels) == (2, 3)
+
+
+def test_hyper_parameters_of_others_are_left_as_they_are(tmp_path: Path) -> None:
+    class Theirs(Own):
+        def __init__(self, model: dict[str, Any]) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self.net = build_model({"name": model["backbone"]})  # type: ignore[assignment]
+
+    module = Theirs({"backbone": "resnet8", "smoothing": 0.1})
+    images = DataLoader(TensorDataset(torch.rand(8, 3, 16, 16), torch.arange(8)), 8)
+    trainer(tmp_path, cutting(), max_epochs=2).fit(module, images, images)
+    assert module.hparams["model"] == {"backbone": "resnet8", "smoothing": 0.1}
+    assert "blocks" not in module.hparams
+
+
+def test_a_new_callback_for_a_module_that_was_cut_knows_what_its_shortcuts_pick(tmp_path: Path) -> None:
+    recipe = Recipe(Amount(ratio=0.5, scope="layer"), "l2", streams=True)
+    module, data = Classifier({"name": "resnet8"}, lr=0.1), digits()
+    run = trainer(tmp_path, cutting(recipe, (0,)), max_epochs=1)
+    run.fit(module, data)
+    run.save_checkpoint(tmp_path / "first.ckpt")
+    again = trainer(tmp_path, cutting(recipe, (0,)), max_epochs=2)
+    again.fit(module, data, ckpt_path=tmp_path / "first.ckpt", weights_only=True)
+    again.save_checkpoint(tmp_path / "second.ckpt")
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(load_network(tmp_path / "second.ckpt").net.eval()(x), module.net.eval()(x))
 
 
 @pytest.mark.parametrize("kind", ["Adam", "Adafactor"])
@@ -214,7 +300,24 @@ def test_other_names_for_layers_and_lists_of_parameters_are_refused(tmp_path: Pa
 
             return ZeroRedundancyOptimizer(self.parameters(), lr=0.01)
 
+    class Averages(Own):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ema = AveragedModel(self.net)
+
+    class Listens(Own):
+        def __init__(self, *given: Any) -> None:
+            super().__init__()
+            self.seen: Any = None
+            self.net.conv1.register_forward_hook(partial(self._keep, *given) if given else self._keep)
+
+        def _keep(self, *args: Any) -> None:
+            self.seen = args[-1]
+
     for module, message in (
+        (Averages(), r"Averages\.ema would go on averaging the old one"),
+        (Listens(), r"a hook of net\.conv1 is a method of Listens"),
+        (Listens(1), r"a hook of net\.conv1 is a method of Listens"),
         (TwoNames(), r"has layers of net\.\* as features.0"),
         (Quasi(), "of which LBFGS keeps a list"),
         (Shards(), "of which ZeroRedundancyOptimizer keeps a list"),
