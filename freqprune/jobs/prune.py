@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.jobs import assembly, trainers
@@ -26,7 +27,7 @@ from freqprune.networks import Stored, check_export, device_of
 from freqprune.processes import from_first, rank_and_size
 from freqprune.pruning import Verdict, check_folder, judge, needs, plan_cut
 from freqprune.reports import record
-from freqprune.tagging import TagResponse, in_sight, pick_layers, tag, unread_layers
+from freqprune.tagging import TagResponse, find_sites, in_sight, pick_layers, tag, unread_layers
 from freqprune.training import ImageData
 
 log = logging.getLogger(__name__)
@@ -66,11 +67,6 @@ def _pruned(
     stored = _network_to_prune(settings) if dense is None else Stored(dense, {})
     net = stored.net
     pick_layers(net, settings.readout.layers)
-    if first and settings.readout.layers is None and (unread := unread_layers(net)):
-        log.warning(
-            "tags are read at convolutions only, and most layers of this network are linear: name those to look at, "
-            "such as tagging.layers='%s'", unread,
-        )  # fmt: skip
     assembly.seed(settings.common)
     data = data or assembly.load_data(assembly.data_settings(settings))
     assembly.check_match(net, data, stored)
@@ -78,6 +74,8 @@ def _pruned(
     device = trainers.chosen_device(settings)
     net = net.to(device).to(memory_format=torch.channels_last).eval()
     run = Run(settings, data, device, first)
+    if first and settings.readout.layers is None:
+        _tell_of_unread(net, run.example)
     planned = None if settings.recipe is None else plan_cut(net, run.example, settings.recipe)
     if planned:
         check_finetuning(settings, data)
@@ -121,6 +119,18 @@ def _pruned(
     run.finish()
     run.tell(net, verdict)
     return run.metrics, {"response": response, "verdict": verdict, "kept": kept, "net": small}
+
+
+def _tell_of_unread(net: nn.Module, example: Tensor) -> None:
+    """Warn of a network most of whose layers are not looked at."""
+    unread = unread_layers(net)
+    # Where layers run over windows they cannot be.
+    with suppress(InputError):
+        if unread and find_sites(net, example, pick_layers(net, unread)):
+            log.warning(
+                "tags are read at convolutions only, and most layers of this network are linear: name those to look "
+                "at, such as tagging.layers='%s'", unread,
+            )  # fmt: skip
 
 
 def _spare_cut(settings: Settings) -> None:

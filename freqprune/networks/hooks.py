@@ -20,6 +20,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
+        # What modules keep of their runs in eval mode, as LeViT does its biases, they let go of when it is set.
+        model.eval()
         for module, mode in training.items():
             module.training = mode
 

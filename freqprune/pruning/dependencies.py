@@ -68,6 +68,9 @@ def dependency_graph(model: nn.Module, example: Tensor) -> tuple[nn.Module, tp.D
     except Exception as error:
         # torch-pruning raises whatever it trips over, down to ZeroDivisionError.
         return twin, error
+    finally:
+        # What modules keep of a run in eval mode has a graph of gradients, and could not be copied.
+        twin.eval()
     return twin, graph
 
 

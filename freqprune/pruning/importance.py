@@ -108,7 +108,8 @@ class Evidence:
         n_images = sum(len(labels) for _, labels in self.labelled)
         for images, labels in self.labelled:
             for image, label in zip(images, labels, strict=True):
-                twin.zero_grad()
+                # In eval mode modules may keep what they made of their parameters, and let go of it when it is set.
+                twin.eval().zero_grad()
                 nn.functional.cross_entropy(first(twin(image[None])), label[None]).backward()
                 for name, parameter in twin.named_parameters():
                     if parameter.grad is not None:

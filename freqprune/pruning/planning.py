@@ -17,7 +17,7 @@ from freqprune.pruning.recipe import Recipe
 from freqprune.pruning.selection import select
 from freqprune.pruning.surgery import Plan
 from freqprune.pruning.trials import misread_units, stuck_blocks
-from freqprune.tagging import pick_layers
+from freqprune.tagging import find_sites, pick_layers
 
 
 def plan_cut(net: nn.Module, example: Tensor, recipe: Recipe, labels: Tensor | None = None) -> tuple[Plan, list[str]]:
@@ -85,6 +85,7 @@ def plan_cut(net: nn.Module, example: Tensor, recipe: Recipe, labels: Tensor | N
         # Left to itself, a cut records what it needs.
         recorded = None if given is None else pick_layers(net, given)
         members = [member for name in chosen for member in plan.unit(name).members]
+        find_sites(net, example, members)
         unread = [] if recorded is None else [member for member in members if member not in recorded]
         if unread:
             raise InputError(

@@ -125,7 +125,17 @@ def find_sites(
     calls, produced = probe(model, example, wanted)
     missing = [name for name in wanted if name not in produced]
     if missing:
-        raise InputError(f"the forward never runs {', '.join(missing)}; leave these layers out")
+        tops = [dict.fromkeys(name.partition(".")[0] for name in names) for names in (produced, missing)]
+        ran = [f"{name}*" for name in tops[0] if name not in tops[1]]
+        others = f", such as layers={ran}" if ran else ""
+        raise InputError(f"the forward never runs {', '.join(missing)}; name others with layers=...{others}")
+    in_rows = [name for name in wanted if produced[name][0].shape[:1] != example.shape[:1]]
+    if in_rows:
+        raise InputError(
+            f"{', '.join(in_rows)}: the first dimension of what {'they answer' if len(in_rows) > 1 else 'it answers'} "
+            "does not count images, as where layers run over windows; leave them out (tagging.layers, of a cut "
+            f"pruning.exclude=[{','.join(in_rows)}])"
+        )
     runs = Counter(call.module for call in calls if call.kind == "module")
     sites = [
         _follow(name, modules[name], tensor, start, calls, where)

@@ -34,7 +34,8 @@ class Optimization:
         momentum: momentum of SGD; others have theirs in `arguments`.
         nesterov: Nesterov's form of it.
         weight_decay: L2 penalty (of AdamW and the like: decoupled decay).
-        decay_norms: on weights of norms and on biases too, not only on those of convolutions and linear layers.
+        decay_norms: on weights of norms, on biases, and on tokens, positions and scales of transformers too, not only
+            on weights of convolutions and linear layers.
         schedule: ``"cosine"`` to zero; ``"step"``: times `gamma` at every milestone; ``"one_cycle"``: up from 1/25 and
             down to 1/250,000 in halves of a cosine (Smith & Topin 2018, arXiv 1708.07120); ``"constant"``.
         milestones: shares of the training.
@@ -124,10 +125,13 @@ class Optimization:
             del own["weight_decay"]
         parameters: Any = net.parameters()
         if not self.decay_norms:
-            parameters = [
-                {"params": [p for p in net.parameters() if p.dim() > 1]},
-                {"params": [p for p in net.parameters() if p.dim() <= 1], "weight_decay": 0.0},
-            ]
+            decayed: list[nn.Parameter] = []
+            spared: list[nn.Parameter] = []
+            for name, one in net.named_parameters():
+                # Tokens, positions, tables of biases and scales may have several dimensions; none is called a weight.
+                weighs = one.dim() > 1 and any("weight" in part for part in name.split(".")[-2:])
+                (decayed if weighs else spared).append(one)
+            parameters = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
         try:
             return kind(parameters, **{**own, **self.further})
         except (TypeError, ValueError) as error:

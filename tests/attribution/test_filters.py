@@ -283,7 +283,7 @@ def test_layers_whose_first_dimension_is_not_the_frames_are_refused() -> None:
             tokens = self.conv(x).flatten(2).permute(2, 0, 1)
             return self.fc2(torch.relu(self.fc1(tokens))).mean(0)  # type: ignore[no-any-return]
 
-    with pytest.raises(InputError, match="its first dimension does not count frames"):
+    with pytest.raises(InputError, match="the first dimension of what it answers does not count images"):
         filter_effects(Windows(), torch.rand(1, 3, 16, 16), "fc1")
     with pytest.raises(InputError, match="steepness must be at least 1"):
         filter_effects(Windows(), torch.rand(1, 3, 16, 16), "fc1", steepness=0)

@@ -1,5 +1,6 @@
 """One cut from images to a smaller network, and the callback that cuts during training."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -522,3 +523,52 @@ def test_layers_that_cannot_be_followed_are_named() -> None:
     net, x = tokens("talking"), torch.rand(2, 3, 32, 32)
     remarks = cut(net, Material(x, lambda p: p), Recipe(Amount(ratio=0.3), "l2"), Stimulus()).remarks
     assert any("1 layers keep their filters, as their channels cannot be followed: attn.qkv" in one for one in remarks)
+
+
+class Keeps(nn.Module):
+    """Makes its bias once in eval mode, as the attention of LeViT does, and lets go of it when a mode is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3)
+        self.table, self.head, self.made = nn.Parameter(torch.randn(1, 3)), nn.Linear(6, 3), dict[int, Tensor]()
+
+    def train(self, mode: bool = True) -> "Keeps":
+        super().train(mode)
+        self.made.clear()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or not self.made:
+            self.made[0] = self.table[:, [2, 0, 1]]
+        return self.head(torch.relu(self.conv2(torch.relu(self.conv1(x)))).mean((2, 3))) + self.made[0]
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "hessian", "logit_redundancy", "logit_error", "amplitude"])
+def test_networks_that_keep_what_they_made_in_eval_mode_are_cut(criterion: str) -> None:
+    torch.manual_seed(0)
+    given = material(labelled=(PIXELS, torch.arange(6) % 3), calibration=PIXELS)
+    done = cut(Keeps(), given, Recipe(Amount(ratio=0.25, scope="layer"), criterion), Stimulus(max_order=1))
+    assert done.net.conv1.out_channels == 6
+    copy.deepcopy(Plan(Keeps(), PIXELS[:1]).apply(done.kept, check=False))
+
+
+def test_layers_over_windows_are_refused_where_a_cut_reads_them() -> None:
+    class Windows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 4, 4)
+            self.fc1, self.fc2 = nn.Linear(8, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = self.conv(torch.relu(self.stem(x))).flatten(2).mT
+            windows = self.fc2(torch.relu(self.fc1(tokens.reshape(-1, 4, 8))))
+            return windows.reshape(len(x), -1, 3).mean(1)
+
+    half = Amount(ratio=0.5, scope="layer")
+    with pytest.raises(InputError, match=r"fc1: .*pruning\.exclude=\[fc1\]"):
+        plan_cut(Windows(), PIXELS[:1], Recipe(half, "amplitude"))
+    done = cut(Windows(), material(), Recipe(half, "amplitude", exclude=["fc1"]), Stimulus(max_order=1))
+    assert (done.net.stem.out_channels, done.net.fc1.out_features) == (4, 6)
+    # Others need not read it.
+    assert cut(Windows(), material(), Recipe(half, "l2"), Stimulus(max_order=1)).net.fc1.out_features == 3

@@ -119,6 +119,26 @@ def test_bad_requests(layers: list[str] | None, where: str, message: str, images
         find_sites(Functional(), images[:1], layers, where)
 
 
+def test_layers_that_run_over_windows_and_those_that_do_not_run_are_named_with_a_way_out(images: Tensor) -> None:
+    class Windows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc, self.aux = nn.Conv2d(3, 4, 4, 4), nn.Linear(4, 6), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            maps = self.conv(x)
+            return self.fc(maps.flatten(2).mT.flatten(0, 1)[:, None]).unflatten(0, (len(x), -1)).mean((1, 2))  # type: ignore[no-any-return]
+
+    net = Windows()
+    with pytest.raises(InputError, match=r"fc: .* it answers does not count images.*pruning\.exclude=\[fc\]"):
+        find_sites(net, images[:1], ["conv", "fc"])
+    with pytest.raises(
+        InputError, match=r"never runs aux; name others with layers=\.\.\., such as layers=\['conv\*'\]"
+    ):
+        find_sites(net, images[:1])
+    assert [site.layer for site in find_sites(net, images[:1], pick_layers(net, ["conv*"]))] == ["conv"]
+
+
 def test_no_layers_to_record(images: Tensor) -> None:
     with pytest.raises(InputError, match="no convolution and no linear layer"):
         find_sites(nn.ReLU(), images[:1])

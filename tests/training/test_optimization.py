@@ -11,6 +11,7 @@ import torch
 from sklearn.metrics import top_k_accuracy_score
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.optim.lr_scheduler import OneCycleLR
 
 from freqprune.errors import InputError
@@ -75,6 +76,10 @@ def test_decay_spares_norms_and_biases() -> None:
     assert [id(p) for p in decayed["params"]] == [id(net[0].weight), id(net[3].weight)]
     assert [id(p) for p in spared["params"]] == [id(net[0].bias), *map(id, net[1].parameters()), id(net[3].bias)]
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    vit = nn.Sequential(nn.MultiheadAttention(8, 2), weight_norm(nn.Conv2d(3, 8, 2)))
+    vit.token, vit.scale = nn.Parameter(torch.zeros(1, 1, 8)), nn.Parameter(torch.ones(8, 1, 1))
+    decayed, _ = Optimization(decay_norms=False, weight_decay=0.1).optimizer(vit).param_groups
+    assert [tuple(p.shape) for p in decayed["params"]] == [(24, 8), (8, 8), (8, 1, 1, 1), (8, 3, 2, 2)]
 
 
 @pytest.mark.parametrize(("warmup", "rise"), [(0, 0.3), (10, 0.2)])
