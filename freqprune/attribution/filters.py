@@ -160,7 +160,7 @@ def _recordings(
     at_least(1, steepness=steepness)
     n_filters = len(module.weight)
     forwards = frames_for(n_filters) if forwards is None else forwards
-    check_frames(n_filters, forwards)
+    check_frames(n_filters, forwards, "filters")
     if mean is not None or not images.is_floating_point():
         check_pixels(images)
     images = images.to(dtype_of(model))

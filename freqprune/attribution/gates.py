@@ -29,12 +29,13 @@ def frames_for(n_parts: int) -> int:
     return 4 * n_parts
 
 
-def check_frames(n_parts: int, n_frames: int) -> None:
-    """Raise InputError unless so many frames have an odd bin for every part."""
+def check_frames(n_parts: int, n_frames: int, what: str = "parts") -> None:
+    """Raise InputError unless so many frames have an odd bin for every part, or of `what` else there are so many."""
     if n_frames < frames_for(n_parts):
+        fewer = ", or fewer parts (a coarser grid)" if what == "parts" else ""
         raise InputError(
-            f"{n_parts} parts need an odd bin each: forwards must be at least {frames_for(n_parts)}, got {n_frames}; "
-            "give more forwards, or fewer parts (a coarser grid)"
+            f"{n_parts} {what} need an odd bin each: forwards must be at least {frames_for(n_parts)}, got {n_frames}; "
+            f"give more forwards{fewer}"
         )
 
 

@@ -1,4 +1,5 @@
-"""How every figure looks, what several of them draw, and saving: matplotlib without a screen."""
+"""How every figure looks, what several of them draw, and saving. Figures are made without pyplot, which a notebook
+may draw by: its screen, or that there is none, does not matter."""
 
 from __future__ import annotations
 
@@ -7,8 +8,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure

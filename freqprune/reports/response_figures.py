@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
+from freqprune.errors import InputError
 from freqprune.reports.drawing import (
     BLACK,
     BLUE,
@@ -265,7 +266,12 @@ def part_preference_over_depth(response: TagResponse, classes: Mapping[str, TagR
     Args:
         response: the response to all images.
         classes: responses by class of the images, each drawn as a line of medians.
+
+    Raises:
+        InputError: for tags on one part only.
     """
+    if len(response.stimulus.part_names) < 2:
+        raise InputError("which part drives a filter needs two parts, the stimulus has one")
     first, second = response.stimulus.part_names[:2]
     values = {layer: response.part_preference(layer) for layer in response.layers}
     groups = {name: {layer: r.part_preference(layer) for layer in r.layers} for name, r in (classes or {}).items()}

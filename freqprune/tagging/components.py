@@ -132,8 +132,8 @@ def collision(cycles: Sequence[int], n_times: int, max_order: int) -> str | None
 
 
 def find_components(names: Sequence[str] | str, available: Sequence[Component]) -> list[Component]:
-    """Pick components by name, or by one of the sets ``"fundamentals"``, ``"harmonics"``, ``"intermodulation"``,
-    ``"all"``.
+    """Pick components by name, in the order given, or by one of the sets ``"fundamentals"``, ``"harmonics"``,
+    ``"intermodulation"``, ``"all"``, in the order of frequencies: ask for ``["f1", "f2"]`` where they are to be parts.
 
     Raises:
         InputError: for a name that is neither a set, a component nor an alias of one.

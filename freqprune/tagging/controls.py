@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
+from freqprune.networks import device_of, dtype_of
 from freqprune.tagging.layers import pick_layers
 from freqprune.tagging.recording import Recorder, map_mean
 from freqprune.tagging.sites import find_sites
@@ -101,6 +102,7 @@ def torus(
         raise InputError(f"torus takes two parts, got {len(stimulus.tag_freqs)}")
     if n_phases <= 2 * stimulus.max_order:
         raise InputError(f"n_phases must be above 2 * max_order = {2 * stimulus.max_order}, got {n_phases}")
+    images = images.to(device_of(model), dtype_of(model))
     phase = torch.arange(n_phases, dtype=torch.float64) * 2 * torch.pi / n_phases
     grid = torch.stack(torch.meshgrid(phase, phase, indexing="ij")).flatten(1)
     scale = 1 - stimulus.depth + stimulus.depth * (1 + torch.sin(grid)) / 2

@@ -81,7 +81,8 @@ class TagResponse:
         return find_components(which, self.stimulus.components)
 
     def amplitude(self, layer: str, which: Sequence[str] | str = "fundamentals") -> Tensor:
-        """Clean amplitude at components, ``(n_filters, n_components)``, in units of the activation."""
+        """Clean amplitude at components, ``(n_filters, n_components)``, in units of the activation; in the order of
+        `components`: sets by frequency, whichever part has it."""
         return self.layers[layer].amplitude[:, [c.bin for c in self.components(which)]]
 
     def snr(self, layer: str, which: Sequence[str] | str = "fundamentals") -> Tensor:

@@ -212,9 +212,13 @@ def _follow(name: str, layer: nn.Module, tensor: Tensor, start: int, calls: list
             break
         at, call = consumers[0]
         # The module that returned this very tensor is where to hook; none when the network called a function.
-        owner = next(
-            (c for c in calls[at:] if c.kind == "module" and c.output == call.output and _kind(c) == stage), None
+        returned = (
+            (n, c)
+            for n, c in enumerate(calls[at:], at)
+            if c.kind == "module" and c.output == call.output and _kind(c) == stage
         )
+        # What its own hooks did with the tensor lies before it.
+        at, owner = next(returned, (at, None))
         if owner is not None:
             site = Site(name, owner.module, owner.index, stage, n_filters, channel_dim)
         elif stage == "norm" and where == "activation":

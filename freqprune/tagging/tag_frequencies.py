@@ -12,6 +12,8 @@ from freqprune.tagging.components import NEIGHBOURS, collision
 
 # To look for frequencies in; with many parts each takes long.
 MOST_TRIES = 300
+# For one tag alone, and lengths.
+MOST_BINS = 30
 
 
 def cycles_of(tag_freqs: Sequence[float], frame_rate: float, n_frames: int) -> tuple[int, ...]:
@@ -45,13 +47,9 @@ def check_tag_freqs(tag_freqs: Sequence[float], frame_rate: float, n_frames: int
             )
         cycles = freq / resolution
         if not _is_whole(cycles):
-            low, high = math.floor(cycles) * resolution, math.ceil(cycles) * resolution
-            near = " or ".join(f"{f:.12g}" for f in (low, high) if 0 < f < nyquist)
-            frames = next((n for n in range(n_frames, 20 * n_frames + 1) if _is_whole(freq * n / frame_rate)), None)
-            longer = f", or n_frames = {frames}" if frames else ""
-            raise InputError(
-                f"tag_freqs[{i}] = {freq:g} Hz is not on a bin (1 / duration = {resolution:g} Hz); use {near}{longer}"
-            )
+            ways = _on_bins(tag_freqs, i, frame_rate, n_frames, max_order)
+            use = f"; use {', or '.join(ways)}" if ways else "; use others, another n_frames or a smaller max_order"
+            raise InputError(f"tag_freqs[{i}] = {freq:g} Hz is not on a bin (1 / duration = {resolution:g} Hz){use}")
     for i, freq in enumerate(tag_freqs):
         if freq in tag_freqs[:i]:
             cycles_of_all = cycles_of(tag_freqs, frame_rate, n_frames)
@@ -78,6 +76,31 @@ def check_tag_freqs(tag_freqs: Sequence[float], frame_rate: float, n_frames: int
             f"{max(NEIGHBOURS)} on each side are noise, max_order = {max_order}){hint}; or a longer recording "
             "(n_frames), or a smaller max_order"
         )
+
+
+def _on_bins(tag_freqs: Sequence[float], number: int, frame_rate: float, n_frames: int, max_order: int) -> list[str]:
+    """What would do in the place of a tag between two bins, in words: other frequencies, or a longer recording."""
+    resolution = frame_rate / n_frames
+    cycles = [freq / resolution for freq in tag_freqs]
+    nearest = tuple(max(1, round(one)) for one in cycles)
+    ways = []
+    if all(_is_whole(one) for i, one in enumerate(cycles) if i != number):
+        bins = sorted(range(1, math.ceil(n_frames / 2)), key=lambda bin: abs(bin - cycles[number]))
+        moved = ((*nearest[:number], bin, *nearest[number + 1 :]) for bin in bins[:MOST_BINS])
+        legal = (one for one in moved if len({*one}) == len(one) and not collision(one, n_frames, max_order))
+        found = sorted(one[number] * resolution for one in itertools.islice(legal, 2))
+        ways += [" or ".join(f"{freq:.12g}" for freq in found)] if found else []
+    if not ways and (others := _nearest_clear(nearest, n_frames, resolution, max_order)):
+        ways.append(f"tag_freqs = {[float(f'{freq:.12g}') for freq in others]}")
+    longer = (
+        n for n in range(n_frames + 1, 20 * n_frames + 1) if all(_is_whole(freq * n / frame_rate) for freq in tag_freqs)
+    )
+    clear = (
+        n
+        for n in itertools.islice(longer, MOST_BINS)
+        if not collision(cycles_of(tag_freqs, frame_rate, n), n, max_order)
+    )
+    return [*ways, *(f"n_frames = {n}" for n in itertools.islice(clear, 1))]
 
 
 def _nearest_clear(

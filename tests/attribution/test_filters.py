@@ -195,7 +195,7 @@ def test_a_figure_of_many_filters_and_classes_has_an_end() -> None:
 def test_filters_refuse(net: nn.Module) -> None:
     with pytest.raises(InputError, match="no convolution or linear layer 'third'"):
         filter_effects(net, IMAGES, "third")
-    with pytest.raises(InputError, match="6 parts need an odd bin each: forwards must be at least 24, got 20"):
+    with pytest.raises(InputError, match="6 filters need an odd bin each: forwards must be at least 24, got 20"):
         filter_effects(net, IMAGES, "second", forwards=20)
     maps, seen = nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), []
     maps.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))

@@ -44,7 +44,7 @@ EXPLAIN = "freqprune/jobs/as_explain.py"
         (["data=cifar"], "Could not find 'data/cifar'"),
         (["optimizer.lr=fast"], "optimizer.lr must be a number, got 'fast'"),
         (["seed"], "seed"),
-        (["tagging.tag_freqs=[6,7.3]"], "tag_freqs[1] = 7.3 Hz is not on a bin (1 / duration = 0.5 Hz); use 7 or 7.5"),
+        (["tagging.tag_freqs=[6,7.3]"], "tag_freqs[1] = 7.3 Hz is not on a bin (1 / duration = 0.5 Hz); use 7.5 or 8"),
         (["data=image_folder"], "data.root is not set; give data.root=VALUE"),
     ],
 )

@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from torch import nn
 
+from freqprune.errors import InputError
 from freqprune.networks.registry import build_model
 from freqprune.pruning.criteria import scores
 from freqprune.pruning.importance import Evidence
@@ -387,3 +390,20 @@ def test_the_run_folder_goes_by_its_name_in_paths_alone(tmp_path: Path) -> None:
         "model": {"name": "models", "file": "${output_dir}/best.ckpt"},
         "seen": ["${output_dir}", "a/model/b", {"model": "the model/x"}],
     }
+
+
+def test_figures_leave_the_backend_of_a_notebook_alone() -> None:
+    code = (
+        "import matplotlib; matplotlib.use('svg'); import matplotlib.pyplot; "
+        "from freqprune.reports import gather, response_figures, run_figures, save; response_figures.Figure; "
+        "assert matplotlib.get_backend().lower() == 'svg', matplotlib.get_backend()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_one_part_has_no_preference() -> None:
+    stimulus = Stimulus(tag_freqs=(6.0,), parts=torch.ones(1, 8, 8, dtype=torch.bool), max_order=1)
+    response = tag(build_model({"name": "resnet8"}), torch.rand(2, 3, 8, 8), stimulus)
+    with pytest.raises(InputError, match="needs two parts"):
+        response_figures.part_preference_over_depth(response)

@@ -139,6 +139,16 @@ def test_layers_that_run_over_windows_and_those_that_do_not_run_are_named_with_a
     assert [site.layer for site in find_sites(net, images[:1], pick_layers(net, ["conv*"]))] == ["conv"]
 
 
+def test_hooks_of_ones_own_do_not_move_where_a_filter_is_read(images: Tensor) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    expected = find_sites(net, images[:1])
+    seen: list[Tensor] = []
+    for layer in net[:2]:
+        layer.register_forward_hook(lambda module, args, output: seen.append(output.mean((2, 3))))
+    assert find_sites(net, images[:1]) == expected
+    assert expected[0].stage == "activation"
+
+
 def test_no_layers_to_record(images: Tensor) -> None:
     with pytest.raises(InputError, match="no convolution and no linear layer"):
         find_sites(nn.ReLU(), images[:1])

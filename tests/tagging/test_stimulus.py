@@ -1,6 +1,7 @@
 import itertools
 import math
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,7 +130,7 @@ def test_own_masks(images: Tensor) -> None:
     [
         (
             {"tag_freqs": (6.0, 7.3)},
-            r"tag_freqs\[1\] = 7.3 Hz is not on a bin \(1 / duration = 0.5 Hz\); use 7 or 7.5, or n_frames = 1200",
+            r"tag_freqs\[1\] = 7.3 Hz is not on a bin \(1 / duration = 0.5 Hz\); use 7.5 or 8, or n_frames = 1200",
         ),
         ({"tag_freqs": (6.0, 60.0)}, r"tag_freqs\[1\] = 60 Hz is not below the Nyquist.*use at most 59.5"),
         ({"tag_freqs": (6.0, 6.0)}, r"tag_freqs\[1\] = 6 Hz is also the frequency of part 1"),
@@ -194,6 +195,32 @@ def test_halves_are_equal_whatever_the_gap(size: int, gap: int, left_out: int) -
     assert one.sum() == other.sum()
     assert torch.equal(one, other.flip(1))
     assert int((~(one | other))[0].sum()) == left_out
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"tag_freqs": (6.0, 7.3)}, {"tag_freqs": (6.0, 8.2)}, {"tag_freqs": (6.2, 7.3)}, {"tag_freqs": (6.0, 20 / 3)},
+        {"tag_freqs": (60 / 7, 60 / 8), "frame_rate": 60.0}, {"tag_freqs": (60 / 7, 7.3), "frame_rate": 60.0},
+        {"tag_freqs": (6.0, 7.3, 9.0), "parts": torch.eye(3, dtype=torch.bool)[:, None], "max_order": 2},
+    ],
+)  # fmt: skip
+def test_what_would_do_in_the_place_of_tags_between_bins_is_accepted(given: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="is not on a bin") as refused:
+        Stimulus(**given)
+    said, freqs = str(refused.value), list(given["tag_freqs"])
+    number = int(said.split("[")[1].split("]")[0])
+    advised = [{"n_frames": int(n)} for n in re.findall(r"n_frames = (\d+)", said)]
+    alone = re.search(r"use ([\d.]+) or ([\d.]+)", said)
+    advised += [
+        {"tag_freqs": (*freqs[:number], float(freq), *freqs[number + 1 :])}
+        for freq in (alone.groups() if alone else ())
+    ]
+    together = re.search(r"tag_freqs = \[(.*)\]", said)
+    advised += [{"tag_freqs": tuple(map(float, together[1].split(",")))}] if together else []
+    assert advised
+    for one in advised:
+        Stimulus(**{**given, **one})
 
 
 @pytest.mark.parametrize("frame_rate", [100.0, 25.0, 119.88])
