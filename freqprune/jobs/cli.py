@@ -134,15 +134,18 @@ def _do(cfg: DictConfig, trains: Callable[[Common], bool]) -> None:
     """The job itself, in a call of its own: what that holds can go when it has failed."""
     # Light on purpose: what can be refused at once is refused before torch and Lightning are imported, which takes
     # seconds.
+    from freqprune.jobs.restarted import alone, go_on
     from freqprune.reports import record
 
-    with record.failures_kept(Path(str(cfg.output_dir))):
+    out = Path(str(cfg.output_dir))
+    with alone(out), record.failures_kept(out):
         common = of_the_top(Common, cfg)
         training, pruning = trains(common), cfg.get("pruning") or {}
         prunes = typed(bool, pruning.get("enabled", False), "pruning.enabled")
         check_training(cfg) if training else check_pruning(cfg)
         if record.done_before(cfg):
             return
+        go_on(cfg, training)
         from freqprune.jobs.prune import prune
         from freqprune.jobs.train import train
 

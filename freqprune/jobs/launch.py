@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning_fabric import Fabric
 
@@ -65,6 +66,19 @@ def world_size(trainer: Mapping[str, Any], ask: str = OF_TRAINERS) -> int:
             f"{there.by} has started {there.processes} processes, this job asks for {asked}: say "
             + ask.format(processes=there.processes, devices=there.processes // there.machines, nodes=there.machines)
             + ", or start one process without it"
+            + (
+                "; each process has to see all GPUs of its machine (--gpus-per-node, not --gpus-per-task)"
+                if there.by == "srun"
+                else ""
+            )
+        )
+    named = HydraConfig.initialized() and any(
+        one.startswith(("hydra.run.dir=", "hydra.sweep.dir=")) for one in HydraConfig.get().overrides.hydra
+    )
+    if there is not None and there.machines > 1 and there.key is None and not named:
+        raise InputError(
+            "torchrun on several machines gives the processes no name in common, by which they would find one folder: "
+            "start it with --rdzv-id=NAME, or name the folder (hydra.run.dir=FOLDER), one that all machines see"
         )
     expect(made.num_devices)
     size: int = made.world_size

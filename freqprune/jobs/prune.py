@@ -20,7 +20,7 @@ from freqprune.jobs.finetuning import check_anew, check_finetuning, how_to_go_on
 from freqprune.jobs.launch import in_all_processes
 from freqprune.jobs.launched import named_by_launcher
 from freqprune.jobs.outputs import explore_cut, name_of, plan_of, tell, write_response
-from freqprune.jobs.resuming import check_same_cut, holds_cut, interrupted
+from freqprune.jobs.resuming import check_same_cut, interrupted
 from freqprune.jobs.settings import Settings, read
 from freqprune.jobs.stages import Run
 from freqprune.networks import Stored, check_export, device_of
@@ -135,7 +135,7 @@ def _tell_of_unread(net: nn.Module, example: Tensor) -> None:
 
 def _spare_cut(settings: Settings) -> None:
     """Refuse to cut anew where a second start of the same processes finds the cut of the first."""
-    if settings.recipe is not None and holds_cut(settings.out) and named_by_launcher(settings.out):
+    if settings.recipe is not None and record.holds_cut(settings.out) and named_by_launcher(settings.out):
         raise InputError(
             f"{settings.out} is called as its processes meet, and holds the cut of an earlier start: go on with "
             f"{how_to_go_on(settings)}, or choose another folder (hydra.run.dir=FOLDER)"

@@ -121,11 +121,6 @@ def interrupted(folder: Path, stage: str, epochs: int) -> Interrupted:
     return Interrupted(folder, metrics, found.last)
 
 
-def holds_cut(folder: Path) -> bool:
-    """Whether a folder holds a cut that can be gone on with."""
-    return (folder / "pruned.ckpt").is_file() and "pruned" in record.read_json(folder / record.METRICS)
-
-
 def forget_files(metrics: Mapping[str, Any], out: Path) -> dict[str, Any]:
     """The metrics without what they say of files that are not in this folder."""
     metrics = dict(metrics)

@@ -112,10 +112,10 @@ class Run:
         record.write_json(self.out / record.METRICS, self.metrics)
 
     def finish(self) -> None:
-        """Mark the run as complete and write its report."""
-        self.metrics["finished"] = True
+        """Write the report of the run and mark it as complete."""
         self.write()
         if not self.first:
+            self.metrics["finished"] = True
             return
         if "pruned" in self.metrics:
             point = {name: (value, math.nan) for name, value in tables.percentages(self.metrics).items()}
@@ -126,6 +126,8 @@ class Run:
                 if over in point:
                     save(run_figures.accuracy_over_cut(line, over), self.out / "figures" / f"{name}.png")
         write_page(self.out)
+        self.metrics["finished"] = True
+        self.write()
         log_results(self.logger, self.out)
 
     def shrink(

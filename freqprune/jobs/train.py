@@ -26,7 +26,6 @@ from freqprune.jobs.launch import world_size
 from freqprune.jobs.launched import named_by_launcher
 from freqprune.jobs.loggers import log_results
 from freqprune.jobs.outputs import explore_training, figures_of_training, training_criterion
-from freqprune.jobs.resuming import holds_cut
 from freqprune.jobs.settings import Settings, read
 from freqprune.jobs.values import override
 from freqprune.networks import build_model, check_export, check_resumable, device_of, dtype_of, rebuilt_from
@@ -106,7 +105,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     last = out / "checkpoints" / "last.ckpt"
     goes_on = common.ckpt_path is not None and record.lies_in(common.ckpt_path, out)
 
-    is_cut = settings.recipe is not None and holds_cut(out)
+    is_cut = settings.recipe is not None and record.holds_cut(out)
     if (last.is_file() or is_cut) and not goes_on and named_by_launcher(out):
         words = shlex.quote(override("ckpt_path", last))
         if is_cut:
@@ -174,12 +173,13 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     }
     if trainer.is_global_zero:
         if trained or not of_a_cut:
-            record.write_json(out / record.TRAINING, metrics)
+            record.write_json(out / record.TRAINING, {**metrics, "finished": False})
             figures_of_training(tagging, out)
             title = f"{config['name']}, {metrics['epochs']} epochs, seed {common.seed}"
             shown = example.to(device_of(classifier.net), dtype_of(classifier.net))
             explore_training(settings, tagging, title, classifier.net, shown)
             write_page(out)
+            record.write_json(out / record.TRAINING, metrics)
         log_results(trainer.logger, out, last=settings.recipe is None)
         total = sum(int(flags.sum()) for flags in tagging.latest.get("important", {}).values())
         show(

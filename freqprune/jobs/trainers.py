@@ -13,6 +13,8 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import nn
 
@@ -40,6 +42,13 @@ def _of_stage(dirpath: str, out: Path, folder: Path) -> str:
     if given.is_relative_to(run):
         return str(stage / given.relative_to(run))
     return os.path.join(dirpath, stage.relative_to(run))
+
+
+def _under_slurm() -> list[SLURMEnvironment]:
+    """Lightning on SLURM without checkpoints of its own at SIGUSR1, which every trainer of the job would load, also one
+    that tests what has been trained since."""
+    slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+    return [SLURMEnvironment(auto_requeue=False)] if slurm else []
 
 
 def make_trainer(
@@ -88,7 +97,7 @@ def make_trainer(
         callbacks=everything,
         logger=(make_logger(settings, folder) if logged else None) or False,
         default_root_dir=str(folder),
-        plugins=[AtomicCheckpoints()],
+        plugins=[AtomicCheckpoints(), *_under_slurm()],
     )
     assert isinstance(trainer, pl.Trainer)
     return trainer
@@ -155,6 +164,8 @@ def evaluator(settings: Settings) -> pl.Trainer:
         enable_progress_bar=bar is not None,
         enable_model_summary=False,
         callbacks=[instantiate(bar)] if bar else [],
+        default_root_dir=str(settings.out),
+        plugins=_under_slurm(),
     )
     assert isinstance(trainer, pl.Trainer)
     return trainer

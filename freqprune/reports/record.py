@@ -70,7 +70,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _settings(cfg: DictConfig) -> dict[str, Any]:
+def settings_of(cfg: DictConfig) -> dict[str, Any]:
+    """The settings of a job as its record has them."""
     plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
     settings = {str(key): value for key, value in plain.items() if key != "output_dir"}
@@ -119,7 +120,7 @@ def write(out: Path, cfg: DictConfig, results: Sequence[str] = ()) -> None:
             them, and this one does not go on from there: they go, so that the time for this is when all that could be
             refused has been looked at.
     """
-    settings = _settings(cfg)
+    settings = settings_of(cfg)
     dense = cfg.get("ckpt")
     goes_on = bool(gone_on_with(cfg, out))
     if read_json(out / RUN).get("settings", settings) != settings and not goes_on:
@@ -165,12 +166,18 @@ def is_finished(folder: Path) -> bool:
     """Whether a run of `prune.py` or `train.py` came to its end in this folder."""
     if (folder / METRICS).is_file():
         return bool(read_json(folder / METRICS).get("finished"))
-    if not (folder / TRAINING).is_file():
+    # It says so while its report is written.
+    if not (folder / TRAINING).is_file() or not read_json(folder / TRAINING).get("finished", True):
         return False
     run = read_json(folder / RUN)
     # With pruning to follow, training is only the first half.
     # On the command line off and no are words.
     return not TypeAdapter(bool).validate_python(run.get("settings", {}).get("pruning", {}).get("enabled", False))
+
+
+def holds_cut(folder: Path) -> bool:
+    """Whether a folder holds a cut that can be gone on with."""
+    return (folder / "pruned.ckpt").is_file() and "pruned" in read_json(folder / METRICS)
 
 
 def is_explained(folder: Path) -> bool:
@@ -193,7 +200,7 @@ def done_before(cfg: DictConfig, finished: Callable[[Path], bool] = is_finished)
     out = Path(cfg.output_dir)
     if not finished(out):
         return False
-    if read_json(out / RUN).get("settings") != _settings(cfg):
+    if read_json(out / RUN).get("settings") != settings_of(cfg):
         raise InputError(
             f"{out} holds a finished job with other settings; a sweep goes on with its own command only: choose "
             "another hydra.sweep.dir"

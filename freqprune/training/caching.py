@@ -15,7 +15,7 @@ from torch import Tensor
 
 from freqprune.memory import free_memory
 from freqprune.processes import on_this_machine
-from freqprune.training.ledger import checked, open_ledger, read_all, room
+from freqprune.training.ledger import NoRoomError, checked, open_ledger, read_all, room
 from freqprune.training.listing import Reader
 from freqprune.training.pixels import DecodedPixels, MappedPixels, StoredPixels
 
@@ -42,6 +42,7 @@ def hold(
     """
     place = Path(str(folder)).expanduser() if folder is not None else beside / ".freqprune"
     stems = {split: _stem(place, split, reader, folder is None) for split, reader in readers.items()}
+    asked = cache
     if cache == "auto":
         cache = _choose([(reader, stems[split]) for split, reader in readers.items()])
     if cache == "memory":
@@ -49,6 +50,11 @@ def hold(
     if cache == "disk":
         try:
             return [_mapped(reader, stems[split]) for split, reader in readers.items()]
+        except NoRoomError as error:
+            # A quota is no matter of what the disk has left.
+            if asked != "auto":
+                raise
+            log.warning("%s; till then images are decoded as they are asked for", error)
         except OSError as error:
             log.warning(
                 "%s cannot be written to (%s): images are decoded as they are asked for, as with data.cache=none; name "

@@ -135,7 +135,7 @@ def open_ledger(reader: Reader, stem: Path, with_pixels: bool) -> Ledger:
         _read_stale(reader, ledger, stamps, stem.with_suffix(".pixels") if with_pixels else None)
     except OSError as error:
         if error.errno in _FULL:
-            raise _no_room(reader, stem.parent) from error
+            raise _no_room(reader, stem.parent, error.strerror) from error
         raise
     finally:
         lock.release()
@@ -165,12 +165,17 @@ def room(planned: Sequence[tuple[Reader, Path]]) -> bool:
         return False
 
 
-def _no_room(reader: Reader, folder: Path) -> InputError:
+class NoRoomError(InputError):
+    """There is too little room on a disk."""
+
+
+def _no_room(reader: Reader, folder: Path, reason: str | None = None) -> NoRoomError:
     free = shutil.disk_usage(folder).free
-    return InputError(
+    said = "" if reason is None else f" ({reason})"
+    return NoRoomError(
         f"data.cache = disk needs {reader.n_bytes / 1e9:.3g} GB in {folder} for {len(reader)} images of "
-        f"{reader.listing.place}, {free / 1e9:.3g} GB are free; make room, name another folder with data.cache_dir, or "
-        "use data.cache=none"
+        f"{reader.listing.place}, {free / 1e9:.3g} GB are free{said}; make room, name another folder with "
+        "data.cache_dir, or use data.cache=none"
     )
 
 
@@ -223,10 +228,15 @@ def _create(reader: Reader, stem: Path, with_pixels: bool) -> Ledger:
             raise _no_room(reader, stem.parent)
         with open(pixels, "wb") as file:
             # Taken at once where the system can: a disk that runs full is told before the work, not in it.
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, reader.n_bytes)
-            else:
-                file.truncate(reader.n_bytes)
+            try:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, reader.n_bytes)
+                else:
+                    file.truncate(reader.n_bytes)
+            except OSError:
+                # Up to a quota some of it may have been taken.
+                pixels.unlink()
+                raise
     rows = np.memmap(stem.with_suffix(".rows"), ROW, "w+", shape=(len(reader),))
     rows.flush()
     part = stem.with_suffix(".part")

@@ -126,7 +126,7 @@ def make_loader(
         # Workers would cost more than they bring: a batch is one indexing operation.
         num_workers = 0
     elif num_workers is None:
-        num_workers = max(1, cores() // here) if work or isinstance(images.pixels, DecodedPixels) else 0
+        num_workers = cores(here) if work or isinstance(images.pixels, DecodedPixels) else 0
     return DataLoader(
         data,
         batch_size,

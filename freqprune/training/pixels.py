@@ -156,6 +156,9 @@ class MappedPixels(StoredPixels):
         self._open()
 
 
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cores(processes: int = 1) -> int:
+    """Processor cores that this process may use, if so many on its machine share them; srun may give each its own."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    of_srun = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+    own = of_srun and found <= int(os.environ.get("SLURM_CPUS_PER_TASK", 0))
+    return found if own else max(1, found // processes)

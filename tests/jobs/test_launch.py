@@ -17,6 +17,7 @@ from freqprune.jobs.settings import read
 from freqprune.jobs.trainers import chosen_device, evaluator
 from freqprune.networks import build_model
 from freqprune.pruning import Amount, Recipe, plan_cut, planning
+from freqprune.training.pixels import cores
 from tests.jobs.small import config
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
@@ -116,6 +117,28 @@ def test_other_processes_than_were_asked_for_are_refused(told: Any) -> None:
     # A shell, in which Lightning starts the processes.
     told(**SRUN, SLURM_JOB_NAME="interactive")
     assert world_size(ONE) == 1
+
+
+def test_processes_on_several_machines_have_a_name_in_common(told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    four = {**ONE, "devices": 2, "num_nodes": 2, "strategy": "ddp"}
+    told(**{**TORCHRUN, "WORLD_SIZE": "4"}, GROUP_RANK="0", RANK="0", LOCAL_RANK="0")
+    with pytest.raises(InputError, match=r"start it with --rdzv-id=NAME, or name the folder"):
+        world_size(four)
+    told(**{**TORCHRUN, "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "cut"})
+    assert world_size(four) == 4
+
+
+def test_processes_that_srun_bound_to_cores_have_these_for_themselves(
+    told: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    told()
+    assert (cores(), cores(4), cores(32)) == (16, 4, 1)
+    told(**SRUN, SLURM_CPUS_PER_TASK="16")
+    assert cores(4) == 16
+    # Not bound, they share those of the job.
+    told(**SRUN, SLURM_CPUS_PER_TASK="4")
+    assert cores(4) == 4
 
 
 def test_batch_norms_over_processes_of_a_cpu_are_refused(told: Any) -> None:

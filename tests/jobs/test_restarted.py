@@ -1,0 +1,131 @@
+"""Jobs that are started again in their folders, and what SLURM, torchrun and full disks do to them."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from lightning_fabric.plugins.environments import SLURMEnvironment
+from omegaconf import DictConfig
+
+from freqprune.errors import InputError
+from freqprune.jobs import cli, stages, trainers
+from freqprune.jobs import train as training
+from freqprune.jobs.restarted import LOCK, alone, go_on
+from freqprune.jobs.settings import read
+from freqprune.reports import record
+from freqprune.training import Classifier
+from tests.jobs.small import config
+
+
+@pytest.fixture
+def requeued(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+
+
+def two_epochs(out: Path, *more: str) -> DictConfig:
+    return config("train", out, "trainer.max_epochs=2", "tagging.every_n_epochs=0", *more)
+
+
+def killed_in_its_second_epoch(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Classifier.training_step
+
+    def dies(self: Classifier, *args: Any) -> Any:
+        if self.current_epoch == 1:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "training_step", dies)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            cli._do(two_epochs(out), lambda _: True)
+    assert (out / "checkpoints" / "last.ckpt").is_file()
+
+
+@pytest.mark.usefixtures("requeued")
+def test_a_training_that_was_killed_and_is_started_again_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    killed_in_its_second_epoch(out, monkeypatch)
+    shutil.copytree(out, tmp_path / "by_hand")
+    cli._do(two_epochs(out), lambda _: True)
+    told = json.loads((out / "training.json").read_text())
+    assert (told["epochs"], told["epochs_here"]) == (2, 1)
+    assert not (out / LOCK).exists()
+    # With other settings it is another job, and without anybody who starts jobs again it is begun anew.
+    for folder, more, count in ((out, ("optimizer.lr=0.05",), "1"), (tmp_path / "by_hand", (), "0")):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", count)
+        cfg = two_epochs(folder, *more)
+        go_on(cfg, trains=True)
+        assert cfg.ckpt_path is None
+
+
+@pytest.mark.usefixtures("requeued")
+def test_a_cut_that_was_killed_and_is_started_again_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cli._do(config("train", tmp_path / "dense", "tagging.every_n_epochs=0"), lambda _: True)
+    dense = f"ckpt={tmp_path / 'dense' / 'checkpoints' / 'last.ckpt'}"
+
+    def cfg() -> DictConfig:
+        return config("prune", tmp_path / "run", dense, "importance=l2", "pruning.compensation=none")
+
+    def full(_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "write_page", full)
+        with pytest.raises(OSError, match="No space"):
+            cli._do(cfg(), lambda _: False)
+    # Without its report it is not finished, and says why.
+    assert not record.is_finished(tmp_path / "run")
+    assert "No space left" in (tmp_path / "run" / "failed.txt").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "begin_anew", lambda _: pytest.fail("begun anew"))
+        cli._do(cfg(), lambda _: False)
+    assert record.is_finished(tmp_path / "run")
+    assert not (tmp_path / "run" / "failed.txt").exists()
+
+
+def test_a_training_whose_report_could_not_be_written_is_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    cfg = config("train", tmp_path, "tagging.every_n_epochs=0")
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "write_page", full)
+        with pytest.raises(OSError, match="No space"):
+            cli._do(cfg, lambda _: True)
+    assert not record.is_finished(tmp_path)
+    assert "No space left" in (tmp_path / "failed.txt").read_text()
+
+
+def test_two_jobs_do_not_work_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FileLock(tmp_path / LOCK):
+        with pytest.raises(InputError, match=r"a job is running in .*: wait for it or cancel it.*remove .*\.running"):
+            cli._do(two_epochs(tmp_path), lambda _: True)
+        # What is there is the other's.
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+        for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+            with monkeypatch.context() as patch:
+                patch.setenv(name, "1")
+                # One of the processes of the job that runs there.
+                with alone(tmp_path):
+                    pass
+    with alone(tmp_path / "new"):
+        assert (tmp_path / "new" / LOCK).is_file()
+    assert not (tmp_path / "new" / LOCK).exists()
+
+
+def test_lightning_does_not_requeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = read(two_epochs(tmp_path))
+    for name, value in {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "7"}.items():
+        monkeypatch.setenv(name, value)
+    for trainer in (trainers.make_trainer(settings, tmp_path, [], logged=False), trainers.evaluator(settings)):
+        environment = trainer._accelerator_connector.cluster_environment
+        assert isinstance(environment, SLURMEnvironment)
+        assert not environment.auto_requeue
+        assert trainer.default_root_dir == str(tmp_path)
