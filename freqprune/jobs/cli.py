@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import hydra
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
@@ -23,11 +21,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from freqprune.errors import InputError
-from freqprune.jobs.config import Common, check_pruning, check_training, names_trained, of_the_top
+from freqprune.jobs.config import Common, check_pruning, check_training, conf_dir, names_trained, of_the_top
 from freqprune.jobs.explain_settings import check_explaining
 from freqprune.jobs.failed import let_go
 from freqprune.jobs.launched import run_id
-from freqprune.jobs.values import no_such_key, typed
+from freqprune.jobs.refusals import fail, message_of, reasons_of
+from freqprune.jobs.values import typed
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ def main() -> None:
         try:
             gather(given.folders, given.out)
         except (InputError, OSError) as error:
-            message = _message(error)
+            message = message_of(error)
             if message is None:
                 raise
             fail(message)
@@ -89,12 +88,6 @@ def explain() -> None:
     """``freqprune explain``."""
     os.environ.setdefault("FREQPRUNE_COMMAND", "freqprune explain")
     _run(_explain, "explain")
-
-
-def conf_dir() -> Path:
-    """Where the configs are: in the installed package, or beside it in a checkout."""
-    package = Path(__file__).parents[1]
-    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")
@@ -167,9 +160,9 @@ def _refusing() -> Iterator[None]:
             let_go(error)
             raise
         # Past Hydra, which would print a line of its own above; in a sweep that line says which job it was.
-        if not isinstance(error, InputError | OSError | HydraException) or _message(error) is None:
+        if not isinstance(error, InputError | OSError | HydraException) or message_of(error) is None:
             raise
-        fail(_message(error) or "")
+        fail(message_of(error) or "")
 
 
 def _run(task: Callable[[], Any], name: str) -> None:
@@ -187,9 +180,9 @@ def _run(task: Callable[[], Any], name: str) -> None:
         finally:
             gather_sweep()
     except (HydraException, OmegaConfBaseException) as error:
-        fail(_reasons(error, name))
+        fail(reasons_of(error, name))
     except (InputError, OSError) as error:
-        message = _message(error)
+        message = message_of(error)
         if message is None:
             raise
         fail(message)
@@ -213,21 +206,6 @@ def _warn_on_stderr() -> None:
         for handler in logging.getLogger().handlers:
             if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
                 handler.setStream(sys.stderr)
-
-
-def _message(error: Exception) -> str | None:
-    """What a person is to read; None for an error that is a defect."""
-    if isinstance(error, InputError):
-        return str(error)
-    if isinstance(error, HydraException):
-        return str(error).strip()
-    if isinstance(error, BrokenPipeError):
-        # Whoever read our output has stopped reading.
-        sys.exit(1)
-    if isinstance(error, OSError) and error.errno is not None:
-        where = error.filename or "while writing"
-        return f"{error.strerror}: {where}; check the free space and the permissions of the output folder"
-    return None
 
 
 class Gather(Callback):
@@ -272,39 +250,3 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_max = -1, -4
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, 2**31 - 1)
-
-
-def fail(message: str) -> None:
-    """Say what is wrong and exit with status 2."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _reasons(error: Exception, name: str) -> str:
-    cause = error.__cause__
-    reasons = [str(error).strip()]
-    while cause is not None:
-        if str(cause).strip() not in reasons[-1]:
-            reasons.append(str(cause).strip())
-        cause = cause.__cause__
-    message = "\n".join(
-        " ".join(line for line in reason.splitlines() if not line.strip().startswith(("object_type", "full_key")))
-        for reason in reasons
-    )
-    hint = _near_key(str(error), name)
-    return message + (f"\n{hint}" if hint else "")
-
-
-def _near_key(message: str, name: str) -> str:
-    """Name the keys that look like the one of a failed override."""
-    if "not in struct" not in message and "not in '" not in message and "Could not override" not in message:
-        return ""
-    keys = [argument.lstrip("+~").split("=")[0] for argument in sys.argv[1:] if "=" in argument]
-    given = next((key for key in keys if re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", message)), "")
-    if not given:
-        return ""
-    from hydra import compose, initialize_config_dir
-
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(config_dir=str(conf_dir().resolve()), version_base="1.3"):
-        return no_such_key(given, compose(name))

@@ -25,6 +25,12 @@ FOLDERS = {FINETUNED: "finetune", FROM_SCRATCH: "from_scratch"}
 STEP = r"step\d+"
 
 
+def conf_dir() -> Path:
+    """Where the configs are: in the installed package, or beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+
+
 @dataclass(frozen=True)
 class Common:
     """What belongs to no section; see ``conf/common.yaml``."""
