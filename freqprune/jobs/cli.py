@@ -102,12 +102,13 @@ def _prune(cfg: DictConfig) -> None:
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="explain")
 def _explain(cfg: DictConfig) -> None:
+    from freqprune.jobs.restarted import alone
     from freqprune.reports import record
 
     _warn_on_stderr()
 
-    kept = (record.is_explained, record.is_finished)
-    with _refusing(), record.failures_kept(Path(str(cfg.output_dir)), lambda out: any(one(out) for one in kept)):
+    out, kept = Path(str(cfg.output_dir)), (record.is_explained, record.is_finished)
+    with _refusing(), alone(out), record.failures_kept(out, lambda folder: any(one(folder) for one in kept)):
         check_explaining(cfg)
         if record.done_before(cfg, record.is_explained):
             return
@@ -127,7 +128,7 @@ def _do(cfg: DictConfig, trains: Callable[[Common], bool]) -> None:
     """The job itself, in a call of its own: what that holds can go when it has failed."""
     # Light on purpose: what can be refused at once is refused before torch and Lightning are imported, which takes
     # seconds.
-    from freqprune.jobs.restarted import alone, go_on
+    from freqprune.jobs.restarted import alone, go_on, is_requeued
     from freqprune.reports import record
 
     out = Path(str(cfg.output_dir))
@@ -136,9 +137,9 @@ def _do(cfg: DictConfig, trains: Callable[[Common], bool]) -> None:
         training, pruning = trains(common), cfg.get("pruning") or {}
         prunes = typed(bool, pruning.get("enabled", False), "pruning.enabled")
         check_training(cfg) if training else check_pruning(cfg)
-        if record.done_before(cfg):
+        if record.done_before(cfg, again=is_requeued()):
             return
-        go_on(cfg, training)
+        training = go_on(cfg, training)
         from freqprune.jobs.prune import prune
         from freqprune.jobs.train import train
 

@@ -176,8 +176,9 @@ def name_of(net: nn.Module) -> str:
 def tell(settings: Settings, metrics: Mapping[str, Any], title: str, verdict: Verdict | None) -> None:
     """Print the table of stages, the important filters, the remarks and where everything lies."""
     show(stage_table(metrics, title))
+    n_runs = metrics.get("timed_runs", settings.latency.n_runs)
     show(
-        f"latency: median of {settings.latency.n_runs} forwards on {tables.timed_on(metrics)}, networks in turn; MACs "
+        f"latency: median of {n_runs} forwards on {tables.timed_on(metrics)}, networks in turn; MACs "
         "of convolutions and linear layers for one image"
     )
     if verdict is not None:

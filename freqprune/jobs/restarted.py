@@ -8,10 +8,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from freqprune.errors import InputError
@@ -21,7 +20,7 @@ log = logging.getLogger(__name__)
 
 LOCK = ".running"
 # Numbers of a process among those of one job, by what starts them.
-_RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+_RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK", "OMPI_COMM_WORLD_RANK")
 
 
 @contextmanager
@@ -34,9 +33,11 @@ def alone(out: Path) -> Iterator[None]:
     if any(os.environ.get(name, "0") != "0" for name in _RANKS):
         yield
         return
-    lock = FileLock(out / LOCK)
-    # Where nothing can be written, that is told as it is tried.
-    with suppress(OSError):
+    # Where nothing can be written, that is told as it is tried. A file system without locks has none: a file in the
+    # place of one, which newer versions make, would outlive a job that is killed.
+    options: dict[str, Any] = {"fallback_to_soft": False} if hasattr(FileLock, "fallback_to_soft") else {}
+    lock = FileLock(out / LOCK, **options)
+    with suppress(OSError, NotImplementedError):
         out.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
@@ -54,19 +55,43 @@ def alone(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def go_on(cfg: DictConfig, trains: bool) -> None:
-    """Let a job that was killed go on with its last checkpoint, or with its cut, as ``ckpt_path=`` and ``resume=``
-    would, if it is one of a sweep or one that SLURM starts again, and has the settings that it had."""
-    in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    if not in_sweep and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
-        return
+def go_on(cfg: DictConfig, trains: bool) -> bool:
+    """Let a job that was killed go on with its last checkpoint, or with its cut, as ``ckpt_path=``, ``ckpt=`` and
+    ``resume=`` would, if it is one of a sweep or one that SLURM starts again, and has the settings that it had.
+
+    Args:
+        cfg: its settings, which are changed.
+        trains: whether the job begins with a training.
+
+    Returns:
+        Whether there is a training to begin with still.
+    """
     out = Path(str(cfg.output_dir))
-    if record.read_json(out / record.RUN).get("settings") != record.settings_of(cfg):
-        return
+    if not (record.in_sweep() or is_requeued()) or not _same_job(cfg, out):
+        return trains
     last = out / "checkpoints" / "last.ckpt"
-    if trains and cfg.ckpt_path is None and last.is_file():
+    if record.holds_cut(out) and (not trains or last.is_file()):
+        cfg.resume = str(out)
+        if trains:
+            cfg.ckpt, cfg.ckpt_path = str(last), None
+        log.info("going on with the cut in %s", out)
+        return False
+    if trains and last.is_file():
         cfg.ckpt_path = str(last)
         log.info("going on with %s", last)
-    elif not trains and cfg.resume is None and record.holds_cut(out):
-        cfg.resume = str(out)
-        log.info("going on with the cut in %s", out)
+    return trains
+
+
+def is_requeued() -> bool:
+    """Whether SLURM has started this job before."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+
+
+def _same_job(cfg: DictConfig, out: Path) -> bool:
+    """Whether a folder has the record of this job. That of one that has gone on says nothing of what it began from."""
+    then, now = record.read_json(out / record.RUN).get("settings"), record.settings_of(cfg)
+    if then is None:
+        return False
+    return all(
+        then.get(key) == now.get(key) or (key in record.GOES_ON and then.get(key) is None) for key in {*then, *now}
+    )

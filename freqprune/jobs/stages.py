@@ -19,6 +19,7 @@ from freqprune.jobs.resuming import Interrupted, begin_anew, forget_files, undep
 from freqprune.jobs.settings import Settings
 from freqprune.networks import (
     OnnxModule,
+    bytes_of,
     cost,
     export,
     fold_norms,
@@ -85,6 +86,7 @@ class Run:
             self.metrics[stage]["latency_ms"] = {}
         # A run that goes on elsewhere does not time them again.
         self.metrics["timed_on"] = trainers.said_of(self.device)
+        self.metrics["timed_runs"] = self.settings.latency.n_runs
         for size in self.sizes:
             ready = {stage: net.to(self.device) for stage, net in nets.items()}
             n_runs, bars = self.settings.latency.n_runs, assembly.bars()
@@ -214,7 +216,7 @@ class Run:
         for stage, file in (("onnx", self.out / "model.onnx"), ("int8", self.out / "model.int8.onnx")):
             if file.name in exported:
                 deployed[stage] = OnnxModule(file)
-                self.metrics[stage] = {"file_bytes": file.stat().st_size}
+                self.metrics[stage] = {"file_bytes": bytes_of(file)}
         # Asked for now, or dropped by a longer training: its cost was not measured with the cut.
         untimed = "folded" in deployed and "latency_ms" not in self.metrics.get("folded", {})
         if untimed:
@@ -223,7 +225,11 @@ class Run:
             self.metrics.setdefault(stage, {})["test_accuracy"] = trainers.accuracy_of(self.settings, one, self.data)
             log_stage(self.logger, stage, self.metrics[stage])
         if "onnx" in deployed or untimed:
-            self.latencies({"dense": net, "pruned": small, **deployed})
+            # Times are of one session: what was exported before is timed with the rest.
+            files = {"onnx": "model.onnx", "int8": "model.int8.onnx"}
+            there = {stage: OnnxModule(self.out / file) for stage, file in files.items() if stage in self.metrics}
+            folded = {"folded": self._folded(small)} if "folded" in self.metrics else {}
+            self.latencies({"dense": net, "pruned": small, **folded, **there, **deployed})
         if exported:
             self.metrics["exports"] = {**self.metrics.get("exports", {}), **exported}
         if deployed or exported:
@@ -233,6 +239,7 @@ class Run:
         """Go on with the fine-tuning of an interrupted run, as the unbroken run would have."""
         small = load_pruned(earlier.pruned).to(self.device).to(memory_format=torch.channels_last)
         self.metrics, self.kept = earlier.metrics, load_network(earlier.pruned).kept
+        done = self.metrics.pop("finished", False)
         if self.first:
             if earlier.folder.resolve() != self.out.resolve():
                 begin_anew(self.out)
@@ -245,7 +252,7 @@ class Run:
             if self.first:
                 show(f"{earlier.folder} is complete; its training is not repeated")
             # One that was stopped as it exported holds what was measured before its training.
-            if not self.metrics.get("finished") or undeployed(self.metrics, self.settings.exports):
+            if not done or undeployed(self.metrics, self.settings.exports):
                 self._deploy(net, small)
         else:
             if self.first and self.settings.finetune_epochs:

@@ -16,6 +16,7 @@ from .checkpoint import load_pruned as load_pruned
 from .checkpoint import save_pruned as save_pruned
 from .checkpoint import save_weights as save_weights
 from .exports import Exports as Exports
+from .exports import bytes_of as bytes_of
 from .exports import check_export as check_export
 from .exports import export as export
 from .extras import picks_of_shortcuts as picks_of_shortcuts

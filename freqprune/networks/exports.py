@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -89,14 +90,30 @@ def export(
     device = device_of(net)
     net.cpu()
     try:
-        with evaluating(net), torch.no_grad():
-            found = _written(net, example.detach().cpu().contiguous(), folder, onnx, torch_export)
+        # Complete and checked, or not at all.
+        with TemporaryDirectory(dir=folder, prefix=".export") as place, evaluating(net), torch.no_grad():
+            found = _written(net, example.detach().cpu().contiguous(), Path(place), onnx, torch_export)
             if calibration:
                 batches = [batch.detach().cpu().contiguous() for batch in calibration]
-                found["model.int8.onnx"] = _quantised(net, folder, batches)
+                with _told("int8"):
+                    found["model.int8.onnx"] = _quantised(net, Path(place), batches)
+            for name in found:
+                _data_of(folder / name).unlink(missing_ok=True)
+            for file in Path(place).iterdir():
+                os.replace(file, folder / file.name)
             return found
     finally:
         net.to(device)
+
+
+def _data_of(path: Path) -> Path:
+    """Where the tensors of an ONNX file lie that is larger than 1.5 GiB, by torch's exporter."""
+    return path.with_name(f"{path.name}.data")
+
+
+def bytes_of(path: Path) -> int:
+    """Size of an exported file, with that of its tensors."""
+    return sum(one.stat().st_size for one in (path, _data_of(path)) if one.is_file())
 
 
 def _written(net: nn.Module, example: Tensor, folder: Path, onnx: bool, torch_export: bool) -> dict[str, Any]:
@@ -147,7 +164,7 @@ def check_export(net: nn.Module, example: Tensor, asked: Exports) -> None:
         InputError: as `export`.
     """
     with TemporaryDirectory() as folder:
-        export(net, example, Path(folder), asked.onnx, asked.torch_export)
+        export(net, example, Path(folder), asked.onnx, asked.torch_export, [example] if asked.int8 else ())
 
 
 def _quantised(net: nn.Module, folder: Path, batches: Sequence[Tensor]) -> float:
@@ -167,7 +184,11 @@ def _quantised(net: nn.Module, folder: Path, batches: Sequence[Tensor]) -> float
     try:
         # It logs advice to whoever calls it.
         root.setLevel(logging.ERROR)
-        quantize_static(folder / "model.onnx", folder / "model.int8.onnx", Reader(), per_channel=True, **types)
+        large = _data_of(folder / "model.onnx").is_file()
+        quantize_static(
+            folder / "model.onnx", folder / "model.int8.onnx", Reader(), per_channel=True,
+            use_external_data_format=large, **types,
+        )  # fmt: skip
     finally:
         root.setLevel(level)
     small = OnnxModule(folder / "model.int8.onnx")

@@ -55,10 +55,17 @@ def load_into(net: nn.Module, state: Mapping[str, Any], path: str | Path, config
             for what, keys in (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
             if keys
         ]
+        narrower = not (missing or unknown) and all(
+            len(state[key].shape) == len(value.shape)
+            and all(a <= b for a, b in zip(state[key].shape, value.shape, strict=True))
+            for key, value in expected.items()
+            if key in state
+        )
+        cut = "; if filters were cut from it, write it with save_pruned, which keeps its widths" if narrower else ""
         raise InputError(
             f"ckpt = {path} does not fit {config.get('name')} (model.num_classes = {config.get('num_classes')}): "
             f"tensors {'; '.join(parts)}; "
-            "check model=..., model.shortcut, model.num_classes"
+            f"check model=..., model.shortcut, model.num_classes{cut}"
         )
     loaded = OrderedDict(state)
     # Versions of modules, which some networks cannot be loaded without; plain dicts have lost them.

@@ -39,6 +39,7 @@ class Promise:
 
     Attributes:
         asked: share of the time to remove.
+        asked_ms: milliseconds to leave, where those were asked for.
         speed: of the dense and the smaller network before anything was made up for, in turn.
         target: where they ran, see `runner`.
         batch_size: images of a batch.
@@ -48,6 +49,7 @@ class Promise:
     speed: Speed
     target: str
     batch_size: int
+    asked_ms: float | None = None
 
     def record(self) -> dict[str, float | int | str]:
         """For ``metrics.json``: shares of the time asked for, measured, and its spread; milliseconds of both."""
@@ -56,6 +58,7 @@ class Promise:
             "asked": round(self.asked, 4), "got": round(speed.saved, 4), "spread": round(speed.spread, 4),
             "dense_ms": round(speed.dense_ms, 4), "pruned_ms": round(speed.small_ms, 4),
             "target": self.target, "batch_size": self.batch_size,
+            **({} if self.asked_ms is None else {"asked_ms": self.asked_ms}),
         }  # fmt: skip
 
 
@@ -94,9 +97,11 @@ class Clock:
     """
 
     def __init__(self, plan: Plan, material: Material, recipe: Recipe, progress: Progress | None = None) -> None:
-        how, device = recipe.latency, plan.example.device
-        pixels = material.images[torch.arange(how.batch_size) % len(material.images)].to(device)
-        self.plan, self.batch = plan, material.normalize(pixels)
+        how = recipe.latency
+        # ONNX Runtime runs on the CPU, and so do the operations that are timed for it.
+        device = torch.device("cpu") if how.target == "onnx" else plan.example.device
+        pixels = material.images[torch.arange(how.batch_size) % len(material.images)].to(plan.example.device)
+        self.plan, self.batch = plan, material.normalize(pixels).to(device)
         self.dense = _ready(plan.model, self.batch)
         self.time_dense = runner(self.dense, self.batch, how.target)
         eager = runner(self.dense, self.batch)
@@ -114,7 +119,7 @@ class Clock:
                     f"already, {self.target_ms:.4g} ms at batch {how.batch_size}"
                 )
         self.asked = asked
-        whole = plan.blocks and how.batch_size == 1
+        whole = plan.blocks and how.batch_size == 1 and device == plan.example.device
         self.trace = plan.trace if whole else Trace(self.dense, self.batch, "pruning.macs_cut")
         self.blocks = plan.blocks_of(self.trace)
         cache = cache_file(folder_of(how.folder), device)
@@ -150,7 +155,7 @@ def to_time(
     Raises:
         InputError: for a time that cannot be reached, or a device too noisy to measure.
     """
-    how, device, asked, target_ms = recipe.latency, plan.example.device, clock.asked, clock.target_ms
+    how, asked, target_ms, asked_ms = recipe.latency, clock.asked, clock.target_ms, recipe.amount.latency_ms
     wanted, said = recipe.amount, []
     if wanted.multiple_of == AUTO:
         least = min((name for name in scores if name not in plan.blocks), key=lambda name: len(scores[name]))
@@ -162,7 +167,7 @@ def to_time(
             f"widths are multiples of {multiple}, by the steps in the measured times of the layers"
             + (f"; at most {most}, as {least} has {smallest} filters" if most < MULTIPLES[-1] else "")
         ]
-    goal, best = asked, None
+    goal, best, off_best = asked, None, 0.0
     for _ in range(N_TRIES):
         amount = replace(wanted, latency_ms=None, latency_cut=min(goal, 0.99))
         try:
@@ -176,7 +181,7 @@ def to_time(
                 ) from error
             if best is None:
                 raise
-            if best[1].saved >= asked - MISSED:
+            if off_best >= -MISSED:
                 break
             raise InputError(
                 f"a cut of {100 * asked:.1f} % of the time cannot be reached; {100 * best[1].saved:.1f} % was "
@@ -184,25 +189,31 @@ def to_time(
             ) from error
         small = _ready(plan.apply(kept, check=False), clock.batch)
         speed = _measured(clock.time_dense, small, clock.batch, how.target, progress)
+        if asked_ms is not None:
+            # Of the dense network as it was measured beside this one, not in a few forwards at the start.
+            asked = 1 - asked_ms / speed.dense_ms
         off = speed.saved - asked
-        if best is None or _badness(off) < _badness(best[1].saved - asked):
-            best = kept, speed
+        if best is None or _badness(off) < _badness(off_best):
+            best, off_best = (kept, speed), off
         if -BELOW <= off <= ABOVE:
             break
         goal = min(0.99, max(0.01, goal - off))
     assert best is not None
     kept, speed = best
-    runs_on = "cpu" if how.target == "onnx" else device.type
-    where = f"batch {how.batch_size}, {how.target} on {runs_on}"
-    if runs_on == "cpu":
+    asked = speed.saved - off_best
+    where = f"batch {how.batch_size}, {how.target} on {clock.batch.device.type}"
+    if clock.batch.device.type == "cpu":
         where += f" with {torch.get_num_threads()} threads"
+    if how.target != "onnx" and layout_of(clock.dense, clock.batch) == torch.channels_last:
+        where += ", channels last"
+    wish = f"{100 * asked:.1f} %" if asked_ms is None else f"{asked_ms:g} ms"
     said += [
-        f"{100 * speed.saved:.1f} % of the time saved, {100 * asked:.1f} % asked for: {speed.dense_ms:.4g} ms before, "
+        f"{100 * speed.saved:.1f} % of the time saved, {wish} asked for: {speed.dense_ms:.4g} ms before, "
         f"{speed.small_ms:.4g} ms now ({where}; spread {100 * speed.spread:.1f} %)"
     ]
-    if speed.saved < asked - MISSED:
-        said.append(f"the time asked for was missed by {100 * (asked - speed.saved):.1f} % of the dense network's")
-    return kept, wanted, said, Promise(asked, speed, how.target, how.batch_size)
+    if off_best < -MISSED or (asked_ms is not None and speed.small_ms > (1 + MISSED) * asked_ms):
+        said.append(f"the time asked for was missed by {-100 * off_best:.1f} % of the dense network's")
+    return kept, wanted, said, Promise(asked, speed, how.target, how.batch_size, asked_ms)
 
 
 def _badness(off: float) -> float:
@@ -212,7 +223,7 @@ def _badness(off: float) -> float:
 
 def _ready(net: nn.Module, batch: Tensor) -> nn.Module:
     """A copy that lies as it runs fastest."""
-    twin = copy.deepcopy(net).eval().to(memory_format=torch.channels_last)
+    twin = copy.deepcopy(net).eval().to(batch.device).to(memory_format=torch.channels_last)
     return twin.to(memory_format=layout_of(twin, batch))
 
 

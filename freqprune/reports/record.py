@@ -23,7 +23,7 @@ from freqprune.errors import InputError
 PAGES = ("report.html", "explore.html", "filters.csv", "layers.csv", "figures/*.png")
 RUN, METRICS, TRAINING, FAILED = "run.json", "metrics.json", "training.json", "failed.txt"
 # What is deployed of a cut.
-EXPORTED = ("model.onnx", "model.int8.onnx", "model.pt2")
+EXPORTED = ("model.onnx", "model.onnx.data", "model.int8.onnx", "model.int8.onnx.data", "model.pt2")
 # Of a training whose network is cut in its folder there is more to see: pages that are written anew, and these.
 OF_TRAINED = (
     *PAGES[:-1],
@@ -185,27 +185,34 @@ def is_explained(folder: Path) -> bool:
     return (folder / EXPLAINED).is_file()
 
 
-def done_before(cfg: DictConfig, finished: Callable[[Path], bool] = is_finished) -> bool:
+def in_sweep() -> bool:
+    """Whether this is a job of a sweep."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def done_before(cfg: DictConfig, finished: Callable[[Path], bool] = is_finished, again: bool = False) -> bool:
     """Whether this job of a sweep has been done: the sweep was killed and is started again in the same folder.
 
     Args:
         cfg: its settings.
         finished: whether a folder holds a job of its kind that came to its end.
+        again: whether jobs are started again without a sweep.
 
     Raises:
         InputError: if another job was done there.
     """
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+    if not (in_sweep() or again):
         return False
     out = Path(cfg.output_dir)
     if not finished(out):
         return False
-    if read_json(out / RUN).get("settings") != settings_of(cfg):
+    same = bool(read_json(out / RUN).get("settings") == settings_of(cfg))
+    if in_sweep() and not same:
         raise InputError(
             f"{out} holds a finished job with other settings; a sweep goes on with its own command only: choose "
             "another hydra.sweep.dir"
         )
-    return True
+    return same
 
 
 @contextmanager

@@ -45,8 +45,8 @@ def check_tag_freqs(tag_freqs: Sequence[float], frame_rate: float, n_frames: int
                 f"tag_freqs[{i}] = {freq:g} Hz is not below the Nyquist frequency frame_rate / 2 = {nyquist:g} Hz; "
                 f"use at most {highest:.12g}, or a frame_rate above {2 * freq:g}"
             )
-        cycles = freq / resolution
-        if not _is_whole(cycles):
+    for i, freq in enumerate(tag_freqs):
+        if not _is_whole(freq / resolution):
             ways = _on_bins(tag_freqs, i, frame_rate, n_frames, max_order)
             use = f"; use {', or '.join(ways)}" if ways else "; use others, another n_frames or a smaller max_order"
             raise InputError(f"tag_freqs[{i}] = {freq:g} Hz is not on a bin (1 / duration = {resolution:g} Hz){use}")

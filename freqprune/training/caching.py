@@ -47,20 +47,24 @@ def hold(
         cache = _choose([(reader, stems[split]) for split, reader in readers.items()])
     if cache == "memory":
         return [_in_memory(reader) for reader in readers.values()]
-    if cache == "disk":
-        try:
-            return [_mapped(reader, stems[split]) for split, reader in readers.items()]
-        except NoRoomError as error:
-            # A quota is no matter of what the disk has left.
-            if asked != "auto":
-                raise
-            log.warning("%s; till then images are decoded as they are asked for", error)
-        except OSError as error:
-            log.warning(
-                "%s cannot be written to (%s): images are decoded as they are asked for, as with data.cache=none; name "
-                "a folder for them with data.cache_dir", place, error.strerror
-            )  # fmt: skip
-    return [_decoded(reader, stems[split]) for split, reader in readers.items()]
+    held: list[Tensor | StoredPixels] = []
+    for split, reader in readers.items():
+        if cache == "disk":
+            try:
+                held.append(_mapped(reader, stems[split]))
+                continue
+            except NoRoomError as error:
+                # A quota is no matter of what the disk has left.
+                if asked != "auto":
+                    raise
+                log.warning("%s; till then images are decoded as they are asked for", error)
+            except OSError as error:
+                log.warning(
+                    "%s cannot be written to (%s): images are decoded as they are asked for, as with data.cache=none; "
+                    "name a folder for them with data.cache_dir", place, error.strerror
+                )  # fmt: skip
+        held.append(_decoded(reader, stems[split]))
+    return held
 
 
 def _choose(planned: list[tuple[Reader, Path]]) -> str:

@@ -69,9 +69,9 @@ def check_module(trainer: pl.Trainer, pl_module: pl.LightningModule, attribute: 
             f"let it run {attribute} only, without another name for a part of it"
         )
     _check_hooks(net, attribute)
-    shapes = [value.shape for value in net.state_dict().values()]
+    shapes = [parameter.shape for parameter in net.parameters()]
     for name, one in pl_module.named_modules():
-        if isinstance(one, AveragedModel) and [value.shape for value in one.module.state_dict().values()] == shapes:
+        if isinstance(one, AveragedModel) and [parameter.shape for parameter in one.module.parameters()] == shapes:
             raise InputError(
                 f"TagPruning replaces {attribute}, and {type(pl_module).__name__}.{name} would go on averaging the old "
                 "one: use one of them, or prune with prune.py between two runs"

@@ -429,6 +429,15 @@ def test_a_fold_that_is_asked_for_later_is_measured(trained: tuple[Path, dict[st
     assert not (other / "model.onnx").exists()
     assert not (other / "forecast.json").exists()
     assert (other / "pruned.ckpt").is_file()
+    # Times are of one session: what was exported in another is timed again with the rest.
+    there = tmp_path / "there"
+    prune(config("prune", there, *same, "export.fold=true"))
+    earlier = json.loads((there / "metrics.json").read_text())
+    earlier["folded"]["latency_ms"]["1"] = -1.0
+    (there / "metrics.json").write_text(json.dumps(earlier))
+    now, _ = prune(config("prune", there, *same, f"resume={there}", "export.onnx=true", "latency.n_runs=3"))
+    assert now["folded"]["latency_ms"]["1"] > 0
+    assert now["timed_runs"] == 3
     # What a cut that is not trained has left stays where more of it is asked for.
     bare = tmp_path / "bare"
     prune(config("prune", bare, *same, "finetune.epochs=0"))

@@ -26,7 +26,7 @@ from tests.jobs.small import check_page, config
 from tests.pruning.test_tempo import ByMacs
 
 # What metrics.json holds of a network that was tagged, and of one that was cut.
-TAGGED = {"network", "tagged_images", "timed_on", "dense", "finished"}
+TAGGED = {"network", "tagged_images", "timed_on", "timed_runs", "dense", "finished"}
 CUT = {*TAGGED, "pruned", "kept", "widths", "remarks"}
 
 

@@ -88,6 +88,97 @@ def test_a_cut_that_was_killed_and_is_started_again_goes_on(tmp_path: Path, monk
     assert not (tmp_path / "run" / "failed.txt").exists()
 
 
+def broken_off(out: Path, monkeypatch: pytest.MonkeyPatch, *words: str, name: str = "train") -> None:
+    """A job that is killed in its fine-tuning, whose folder is begun anew at most once."""
+
+    def dies(self: Classifier, *args: Any) -> Any:
+        if self.teacher is not None or (out / "pruned.ckpt").is_file():
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    step = Classifier.training_step
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "training_step", dies)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            cli._do(config(name, out, *words), lambda common: name == "train")
+    assert record.holds_cut(out)
+
+
+@pytest.mark.usefixtures("requeued")
+def test_a_job_that_trains_and_cuts_and_is_killed_twice_goes_on_with_its_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("pruning=filters", "importance=l2", "pruning.compensation=none", "tagging.every_n_epochs=0")
+    broken_off(tmp_path, monkeypatch, *words)
+    dense = (tmp_path / "checkpoints" / "last.ckpt").read_bytes()
+    monkeypatch.setattr(stages, "begin_anew", lambda _: pytest.fail("begun anew"))
+    broken_off(tmp_path, monkeypatch, *words)
+    cli._do(config("train", tmp_path, *words), lambda _: True)
+    assert record.is_finished(tmp_path)
+    assert (tmp_path / "checkpoints" / "last.ckpt").read_bytes() == dense
+    # What is finished is not done again.
+    monkeypatch.setattr(Classifier, "training_step", lambda *_: pytest.fail("trained again"))
+    cli._do(config("train", tmp_path, *words), lambda _: True)
+
+
+@pytest.mark.usefixtures("requeued")
+def test_a_cut_of_what_was_trained_in_its_folder_goes_on_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli._do(config("train", tmp_path, "tagging.every_n_epochs=0"), lambda _: True)
+    words = (f"ckpt={tmp_path / 'checkpoints' / 'last.ckpt'}", "importance=l2", "pruning.compensation=none")
+    broken_off(tmp_path, monkeypatch, *words, name="prune")
+    monkeypatch.setattr(stages, "begin_anew", lambda _: pytest.fail("begun anew"))
+    for _ in range(2):
+        broken_off(tmp_path, monkeypatch, *words, name="prune")
+    cli._do(config("prune", tmp_path, *words), lambda _: False)
+    assert record.is_finished(tmp_path)
+
+
+@pytest.mark.usefixtures("requeued")
+def test_a_training_that_began_from_another_goes_on_from_its_own_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, out = tmp_path / "first", tmp_path / "longer"
+    cli._do(config("train", first, "tagging.every_n_epochs=0"), lambda _: True)
+    words = (f"ckpt_path={first / 'checkpoints' / 'last.ckpt'}", "trainer.max_epochs=4", "tagging.every_n_epochs=0")
+    step = Classifier.training_step
+    for epoch in (2, 3):
+
+        def dies(self: Classifier, *args: Any, epoch: int = epoch) -> Any:
+            if self.current_epoch == epoch:
+                raise KeyboardInterrupt
+            return step(self, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Classifier, "training_step", dies)
+            with pytest.raises((KeyboardInterrupt, SystemExit)):
+                cli._do(config("train", out, *words), lambda _: True)
+    cli._do(config("train", out, *words), lambda _: True)
+    told = json.loads((out / "training.json").read_text())
+    assert (told["epochs"], told["epochs_here"]) == (4, 1)
+
+
+def test_a_complete_run_that_goes_on_elsewhere_is_finished_with_its_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli._do(config("train", tmp_path / "dense", "tagging.every_n_epochs=0"), lambda _: True)
+    dense = f"ckpt={tmp_path / 'dense' / 'checkpoints' / 'last.ckpt'}"
+    words = (dense, "importance=l2", "pruning.compensation=none")
+    cli._do(config("prune", tmp_path / "a", *words), lambda _: False)
+
+    def full(_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    more = (*words, f"resume={tmp_path / 'a'}", "export.fold=true")
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "write_page", full)
+        with pytest.raises(OSError, match="No space"):
+            cli._do(config("prune", tmp_path / "b", *more), lambda _: False)
+    assert not record.is_finished(tmp_path / "b")
+    assert (tmp_path / "b" / "failed.txt").is_file()
+
+
 def test_a_training_whose_report_could_not_be_written_is_not_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,7 +200,7 @@ def test_two_jobs_do_not_work_in_one_folder(tmp_path: Path, monkeypatch: pytest.
             cli._do(two_epochs(tmp_path), lambda _: True)
         # What is there is the other's.
         assert [path.name for path in tmp_path.iterdir()] == [LOCK]
-        for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK", "OMPI_COMM_WORLD_RANK"):
             with monkeypatch.context() as patch:
                 patch.setenv(name, "1")
                 # One of the processes of the job that runs there.

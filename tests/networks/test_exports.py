@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from freqprune.errors import InputError
 from freqprune.networks import exports
-from freqprune.networks.exports import Exports, check_export, export
+from freqprune.networks.exports import Exports, bytes_of, check_export, export
 from freqprune.networks.registry import build_model
 from freqprune.networks.runtimes import OnnxModule
 from freqprune.pruning.surgery import Plan
+from freqprune.reports.record import EXPORTED
 
 X = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -64,8 +65,41 @@ def test_a_file_that_computes_something_else_is_refused(
         export(net, X, tmp_path, torch_export=True)
     pytest.importorskip("onnxscript")
     monkeypatch.setattr(exports, "OnnxModule", lambda path: lambda x: net(x) * factor)
+    (tmp_path / "model.onnx").write_bytes(b"of before")
     with pytest.raises(InputError, match=r"model\.onnx differs from the network"):
         export(net, X, tmp_path, onnx=True)
+    # Whoever takes what lies there gets nothing that was refused.
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"model.onnx": b"of before"}
+
+
+def test_large_networks_are_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxscript")
+    from torch.onnx._internal.exporter import _onnx_program
+
+    net = build_model({"name": "resnet8"}).eval()
+    with monkeypatch.context() as patch:
+        patch.setattr(_onnx_program, "_LARGE_MODEL_THRESHOLD", 0)
+        export(net, X, tmp_path, onnx=True, calibration=[X])
+    assert (tmp_path / "model.onnx.data").is_file()
+    n_bytes = sum(4 * p.numel() for p in net.parameters())
+    assert bytes_of(tmp_path / "model.onnx") > n_bytes > (tmp_path / "model.onnx").stat().st_size
+    assert {path.name for path in tmp_path.iterdir()} <= {*EXPORTED}
+    assert OnnxModule(tmp_path / "model.int8.onnx")(X).shape == (2, 10)
+    # One that fits into a file leaves none of the larger one's tensors.
+    export(net, X, tmp_path, onnx=True)
+    assert not (tmp_path / "model.onnx.data").exists()
+
+
+def test_what_the_quantiser_cannot_take_is_told_before_the_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantization = pytest.importorskip("onnxruntime.quantization")
+
+    def refuses(*_: object, **__: object) -> None:
+        raise ValueError("no such operator")
+
+    monkeypatch.setattr(quantization, "quantize_static", refuses)
+    net = nn.Sequential(nn.Conv2d(3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    with pytest.raises(InputError, match=r"export\.int8 = true cannot take this network \(no such operator\)"):
+        check_export(net, X, Exports(onnx=True, int8=True))
 
 
 def test_a_network_in_training_mode_is_exported_as_it_infers(tmp_path: Path) -> None:

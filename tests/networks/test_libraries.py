@@ -67,6 +67,12 @@ def test_weights_of_torchvision(
         save_pruned(tmp_path / "pruned.ckpt", kept, {})
         with torch.no_grad():
             torch.testing.assert_close(load_pruned(tmp_path / "pruned.ckpt")(x), kept(x))
+    # Also of a config that asks for weights: the file has its own.
+    save_pruned(tmp_path / "pruned.ckpt", net, {}, model={"name": name, "weights": "DEFAULT"})
+    for file in cache.rglob("*.pth"):
+        file.rename(file.with_suffix(".gone"))
+    with torch.no_grad():
+        torch.testing.assert_close(load_pruned(tmp_path / "pruned.ckpt")(x), net(x))
     assert kept(x).shape == (2, 7)
     assert kept.get_submodule(head).weight.shape[0] == 7
     for key, value in net.state_dict().items():

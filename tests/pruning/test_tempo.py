@@ -55,13 +55,15 @@ def recipe(folder: Path, **amount: Any) -> Recipe:
     )
 
 
-def slow_as(share: Callable[[nn.Module], float], monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def slow_as(
+    share: Callable[[nn.Module], float], monkeypatch: pytest.MonkeyPatch, dense_ms: float = 10.0
+) -> list[float]:
     """Let the device take the time that a function gives; what was measured, in order."""
     seen: list[float] = []
 
     def measured(dense: object, small: nn.Module, *rest: object) -> Speed:
         seen.append(1 - share(small))
-        return Speed(10.0, 10 * share(small), 1 - share(small), 0.0)
+        return Speed(dense_ms, dense_ms * share(small), 1 - share(small), 0.0)
 
     monkeypatch.setattr(tempo, "_measured", measured)
     return seen
@@ -96,7 +98,8 @@ def test_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         net, Material(PIXELS[:4], lambda p: p, calibration=PIXELS), recipe(tmp_path, latency_cut=0.3), Stimulus()
     )
     assert done.dropped
-    assert any("% of the time saved, 30.0 % asked for" in remark for remark in done.remarks)
+    (remark,) = (one for one in done.remarks if "% of the time saved, 30.0 % asked for" in one)
+    assert ", channels last" in remark
     assert len(list(tmp_path.glob("times-*.json"))) == 1
 
 
@@ -131,6 +134,25 @@ def test_milliseconds_are_a_share_of_those_measured(tmp_path: Path, monkeypatch:
     assert (found["dense_ms"], found["target"], found["batch_size"]) == (10.0, "eager", 4)
 
 
+@pytest.mark.usefixtures("_by_macs")
+def test_milliseconds_are_of_the_dense_network_as_it_is_measured_beside_the_smaller_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = build_model({"name": "resnet8"}).eval()
+    whole = count_macs(net, PIXELS[:1])
+
+    slow_as(lambda small: count_macs(small, PIXELS[:1]) / whole, monkeypatch, 12.0)
+    # A few forwards at the start said that it is faster.
+    monkeypatch.setattr(tempo, "compare", lambda *forwards, **more: Speed(10.0, 10.0, 0.0, 0.0))
+    how = replace(recipe(tmp_path, latency_ms=7.0), compensation="none")
+    done = cut(net, Material(PIXELS[:4], lambda p: p, calibration=PIXELS), how, Stimulus())
+    assert done.promise is not None
+    told = done.promise.record()
+    assert 6.3 <= float(told["pruned_ms"]) <= 7.05
+    assert (told["asked"], told["asked_ms"]) == (pytest.approx(5 / 12, abs=1e-4), 7.0)
+    assert any("7 ms asked for: 12 ms before" in remark for remark in done.remarks)
+
+
 @pytest.mark.parametrize(("target", "dense_ms"), [("eager", 10.0), ("compiled", 5.0), ("onnx", 4.0)])
 @pytest.mark.usefixtures("_by_macs")
 def test_milliseconds_are_those_of_where_it_counts(
@@ -141,7 +163,7 @@ def test_milliseconds_are_those_of_where_it_counts(
     monkeypatch.setattr(tempo, "compare", lambda one, *rest, **more: Speed(times[one], times[one], 0.0, 0.0))
     net = nn.Sequential(nn.Conv2d(3, 20, 1), nn.ReLU(), nn.Conv2d(20, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     whole = count_macs(net, PIXELS[:1])
-    slow_as(lambda small: count_macs(small, PIXELS[:1]) / whole, monkeypatch)
+    slow_as(lambda small: count_macs(small, PIXELS[:1]) / whole, monkeypatch, dense_ms)
     how = recipe(tmp_path, latency_ms=0.72 * dense_ms)
     how = replace(how, latency=replace(how.latency, target=target))
     scores = {"0": torch.arange(1.0, 21.0)}

@@ -174,6 +174,23 @@ def test_a_disk_that_is_too_small(folder: Path, monkeypatch: pytest.MonkeyPatch)
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    # Where one of two fits, it stays.
+    taken = [0]
+
+    def once(*_: int) -> None:
+        taken[0] += 1
+        if taken[0] > 1:
+            full()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", once)
+        patch.setattr(caching, "free_memory", lambda: 10)
+        data = ImageFolderData(folder, cache_dir=folder.parent / "one")
+        data.setup()
+        assert len([*(folder.parent / "one").glob("*.pixels")]) == 1
+        assert isinstance(data.split("train").pixels, MappedPixels) or isinstance(
+            data.split("test").pixels, MappedPixels
+        )
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(InputError, match=r"GB are free \(No space left on device\); make room"):
         ImageFolderData(folder, cache="disk").setup()

@@ -192,6 +192,21 @@ def test_a_checkpoint_says_itself_what_the_network_takes(tmp_path: Path) -> None
     assert (again.n_steps, again.net.conv1.out_channels) == (2, 3)
 
 
+def test_states_that_are_no_tensors_are_no_matter(tmp_path: Path) -> None:
+    class Counts(nn.ReLU):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"seen": 3}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            pass
+
+    module = Own()
+    layers = [nn.Conv2d(1, 4, 3), Counts(), nn.Conv2d(4, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10)]
+    module.net = nn.Sequential(*layers)  # type: ignore[assignment]
+    trainer(tmp_path, cutting(), max_epochs=2).fit(module, loader(), loader())
+    assert module.net[0].out_channels == 3  # type: ignore[index]
+
+
 def test_hyper_parameters_of_others_are_left_as_they_are(tmp_path: Path) -> None:
     class Theirs(Own):
         def __init__(self, model: dict[str, Any]) -> None:
