@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -178,7 +179,9 @@ def find_images(asked: Photographs) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, given):
         if path.is_dir():
-            inside = sorted(one for one in path.rglob("*") if _is_photograph(one, path))
+            # As a training does, also through links.
+            files = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
+            inside = sorted(one for one in files if _is_photograph(one, path))
             if not inside:
                 raise InputError(f"images = {path} holds no image; image files end in {', '.join(ENDINGS)}")
             found += inside

@@ -60,8 +60,11 @@ def _image_by_image(images: Tensor, flipped: list[bool], shifts: list[list[int]]
     height, width = images.shape[-2:]
     found = torch.zeros_like(images)
     for image, target, flip, down, right in zip(images, found, flipped, *shifts, strict=True):
-        top, bottom = max(0, down), min(height, height + down)
-        left, end = max(0, right), min(width, width + right)
+        # Nothing is left of one that is moved by more than its size.
+        top, left = min(height, max(0, down)), min(width, max(0, right))
+        bottom, end = max(top, min(height, height + down)), max(left, min(width, width + right))
+        if top == bottom or left == end:
+            continue
         part = image[:, top:bottom, left:end]
         if flip:
             part, left, end = part.flip(2), width - end + 2 * right, width - left + 2 * right

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -142,6 +143,12 @@ class ImageData(pl.LightningDataModule, ABC):
         if self.train is not None:
             return
         train, val, test, self.classes = self.parts()
+        for part in (train, test):
+            if isinstance(part.pixels, Tensor) and part.pixels.dtype != torch.uint8:
+                raise InputError(
+                    f"the pixels of {type(self).__name__}.load() must be uint8, got "
+                    f"{str(part.pixels.dtype).removeprefix('torch.')}; multiply pixels in [0, 1] by 255 and round them"
+                )
         if self.mean is None:
             self.mean, self.std = channel_statistics(train.pixels)
         self._whole = train
@@ -152,8 +159,10 @@ class ImageData(pl.LightningDataModule, ABC):
         for name, statistic in (("mean", self.mean), ("std", self.std)):
             if len(statistic or ()) != n_channels:
                 raise InputError(f"data.{name} must hold {n_channels} values, one a channel, got {statistic}")
-        if min(self.std or [1.0]) <= 0:
+        if not all(0 < std < math.inf for std in self.std or ()):
             raise InputError(f"data.std must be positive, got {self.std}")
+        if not all(abs(mean) <= 1 for mean in self.mean or ()):
+            raise InputError(f"data.mean = {self.mean}: pixels are scaled to [0, 1]; divide mean and std by 255")
 
     def parts(self) -> tuple[Images, Images | None, Images, tuple[str, ...]]:
         """Images to train on, those held out for validation, those to test on; names of the classes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from freqprune.training.caching import CACHES, hold
 from freqprune.training.datamodule import ImageData
 from freqprune.training.listing import Chosen, Fitting, FolderListing, Listing, Reader
 from freqprune.training.sources import Images, Source, as_folder
+
+log = logging.getLogger(__name__)
 
 
 class ListedData(ImageData):
@@ -132,6 +135,11 @@ class ImageFolderData(ListedData):
                 raise InputError(
                     f"{root / split} is missing{val}; data.root must hold train/<class>/*.png and test/<class>/*.png"
                 )
+        if beside := [name for name in ("val", "valid", "validation") if (root / name).is_dir()]:
+            log.warning(
+                "%s is not read: for validation data.val_fraction of the training images is held out; to train on "
+                "those images too, move them into train", root / beside[0]
+            )  # fmt: skip
         train, test = (FolderListing(root / split) for split in ("train", "test"))
         if self.n_classes is not None:
             for listing in (train, test):

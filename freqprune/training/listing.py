@@ -41,8 +41,12 @@ class Fitting:
 
     def __post_init__(self) -> None:
         one_of(tuple(_INTERPOLATIONS), **{"data.interpolation": self.interpolation})
-        if self.image_size is not None and self.image_size < 1:
-            raise InputError(f"data.image_size must be at least 1, got {self.image_size}")
+        for name, value in (("image_size", self.image_size), ("resize", self.resize)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise InputError(
+                    f"data.{name} must be one whole number of pixels, at least 1, as images become square, got "
+                    f"{value!r}"
+                )
         if self.resize is not None and (self.image_size is None or self.resize < self.image_size):
             raise InputError(
                 f"data.resize = {self.resize} is the shorter side out of which data.image_size = {self.image_size} is "

@@ -136,4 +136,6 @@ def as_folder(root: object) -> Path:
 
 def as_floats(value: Sequence[float] | None) -> list[float] | None:
     """Plain list of floats, None stays None."""
+    if isinstance(value, int | float):
+        raise InputError(f"data.mean and data.std are lists, one number a channel, got {value}: write [{value}]")
     return None if value is None else [float(v) for v in value]

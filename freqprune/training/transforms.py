@@ -3,9 +3,11 @@ batches where they are trained on."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,13 +68,20 @@ class Transforms:
 
     def one(self, image: Tensor, seed: int) -> Tensor:
         """Transform an image; the same seed does the same, and nobody else's random numbers are used up."""
-        state = torch.get_rng_state()
+        state, of_python, of_numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
         try:
             torch.default_generator.manual_seed(seed)
+            # Other libraries draw from these, or from generators of their own, which MONAI's can be told of.
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
             for transform in self.single:
+                if hasattr(transform, "set_random_state"):
+                    transform.set_random_state(seed % 2**32)
                 image = transform(image)
         finally:
             torch.set_rng_state(state)
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
         return image
 
     def mix(

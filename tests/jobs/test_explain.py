@@ -341,6 +341,15 @@ def test_what_is_hidden_or_drawn_by_a_run_is_no_photograph(tmp_path: Path) -> No
     assert [str(path.relative_to(tmp_path)) for path in found] == ["a.png", "maps/b.png"]
 
 
+def test_images_behind_links_to_folders_are_found(tmp_path: Path) -> None:
+    (tmp_path / "archive").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "archive" / "a.png")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "cat").symlink_to(tmp_path / "archive", target_is_directory=True)
+    found = find_images(Photographs(str(tmp_path / "test"), None, None, None, None, None, None))
+    assert [str(path.relative_to(tmp_path)) for path in found] == ["test/cat/a.png"]
+
+
 def test_files_of_classes_and_masks_that_cannot_be_read(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "latin.txt").write_bytes("café\nb".encode("latin-1"))
     with pytest.raises(InputError, match=r"classes = \S+ is not in UTF-8"):

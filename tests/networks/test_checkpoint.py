@@ -454,3 +454,14 @@ def test_own_networks_may_load_weights_of_their_own() -> None:
     data = DigitsData(limit_train=32)
     data.setup()
     assert with_classes(config, data) == {**config, "num_classes": 10}
+
+
+def test_a_state_dict_of_a_cut_network_is_told_from_a_wrong_one(tmp_path: Path) -> None:
+    net = build_model({"name": "resnet8"}).eval()
+    small = Plan(net, torch.rand(1, 3, 32, 32)).apply({"layer1.0.conv1": torch.arange(4)})
+    torch.save(small.state_dict(), tmp_path / "small.pt")
+    with pytest.raises(InputError, match="if filters were cut from it, write it with save_pruned"):
+        load_network(tmp_path / "small.pt", {"name": "resnet8"})
+    torch.save(net.state_dict(), tmp_path / "wide.pt")
+    with pytest.raises(InputError, match=r"check model=\.\.\., model.shortcut, model.num_classes$"):
+        load_network(tmp_path / "wide.pt", {"name": "resnet8", "num_classes": 7})

@@ -14,14 +14,16 @@ from torchvision.transforms.v2 import functional
 
 from freqprune.errors import InputError
 from freqprune.jobs.photographs import read_images
+from freqprune.training import image_files
 from freqprune.training.augment import random_crop_flip
 from freqprune.training.classifier import Classifier
+from freqprune.training.datamodule import ImageData
 from freqprune.training.downloads import alone
-from freqprune.training.image_files import upright
+from freqprune.training.image_files import in_bytes, upright
 from freqprune.training.listed import ImageFolderData
 from freqprune.training.listing import Fitting
 from freqprune.training.loading import _fits
-from freqprune.training.sources import Images, as_folder, channel_statistics, stratified_split
+from freqprune.training.sources import Images, Source, as_folder, channel_statistics, stratified_split
 from freqprune.training.whole_sets import CIFAR10Data, DigitsData, digits
 from tests.forked import FORKED
 from tests.jobs.small import config
@@ -146,7 +148,7 @@ def test_every_image_gets_its_own_crop_and_flip() -> None:
     assert len({one.contiguous().numpy().tobytes() for one in batch}) == 50
 
 
-@pytest.mark.parametrize("size", [(20, 24), (70, 80)])
+@pytest.mark.parametrize("size", [(20, 24), (70, 80), (3, 80), (80, 2)])
 def test_small_and_large_images_are_cut_as_one_by_one(size: tuple[int, int]) -> None:
     batch = torch.randint(0, 256, (30, 3, *size), dtype=torch.uint8)
     found = random_crop_flip(batch, 5, True, torch.Generator().manual_seed(4))
@@ -218,6 +220,7 @@ def test_no_image_is_held_out_where_none_is_wanted(tmp_path: Path) -> None:
         ({"mean": [0.5]}, "come together"),
         ({"crop_padding": -1}, "crop_padding must be a whole number of at least 0"),
         ({"limit_train": 0}, "limit_train must be a whole number of at least 1"),
+        ({"mean": 0.5, "std": 0.25}, r"are lists, one number a channel, got 0.5: write \[0.5\]"),
     ],
 )
 def test_bad_settings(settings: dict[str, object], message: str) -> None:
@@ -235,6 +238,9 @@ def damage(root: Path, how: str) -> None:
             (root / "test").rename(root / "tset")
         case "val":
             (root / "test").rename(root / "val")
+        case "pages":
+            pages = [Image.new("RGB", (8, 8)) for _ in range(3)]
+            pages[0].save(first.with_name("stack.tif"), save_all=True, append_images=pages[1:])
         case "empty class":
             for path in (root / "train" / "class1").iterdir():
                 path.unlink()
@@ -263,6 +269,7 @@ def damage(root: Path, how: str) -> None:
         ("text", r"00.png is not a readable image"),
         ("sizes", "set data.image_size"),
         ("classes", "same classes; only one of them has class1, other"),
+        ("pages", r"stack\.tif is not a readable image \(it holds 3 pages: save each"),
         ("too few", r"does not split the one image of class class1: one to train on .* or remove the class"),
     ],
 )
@@ -312,6 +319,69 @@ def test_photographs_are_prepared_as_by_torchvision(size: tuple[int, int]) -> No
 def test_statistics_must_fit_the_channels(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"data.mean must hold 3 values"):
         ImageFolderData(write_tree(tmp_path), mean=[0.5], std=[0.5]).setup()
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "message"),
+    [
+        ([123.7, 116.3, 103.5], [58.4, 57.1, 57.4], r"pixels are scaled to \[0, 1\]; divide mean and std by 255"),
+        ([0.5] * 3, [0.25, 0.25, float("nan")], "std must be positive"),
+        ([float("nan"), 0.5, 0.5], [0.25] * 3, r"pixels are scaled to \[0, 1\]"),
+    ],
+)
+def test_statistics_are_of_pixels_from_0_to_1(mean: list[float], std: list[float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        DigitsData(mean=mean, std=std).setup()
+
+
+def test_pixels_of_ones_own_data_are_bytes() -> None:
+    class Own(ImageData):
+        def load(self) -> Source:
+            images = Images(torch.rand(20, 1, 8, 8), torch.arange(20) % 2)
+            return Source(images, images, ("a", "b"))
+
+    with pytest.raises(InputError, match=r"pixels of Own\.load\(\) must be uint8, got float32; multiply"):
+        Own().setup()
+
+
+@pytest.mark.parametrize("value", [[48, 96], 64.0, True, 0])
+def test_sizes_are_whole_numbers(value: Any) -> None:
+    for name in ("image_size", "resize"):
+        with pytest.raises(InputError, match=rf"data\.{name} must be one whole number of pixels, at least 1"):
+            Fitting(**{name: value})
+
+
+def test_a_folder_of_validation_images_that_is_not_read_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tree(tmp_path)
+    ImageFolderData(tmp_path).setup()
+    assert "is not read" not in caplog.text
+    (tmp_path / "val").mkdir()
+    ImageFolderData(tmp_path).setup()
+    assert f"{tmp_path / 'val'} is not read: for validation data.val_fraction" in caplog.text
+
+
+def test_greys_of_twelve_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(image_files, "_dark", False)
+    # A packed TIFF: black, white and a sixteenth of white, a half byte of padding behind them.
+    values = (0, 4095, 256)
+    bits = "".join(f"{value:012b}" for value in values) + "0000"
+    data = int(bits, 2).to_bytes(5, "big")
+    tags = [(256, 3), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8 + 2 + 9 * 12 + 4), (277, 1), (278, 1), (279, 5)]
+    entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags)
+    (tmp_path / "a.tif").write_bytes(b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + b"\0\0\0\0" + data)
+    with Image.open(tmp_path / "a.tif") as image:
+        assert np.array(in_bytes(upright(image), "L")).tolist() == [[0, 255, 16]]
+    assert not caplog.text
+    for name in ("b.png", "c.png"):
+        Image.fromarray(np.array([[0, 4095]], dtype=np.uint16)).save(tmp_path / name)
+        with Image.open(tmp_path / name) as image:
+            in_bytes(upright(image), "L")
+    assert caplog.text.count("has 16 bits and nothing above 4095") == 1
+    assert "b.png" in caplog.text
 
 
 def test_cifar10_that_is_not_there_says_what_to_do(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """Transforms of training images: which of them there are, what they draw, and that the same is drawn again."""
 
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -159,3 +161,37 @@ def test_transforms_of_others_and_within_others() -> None:
     seldom = Transforms([{"name": "RandomErasing", "p": 0.1, "value": [1, 2]}])
     with pytest.raises(InputError, match=r"RandomErasing.* do not run on images"):
         seldom.bind(10, image)
+
+
+class Inverts:
+    """As transforms of libraries that draw from numpy's generator, or from Python's."""
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return 255 - image if np.random.rand() < 0.5 else image if random.random() < 0.5 else image.flip(2)
+
+
+class OfItsOwn:
+    """As MONAI's, which keep a generator, and can be told where it begins."""
+
+    drawing = np.random.RandomState()
+
+    def set_random_state(self, seed: int) -> None:
+        self.drawing = np.random.RandomState(seed)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return 255 - image if self.drawing.rand() < 0.5 else image
+
+
+@pytest.mark.parametrize("kind", [Inverts, OfItsOwn])
+def test_other_generators_follow_seed_epoch_and_image_too(kind: type[Any]) -> None:
+    def batches(num_workers: int) -> list[Tensor]:
+        data = DigitsData(
+            limit_train=40, batch_size=8, crop_padding=0, flip=False, transforms=[kind()], num_workers=num_workers
+        )
+        return epoch(data, number=1)
+
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    alone, shared = batches(0), batches(2)
+    for one, other in zip(alone, shared, strict=True):
+        assert torch.equal(one, other)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
