@@ -96,6 +96,8 @@ def _pruned(
         announce_pruning(settings, net, data, run.example, planned, alone=rank_and_size()[1] == 1)
     if first:
         record.write(settings.out, cfg, [record.METRICS, *record.PAGES, *record.OF_A_TRAINING])
+        if earlier is None:
+            record.unfinish(settings.out)
     if earlier is not None:
         return run.go_on(net, earlier)
     run.metrics["network"] = name_of(net)

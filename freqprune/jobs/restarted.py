@@ -67,7 +67,8 @@ def go_on(cfg: DictConfig, trains: bool) -> bool:
         Whether there is a training to begin with still.
     """
     out = Path(str(cfg.output_dir))
-    if not (record.in_sweep() or is_requeued()) or not _same_job(cfg, out):
+    same = record.read_json(out / record.RUN).get("settings") == record.settings_of(cfg)
+    if not same or not (record.in_sweep() or is_requeued()):
         return trains
     last = out / "checkpoints" / "last.ckpt"
     if record.holds_cut(out) and (not trains or last.is_file()):
@@ -85,13 +86,3 @@ def go_on(cfg: DictConfig, trains: bool) -> bool:
 def is_requeued() -> bool:
     """Whether SLURM has started this job before."""
     return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-
-
-def _same_job(cfg: DictConfig, out: Path) -> bool:
-    """Whether a folder has the record of this job. That of one that has gone on says nothing of what it began from."""
-    then, now = record.read_json(out / record.RUN).get("settings"), record.settings_of(cfg)
-    if then is None:
-        return False
-    return all(
-        then.get(key) == now.get(key) or (key in record.GOES_ON and then.get(key) is None) for key in {*then, *now}
-    )

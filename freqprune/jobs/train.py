@@ -130,7 +130,8 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         record.write(out, cfg, [record.TRAINING, record.METRICS, *record.PAGES])
         # Of an earlier training in this folder: it would be taken for one of this.
         own = [out / name for name in record.OF_A_TRAINING]
-        record.clear([] if goes_on else [last, last.with_name("best.ckpt"), *own])
+        of_its_cut = [out / record.METRICS, out / "pruned.ckpt"]
+        record.clear([] if goes_on else [last, last.with_name("best.ckpt"), *own, *of_its_cut])
         for logger in [] if goes_on else trainer.loggers:
             if isinstance(logger, ResumedCSVLogger):
                 logger.forget()

@@ -14,7 +14,7 @@ from freqprune.networks.blocks import drop_blocks, dropped_blocks
 from freqprune.networks.extras import built_otherwise, extras, set_extras, take_types
 from freqprune.networks.files import read, write_atomically
 from freqprune.networks.kept import left_by
-from freqprune.networks.libraries import SET_BY_WEIGHTS, WEIGHTS, rebuilt_from
+from freqprune.networks.libraries import SET_BY_WEIGHTS, TIMM, TORCHVISION, WEIGHTS, rebuilt_from
 from freqprune.networks.registry import build_model, config_of, is_known, model_names, resize
 from freqprune.networks.state_dicts import load_into, of_the_network, uncompiled, without_prefix
 
@@ -218,7 +218,8 @@ def save_pruned(
         )
     twin = build_model(config)
     # The file holds the weights; those that a config asks of a library would be read with it each time.
-    config = rebuilt_from(config, twin)
+    if str(config.get("name")).startswith((TORCHVISION, TIMM)):
+        config = rebuilt_from(config, twin)
     drop_blocks(twin, dropped_blocks(net))
     resize(twin, net.state_dict())
     more = extras(net, twin)

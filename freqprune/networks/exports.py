@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -90,7 +91,9 @@ def export(
     device = device_of(net)
     net.cpu()
     try:
-        # Complete and checked, or not at all.
+        # Complete and checked, or not at all; what was killed on the way has left this.
+        for old in folder.glob(".export*"):
+            shutil.rmtree(old, ignore_errors=True)
         with TemporaryDirectory(dir=folder, prefix=".export") as place, evaluating(net), torch.no_grad():
             found = _written(net, example.detach().cpu().contiguous(), Path(place), onnx, torch_export)
             if calibration:

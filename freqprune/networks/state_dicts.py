@@ -59,7 +59,7 @@ def load_into(net: nn.Module, state: Mapping[str, Any], path: str | Path, config
             len(state[key].shape) == len(value.shape)
             and all(a <= b for a, b in zip(state[key].shape, value.shape, strict=True))
             for key, value in expected.items()
-            if key in state
+            if isinstance(value, Tensor) and isinstance(state.get(key), Tensor)
         )
         cut = "; if filters were cut from it, write it with save_pruned, which keeps its widths" if narrower else ""
         raise InputError(

@@ -211,7 +211,9 @@ def to_time(
         f"{100 * speed.saved:.1f} % of the time saved, {wish} asked for: {speed.dense_ms:.4g} ms before, "
         f"{speed.small_ms:.4g} ms now ({where}; spread {100 * speed.spread:.1f} %)"
     ]
-    if off_best < -MISSED or (asked_ms is not None and speed.small_ms > (1 + MISSED) * asked_ms):
+    if asked_ms is not None and speed.small_ms > (1 + MISSED) * asked_ms:
+        said.append(f"{asked_ms:g} ms were asked for, and missed by {speed.small_ms - asked_ms:.3g} ms")
+    elif off_best < -MISSED:
         said.append(f"the time asked for was missed by {-100 * off_best:.1f} % of the dense network's")
     return kept, wanted, said, Promise(asked, speed, how.target, how.batch_size, asked_ms)
 

@@ -122,8 +122,10 @@ def write(out: Path, cfg: DictConfig, results: Sequence[str] = ()) -> None:
     """
     settings = settings_of(cfg)
     dense = cfg.get("ckpt")
-    goes_on = bool(gone_on_with(cfg, out))
-    if read_json(out / RUN).get("settings", settings) != settings and not goes_on:
+    gone_on, before = gone_on_with(cfg, out), read_json(out / RUN).get("settings", {})
+    # What a job began from is said also when it has gone on.
+    settings |= {key: before[key] for key in gone_on if before.get(key) is not None}
+    if before and before != settings and not gone_on:
         here = dense is not None and lies_in(dense, out)
         spared = {path for name in (*OF_TRAINED, *OF_A_TRAINING) for path in out.glob(name)} if here else set()
         clear([path for name in results for path in out.glob(name) if path not in spared])
@@ -173,6 +175,13 @@ def is_finished(folder: Path) -> bool:
     # With pruning to follow, training is only the first half.
     # On the command line off and no are words.
     return not TypeAdapter(bool).validate_python(run.get("settings", {}).get("pruning", {}).get("enabled", False))
+
+
+def unfinish(folder: Path) -> None:
+    """Of a run that is begun anew in its folder what it had found says no more that it is complete."""
+    metrics = read_json(folder / METRICS)
+    if metrics.pop("finished", False):
+        write_json(folder / METRICS, metrics)
 
 
 def holds_cut(folder: Path) -> bool:

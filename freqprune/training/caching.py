@@ -63,6 +63,7 @@ def hold(
                     "%s cannot be written to (%s): images are decoded as they are asked for, as with data.cache=none; "
                     "name a folder for them with data.cache_dir", place, error.strerror
                 )  # fmt: skip
+                cache = "none"
         held.append(_decoded(reader, stems[split]))
     return held
 

@@ -151,9 +151,6 @@ class ImageData(pl.LightningDataModule, ABC):
                 )
         if self.mean is None:
             self.mean, self.std = channel_statistics(train.pixels)
-        self._whole = train
-        self.train, self.test = self._seen(train), self._seen(test)
-        self.val = self.train if val is None else self._seen(val)
         self.transforms.bind(len(self.classes), train.pixels[0].clone() if self.transforms.single else None)
         n_channels = train.pixels.shape[1]
         for name, statistic in (("mean", self.mean), ("std", self.std)):
@@ -163,6 +160,10 @@ class ImageData(pl.LightningDataModule, ABC):
             raise InputError(f"data.std must be positive, got {self.std}")
         if not all(abs(mean) <= 1 for mean in self.mean or ()):
             raise InputError(f"data.mean = {self.mean}: pixels are scaled to [0, 1]; divide mean and std by 255")
+        # Last: what was refused is refused again.
+        self._whole = train
+        self.train, self.test = self._seen(train), self._seen(test)
+        self.val = self.train if val is None else self._seen(val)
 
     def parts(self) -> tuple[Images, Images | None, Images, tuple[str, ...]]:
         """Images to train on, those held out for validation, those to test on; names of the classes."""

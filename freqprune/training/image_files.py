@@ -9,6 +9,9 @@ import numpy as np
 from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import BITSPERSAMPLE
 
+# Of a page of a TIFF, what it is: bit 0 is set for a smaller copy of another.
+NEWSUBFILETYPE = 254
+
 log = logging.getLogger(__name__)
 
 # Those that torchvision's ImageFolder knows, and further ones of photographs; what else Pillow decodes lies beside
@@ -46,7 +49,7 @@ def upright(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: for a TIFF of several pages, of which only the first would be read.
     """
-    if image.format == "TIFF" and (n_pages := getattr(image, "n_frames", 1)) > 1:
+    if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1 and (n_pages := _n_pages(image)) > 1:
         raise ValueError(f"it holds {n_pages} pages: save each, or the one that is meant, as a file of its own")
     image.load()
     try:
@@ -54,6 +57,16 @@ def upright(image: Image.Image) -> Image.Image:
     except Exception:  # Whatever EXIF may hold, the pixels are there.
         turn = None
     return image if turn is None else image.transpose(turn)
+
+
+def _n_pages(image: Image.Image) -> int:
+    """Pages of a TIFF, without smaller copies of them."""
+    found, copy_of_another = 0, 1
+    for number in range(getattr(image, "n_frames", 1)):
+        image.seek(number)
+        found += not int(getattr(image, "tag_v2", {}).get(NEWSUBFILETYPE, 0)) & copy_of_another
+    image.seek(0)
+    return found
 
 
 def in_bytes(image: Image.Image, mode: str) -> Image.Image:

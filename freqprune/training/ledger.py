@@ -28,7 +28,7 @@ ROW = np.dtype(
     [("stamp", "<i8", 2), ("sums", "<i8", 3), ("squares", "<i8", 3), ("checksum", "<u4"), ("done", "u1")], align=True
 )
 # Raised when the pixels of the same file become others.
-VERSION = 3
+VERSION = 4
 # Images between two moments at which what was read is safe on the disk.
 _BLOCK = 512
 _CHECKED_ROWS = 32

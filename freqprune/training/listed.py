@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from freqprune.errors import InputError, one_of
@@ -135,10 +136,12 @@ class ImageFolderData(ListedData):
                 raise InputError(
                     f"{root / split} is missing{val}; data.root must hold train/<class>/*.png and test/<class>/*.png"
                 )
-        if beside := [name for name in ("val", "valid", "validation") if (root / name).is_dir()]:
-            log.warning(
+        folders = [root / name for name in ("val", "valid", "validation") if (root / name).is_dir()]
+        # It may be the test images under another name.
+        if beside := [folder for folder in folders if not folder.samefile(root / "test")]:
+            rank_zero_only(log.warning)(
                 "%s is not read: for validation data.val_fraction of the training images is held out; to train on "
-                "those images too, move them into train", root / beside[0]
+                "those images too, move them into train", beside[0]
             )  # fmt: skip
         train, test = (FolderListing(root / split) for split in ("train", "test"))
         if self.n_classes is not None:

@@ -76,7 +76,7 @@ class Transforms:
             np.random.seed(seed % 2**32)
             for transform in self.single:
                 if hasattr(transform, "set_random_state"):
-                    transform.set_random_state(seed % 2**32)
+                    transform.set_random_state(int(np.random.randint(2**32, dtype=np.uint32)))
                 image = transform(image)
         finally:
             torch.set_rng_state(state)

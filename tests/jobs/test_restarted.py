@@ -157,6 +157,32 @@ def test_a_training_that_began_from_another_goes_on_from_its_own_epochs(
     cli._do(config("train", out, *words), lambda _: True)
     told = json.loads((out / "training.json").read_text())
     assert (told["epochs"], told["epochs_here"]) == (4, 1)
+    # The record says what it began from, so that the same command knows it for done.
+    assert json.loads((out / "run.json").read_text())["settings"]["ckpt_path"] == words[0].partition("=")[2]
+    assert record.done_before(config("train", out, *words), again=True)
+
+
+@pytest.mark.usefixtures("requeued")
+def test_what_an_earlier_run_of_the_same_settings_has_left_is_not_taken_for_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("pruning=filters", "importance=l2", "pruning.compensation=none", "tagging.every_n_epochs=0")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    cli._do(config("train", tmp_path, *words), lambda _: True)
+    assert record.is_finished(tmp_path)
+    monkeypatch.setattr(Classifier, "training_step", killed)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        cli._do(config("train", tmp_path, *words), lambda _: True)
+    assert not record.is_finished(tmp_path)
+    assert not record.holds_cut(tmp_path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        # Trains, and does not say that all is done.
+        cli._do(config("train", tmp_path, *words), lambda _: True)
+
+
+def killed(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_complete_run_that_goes_on_elsewhere_is_finished_with_its_report(

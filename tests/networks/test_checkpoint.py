@@ -465,3 +465,28 @@ def test_a_state_dict_of_a_cut_network_is_told_from_a_wrong_one(tmp_path: Path) 
     torch.save(net.state_dict(), tmp_path / "wide.pt")
     with pytest.raises(InputError, match=r"check model=\.\.\., model.shortcut, model.num_classes$"):
         load_network(tmp_path / "wide.pt", {"name": "resnet8", "num_classes": 7})
+
+
+def test_extra_state_is_no_tensor_of_another_shape(tmp_path: Path) -> None:
+    class Counts(nn.ReLU):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"seen": 3}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            pass
+
+    def build(num_classes: int = 7) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 1), Counts(), nn.Flatten(), nn.Linear(64, num_classes))
+
+    register_model("counting", build)
+    net = build(10)
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    with pytest.raises(InputError, match="does not fit counting"):
+        load_network(tmp_path / "net.pt", {"name": "counting"})
+
+
+def test_weights_of_ones_own_builder_are_its_own_business(tmp_path: Path) -> None:
+    register_model("needs_weights", lambda weights, num_classes=10: nn.Sequential(nn.Conv2d(3, num_classes, 1)))
+    net = build_model({"name": "needs_weights", "weights": "a.pth"})
+    save_pruned(tmp_path / "p.ckpt", net, {}, model={"name": "needs_weights", "weights": "a.pth"})
+    assert torch.equal(load_pruned(tmp_path / "p.ckpt").get_parameter("0.weight"), net.get_parameter("0.weight"))

@@ -85,9 +85,12 @@ def test_large_networks_are_several_files(tmp_path: Path, monkeypatch: pytest.Mo
     assert bytes_of(tmp_path / "model.onnx") > n_bytes > (tmp_path / "model.onnx").stat().st_size
     assert {path.name for path in tmp_path.iterdir()} <= {*EXPORTED}
     assert OnnxModule(tmp_path / "model.int8.onnx")(X).shape == (2, 10)
+    # What a job that was killed has left goes.
+    (tmp_path / ".exportold").mkdir()
     # One that fits into a file leaves none of the larger one's tensors.
     export(net, X, tmp_path, onnx=True)
     assert not (tmp_path / "model.onnx.data").exists()
+    assert not (tmp_path / ".exportold").exists()
 
 
 def test_what_the_quantiser_cannot_take_is_told_before_the_cut(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,11 +148,11 @@ def test_every_image_gets_its_own_crop_and_flip() -> None:
     assert len({one.contiguous().numpy().tobytes() for one in batch}) == 50
 
 
-@pytest.mark.parametrize("size", [(20, 24), (70, 80), (3, 80), (80, 2)])
-def test_small_and_large_images_are_cut_as_one_by_one(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("size", "padding"), [((20, 24), 5), ((70, 80), 5), ((3, 80), 5), ((70, 80), 90)])
+def test_small_and_large_images_are_cut_as_one_by_one(size: tuple[int, int], padding: int) -> None:
     batch = torch.randint(0, 256, (30, 3, *size), dtype=torch.uint8)
-    found = random_crop_flip(batch, 5, True, torch.Generator().manual_seed(4))
-    assert torch.equal(found, crop_and_flip(batch, 5, torch.Generator().manual_seed(4)))
+    found = random_crop_flip(batch, padding, True, torch.Generator().manual_seed(4))
+    assert torch.equal(found, crop_and_flip(batch, padding, torch.Generator().manual_seed(4)))
 
 
 def test_no_augmentation_is_the_identity() -> None:
@@ -330,8 +330,10 @@ def test_statistics_must_fit_the_channels(tmp_path: Path) -> None:
     ],
 )
 def test_statistics_are_of_pixels_from_0_to_1(mean: list[float], std: list[float], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        DigitsData(mean=mean, std=std).setup()
+    data = DigitsData(mean=mean, std=std)
+    for _ in range(2):
+        with pytest.raises(InputError, match=message):
+            data.setup()
 
 
 def test_pixels_of_ones_own_data_are_bytes() -> None:
@@ -360,6 +362,22 @@ def test_a_folder_of_validation_images_that_is_not_read_is_told(
     (tmp_path / "val").mkdir()
     ImageFolderData(tmp_path).setup()
     assert f"{tmp_path / 'val'} is not read: for validation data.val_fraction" in caplog.text
+    # Not where it is the test images, linked as the refusal of such a folder advises.
+    caplog.clear()
+    (tmp_path / "val").rmdir()
+    (tmp_path / "test").rename(tmp_path / "val")
+    (tmp_path / "test").symlink_to(tmp_path / "val", target_is_directory=True)
+    ImageFolderData(tmp_path).setup()
+    assert "is not read" not in caplog.text
+
+
+def test_a_smaller_copy_is_no_page(tmp_path: Path) -> None:
+    whole, copy = Image.new("RGB", (8, 8), (9, 8, 7)), Image.new("RGB", (4, 4))
+    copy.encoderinfo = {"tiffinfo": {254: 1}}
+    whole.save(tmp_path / "a.tif", save_all=True, append_images=[copy])
+    with Image.open(tmp_path / "a.tif") as image:
+        assert image.n_frames == 2
+        assert np.array_equal(np.array(in_bytes(upright(image), "RGB")), np.array(whole))
 
 
 def test_greys_of_twelve_bits(

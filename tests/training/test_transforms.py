@@ -190,6 +190,11 @@ def test_other_generators_follow_seed_epoch_and_image_too(kind: type[Any]) -> No
         )
         return epoch(data, number=1)
 
+    # Each of several has a place of its own to begin at.
+    two = [
+        Transforms([OfItsOwn(), OfItsOwn()]).one(torch.zeros(3, 2, 2, dtype=torch.uint8), seed) for seed in range(20)
+    ]
+    assert 0 < sum(bool(image.any()) for image in two) < 20
     before = random.getstate(), np.random.get_state()[1].tolist()
     alone, shared = batches(0), batches(2)
     for one, other in zip(alone, shared, strict=True):
