@@ -53,7 +53,7 @@ def picture(
     axis.set_yticks([])
     axis.set_title(title, fontsize=9, loc="left")
     bar = figure.colorbar(drawn, ax=axis, shrink=0.85)
-    bar.set_label("effect on the score", fontsize=9)
+    bar.set_label("effect on the score, smoothed", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     return figure
 

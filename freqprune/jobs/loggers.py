@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def log_results(logger: Logger | None, out: Path, last: bool = True) -> None:
             text = [[cell.replace("\n", " ") for cell in row] for row in rows[:MOST_ROWS]]
             to.experiment.add_text(f"tables/{name}", markdown(header, text) + more)
         else:
-            to.log_table(key=f"tables/{name}", columns=header, data=_typed(rows))
+            to.log_table(key=f"tables/{name}", columns=header, data=_typed(header, rows))
     if board:
         to.experiment.flush()
     elif last and hasattr(to.experiment, "finish"):
@@ -114,10 +115,8 @@ def results(out: Path) -> dict[str, Table]:
 
 
 def _kept(metrics: Mapping[str, Any]) -> Table:
-    rows = [
-        [layer, str(width), str(metrics["kept"][layer]), f"{100 * metrics['kept'][layer] / width:.1f}"]
-        for layer, width in metrics["widths"].items()
-    ]
+    each = ((layer, width, metrics["kept"].get(layer, 0)) for layer, width in metrics["widths"].items())
+    rows = [[layer, str(width), str(number), f"{100 * number / width:.1f}"] for layer, width, number in each]
     return ["layer", "filters", "kept", "kept, %"], rows
 
 
@@ -145,13 +144,14 @@ def _of_the_last_epoch(path: Path) -> Table:
     return header, [[row[name] for name in header] for row in rows]
 
 
-def _typed(rows: list[list[str]]) -> list[list[float | str | None]]:
-    """Columns of numbers as numbers, so that they sort: first lines only, None for what is missing."""
+def _typed(header: list[str], rows: list[list[str]]) -> list[list[float | str | None]]:
+    """Columns of numbers as numbers, so that they sort: first lines only, None for what is missing. Names of layers are
+    names, also where they look like numbers: 0.1 and 0.10."""
     columns: list[list[float | str | None]] = []
-    for cells in zip(*rows, strict=True):
+    for title, cells in zip(header, zip(*rows, strict=True), strict=True):
         first = [cell.split("\n")[0] for cell in cells]
-        try:
-            columns.append([float(cell) if cell else None for cell in first])
-        except ValueError:
-            columns.append(list(cells))
+        columns.append(list(cells))
+        if title != "layer":
+            with suppress(ValueError):
+                columns[-1] = [float(cell) if cell else None for cell in first]
     return [list(row) for row in zip(*columns, strict=True)]

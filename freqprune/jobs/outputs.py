@@ -15,7 +15,7 @@ from freqprune.jobs.advice import advise
 from freqprune.jobs.assembly import settings_of_weights
 from freqprune.jobs.settings import Settings
 from freqprune.networks import config_of
-from freqprune.pruning import OF_TAGS, Kept, Plan, Verdict, needs
+from freqprune.pruning import OF_TAGS, Amount, Kept, Plan, Verdict, needs
 from freqprune.reports import (
     filters_of,
     filters_over_epochs,
@@ -114,6 +114,8 @@ def explore_cut(
     if plan is not None:
         try:
             amount = None if recipe is None else recipe.amount
+            if amount is not None and kept is not None:
+                amount = _by_macs(amount, plan, kept, dropped)
             components = settings.judgement.components
             trial = trial_of(plan, response, None if scores is None else criterion, scores, amount, components)
             if components != "fundamentals":
@@ -132,6 +134,21 @@ def explore_cut(
     alike = [one for one in earlier if ("snr" in one.columns) == ("snr" in filters.columns)]
     same = [one for one in alike if dict(one.widths) == dict(filters.widths)]
     write_explorer(settings.out, title, [*same, filters], response.stimulus, trial, notes)
+
+
+def _by_macs(amount: Amount, plan: Plan, kept: Kept, dropped: Collection[str]) -> Amount:
+    """The amount that a trial begins with: of a cut by a ratio or by time, the share of the MACs that it removed."""
+    if amount.macs_cut is not None or amount.threshold is not None:
+        return amount
+    left = {name: len(indices) for name, indices in kept.items()} | {name: 0 for name in dropped if name in plan.blocks}
+    share = 1 - plan.macs(left) / plan.macs({})
+    scope = "per_mac" if amount.scope == "per_ms" else amount.scope
+    if not 0 < share < 1:
+        return amount
+    multiple = 1 if amount.multiple_of == "auto" else amount.multiple_of
+    return Amount(
+        macs_cut=share, scope=scope, normalize=amount.normalize, min_filters=amount.min_filters, multiple_of=multiple
+    )
 
 
 def training_criterion(settings: Settings) -> str:

@@ -172,9 +172,10 @@ class Run:
             self.measure(stage, one)
         self.latencies({"dense": net, **stages})
         self.metrics["kept"] = {name: len(indices) for name, indices in ours.items()}
-        self.metrics["widths"] = widths = {name: done.widths[name] for name in ours}
+        # With those of layers that went altogether.
+        self.metrics["widths"] = widths = dict(done.widths)
         title = f"Filters kept by {self.settings.scoring.criterion}"
-        if self.first and ours:
+        if self.first and widths:
             figure = run_figures.kept_per_layer(self.metrics["kept"], widths, title)
             save(figure, self.out / "figures" / "kept_per_layer.png")
         self.metrics["remarks"] = done.remarks

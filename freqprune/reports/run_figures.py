@@ -25,11 +25,14 @@ def training_curves(history: Mapping[str, Sequence[tuple[int, float]]]) -> Figur
     """
     figure = Figure(figsize=(8.5, 3.2), layout="constrained")
     for axis, kind, unit, label in zip(
-        figure.subplots(1, 2), ("loss", "accuracy"), (1, 100), ("cross entropy", "accuracy (%)"), strict=True
+        figure.subplots(1, 2), ("loss", "accuracy"), (1, 100), ("loss", "accuracy (%)"), strict=True
     ):
         for split, colour, style in (("train", BLUE, "-"), ("val", RED, "--")):
             points = history.get(f"{split}/{kind}", ())
-            name = "validation" if split == "val" else "training, augmented"
+            # What is minimised may hold more than the cross-entropy: smoothed labels, weights of classes, tags.
+            name = {"val": "validation", "train": "training, augmented"}[split]
+            if kind == "loss":
+                name += {"val": ": cross-entropy", "train": ": what is minimised"}[split]
             if not points:
                 continue
             axis.plot(
@@ -154,12 +157,12 @@ def kept_per_layer(kept: Mapping[str, int], widths: Mapping[str, int], title: st
     """Filters kept in each layer beside all that it had.
 
     Args:
-        kept: number of filters kept, a layer.
+        kept: number of filters kept, a layer; none of a layer that is not named.
         widths: number of filters before, a layer.
         title: line above the figure.
     """
     return counts_per_layer(
-        {layer: (widths[layer], number) for layer, number in kept.items()}, ("before", "kept"), title
+        {layer: (width, kept.get(layer, 0)) for layer, width in widths.items()}, ("before", "kept"), title
     )
 
 

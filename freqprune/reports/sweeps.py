@@ -189,9 +189,9 @@ def _shares_kept(group: Group) -> dict[str, float]:
     for job in group.jobs:
         metrics = read_json(job.folder / METRICS) if job.folder else {}
         widths = metrics.get("widths", {})
-        for layer, number in metrics.get("kept", {}).items():
-            if layer in widths:
-                shares.setdefault(layer, []).append(number / widths[layer])
+        # A layer that went altogether keeps none.
+        for layer, width in widths.items():
+            shares.setdefault(layer, []).append(metrics.get("kept", {}).get(layer, 0) / width)
     return {layer: fmean(values) for layer, values in shares.items()}
 
 

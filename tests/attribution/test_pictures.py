@@ -41,7 +41,7 @@ def test_a_figure_of_a_map(found: Attribution) -> None:
     assert found.ranked(1, 2) == [3, 5]
     assert [text.get_position() for text in over.texts] == [(13.5, 1.5), (5.5, 5.5)]
     assert over.get_title("left") == "a tile"
-    assert bar.get_ylabel() == "effect on the score"
+    assert bar.get_ylabel() == "effect on the score, smoothed"
     # What is significant, and nothing else, is outlined: two tiles of 4 x 4 pixels with 16 lines each.
     (outline,) = [one for one in over.collections if isinstance(one, LineCollection)]
     assert found.significant(1).nonzero().flatten().tolist() == [3, 5]

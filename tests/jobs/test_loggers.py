@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 from freqprune.errors import InputError
-from freqprune.jobs.loggers import log_results, make_logger, results
+from freqprune.jobs.loggers import _typed, log_results, make_logger, results
 from freqprune.jobs.settings import Settings, read
 from freqprune.pruning import judge
 from freqprune.reports import save, tables
@@ -41,6 +41,11 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(out: Path, *overrides: str) -> Settings:
     return read(config("prune", out, *overrides))
+
+
+def test_layers_whose_names_look_like_numbers_stay_apart() -> None:
+    rows = [["0.1", "5", "1"], ["0.10", "5", "2"]]
+    assert _typed(["layer", "filters", "kept"], rows) == [["0.1", 5.0, 1.0], ["0.10", 5.0, 2.0]]
 
 
 def test_tables_say_what_the_files_say(job: Path) -> None:
@@ -94,7 +99,7 @@ def test_wandb_gets_figures_and_tables(job: Path, tmp_path: Path, monkeypatch: p
     written = {path.name.split("_")[0]: json.loads(path.read_text()) for path in media.glob("table/tables/*.json")}
     assert set(written) == {"stages", "kept", "filters"}
     assert written["kept"] == {**written["kept"], "columns": ["layer", "filters", "kept", "kept, %"]}
-    assert written["kept"]["data"] == [[0.0, 5.0, 3.0, 60.0]]
+    assert written["kept"]["data"] == [["0", 5.0, 3.0, 60.0]]
     assert written["stages"]["data"][1][:3] == ["pruned", 50.0, 1.0]
     assert [row[0] for row in written["filters"]["data"]] == [0.0] * 5
 
@@ -118,7 +123,7 @@ def test_a_logger_that_has_lightnings_two_methods_is_told(job: Path) -> None:
     log_results(logger, job)
     assert logger.seen["figures/stimulus"][0] == [str(job / "figures" / "stimulus.png")]
     assert logger.seen["figures/stimulus"][1][0].startswith("The stimulus")
-    assert logger.seen["tables/kept"] == [[0.0, 5.0, 3.0, 60.0]]
+    assert logger.seen["tables/kept"] == [["0", 5.0, 3.0, 60.0]]
     log_results(None, job)
 
 

@@ -13,13 +13,14 @@ from torch import nn
 from freqprune import load_pruned
 from freqprune.errors import InputError
 from freqprune.jobs import assembly
+from freqprune.jobs.outputs import _by_macs
 from freqprune.jobs.prune import _by_class, _tagged, prune
 from freqprune.jobs.settings import read
 from freqprune.jobs.stages import Run
 from freqprune.networks.checkpoint import load_network, save_pruned
 from freqprune.networks.profiling import count_macs, count_parameters
 from freqprune.networks.registry import build_model, register_model
-from freqprune.pruning import cut, tempo
+from freqprune.pruning import Amount, Plan, cut, tempo
 from freqprune.reports import tables
 from freqprune.tagging import tag
 from tests.jobs.small import check_page, config
@@ -509,3 +510,15 @@ def test_accuracies_are_those_of_the_network_that_is_written(
     last = "finetuned" if more == ("finetune.epochs=1",) else "recalibrated"
     assert metrics[last]["test_accuracy"] == pytest.approx(float(right.float().mean()), abs=1e-6)
     assert metrics["dense"]["test_accuracy"] != metrics[last]["test_accuracy"]
+
+
+@pytest.mark.parametrize("amount", [Amount(ratio=0.2), Amount(latency_cut=0.3, scope="per_ms", multiple_of="auto")])
+def test_the_page_begins_with_what_the_cut_removed(amount: Amount) -> None:
+    plan = Plan(build_model({"name": "resnet8"}).eval(), torch.rand(1, 3, 32, 32))
+    kept = {"layer1.0.conv1": torch.arange(4), "layer3.0.conv1": torch.arange(60)}
+    found = _by_macs(amount, plan, kept, ())
+    whole = plan.macs({})
+    assert found.macs_cut == pytest.approx(1 - plan.macs({"layer1.0.conv1": 4, "layer3.0.conv1": 60}) / whole)
+    assert (found.scope, found.multiple_of) == ("per_mac" if amount.by_time else "global", 1)
+    asked = Amount(macs_cut=0.4)
+    assert _by_macs(asked, plan, kept, ()) is asked

@@ -223,11 +223,17 @@ def test_figures_of_runs_and_sweeps_draw_what_they_are_given() -> None:
     assert axis.containers[0].lines[0].get_xydata().tolist() == [[50.0, 30.0]]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["snr", "l2"]
     assert not overlaps(figure)
-    bars = run_figures.kept_per_layer({"a": 3, "b": 4}, {"a": 6, "b": 8, "unpruned": 9}).axes[0].containers
-    assert [[bar.get_height() for bar in group] for group in bars] == [[6, 8], [3, 4]]
+    bars = run_figures.kept_per_layer({"a": 3, "b": 4}, {"a": 6, "b": 8, "gone": 9}).axes[0].containers
+    assert [[bar.get_height() for bar in group] for group in bars] == [[6, 8, 9], [3, 4, 0]]
     curves = run_figures.training_curves({"train/loss": [(0, 2.0), (1, 1.0)], "val/accuracy": [(0, 0.25)]})
     assert curves.axes[0].lines[0].get_xydata().tolist() == [[1, 2.0], [2, 1.0]]
     assert curves.axes[1].lines[0].get_xydata().tolist() == [[1, 25.0]]
+    # Smoothed labels and the like are in the one and not in the other.
+    history = {"train/loss": [(0, 2.0)], "val/loss": [(0, 1.0)], "val/accuracy": [(0, 0.25)]}
+    both = run_figures.training_curves(history).axes[0]
+    assert both.get_ylabel() == "loss"
+    legend = [text.get_text() for text in both.get_legend().get_texts()]
+    assert legend == ["training, augmented: what is minimised", "validation: cross-entropy"]
 
 
 def test_filters_are_drawn_beside_all_of_their_layer() -> None:

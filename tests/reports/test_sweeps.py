@@ -17,8 +17,8 @@ from freqprune.errors import InputError
 from freqprune.jobs import cli
 from freqprune.reports import record, sweeps
 from freqprune.reports.record import failures_kept, is_finished
-from freqprune.reports.sweep_jobs import check_goes_on, commands_of, counted_once, planned, read_sweep, told_apart
-from freqprune.reports.sweeps import gather, grouped, table
+from freqprune.reports.sweep_jobs import Job, check_goes_on, commands_of, counted_once, planned, read_sweep, told_apart
+from freqprune.reports.sweeps import Group, gather, grouped, table
 from freqprune.reports.tables import layer_medians
 
 
@@ -504,3 +504,13 @@ def test_folders_without_jobs_are_refused(tmp_path: Path) -> None:
         read_sweep(tmp_path)
     with pytest.raises(InputError, match="is not a folder"):
         read_sweep(tmp_path / "none")
+
+
+def test_layers_that_went_altogether_keep_none_of_their_filters(tmp_path: Path) -> None:
+    jobs = []
+    for number, kept in enumerate(({"a": 3}, {"a": 3, "b": 8})):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "metrics.json").write_text(json.dumps({"kept": kept, "widths": {"a": 4, "b": 8}}))
+        jobs.append(Job(str(number), "finished", folder=folder))
+    assert sweeps._shares_kept(Group({}, tuple(jobs), {}, {})) == {"a": 0.75, "b": 0.5}

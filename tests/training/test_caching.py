@@ -248,7 +248,10 @@ def test_an_image_that_goes_while_training_is_named(folder: Path) -> None:
     [
         ({"cache": "dsk"}, "data.cache must be one of auto, memory, disk, none, got 'dsk'; did you mean disk"),
         ({"num_workers": -1}, "data.num_workers must be a whole number of at least 0, got -1"),
-        ({"image_size": 0}, "data.image_size must be at least 1, got 0"),
+        (
+            {"image_size": 0},
+            "data.image_size must be one whole number of pixels, at least 1, as images become square, got 0",
+        ),
         ({"interpolation": "cubic"}, "data.interpolation must be one of bilinear, bicubic, got 'cubic'"),
     ],
 )

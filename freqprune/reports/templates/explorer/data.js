@@ -46,7 +46,7 @@ const KNOWN = {
   preference: { label: "driving part", scale: "diverging" },
   part: { label: "driving part", scale: "part" },
   integration: { label: "integration", scale: "linear" },
-  important: { label: "answers the tags", scale: "flag" },
+  important: { label: "important", scale: "flag" },
   kept: { label: "kept by this run", scale: "flag" },
   trial: { label: "kept by the cut below", scale: "flag" },
 };

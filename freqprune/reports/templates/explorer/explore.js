@@ -15,7 +15,7 @@ function colour() {
   map.labels = (layer) => {
     if (!flags) return "";
     const of = map.values.subarray(layer.start, layer.start + layer.n);
-    return Number.isNaN(of[0]) ? ", not asked" : `, ${of.reduce((sum, v) => sum + v, 0)} ${state.colour === "important" ? "answer" : "kept"}`;
+    return Number.isNaN(of[0]) ? ", not asked" : `, ${of.reduce((sum, v) => sum + v, 0)} ${state.colour === "important" ? "important" : "kept"}`;
   };
   const { swatches, gradient, low, high } = map.colours, legend = element("legend");
   const bar = gradient && make("span", { className: "bar" });

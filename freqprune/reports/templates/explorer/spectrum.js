@@ -88,7 +88,7 @@ function drawSpectrum(host, time, filter, range, height) {
       axes: [{ ...axis, label: "frequency (Hz)", labelSize: 18, size: 34 }, { ...axis, size: 46, values: (_, ticks) => ticks.map((v) => (v === null ? "" : `${+v.toPrecision(1)}`)) }],
       series: [
         { label: "Hz", value: (_, freq) => (freq == null ? "–" : `${+freq.toPrecision(6)}${name(freq) ? ` (${name(freq)})` : ""}`) },
-        { label: data.reading, stroke: soft, width: isWhole(time) ? 1 : 0, points: { show: false }, value: (plot, v) => (v == null ? (plot.cursor.idx == null ? "–" : "undefined") : number(v)) },
+        { label: data.reading, stroke: soft, width: isWhole(time) ? 1 : 0, points: { show: false }, value: (plot, v, series, bin) => (bin == null ? "–" : told("snr", bin || !isWhole(time) ? time.spectrum(filter)[bin] : NaN)) },
       ],
       hooks: { draw: [stems] },
     },
