@@ -33,19 +33,20 @@ def alone(out: Path) -> Iterator[None]:
     if any(os.environ.get(name, "0") != "0" for name in _RANKS):
         yield
         return
-    # Where nothing can be written, that is told as it is tried. A file system without locks has none: a file in the
-    # place of one, which newer versions make, would outlive a job that is killed.
+    # On a file system without locks there is none: a file in the place of one, which newer versions make, would outlive
+    # a job that is killed.
     options: dict[str, Any] = {"fallback_to_soft": False} if hasattr(FileLock, "fallback_to_soft") else {}
     lock = FileLock(out / LOCK, **options)
-    with suppress(OSError, NotImplementedError):
+    try:
         out.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise InputError(
-                f"a job is running in {out}: wait for it or cancel it, or choose another folder (hydra.run.dir=FOLDER, "
-                f"of a sweep hydra.sweep.dir=FOLDER); if there is none, remove {out / LOCK}"
-            ) from None
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f"a job is running in {out}: wait for it or cancel it, or choose another folder (hydra.run.dir=FOLDER, "
+            f"of a sweep hydra.sweep.dir=FOLDER); if there is none, remove {out / LOCK}"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        log.warning("%s cannot be locked (%s): a second job in it would not be noticed", out, error)
     try:
         yield
     finally:

@@ -15,13 +15,12 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from torch import nn
 
 from freqprune.attribution import OfParts, key_of
 from freqprune.jobs.explain_settings import Explaining
 from freqprune.jobs.values import override
-from freqprune.reports import show
+from freqprune.reports import record, show
 
 FOLDER = "so_far"
 
@@ -79,6 +78,6 @@ def kept(out: Path, asked: Explaining, net: nn.Module, is_first: bool) -> Iterat
 
 
 def _same_folder(out: Path) -> str:
-    if HydraConfig.initialized() and (hydra := HydraConfig.get()).mode == RunMode.MULTIRUN:
-        return shlex.quote(override("hydra.sweep.dir", hydra.sweep.dir))
+    if record.in_sweep():
+        return shlex.quote(override("hydra.sweep.dir", HydraConfig.get().sweep.dir))
     return shlex.quote(override("hydra.run.dir", out))

@@ -246,3 +246,15 @@ def test_lightning_does_not_requeue(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert isinstance(environment, SLURMEnvironment)
         assert not environment.auto_requeue
         assert trainer.default_root_dir == str(tmp_path)
+
+
+def test_a_folder_that_cannot_be_locked_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unsupported(*_: Any, **__: Any) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(FileLock, "acquire", unsupported)
+    with alone(tmp_path):
+        pass
+    assert f"{tmp_path} cannot be locked" in caplog.text

@@ -19,6 +19,7 @@ from freqprune.networks.registry import build_model, register_model
 from freqprune.networks.resnet import IndexShortcut
 from freqprune.pruning.surgery import Plan
 from freqprune.training.whole_sets import DigitsData
+from tests.counting import Counts
 
 X = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 CLASSES = [f"kind {i}" for i in range(10)]
@@ -468,13 +469,6 @@ def test_a_state_dict_of_a_cut_network_is_told_from_a_wrong_one(tmp_path: Path) 
 
 
 def test_extra_state_is_no_tensor_of_another_shape(tmp_path: Path) -> None:
-    class Counts(nn.ReLU):
-        def get_extra_state(self) -> dict[str, int]:
-            return {"seen": 3}
-
-        def set_extra_state(self, state: dict[str, int]) -> None:
-            pass
-
     def build(num_classes: int = 7) -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 4, 1), Counts(), nn.Flatten(), nn.Linear(64, num_classes))
 

@@ -27,6 +27,7 @@ from freqprune.training.carrying import carry_over
 from freqprune.training.classifier import Classifier
 from freqprune.training.pruning_callback import TagPruning
 from freqprune.training.tagging_callback import FrequencyTagging
+from tests.counting import Counts
 from tests.training.small import digits, trainer
 
 RECIPE = Recipe(Amount(ratio=0.25, scope="layer"), criterion="amplitude")
@@ -193,13 +194,6 @@ def test_a_checkpoint_says_itself_what_the_network_takes(tmp_path: Path) -> None
 
 
 def test_states_that_are_no_tensors_are_no_matter(tmp_path: Path) -> None:
-    class Counts(nn.ReLU):
-        def get_extra_state(self) -> dict[str, int]:
-            return {"seen": 3}
-
-        def set_extra_state(self, state: dict[str, int]) -> None:
-            pass
-
     module = Own()
     layers = [nn.Conv2d(1, 4, 3), Counts(), nn.Conv2d(4, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10)]
     module.net = nn.Sequential(*layers)  # type: ignore[assignment]
