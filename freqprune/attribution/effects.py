@@ -194,7 +194,7 @@ def estimate(design: Tensor, scores: Tensor, n_frames: int | None = None) -> tup
     """Effects by least squares, which for a score that is linear in the parts are exact.
 
     In recordings of gates on odd bins, what an even number of parts do together lies in even bins, where no effect is.
-    Odd bins alone then say how sure the effects are: half of what they hold is not in phase with any gate.
+    Odd bins alone then say how sure the effects are: at least half of what they hold is not in phase with any gate.
 
     Args:
         design: how far open each part was, ``(n_frames, n_parts)``.

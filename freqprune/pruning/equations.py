@@ -123,7 +123,9 @@ def solve(
         if all(part.n_samples for part in parts):
             seen, held_out = (part.equations(where, constant) for part in parts)
             tried = {one: seen.solve(start, one) for one in RIDGES}
-            errors = {one: held_out.error(w) for one, w in tried.items() if w is not None}
+            # Nothing that is less than the rounding of the sums.
+            none = torch.finfo(torch.float32).eps * held_out.tt
+            errors = {one: max(held_out.error(w), none) for one, w in tried.items() if w is not None}
             # The least of those that do about as well.
             ridge = next((one for one, error in errors.items() if error <= 1.01 * min(errors.values())), ridge)
     together = parts[0] + parts[1] if parts[1].n_samples else parts[0]

@@ -71,7 +71,7 @@ def write_explain_page(folder: Path, found: Attribution, page: ExplainPage) -> P
 
 
 def _of_an_image(folder: Path, found: Attribution, adjusted: Tensor, page: ExplainPage, number: int) -> dict[str, Any]:
-    names, sure = found.part_names, adjusted < page.alpha
+    names, sure, alone = found.part_names, adjusted < page.alpha, found.first_order[number]
     of_class = None if found.target is None else int(found.target[number])
     rows = [
         {
@@ -94,7 +94,8 @@ def _of_an_image(folder: Path, found: Attribution, adjusted: Tensor, page: Expla
         "baseline": f"{found.baseline[number]:.3g}",
         "n_parts": int(found.present[number].sum()),
         "n_sure": int(sure.sum()),
-        "alone": "" if page.overlap else f"{100 * float(found.first_order[number].sum().clamp(0, 1)):.0f} %",
+        # Nothing of a score that does not vary.
+        "alone": f"{100 * float(alone.sum().clamp(0, 1)):.0f} %" if alone.any() and not page.overlap else "",
         "rows": rows,
         "pairs": [
             [names[one], names[other], f"{value:+.3g}"]

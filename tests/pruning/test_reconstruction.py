@@ -230,6 +230,18 @@ def test_the_ridge_is_the_one_that_does_best_on_what_it_has_not_seen(held_out: f
     assert float(found[0]) == pytest.approx(1 + ((3 + held_out) / 2 - 1) / (1 + ridge), rel=1e-9)
 
 
+def test_a_held_out_error_that_rounding_makes_negative_is_none() -> None:
+    """A filter that another one makes up for wholly: what is missed without a ridge is rounding, of either sign."""
+    parts = [Sums(1, (torch.zeros(1), torch.zeros(1))) for _ in range(2)]
+    x = torch.tensor([[1.0], [-1.0]])
+    for part in parts:
+        part.add(x, 2 * x)
+    parts[1].tt = parts[1].tt * (1 - 5e-8)
+    found = solve(parts, torch.ones(1, 1), torch.tensor([True]), None, constant=True)
+    assert found is not None
+    assert float(found[0]) == pytest.approx(1 + 1 / (1 + 1e-4), rel=1e-9)
+
+
 def test_only_layers_that_lost_inputs_are_solved_if_asked_for() -> None:
     net, unit, n_kept = residual(False)
     plan = Plan(net, images())

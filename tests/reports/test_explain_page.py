@@ -63,6 +63,12 @@ def test_the_page_tells_what_was_found(found: Attribution, tmp_path: Path) -> No
     assert "due to parts alone" not in written(tmp_path / "overlapping", found, overlap=0.7).read_text()
 
 
+def test_nothing_is_due_to_anything_where_no_score_varies(tmp_path: Path) -> None:
+    net = OfTiles(lambda tiles: tiles[:, 0] * 0 + 0.3)
+    page = written(tmp_path, attribute(net, IMAGES[:2], 0, grid=4, forwards=64)).read_text()
+    assert page.count("0 of 16 parts are significant.</p>") == 2
+
+
 def test_a_page_without_pairs_or_of_channels(tmp_path: Path) -> None:
     net = OfTiles(lambda tiles: tiles[:, 0])
     page = written(tmp_path / "a", attribute(net, IMAGES[:2], 0, grid=4, forwards=64)).read_text()
