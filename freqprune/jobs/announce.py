@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from freqprune.jobs.forecast import Forecast, of_explaining, of_pruning, of_trai
 from freqprune.jobs.outputs import name_of
 from freqprune.jobs.pace import Pace
 from freqprune.jobs.settings import Settings
-from freqprune.networks import count_macs, count_parameters, device_of, dtype_of
+from freqprune.networks import copied, count_macs, count_parameters, device_of, dtype_of
 from freqprune.processes import rank_and_size
 from freqprune.pruning import Plan, Recipe
 from freqprune.reports import record, show
@@ -169,7 +168,7 @@ def _pace(
     if trains:
         bare = pace.of_training(net, example, settings.optimizer, data.batch_size, **context)
         step = bare.times(1 + settings.tag_loss.frames_a_step / data.batch_size)
-    forward = pace.of_forward(copy.deepcopy(net).to(device).to(memory_format=torch.channels_last), example)
+    forward = pace.of_forward(copied(net).to(device).to(memory_format=torch.channels_last), example)
     return Pace(forward, step, read, pace.of_inversion(), reading)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.networks import evaluating, first
+from freqprune.networks import copied, evaluating, first
 from freqprune.training import ImageData, Optimization
 
 # Seconds that each measurement takes, but for one call that takes longer.
@@ -99,7 +98,7 @@ def of_training(
         context: around forward and loss, such as autocast.
     """
     with isolate_rng():
-        twin = copy.deepcopy(net).to(example.device).to(memory_format=torch.channels_last).train()
+        twin = copied(net).to(example.device).to(memory_format=torch.channels_last).train()
         optimizer = optimization.optimizer(twin)
 
         def step(batch: Tensor) -> None:

@@ -15,6 +15,7 @@ from .checkpoint import load_network as load_network
 from .checkpoint import load_pruned as load_pruned
 from .checkpoint import save_pruned as save_pruned
 from .checkpoint import save_weights as save_weights
+from .copies import copied as copied
 from .exports import Exports as Exports
 from .exports import bytes_of as bytes_of
 from .exports import check_export as check_export
@@ -30,7 +31,9 @@ from .heads import keep_heads as keep_heads
 from .heads import open_heads as open_heads
 from .hooks import evaluating as evaluating
 from .hooks import hooked as hooked
+from .hooks import modes_of as modes_of
 from .hooks import replaced as replaced
+from .hooks import set_modes as set_modes
 from .kept import kept_by_all as kept_by_all
 from .kept import left_by as left_by
 from .libraries import Preprocessing as Preprocessing

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from freqprune.networks.copies import copied
 from freqprune.networks.hooks import replace
 
 
@@ -29,6 +29,6 @@ def fused(net: nn.Module, folds: Iterable[tuple[str, str]]) -> dict[str, nn.Modu
 
 def fold_norms(net: nn.Module, folds: Iterable[tuple[str, str]]) -> nn.Module:
     """A copy of a network, in eval mode, with its batch norms folded for deployment; arguments as for `fused`."""
-    twin = copy.deepcopy(net).eval()
+    twin = copied(net).eval()
     replace(twin, fused(twin, folds))
     return twin

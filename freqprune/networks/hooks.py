@@ -10,20 +10,35 @@ import torch
 from torch import nn
 
 
+def modes_of(model: nn.Module) -> dict[str, bool]:
+    """Whether each module is in training mode, by name."""
+    return {name: module.training for name, module in model.named_modules()}
+
+
+def set_modes(model: nn.Module, modes: Mapping[str, bool]) -> None:
+    """Put each module in its mode by its own `train`, which may do more: LeViT lets go of what it made in eval mode,
+    layers with low-rank weights merge them or take them out."""
+    modules = dict(model.named_modules())
+    model.train(modes[""])
+    for name, mode in modes.items():
+        if modules[name].training != mode:
+            modules[name].train(mode)
+    # Those that set others than they are told, such as frozen norms, and of these what they hold.
+    for name, mode in modes.items():
+        modules[name].training = mode
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside the block, compiled networks run uncompiled so that hooks see them; all is restored after it,
     also after an error."""
-    training = {module: module.training for module in model.modules()}
+    modes = modes_of(model)
     try:
         model.eval()
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        # What modules keep of their runs in eval mode, as LeViT does its biases, they let go of when it is set.
-        model.eval()
-        for module, mode in training.items():
-            module.training = mode
+        set_modes(model, modes)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from freqprune.pruning.amount import Amount
 from freqprune.pruning.compensation import compensate
 from freqprune.pruning.criteria import needs, scores, shortcuts_read
 from freqprune.pruning.depth import ONE_PASS, block_scores
-from freqprune.pruning.evidence import calibration, gather, n_measured
+from freqprune.pruning.evidence import calibration, check_material, gather, n_measured
 from freqprune.pruning.importance import Evidence
 from freqprune.pruning.planning import kept_whole, plan_cut
 from freqprune.pruning.recipe import Material, Recipe
@@ -31,7 +31,7 @@ class Cut:
 
     Attributes:
         net: the smaller network.
-        kept: filters kept of each unit.
+        kept: filters kept of each unit, of the network that was given; see `with_earlier` for that before earlier cuts.
         scores: by which they were chosen.
         response: the response to the tags; None if the criterion reads none and none was given.
         remarks: what a user should know.
@@ -72,6 +72,7 @@ def cut(
         InputError: whatever is wrong with the recipe for this network, before anything is removed.
     """
     check_folder(recipe)
+    check_material(material, recipe)
     example = material.normalize(material.images[:1].to(device_of(net)))
     plan, chosen = plan_cut(net, example, recipe, None if material.labelled is None else material.labelled[1])
     clock: list[Clock] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch_pruning.dependency import index_mapping
 from torch_pruning.dependency.group import Group
 
 from freqprune.errors import InputError
+from freqprune.networks import copied
 from freqprune.pruning.pruners import teach
 
 # Channels and operations that torch-pruning may name for a group: where it misreads a view it names more and more,
@@ -57,7 +57,7 @@ def dependency_graph(model: nn.Module, example: Tensor) -> tuple[nn.Module, tp.D
     """A private copy of the model and the dependency graph of that copy, or what torch-pruning raised instead."""
     # torch-pruning needs gradients and unfrozen parameters to trace, and leaves the model in eval mode: let it have a
     # copy.
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     for parameter in twin.parameters():
         parameter.requires_grad_(True)
     try:

@@ -24,6 +24,22 @@ MEASURED_PIXELS = 256 * 32**2
 LEAST_MEASURED = 16
 
 
+def check_material(material: Material, recipe: Recipe) -> None:
+    """Raise InputError where a recipe needs images that are not there."""
+    wanted = needs(recipe.criterion)
+    read_by = {
+        f"criterion {recipe.criterion!r}": bool(wanted & {"moments", "gradients", "frames"}),
+        f"compensation={recipe.compensation!r}": recipe.compensation == "sequential" or recipe.needs_moments,
+    }
+    reader = next((name for name, reads in read_by.items() if reads), None)
+    if reader is not None and material.calibration is None:
+        raise InputError(f"{reader} needs calibration images: pass Material(calibration=...)")
+    if "labels" in wanted and not material.labelled:
+        raise InputError(
+            f"criterion {recipe.criterion!r} reads labelled images: pass Material(labelled=(images, labels))"
+        )
+
+
 def gather(
     plan: Plan,
     chosen: Sequence[str],

@@ -6,7 +6,6 @@ Add one by decorating it with `criterion`; those of the package are in `freqprun
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError, closest
-from freqprune.networks import Trace, equal_batches, first
+from freqprune.networks import Trace, copied, equal_batches, first
 from freqprune.pruning.blocks import answers_without
-from freqprune.pruning.graph import ChannelGraph
+from freqprune.pruning.graph import ChannelGraph, Unit
 from freqprune.tagging import Stimulus, TagResponse
 
 log = logging.getLogger(__name__)
@@ -71,15 +70,26 @@ class Evidence:
         assert self.response is not None, "criteria that need tags are checked before they run"
         return self.response
 
+    def _unit(self, layer: str) -> Unit | None:
+        return None if self.graph is None else self.graph.units.get(layer)
+
     def members(self, layer: str) -> tuple[str, ...]:
         """Layers whose filters go together with those of `layer`; the layer alone without a graph."""
-        units = {} if self.graph is None else self.graph.units
-        return units[layer].members if layer in units else (layer,)
+        unit = self._unit(layer)
+        return (layer,) if unit is None else unit.members
+
+    def lengths(self, layer: str) -> set[int]:
+        """How many scores there may be of a layer: one a filter, or one a channel; any number if it has no weight."""
+        unit = self._unit(layer)
+        if unit is not None:
+            return {unit.n_filters, unit.n_filters * unit.width}
+        weight = getattr(dict(self.model.named_modules()).get(layer), "weight", None)
+        return set() if weight is None else {len(self.weight(layer))}
 
     def by_filter(self, layer: str, values: Tensor) -> Tensor:
         """Values of the channels of a unit, last dimension, as those of its filters: the mean over the channels that
         are one filter. Criteria that look at whole units give values of filters already."""
-        unit = None if self.graph is None else self.graph.units.get(layer)
+        unit = self._unit(layer)
         if unit is None or unit.width == 1 or values.shape[-1] == unit.n_filters:
             return values
         return unit.by_filter(values)
@@ -104,7 +114,7 @@ class Evidence:
         single losses."""
         means: dict[str, Tensor] = {}
         squares: dict[str, Tensor] = {}
-        twin = copy.deepcopy(self.model).eval().requires_grad_(True)
+        twin = copied(self.model).eval().requires_grad_(True)
         n_images = sum(len(labels) for _, labels in self.labelled)
         for images, labels in self.labelled:
             for image, label in zip(images, labels, strict=True):
@@ -217,6 +227,17 @@ def _check_noise(name: str, evidence: Evidence) -> None:
         )  # fmt: skip
 
 
+def _shaped(name: str, evidence: Evidence, layer: str, values: Tensor) -> Tensor:
+    """The scores of a layer, of which there are as many as it has filters."""
+    lengths = evidence.lengths(layer)
+    if values.dim() != 1 or (lengths and len(values) not in lengths):
+        raise InputError(
+            f"criterion {name!r} gives {layer!r} scores of shape {tuple(values.shape)}, expected one for each of its "
+            f"{min(lengths, default='')} filters; what it reads has to be of this network as it is now"
+        )
+    return values.double()
+
+
 def scores(
     name: str,
     evidence: Evidence,
@@ -274,7 +295,7 @@ def scores(
     said = [f"ranking the filters of {layer}" for layer in layers]
     for layer, _ in zip(layers, progress(said) if progress is not None else said, strict=True):
         members = [layer] if wanted & {"graph", "moments"} else list(evidence.members(layer))
-        of_members = torch.stack([score(evidence, member).double() for member in members])
+        of_members = torch.stack([_shaped(name, evidence, layer, score(evidence, member)) for member in members])
         found[layer] = evidence.by_filter(layer, of_members).amax(0)
     for layer, values in found.items():
         if not torch.isfinite(values).all():

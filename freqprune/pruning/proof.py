@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError, first_line
-from freqprune.networks import Trace, evaluating, hooked, same_answer
+from freqprune.networks import Trace, copied, evaluating, hooked, same_answer
 from freqprune.pruning.blocks import Block, answers_without
 
 _WAY_OUT = (
@@ -80,7 +79,7 @@ def prove_in_training(model: nn.Module, small: nn.Module, example: Tensor, unrea
     with torch.random.fork_rng(), torch.no_grad():
         for net in (model, small):
             try:
-                copy.deepcopy(net).train()(pair)
+                copied(net).train()(pair)
                 runs.append("")
             except Exception as error:  # Whatever a forward trips over.
                 runs.append(f"{type(error).__name__}: {first_line(error)}")

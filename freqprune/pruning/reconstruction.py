@@ -8,7 +8,6 @@ After He, Zhang & Sun 2017 (arXiv 1707.06168), who reconstruct layer by layer on
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from freqprune.errors import InputError
-from freqprune.networks import Trace, check_answers
+from freqprune.networks import Trace, check_answers, copied
 from freqprune.processes import rank_and_size
 from freqprune.pruning.blocks import find_blocks
 from freqprune.pruning.recipe import Reconstruction
@@ -64,7 +63,7 @@ def reconstruct(
             twin = muted
     twin.train(model.training)
     if _is_half(model):
-        narrow = copy.deepcopy(model)
+        narrow = copied(model)
         narrow.load_state_dict(twin.state_dict())
         twin = narrow
     return twin, walk.remarks
@@ -94,8 +93,8 @@ def _walked(
     check_answers(model, batches[0])
     if _is_half(model):
         # Sums of squares of what half precision holds overflow in it.
-        model, batches = copy.deepcopy(model).float(), [batch.float() for batch in batches]
-    twin, muted = (copy.deepcopy(model).eval() for _ in range(2))
+        model, batches = copied(model).float(), [batch.float() for batch in batches]
+    twin, muted = (copied(model).eval() for _ in range(2))
     mute(muted, silenced)
     with torch.no_grad():
         trace = Trace(model, batches[0])

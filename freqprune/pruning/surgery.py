@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError, closest
-from freqprune.networks import Trace, drop_blocks, dropped_blocks
+from freqprune.networks import Trace, drop_blocks, dropped_blocks, modes_of, set_modes
 from freqprune.pruning.blocks import Block, find_blocks
 from freqprune.pruning.graph import ChannelGraph, Unit
 from freqprune.pruning.proof import prove, prove_in_training
@@ -157,10 +157,13 @@ class Plan:
         """MACs of the network for one image with `widths` filters left in the named units, the others at full width.
 
         Raises:
-            InputError: for an unknown or coupled layer.
+            InputError: for an unknown or coupled layer, or a width that it cannot have.
         """
-        for name in widths:
+        for name, width in widths.items():
             self._check_name(name)
+            most = 1 if name in self.blocks else self.graph.units[name].n_filters
+            if not 0 <= width <= most:
+                raise InputError(f"{name!r} has {most} filters; the width must be in [0, {most}], got {width}")
         units = {name: width for name, width in widths.items() if name not in self.blocks}
         gone = [name for name, width in widths.items() if name in self.blocks and not width]
         return self.graph.macs(units, self._layers_gone(gone))
@@ -237,8 +240,7 @@ class Plan:
         parameters = dict(twin.named_parameters())
         for key, old in self.model.named_parameters():
             parameters[key].requires_grad_(old.requires_grad)
-        for layer, module in self.model.named_modules():
-            modules[layer].training = module.training
+        set_modes(twin, modes_of(self.model))
         drop_blocks(twin, {name: self.blocks[name].left for name in shrunk})
         if check:
             blocks = [self.blocks[name] for name in shrunk]

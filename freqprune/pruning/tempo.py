@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.networks import MULTIPLES, Speed, Times, Trace, cache_file, compare, runner
+from freqprune.networks import MULTIPLES, Speed, Times, Trace, cache_file, compare, copied, runner
 from freqprune.pruning.amount import AUTO, Amount
 from freqprune.pruning.recipe import Material, Recipe
 from freqprune.pruning.selection import Kept, select
@@ -225,7 +224,7 @@ def _badness(off: float) -> float:
 
 def _ready(net: nn.Module, batch: Tensor) -> nn.Module:
     """A copy that lies as it runs fastest."""
-    twin = copy.deepcopy(net).eval().to(batch.device).to(memory_format=torch.channels_last)
+    twin = copied(net).eval().to(batch.device).to(memory_format=torch.channels_last)
     return twin.to(memory_format=layout_of(twin, batch))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from freqprune.errors import InputError
-from freqprune.networks import device_of, dtype_of
+from freqprune.networks import copied, device_of, dtype_of
 from freqprune.tagging.layers import pick_layers
 from freqprune.tagging.recording import Recorder, map_mean
 from freqprune.tagging.sites import find_sites
@@ -40,7 +39,7 @@ def untrained(model: nn.Module, seed: int = 0) -> nn.Module:
     Raises:
         InputError: if a module has parameters of its own and no ``reset_parameters``, or one that leaves them.
     """
-    fresh = copy.deepcopy(model)
+    fresh = copied(model)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for name, module in fresh.named_modules():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from freqprune.networks import copied
 from freqprune.pruning import Plan
 
 
@@ -40,7 +40,7 @@ def carry_over(
     keys = {k for one in whole.values() for k, value in one.items() if isinstance(value, Tensor) and value.dim()}
     for key in sorted(keys):
         # The state goes through the same surgery, in the place of the weights it belongs to.
-        carrier = copy.deepcopy(dense)
+        carrier = copied(dense)
         with torch.no_grad():
             for name, target in carrier.named_parameters():
                 value = whole.get(name, {}).get(key)

@@ -165,7 +165,7 @@ def test_compensated_cut(calibrate_on: str) -> None:
     )
     assert {k: v.tolist() for k, v in done.kept.items()} == {k: v.tolist() for k, v in plain.kept.items()}
     assert not torch.equal(done.net.layer2[0].conv2.weight, plain.net.layer2[0].conv2.weight)
-    with pytest.raises(InputError, match="need calibration images"):
+    with pytest.raises(InputError, match="needs calibration images"):
         cut(net, material(), recipe, Stimulus())
 
 
@@ -523,6 +523,32 @@ def test_layers_that_cannot_be_followed_are_named() -> None:
     net, x = tokens("talking"), torch.rand(2, 3, 32, 32)
     remarks = cut(net, Material(x, lambda p: p), Recipe(Amount(ratio=0.3), "l2"), Stimulus()).remarks
     assert any("1 layers keep their filters, as their channels cannot be followed: attn.qkv" in one for one in remarks)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"criterion": "amplitude", "compensation": "sequential"}, "compensation='sequential' needs calibration"),
+        ({"criterion": "amplitude", "compensation": "least_squares"}, "compensation='least_squares' needs calibration"),
+        ({"criterion": "logit_error", "compensation": "none"}, "criterion 'logit_error' needs calibration images"),
+        ({"criterion": "taylor"}, r"criterion 'taylor' reads labelled images: pass Material\(labelled="),
+    ],
+)
+def test_images_that_are_missing_are_asked_for_before_anything_is_measured(
+    how: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("freqprune.pruning.cutting.gather", lambda *_: pytest.fail("measured"))
+    with pytest.raises(InputError, match=message):
+        cut(chain(), material(), Recipe(Amount(ratio=0.5, scope="layer"), **how), Stimulus())
+
+
+def test_a_response_of_the_network_before_it_was_cut_is_refused() -> None:
+    net, recipe = chain(), Recipe(Amount(ratio=0.5, scope="layer"), "amplitude", layers="0")
+    first = cut(net, material(), recipe, Stimulus())
+    with pytest.raises(
+        InputError, match=r"scores of shape \(8,\), expected one for each of its 4 filters; what it reads"
+    ):
+        cut(first.net, material(), recipe, Stimulus(), first.response)
 
 
 class Keeps(nn.Module):

@@ -126,6 +126,14 @@ def test_an_own_criterion() -> None:
 
     assert scores("bias", Evidence(Affine()), ["conv"])["conv"].tolist() == [0, 0, -0.75, 0]
 
+    @criterion("inputs", "graph")
+    def inputs(evidence: Evidence, layer: str) -> Tensor:
+        return evidence.model.get_submodule(layer).weight.abs().sum((0, 2, 3))
+
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 32, 1), nn.Conv2d(32, 2, 1))
+    with pytest.raises(InputError, match=r"'inputs' gives '1' scores of shape \(8,\), expected one for each of its 32"):
+        scores("inputs", Evidence(net, graph=ChannelGraph(net, torch.rand(1, 3, 4, 4))), ["1"])
+
 
 @pytest.mark.parametrize(
     ("name", "message"), [("snrr", "did you mean snr"), ("snr", "needs the response of other"), ("random", "")]

@@ -156,6 +156,8 @@ def test_planned_macs_are_the_counted_ones(shortcut: str) -> None:
     plan = Plan(net, X)
     widths = {layer: 3 + i for i, layer in enumerate(plan.layers)}
     assert plan.macs({}) == count_macs(net, X)
+    with pytest.raises(InputError, match=rf"'{next(iter(widths))}' has \d+ filters; the width must be in"):
+        plan.macs({next(iter(widths)): 1000})
     assert plan.macs(widths) == pytest.approx(
         count_macs(plan.apply({layer: torch.arange(w) for layer, w in widths.items()}), X), rel=1e-9
     )
