@@ -13,6 +13,7 @@ from .layers import pick_layers as pick_layers
 from .layers import unread_layers as unread_layers
 from .loss import TagLoss as TagLoss
 from .measurement import Progress as Progress
+from .measurement import check_readable as check_readable
 from .measurement import in_sight as in_sight
 from .measurement import rounds as rounds
 from .measurement import tag as tag

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,6 +26,13 @@ Weights = float | Mapping[str, float]
 TERMS = tuple(MEASURES)
 # Share of the pixels that may lie outside [0, 1].
 OUTSIDE = 0.25
+
+
+def _in_eval_mode(net: nn.Module) -> AbstractContextManager[None]:
+    """cuDNN gives recurrent layers no gradient in eval mode; PyTorch itself does."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in net.modules())
+    context: AbstractContextManager[None] = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
+    return context
 
 
 @dataclass(eq=False)
@@ -185,7 +193,7 @@ class TagLoss:
         pixels = pixels.clamp(0, 1)
         first, _ = self.stimulus.distinct_frames
         frames = prepare(self.stimulus.frames(pixels, first).flatten(0, 1))
-        with norms_as_in_training(net), Recorder(net, reading.sites, gradients=True) as recorder:
+        with norms_as_in_training(net), _in_eval_mode(net), Recorder(net, reading.sites, gradients=True) as recorder:
             courses = list(recorder(frames).values())
             every = torch.cat(courses, 1).unflatten(0, (len(pixels), -1)).movedim(1, -1)
             # Apple's accelerator has no float64.

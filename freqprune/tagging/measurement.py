@@ -172,6 +172,24 @@ def tag(
     return TagResponse(stimulus, noise_std, n_images, average, spatial, precision, found)
 
 
+def check_readable(
+    model: nn.Module, images: Tensor, stimulus: Stimulus, prepare: Callable[[Tensor], Tensor], readout: Readout
+) -> None:
+    """Raise InputError for what `tag` would refuse, by one frame of the first image.
+
+    Args:
+        model: the network.
+        images: pixels in [0, 1].
+        stimulus: the tags.
+        prepare: pixels to network inputs.
+        readout: what is read.
+    """
+    frame = prepare(stimulus.frames(images[:1], torch.zeros(1, dtype=torch.long)).flatten(0, 1))
+    sites = find_sites(model, frame, pick_layers(model, readout.layers), readout.where)
+    with Recorder(model, sites, SPATIAL[readout.spatial]) as recorder:
+        recorder(frame)
+
+
 def frames_that_fit(n_pixels: int, device: torch.device) -> int:
     """Frames a batch: a quarter of an accelerator's free memory, 64 MB on a CPU, where larger batches fall out of its
     caches.

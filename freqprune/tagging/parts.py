@@ -59,6 +59,11 @@ def part_masks(layout: str, height: int, width: int, gap: int = 0) -> Tensor:
     Raises:
         InputError: for an unknown layout, or a gap that leaves a part empty.
     """
+    if not isinstance(layout, str):
+        raise InputError(
+            f"parts must be one of {', '.join(LAYOUTS)} or a boolean mask tensor (n_parts, height, width), got "
+            f"{type(layout).__name__}"
+        )
     if layout not in LAYOUTS:
         raise InputError(
             f"parts must be one of {', '.join(LAYOUTS)} or a mask tensor, got {layout!r}{closest(layout, LAYOUTS)}"

@@ -54,6 +54,8 @@ def class_token(output: Tensor, channel_dim: int) -> Tensor:
 
 
 def _full(output: Tensor) -> Tensor:
+    if output.dim() == 1:
+        output = output[:, None]
     # The mean of a half-precision map, rounded to half precision again, would be noise in the time course.
     return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
 

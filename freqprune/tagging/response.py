@@ -32,7 +32,7 @@ class LayerResponse:
     Attributes:
         site: where the layer was read.
         amplitude: clean pass, mean over images of the single-sided amplitude, ``(n_filters, n_freqs)``; the 0 Hz bin
-            holds the mean response.
+            holds the size of the mean response, without its sign.
         noisy_amplitude: noisy pass, averaged over images as `TagResponse.average` says; None without noise.
         noisy_power: noisy pass, mean over images of the squared amplitude; None without noise.
         squared_floor: noisy pass, mean over images of the squared mean power of the noise bins, ``(n_filters,

@@ -195,7 +195,7 @@ def _hooks(module: nn.Module) -> bool:
 
 
 def _follow(name: str, layer: nn.Module, tensor: Tensor, start: int, calls: list[Call], where: str) -> Site:
-    channel_dim = _channel_dim(layer, tensor)
+    channel_dim = _channel_dim(_last_layer(layer, calls[:start]), tensor)
     n_filters = tensor.shape[channel_dim]
     site = Site(name, name, calls[start].index, "convolution", n_filters, channel_dim)
     if where == "convolution":
@@ -236,22 +236,40 @@ def _follow(name: str, layer: nn.Module, tensor: Tensor, start: int, calls: list
     return Site(site.layer, site.module, site.call, site.stage, n_filters, channel_dim, note, site.then)
 
 
-def _channel_dim(layer: nn.Module, output: Tensor) -> int:
-    """The dimension of a module's output that counts its filters, by the last layer in it that has any: the first after
-    the images of maps, the last of tokens, also of those that a convolution was flattened to. Maps that are as wide as
-    they have channels are taken for tokens if that layer is a linear one or a layer norm."""
-    inside = [module for module in layer.modules() if isinstance(module, (*IN_MAPS, nn.Linear, nn.LayerNorm))]
-    last = inside[-1] if inside else None
-    of_maps = output.dim() == 4 if last is None else isinstance(last, IN_MAPS)
-    if isinstance(last, nn.modules.conv._ConvNd):
-        of_maps = output.dim() == 2 + len(last.kernel_size)
-    elif isinstance(last, nn.BatchNorm2d):
-        of_maps = output.dim() == 4 or output.shape[-1] != last.num_features == output.shape[1 % output.dim()]
-    elif isinstance(last, (nn.Linear, nn.LayerNorm)):
-        # Maps that were turned for it and back, as in ConvNeXt, or a layer that only weighs them, as in a gate.
-        width = last.out_features if isinstance(last, nn.Linear) else last.normalized_shape[-1]
-        of_maps = output.shape[-1] != width == output.shape[1 % output.dim()]
-    return min(1, output.dim() - 1) if of_maps else output.dim() - 1
+def _last_layer(layer: nn.Module, before: Sequence[Call]) -> nn.Module | None:
+    """The last layer in a module that has filters, or else the last that ran before it."""
+    ran = [call.what for call in before if call.kind == "module"]
+    return next((module for module in reversed([*ran, *layer.modules()]) if _width(module) is not None), None)
+
+
+def _width(module: Any) -> int | None:
+    """Filters of a layer; None of others. A layer norm of several dimensions does not say which of them they are."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return module.out_channels
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return module.num_features
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    if isinstance(module, nn.RNNBase):
+        return (module.proj_size or module.hidden_size) * (1 + module.bidirectional)
+    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
+        return module.normalized_shape[0]
+    return None
+
+
+def _channel_dim(last: nn.Module | None, output: Tensor) -> int:
+    """The dimension of an output that counts filters: the first after the images of maps, the last of tokens. The one
+    that is as wide as the last layer; where both are or neither is, by its kind."""
+    if output.dim() < 3:
+        return output.dim() - 1
+    first, final = (output.shape[dim] == _width(last) for dim in (1, -1))
+    if first == final:
+        first = output.dim() == 4 if last is None else isinstance(last, IN_MAPS)
+        if isinstance(last, nn.modules.conv._ConvNd):
+            first = output.dim() == 2 + len(last.kernel_size)
+    return 1 if first else output.dim() - 1
 
 
 def _consumers(

@@ -82,7 +82,9 @@ class Stimulus:
                 f"depth must lie in (0, 1], got {self.depth}; 1 lets the part go dark, 0.5 keeps half of its light"
             )
         one_of(MODES, mode=self.mode)
-        if isinstance(self.pivot, str) and self.pivot not in PIVOTS:
+        if not isinstance(self.pivot, str):
+            object.__setattr__(self, "pivot", tuple(float(mean) for mean in self.pivot))
+        elif self.pivot not in PIVOTS:
             raise InputError(
                 f"pivot must be one of {', '.join(PIVOTS)} or the data set's channel means in [0, 1], got "
                 f"{self.pivot!r}"

@@ -22,8 +22,8 @@ from freqprune.tagging import (
     Readout,
     Stimulus,
     check_pixels,
+    check_readable,
     find_components,
-    find_sites,
     normalizer_for,
     pick_layers,
     tag,
@@ -37,7 +37,8 @@ class FrequencyTagging(TagsInTraining):
     Works in any LightningModule whose forward takes images and whose validation batches are ``(images, ...)`` or a dict
     with ``"image"``. With several processes each tags its share of the images. Logs ``important/<layer>``, their sum
     ``important/total`` and the time it took; writes ``importance.csv``; keeps the latest SNR and verdict in the
-    checkpoint (`latest`).
+    checkpoint (`latest`). A trainer has one: for a control or a second network beside it call `freqprune.tag` in a
+    callback of your own.
 
     Args:
         stimulus: the tags; left and right half at 6 and 7.5 Hz if left out.
@@ -84,7 +85,8 @@ class FrequencyTagging(TagsInTraining):
         check_fields(Readout, readout)
         if every_n_epochs < 0:
             raise InputError(f"every_n_epochs must be 0 (never) or more, got {every_n_epochs}")
-        self.tag_settings = {**asdict(Readout(**readout)), "seed": seed}
+        self.readout = Readout(**readout)
+        self.tag_settings = {**asdict(self.readout), "seed": seed}
         if self.tag_settings["noise_std"] == 0:
             raise InputError("noise_std must be above 0 to judge filters by signal against noise, got 0")
         Judgement(components, important_by, alpha, threshold)
@@ -148,7 +150,6 @@ class FrequencyTagging(TagsInTraining):
             with isolate_rng():
                 first = self._at_the_start(trainer, pl_module, trainer.world_size)[0]
             images = self._pixels(first, *self._normalization(trainer))
-        self.stimulus.masks(*images.shape[-2:])
         network = self._network(pl_module)
         if network is pl_module and type(network).forward is pl.LightningModule.forward:
             children = ", ".join(name for name, _ in pl_module.named_children())
@@ -160,12 +161,7 @@ class FrequencyTagging(TagsInTraining):
             prepare, _ = normalizer_for(
                 network, images, *self._normalization(trainer), device_of(network), dtype_of(network)
             )
-            find_sites(
-                network,
-                prepare(images[:1]),
-                pick_layers(network, self.tag_settings["layers"]),
-                self.tag_settings["where"],
-            )
+            check_readable(network, images, self.stimulus, prepare, self.readout)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._epoch_start = time.perf_counter()

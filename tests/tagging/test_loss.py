@@ -224,6 +224,25 @@ def test_what_augmentation_draws_outside_is_clipped(images: Tensor) -> None:
     assert torch.equal(loss(net, loud), loss(net, loud.clamp(0, 1)))
 
 
+def test_recurrent_layers_run_without_cudnn_which_has_no_gradient_of_them_in_eval_mode(images: Tensor) -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head, self.on = nn.LSTM(images.shape[-1], 4, batch_first=True), nn.Linear(4, 3), list[bool]()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.on.append(torch.backends.cudnn.enabled)
+            return self.head(self.rnn(x.mean(1))[0][:, -1])  # type: ignore[no-any-return]
+
+    net = Rows()
+    before = torch.backends.cudnn.enabled
+    TagLoss(silence=0.1)(net, images[:1]).backward()
+    assert net.on[-1] is False
+    assert torch.backends.cudnn.enabled is before
+    assert net.rnn.weight_ih_l0.grad is not None
+    assert net.rnn.weight_ih_l0.grad.any()
+
+
 def test_a_dead_layer_is_no_error_and_has_no_gradient() -> None:
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())
     net[0].bias.data.fill_(-100)

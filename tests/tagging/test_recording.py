@@ -28,6 +28,9 @@ def test_reductions() -> None:
     assert map_mean(tokens, 2).shape == (2, 3)
     assert every_position(tokens, 2).shape == (2, 3, 7)
     assert every_position(torch.randn(2, 3), 1).shape == (2, 3, 1)
+    # An answer of one value an image.
+    assert map_mean(torch.randn(2), 0).shape == (2, 1)
+    assert every_position(torch.randn(2), 0).shape == (2, 1, 1)
 
 
 def test_the_forward_stops_after_the_last_site(images: Tensor) -> None:

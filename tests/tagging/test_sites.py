@@ -247,6 +247,15 @@ class Weighed(nn.Module):
         return x * self.gate(x.mean((2, 3)))[..., None, None]  # type: ignore[no-any-return]
 
 
+class Recurrent(nn.Module):
+    def __init__(self, n_inputs: int, n_units: int) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(n_inputs, n_units, batch_first=True, bidirectional=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x)[0]  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize(
     ("block", "shape", "dim"),
     [
@@ -263,6 +272,13 @@ class Weighed(nn.Module):
         (nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Flatten(2)), (2, 3, 8, 9), 1),
         (Weighed(), (2, 3, 8, 9), 1),
         (nn.Sequential(nn.Linear(3, 6), nn.Linear(6, 3)), (2, 7, 3), 2),
+        (nn.Sequential(nn.Conv1d(3, 5, 3), nn.GELU(), Turned()), (2, 3, 9), 2),
+        (nn.Sequential(nn.BatchNorm1d(3), Turned()), (2, 3, 9), 2),
+        (nn.Sequential(nn.Conv1d(3, 5, 3), Turned(), Recurrent(5, 4)), (2, 3, 9), 2),
+        (nn.Sequential(nn.Conv1d(3, 4, 3), Turned(), Recurrent(4, 3), Turned()), (2, 3, 9), 1),
+        (nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.LayerNorm([16, 8, 9])), (2, 3, 8, 9), 1),
+        (nn.Sequential(nn.Conv2d(3, 9, 3, padding=1), nn.LayerNorm([9, 8, 9])), (2, 3, 8, 9), 1),
+        (nn.LayerNorm([3, 8, 9]), (2, 3, 8, 9), 1),
         (nn.Linear(3, 4), (2, 8, 9, 3), 3),
         (nn.Linear(3, 4), (2, 3), 1),
     ],
@@ -273,6 +289,21 @@ def test_filters_are_counted_where_the_channels_are(block: nn.Module, shape: tup
     site = find_sites(net, x, ["0"], "convolution")[0]
     assert site.channel_dim == dim
     assert site.n_filters == net(x).shape[dim]
+
+
+@pytest.mark.parametrize(
+    ("net", "shape", "dims"),
+    [
+        (nn.Sequential(nn.Conv1d(3, 5, 3), nn.MaxPool1d(2), nn.Dropout()), (1, 3, 20), [1, 1, 1]),
+        (nn.Sequential(nn.Linear(3, 5), nn.GELU(), Turned(), nn.Identity()), (1, 20, 3), [2, 2, 1, 1]),
+        (nn.Sequential(nn.Identity(), nn.Conv1d(3, 5, 3)), (1, 3, 20), [2, 1]),
+    ],
+)
+def test_modules_without_weights_are_read_as_the_layer_before_them(
+    net: nn.Sequential, shape: tuple[int, ...], dims: list[int]
+) -> None:
+    sites = find_sites(net, torch.rand(shape), [str(at) for at in range(len(net))], "convolution")
+    assert [site.channel_dim for site in sites] == dims
 
 
 @pytest.mark.parametrize(

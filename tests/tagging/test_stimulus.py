@@ -1,17 +1,21 @@
 import itertools
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from freqprune.errors import InputError
 from freqprune.tagging import tag_frequencies
 from freqprune.tagging.parts import LAYOUTS, part_masks
 from freqprune.tagging.stimulus import Stimulus
+
+CONF = Path(__file__).parents[2] / "conf"
 
 
 def test_scale_is_the_published_sine() -> None:
@@ -25,6 +29,36 @@ def test_phase_and_depth() -> None:
     stimulus = Stimulus(depth=0.8, phases=(0.3, 2.0))
     expected = np.stack([0.2 + 0.8 * (1 + np.sin(2 * np.pi * f * t + p)) / 2 for f, p in ((6, 0.3), (7.5, 2.0))])
     np.testing.assert_allclose(stimulus.scale, expected, atol=1e-13)
+
+
+def test_arrays_are_taken_or_told_from_names() -> None:
+    means = Stimulus(mode="contrast", pivot=torch.tensor([0.5, 0.25, 0.75]))  # type: ignore[arg-type]
+    assert means.pivot == (0.5, 0.25, 0.75)
+    for parts in (np.ones((2, 4, 4), bool), [torch.ones(4, 4, dtype=torch.bool)] * 2):
+        with pytest.raises(
+            InputError, match=r"or a boolean mask tensor \(n_parts, height, width\), got (ndarray|list)"
+        ):
+            Stimulus(parts=parts)
+
+
+def rectified(stimulus: Stimulus, blind: int, threshold: float) -> tuple[float, float]:
+    """Amplitudes of a rectified sum of all parts but one at that one's tag, and at the weakest of the others."""
+    t = np.arange(stimulus.n_frames)
+    seen = [np.sin(2 * np.pi * c * t / stimulus.n_frames) for n, c in enumerate(stimulus.cycles) if n != blind]
+    amplitude = np.abs(np.fft.rfft(np.maximum(sum(seen) + threshold, 0)))
+    return amplitude[stimulus.cycles[blind]], min(amplitude[c] for n, c in enumerate(stimulus.cycles) if n != blind)
+
+
+@pytest.mark.parametrize("threshold", [-1.0, -0.5, 0.0, 0.5])
+def test_little_of_what_three_quadrants_make_is_read_at_the_fourth(threshold: float) -> None:
+    """Orders above the second are not kept from the tags by `max_order`."""
+    settings = OmegaConf.load(CONF / "tagging" / "quadrants.yaml")
+    stimulus = Stimulus(tuple(settings.tag_freqs), parts="quadrants", max_order=settings.max_order)
+    for blind in range(4):
+        here, there = rectified(stimulus, blind, threshold)
+        assert here < 0.04 * there
+    before = Stimulus((8.5, 15.5, 19.0, 20.5), parts="quadrants", max_order=2)
+    assert max(here / there for here, there in (rectified(before, blind, 0.0) for blind in range(4))) > 0.1
 
 
 def test_luminance_scales_each_half(images: Tensor) -> None:

@@ -284,6 +284,27 @@ def test_images_that_could_not_be_tagged_are_refused_before_the_training(images:
     assert steps
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"spatial": "class_token"}, "class_token reads the first of the tokens"),
+        ({"stimulus": Stimulus(mode="contrast", pivot=(0.5, 0.4))}, "pivot"),
+        (
+            {"stimulus": Stimulus(parts=torch.ones(2, 5, 5, dtype=torch.bool) * torch.eye(2, 5).bool()[:, None])},
+            "5 x 5",
+        ),
+    ],
+)
+def test_what_tags_could_not_read_is_refused_before_the_training(
+    settings: dict[str, Any], message: str, images: Tensor, tmp_path: Path
+) -> None:
+    module = Teacher()
+    tagging = FrequencyTagging(n_images=2, every_n_epochs=2, network="body", **settings)
+    with pytest.raises(InputError, match=message):
+        trainer(tmp_path, tagging, max_epochs=2).fit(module, loader(images), loader(images))
+    assert module.n_steps == 0
+
+
 def test_a_network_in_half_precision_is_tagged(tmp_path: Path) -> None:
     """(0 - 0.485) / 0.229 in bfloat16 is that of a pixel of -0.0016."""
     data = DigitsData(mean=[0.485] * 3, std=[0.229] * 3, limit_train=32, batch_size=16, num_workers=0)
