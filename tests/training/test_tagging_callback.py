@@ -291,7 +291,7 @@ def test_images_that_could_not_be_tagged_are_refused_before_the_training(images:
         ({"stimulus": Stimulus(mode="contrast", pivot=(0.5, 0.4))}, "pivot"),
         (
             {"stimulus": Stimulus(parts=torch.ones(2, 5, 5, dtype=torch.bool) * torch.eye(2, 5).bool()[:, None])},
-            "5 x 5",
+            r"masks of \(5, 5\) pixels, the images have \(16, 16\)",
         ),
     ],
 )
