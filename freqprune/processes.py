@@ -6,16 +6,26 @@ done there alone.
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from filelock import FileLock, Timeout
 
 from freqprune.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+# Of a file system that has no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -23,6 +33,40 @@ P = ParamSpec("P")
 
 _SHARING: ContextVar[bool] = ContextVar("sharing", default=False)
 _BESIDE: ContextVar[int | None] = ContextVar("beside", default=None)
+
+
+def file_lock(path: Path) -> FileLock:
+    """A lock of the operating system: a file in the place of one, which newer versions of filelock make where there are
+    no locks, would outlive a process that is killed."""
+    options: dict[str, Any] = {"fallback_to_soft": False} if hasattr(FileLock, "fallback_to_soft") else {}
+    return FileLock(path, **options)
+
+
+@contextmanager
+def locked(path: Path, doing: str) -> Iterator[None]:
+    """Inside the block no other process has the lock of a file; on a file system without locks nobody waits.
+
+    Args:
+        path: the file.
+        doing: what another process does that has it, for the message.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    lock = file_lock(path)
+    try:
+        lock.acquire(timeout=0.5)
+    except Timeout:
+        log.warning("waiting for another process that %s (it holds %s)", doing, path)
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        log.warning("%s cannot be locked (%s): another process that %s would not be noticed", path, error, doing)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def expect(processes: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import logging
 import os
@@ -166,6 +167,26 @@ def _refusing() -> Iterator[None]:
         fail(message_of(error) or "")
 
 
+@contextmanager
+def _help_made_later() -> Iterator[None]:
+    """Python 3.14 looks at the help of every option as it is added; Hydra 1.3 has one that is no text before it is
+    shown (facebookresearch/hydra#3121)."""
+    check = getattr(argparse.ArgumentParser, "_check_help", None)
+    if check is None:
+        yield
+        return
+
+    def of_texts(self: argparse.ArgumentParser, action: argparse.Action) -> None:
+        if isinstance(action.help, str):
+            check(self, action)
+
+    setattr(argparse.ArgumentParser, "_check_help", of_texts)  # noqa: B010 - mypy knows no such attribute
+    try:
+        yield
+    finally:
+        setattr(argparse.ArgumentParser, "_check_help", check)  # noqa: B010
+
+
 def _run(task: Callable[[], Any], name: str) -> None:
     """Call a Hydra main function; bad input ends with one clear message and exit status 2 instead of a traceback."""
     heed_quiet()
@@ -177,7 +198,8 @@ def _run(task: Callable[[], Any], name: str) -> None:
     keep_freed_memory()
     try:
         try:
-            task()
+            with _help_made_later():
+                task()
         finally:
             gather_sweep()
     except (HydraException, OmegaConfBaseException) as error:

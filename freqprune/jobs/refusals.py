@@ -46,6 +46,10 @@ def reasons_of(error: Exception, name: str) -> str:
         " ".join(line for line in reason.splitlines() if not line.strip().startswith(("object_type", "full_key")))
         for reason in reasons
     )
+    launcher = re.search(r"Could not find 'hydra/launcher/(joblib|submitit|ray)", message)
+    if launcher is not None:
+        extra = "slurm" if launcher[1] == "submitit" else launcher[1]
+        return f"hydra/launcher={launcher[1]} needs a package that is not there: pip install 'freqprune[{extra}]'"
     hint = _near_key(str(error), name)
     return message + (f"\n{hint}" if hint else "")
 

@@ -8,12 +8,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from omegaconf import DictConfig
 
 from freqprune.errors import InputError
+from freqprune.processes import file_lock
 from freqprune.reports import record
 
 log = logging.getLogger(__name__)
@@ -33,10 +33,7 @@ def alone(out: Path) -> Iterator[None]:
     if any(os.environ.get(name, "0") != "0" for name in _RANKS):
         yield
         return
-    # On a file system without locks there is none: a file in the place of one, which newer versions make, would outlive
-    # a job that is killed.
-    options: dict[str, Any] = {"fallback_to_soft": False} if hasattr(FileLock, "fallback_to_soft") else {}
-    lock = FileLock(out / LOCK, **options)
+    lock = file_lock(out / LOCK)
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)

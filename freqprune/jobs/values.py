@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
@@ -109,14 +109,18 @@ def _keys(cfg: DictConfig, prefix: str = "") -> list[str]:
     return found
 
 
-def override(key: str, path: str | Path) -> str:
+def override(key: str, path: str | PurePath) -> str:
     """``key=path`` as Hydra reads it: quoted where the path has what stands for something else there, such as the ``=``
     of a folder that is named after settings.
 
     >>> override("ckpt", "runs/seed=1/last.ckpt")
     "ckpt='runs/seed=1/last.ckpt'"
+    >>> from pathlib import PureWindowsPath
+    >>> override("ckpt", PureWindowsPath(r"C:\\runs\\last.ckpt"))
+    'ckpt=C:/runs/last.ckpt'
     """
-    text = str(path)
+    # Python takes such paths on Windows too, and no shell reads anything into them.
+    text = path.as_posix() if isinstance(path, PurePath) else path
     if re.fullmatch(r"[A-Za-z0-9_./:%+@ -]+", text) and text == text.strip():
         return f"{key}={text}"
     escaped = text.replace("'", "\\'")

@@ -241,6 +241,8 @@ def _at_half(node: Node, read: Callable[[Node], Any], result: Tensor) -> Callabl
 def _about(device: torch.device) -> dict[str, Any]:
     """What times hold for."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    if device.type not in ("cpu", "cuda"):
+        kind = f"{device.type} of {kind}"
     precision = torch.get_float32_matmul_precision()
     return {"device": kind, "threads": torch.get_num_threads(), "torch": torch.__version__, "precision": precision}
 

@@ -22,6 +22,8 @@ from freqprune.training.pixels import DecodedPixels, MappedPixels, StoredPixels
 log = logging.getLogger(__name__)
 
 CACHES = ("auto", "memory", "disk", "none")
+# Bytes that are taken to be free where the system says nothing.
+_FREE_ANYWHERE = 4 * 10**9
 
 
 def hold(
@@ -70,7 +72,7 @@ def hold(
 
 def _choose(planned: list[tuple[Reader, Path]]) -> str:
     needed, free = sum(reader.n_bytes for reader, _ in planned), free_memory()
-    if free is None or 2 * needed * on_this_machine() <= free:
+    if 2 * needed * on_this_machine() <= (_FREE_ANYWHERE if free is None else free):
         chosen = "memory"
     elif room(planned):
         chosen = "disk"

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-log = logging.getLogger(__name__)
+from freqprune.processes import locked
 
 
 @contextmanager
 def alone(root: str | Path) -> Iterator[None]:
     """Inside the block no other process is in one like it for the same folder; where nothing can be written into the
     folder, nothing is downloaded either, and nobody waits."""
-    lock = FileLock(Path(root) / ".download.lock")
-    try:
-        Path(root).mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0.5)
-    except Timeout:
-        log.warning("waiting for another process that downloads into %s", root)
-        lock.acquire()
-    except OSError:
-        pass
-    try:
+    with ExitStack() as stack:
+        with suppress(OSError):
+            Path(root).mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(Path(root) / ".download.lock", f"downloads into {root}"))
         yield
-    finally:
-        lock.release()

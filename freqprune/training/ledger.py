@@ -11,14 +11,15 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from rich.progress import track
 
 from freqprune.errors import InputError
+from freqprune.processes import locked
 from freqprune.reports import is_quiet
 from freqprune.training.listing import Reader
 
@@ -124,21 +125,14 @@ def open_ledger(reader: Reader, stem: Path, with_pixels: bool) -> Ledger:
     if found is not None and not len(found.stale(stamps)):
         return found
     stem.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(stem.with_suffix(".lock"))
-    try:
-        lock.acquire(timeout=0.5)
-    except Timeout:
-        log.warning("waiting for another process that reads %s", reader.listing.place)
-        lock.acquire()
-    try:
-        ledger = _existing(reader, stem, with_pixels, "r+") or _create(reader, stem, with_pixels)
-        _read_stale(reader, ledger, stamps, stem.with_suffix(".pixels") if with_pixels else None)
-    except OSError as error:
-        if error.errno in _FULL:
-            raise _no_room(reader, stem.parent, error.strerror) from error
-        raise
-    finally:
-        lock.release()
+    with locked(stem.with_suffix(".lock"), f"reads {reader.listing.place}"):
+        try:
+            ledger = _existing(reader, stem, with_pixels, "r+") or _create(reader, stem, with_pixels)
+            _read_stale(reader, ledger, stamps, stem.with_suffix(".pixels") if with_pixels else None)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise _no_room(reader, stem.parent, error.strerror) from error
+            raise
     return ledger
 
 
@@ -250,7 +244,8 @@ def _read_stale(reader: Reader, ledger: Ledger, stamps: NDArray[np.int64], pixel
     n_changed = int(ledger.rows["done"][numbers].sum())
     if n_changed:
         log.warning("%d images of %s have changed: they are read again", n_changed, reader.listing.place)
-    file = None if pixels is None else os.open(pixels, os.O_WRONLY)
+    file = None if pixels is None else os.open(pixels, os.O_WRONLY | getattr(os, "O_BINARY", 0))
+    one_by_one = Lock()
     size = reader.n_bytes // len(reader)
     ledger.rows["done"][numbers] = 0
 
@@ -258,7 +253,12 @@ def _read_stale(reader: Reader, ledger: Ledger, stamps: NDArray[np.int64], pixel
         ledger.enter(number, image)
         if file is not None:
             # Written, not mapped: mapped pages would count as memory of this process.
-            os.pwrite(file, image.tobytes(), number * size)
+            if hasattr(os, "pwrite"):
+                os.pwrite(file, image.tobytes(), number * size)
+                return
+            with one_by_one:
+                os.lseek(file, number * size, os.SEEK_SET)
+                os.write(file, image.tobytes())
 
     def after_block(block: NDArray[np.int64]) -> None:
         # Marked only when the pixels are on the disk, so that a machine that stops leaves no mark without them.

@@ -143,7 +143,8 @@ class MappedPixels(StoredPixels):
         pixels = self._all.index_select(0, rows).permute(0, 3, 1, 2)
         self._handed_out += max(pixels.numel(), _AROUND * len(rows))
         if self._handed_out > _HAND_BACK:
-            self._map.madvise(mmap.MADV_DONTNEED)
+            if hasattr(mmap, "MADV_DONTNEED"):
+                self._map.madvise(mmap.MADV_DONTNEED)
             self._handed_out = 0
         return pixels
 

@@ -144,7 +144,8 @@ def _samples(shard: str, image_keys: Sequence[str], label_key: str) -> Mapping[s
                 name, _, key = last.partition(".")
                 sample = f"{folder}/{name}" if folder else name
                 is_image = key.lower() in image_keys
-                if not member.isfile():
+                # Names that begin with a dot are what macOS writes beside a file.
+                if not member.isfile() or not name:
                     continue
                 # One that was appended again counts, as in the file system.
                 if is_image and keys.setdefault(sample, key) != key:

@@ -82,15 +82,22 @@ class TorchvisionData(ListedData):
             with alone(self.root) if asked else nullcontext():
                 dataset = kind(str(self.root), **arguments, **asked)
         except (OSError, RuntimeError, ValueError) as error:
+            lacking = error.__context__
+            if isinstance(lacking, ImportError) and lacking.name:
+                raise InputError(_needs(self.set_name, lacking.name)) from None
             raise InputError(
                 f"{self.set_name} is not in data.root = {self.root} and could not be downloaded ({error}); on a "
                 "machine with a network run this once and copy the folder, or see torchvision's documentation of "
                 f"{self.set_name} for what the folder must hold"
             ) from error
         except ImportError as error:
-            raise InputError(f"{self.set_name} needs {error.name}: pip install {error.name}") from None
+            raise InputError(_needs(self.set_name, str(error.name))) from None
         place = f"{self.set_name} ({', '.join(map(str, arguments.values()))}) in {self.root}"
         return DatasetListing(dataset, place, "-".join([self.set_name, *map(str, arguments.values())]))
+
+
+def _needs(set_name: str, package: str) -> str:
+    return f"{set_name} needs {package}: pip install {package}"
 
 
 class DatasetListing(Listing):

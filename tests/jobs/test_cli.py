@@ -46,6 +46,10 @@ EXPLAIN = "freqprune/jobs/as_explain.py"
         (["seed"], "seed"),
         (["tagging.tag_freqs=[6,7.3]"], "tag_freqs[1] = 7.3 Hz is not on a bin (1 / duration = 0.5 Hz); use 7.5 or 8"),
         (["data=image_folder"], "data.root is not set; give data.root=VALUE"),
+        (
+            ["-m", "hydra/launcher=ray"],
+            "hydra/launcher=ray needs a package that is not there: pip install 'freqprune[ray]'",
+        ),
     ],
 )
 def test_errors_are_messages(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -55,6 +59,29 @@ def test_errors_are_messages(arguments: list[str], message: str, tmp_path: Path)
     assert "Traceback" not in done.stderr
     assert "\nerror: " in "\n" + done.stderr
     assert "Error executing job" not in done.stderr
+
+
+# What argparse does from Python 3.14 on.
+LOOKS_AT_HELP = """
+import argparse, sys
+def check(self, action):
+    if action.help:
+        self._get_formatter()._expand_help(action) if "%" in action.help else None
+def add(self, *args, _add=argparse._ActionsContainer.add_argument, **kwargs):
+    action = _add(self, *args, **kwargs)
+    getattr(self, "_check_help", lambda _: None)(action)
+    return action
+argparse.ArgumentParser._check_help, argparse._ActionsContainer.add_argument = check, add
+from freqprune.jobs.cli import main
+sys.argv = ["freqprune", "train", "--cfg", "job"]
+main()
+"""
+
+
+def test_python_that_looks_at_all_helps_at_once(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", LOOKS_AT_HELP], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "optimizer:" in done.stdout
 
 
 # Script, arguments, and what is said of them at once.

@@ -96,6 +96,7 @@ def test_times_are_kept_and_not_measured_twice(tmp_path: Path, monkeypatch: pyte
         with monkeypatch.context() as other:
             other.setattr(torch, what, value)
             assert cache_file(tmp_path, CPU) != path
+    assert cache_file(tmp_path, torch.device("mps")) != path
     assert cache_file(tmp_path, CPU) == path
 
 

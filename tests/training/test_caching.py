@@ -193,6 +193,15 @@ def test_auto_decides_by_the_free_memory_and_says_so(
         )
 
 
+def test_auto_takes_little_where_the_system_does_not_say_what_is_free(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(caching, "free_memory", lambda: None)
+    assert isinstance(ImageFolderData(folder).split("train").pixels, torch.Tensor)
+    monkeypatch.setattr(caching, "_FREE_ANYWHERE", 96 * 3 * 16 * 16)
+    assert isinstance(ImageFolderData(folder).split("train").pixels, MappedPixels)
+
+
 def test_auto_leaves_room_for_the_processes_beside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a job that is going to start them, and of torchrun."""
     monkeypatch.setattr(caching, "free_memory", lambda: 4 * 96 * 3 * 16 * 16)

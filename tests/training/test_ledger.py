@@ -1,6 +1,7 @@
 """What is kept of images on disk: read once, named where it is damaged, finished by whoever comes next."""
 
 import errno
+import mmap
 import multiprocessing
 import os
 import shutil
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from freqprune.errors import InputError
-from freqprune.training import caching, ledger
+from freqprune.training import caching, ledger, pixels
+from freqprune.training.downloads import alone
 from freqprune.training.listed import ImageFolderData
 from freqprune.training.listing import Fitting
 from freqprune.training.pixels import MappedPixels
@@ -157,6 +160,31 @@ def test_folders_that_cannot_be_written_to(
     ImageFolderData(folder, cache="none", cache_dir=tmp_path / "file" / "cache").setup()
     assert "all images are read at every start" in caplog.text
     assert len(read) == 2 + 98
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSYS, "Function not implemented"), NotImplementedError("no flock")])
+def test_a_disk_without_locks(
+    error: Exception, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unsupported(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(FileLock, "acquire", unsupported)
+    assert isinstance(ImageFolderData(folder, cache="disk").split("train").pixels, MappedPixels)
+    assert "cannot be locked" in caplog.text
+    ran = False
+    with alone(folder):
+        ran = True
+    assert ran
+
+
+def test_a_system_that_writes_at_no_place_of_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And gives no mapped pages back: Windows."""
+    expected = ImageFolderData(folder, cache="memory").split("test").pixels[:]
+    monkeypatch.delattr(os, "pwrite")
+    monkeypatch.delattr(mmap, "MADV_DONTNEED")
+    monkeypatch.setattr(pixels, "_HAND_BACK", 0)
+    assert torch.equal(ImageFolderData(folder, cache="disk").split("test").pixels[:], expected)
 
 
 def test_a_disk_that_is_too_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

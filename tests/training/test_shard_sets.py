@@ -34,6 +34,9 @@ def shards(tmp_path: Path) -> tuple[Path, np.ndarray[Any, Any]]:
     for number, name in enumerate(("train-0", "train-1", "test-0")):
         with tarfile.open(tmp_path / f"{name}.tar", "w") as file:
             for i in range(10):
+                # As macOS packs a file that has attributes.
+                add(file, f"some/._{name}_{i}.png", b"attributes")
+                add(file, f"some/._{name}_{i}.cls", b"attributes")
                 add(file, f"some/{name}_{i}.json", b"{}")
                 add(file, f"some/{name}_{i}.cls", str(i % 3).encode())
                 add(file, f"some/{name}_{i}.png", png(pixels[10 * number + i]))

@@ -1,6 +1,7 @@
 """Data sets of torchvision by name, written here in the form in which they are published."""
 
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ def test_pixels_and_labels_of_a_set_in_arrays(cache: str, tmp_path: Path) -> Non
     assert np.array_equal(test.pixels[:].numpy(), np.repeat(pixels[:, None], 3, axis=1))
     assert np.array_equal(test.labels.numpy(), labels)
     assert data.classes[:2] == ("T-shirt/top", "Trouser")
+
+
+def test_a_package_that_a_set_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(InputError, match="PCAM needs h5py: pip install h5py"):
+        TorchvisionData("PCAM", tmp_path, download=False).setup()
 
 
 def test_two_sets_of_one_size_in_one_folder(tmp_path: Path) -> None:
