@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from result import publish
+from torch.multiprocessing.spawn import spawn
 
 from freqprune import Amount, Material, Recipe, Stimulus, cut, pretrained
 from freqprune.jobs.cli import keep_freed_memory
@@ -46,7 +46,7 @@ def one_process(rank: int, n_processes: int, n_images: int, folder: str) -> None
 def seconds(n_processes: int, n_images: int) -> float:
     """Seconds of a cut by so many processes."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(one_process, (n_processes, n_images, folder), nprocs=n_processes)
+        spawn(one_process, (n_processes, n_images, folder), nprocs=n_processes)
         return float(Path(folder, "seconds").read_text())
 
 

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from freqprune import Stimulus, build_model, tag
 from freqprune.jobs.cli import keep_freed_memory
-from freqprune.tagging.measurement import HALF, frames_that_fit
+from freqprune.tagging.measurement import frames_that_fit
+from freqprune.tagging.readout import HALF
 from freqprune.tagging.recording import Recorder
 from freqprune.tagging.sites import find_sites
 

@@ -16,6 +16,11 @@ from torch import Tensor
 from tests.conftest import ROOT
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py")))
+def test_what_a_benchmark_imports_is_there(name: str, benchmark: Callable[[str], ModuleType]) -> None:
+    benchmark(name)
+
+
 @pytest.fixture(scope="module")
 def benchmark() -> Iterator[Callable[[str], ModuleType]]:
     """Imports a file of the benchmarks, whose folder is no package."""

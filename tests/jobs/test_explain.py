@@ -431,7 +431,7 @@ def test_an_explanation_that_broke_off_goes_on(
         return fitted(*args)
 
     monkeypatch.setattr(images_of_attribution, "_fitted", breaks_off)
-    words = (f"images={images}", "pretrained=true")
+    words = (f"images={images}", "pretrained=true", "target=3")
     with pytest.raises(KeyboardInterrupt):
         explain(asked(tmp_path / "out", *words))
     assert f"to go on: the same command with hydra.run.dir={tmp_path / 'out'}" in capfd.readouterr().out
@@ -439,7 +439,8 @@ def test_an_explanation_that_broke_off_goes_on(
     assert [path.suffix for path in kept] == [".npz"] * 2
     # Half a file is none, and what another network or score answers is something else.
     kept[0].write_bytes(kept[0].read_bytes()[:1000])
-    shutil.copytree(tmp_path / "out", tmp_path / "other")
+    for other in ("other", "another"):
+        shutil.copytree(tmp_path / "out", tmp_path / other)
     counted[0] = 3
     found, _ = explain(asked(tmp_path / "out", *words))
     assert counted[0] == 3 + 2
@@ -450,6 +451,9 @@ def test_an_explanation_that_broke_off_goes_on(
     assert not (tmp_path / "out" / FOLDER).exists()
     counted[0] = 3
     explain(asked(tmp_path / "other", *words, "score=probability"))
+    assert counted[0] == 3 + 3
+    counted[0] = 3
+    explain(asked(tmp_path / "another", words[0], "pretrained=resnet32_cifar10_45k", words[2]))
     assert counted[0] == 3 + 3
     assert "going on" not in capfd.readouterr().out
 

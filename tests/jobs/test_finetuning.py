@@ -18,13 +18,14 @@ from freqprune.jobs import assembly, trainers
 from freqprune.jobs.config import check_pruning
 from freqprune.jobs.finetuning import finetune
 from freqprune.jobs.prune import prune
-from freqprune.jobs.resuming import begin_anew, check_same_cut, forget_files, interrupted, undeployed
+from freqprune.jobs.resuming import _SAME, begin_anew, check_same_cut, forget_files, interrupted, undeployed
 from freqprune.jobs.settings import read
 from freqprune.jobs.train import train
 from freqprune.networks.blocks import Shortcut
 from freqprune.networks.checkpoint import epochs_done, load_network
 from freqprune.networks.exports import Exports
 from freqprune.networks.registry import build_model, register_model
+from freqprune.pruning import AMOUNTS
 from freqprune.training.classifier import Classifier
 from tests.jobs.small import config
 from tests.shaken import shaken
@@ -325,6 +326,35 @@ def test_a_run_that_was_cut_in_another_way_is_not_gone_on_with(other: str, tmp_p
     (tmp_path / "run.json").write_text(json.dumps({"settings": content}))
     with pytest.raises(InputError, match=f"was cut with {re.escape(other.split('=')[0])} = "):
         check_same_cut(config("prune", tmp_path, "importance=logit_error", other), tmp_path)
+
+
+# Of each setting that says what was cut: what a run had, and what a command says instead.
+OTHERS = {
+    **{f"pruning.{name}": ("0.3", "0.4") for name in AMOUNTS},
+    "seed": ("0", "1"),
+    "importance.criterion": ("l2", "l1"),
+    "importance.scope": ("layer", "global"),
+    **{
+        f"pruning.{name}": values
+        for name, values in {
+            "scope": ("layer", "global"), "compensation": ("none", "mean"), "normalize": ("false", "true"),
+            "min_filters": ("1", "2"), "multiple_of": ("1", "8"), "layers": ("null", "layer1*"),
+            "exclude": ("null", "layer1*"), "blocks": ("false", "true"), "streams": ("false", "true"),
+            "steps": ("1", "2"), "step_epochs": ("0", "1"),
+        }.items()
+    },
+}  # fmt: skip
+
+
+def test_every_setting_that_says_what_was_cut_is_compared(tmp_path: Path) -> None:
+    assert set(OTHERS) == set(_SAME)
+    for name, (was, says) in OTHERS.items():
+        base = [] if name in (f"pruning.{one}" for one in AMOUNTS) else ["pruning.macs_cut=0.3"]
+        content = OmegaConf.to_container(config("prune", tmp_path, *base, f"{name}={was}"), resolve=True)
+        (tmp_path / "run.json").write_text(json.dumps({"settings": content}))
+        check_same_cut(config("prune", tmp_path, *base, f"{name}={was}"), tmp_path)
+        with pytest.raises(InputError, match=f"was cut with {re.escape(name)} = "):
+            check_same_cut(config("prune", tmp_path, *base, f"{name}={says}"), tmp_path)
 
 
 def test_a_first_step_that_removes_nothing_leaves_no_earlier_run(

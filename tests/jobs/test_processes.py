@@ -86,10 +86,21 @@ def test_two_processes_explain_what_one_does(tmp_path: Path) -> None:
         Image.fromarray(noise.numpy()).save(photographs / f"{number}.png")
     run = tmp_path / "explain.py"
     run.write_text("from freqprune.jobs.cli import explain\nexplain()\n")
+    (tmp_path / "told.py").write_text(
+        "import os, pathlib\npathlib.Path('ran_' + os.environ.get('LOCAL_RANK', '0')).touch()\n"
+    )
     for count in (1, 2):
-        words = [f"images={photographs}", "pretrained=true", "grid=3", "forwards=72", f"processes={count}"]
+        words = [
+            f"images={photographs}",
+            "pretrained=true",
+            "grid=3",
+            "forwards=72",
+            f"processes={count}",
+            "imports=[told]",
+        ]
         done = fresh(run, *words, f"hydra.run.dir=of_{count}", "device=cpu", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
+        assert (tmp_path / "ran_1").exists() == (count == 2)
     one, two = (np.load(tmp_path / f"of_{count}" / "attribution.npz") for count in (1, 2))
     assert set(one) == set(two)
     for name in one:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,24 @@ from freqprune.networks.checkpoint import load_network, save_pruned
 from freqprune.networks.profiling import count_macs, count_parameters
 from freqprune.networks.registry import build_model, register_model
 from freqprune.pruning import Amount, Plan, cut, tempo
+from freqprune.pruning.recipe import Recipe, Reconstruction
 from freqprune.reports import tables
-from freqprune.tagging import tag
+from freqprune.tagging import Readout, tag
 from tests.jobs.small import check_page, config
 from tests.pruning.test_tempo import ByMacs
+
+READOUT = {
+    "layers": "layer1*",
+    "where": "norm",
+    "spatial": "map",
+    "noise_std": 0.03,
+    "average": "power",
+    "half": "bfloat16",
+}
+RECONSTRUCTION = {"positions": 9, "ridge": 0.5, "resolve": "lost", "rounds": 5, "memory_gb": 2.0}
+RECIPE = {"layers": "layer2*", "exclude": "layer3*", "streams": True, "blocks": False, "compensation": "mean",
+          "calibrate_on": "images", "frames_an_image": 3, "measured_images": 7}  # fmt: skip
+AMOUNT = {"macs_cut": 0.3, "scope": "global", "normalize": True, "min_filters": 2, "multiple_of": 4}
 
 # What metrics.json holds of a network that was tagged, and of one that was cut.
 TAGGED = {"network", "tagged_images", "timed_on", "timed_runs", "dense", "finished"}
@@ -522,3 +537,28 @@ def test_the_page_begins_with_what_the_cut_removed(amount: Amount) -> None:
     assert (found.scope, found.multiple_of) == ("per_mac" if amount.by_time else "global", 1)
     asked = Amount(macs_cut=0.4)
     assert _by_macs(asked, plan, kept, ()) is asked
+
+
+def test_every_setting_of_a_cut_reaches_its_recipe(tmp_path: Path) -> None:
+    words = [f"tagging.{key}={value}" for key, value in READOUT.items()]
+    words += [f"pruning.{key}={value}" for key, value in {**RECONSTRUCTION, **RECIPE, **AMOUNT}.items()]
+    cfg = config("prune", tmp_path, "importance=amplitude", "importance.components=[f2]", "seed=5", *words)
+    found = read(cfg).recipe
+    assert found is not None
+    expected = Recipe(
+        Amount(**AMOUNT),
+        "amplitude",
+        components=["f2"],
+        tagging=READOUT,
+        reconstruction=Reconstruction(**RECONSTRUCTION),
+        seed=5,
+        latency=found.latency,
+        **RECIPE,
+    )
+    assert vars(found) == vars(expected)
+    # Each of them is another than it would be without being set.
+    usual = Recipe(Amount(ratio=0.5))
+    assert {name for name, value in vars(found).items() if value == vars(usual)[name]} <= {"latency"}
+    how, usual_how = vars(found.reconstruction), vars(usual.reconstruction)
+    assert {name for name, value in how.items() if value == usual_how[name]} == {"seed"}
+    assert set(READOUT) == {one.name for one in fields(Readout)}

@@ -63,6 +63,28 @@ def test_a_training_that_was_killed_and_is_started_again_goes_on(
         assert cfg.ckpt_path is None
 
 
+@pytest.mark.parametrize("in_sweep", [True, False])
+def test_a_job_of_a_sweep_that_was_killed_goes_on_and_one_by_hand_begins_anew(
+    in_sweep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    monkeypatch.setattr(record, "in_sweep", lambda: in_sweep)
+    cfg, last = two_epochs(tmp_path), tmp_path / "checkpoints" / "last.ckpt"
+    last.parent.mkdir()
+    last.write_bytes(b"some epoch")
+    record.write_json(tmp_path / record.RUN, {"settings": record.settings_of(cfg)})
+    assert go_on(cfg, trains=True)
+    assert cfg.ckpt_path == (str(last) if in_sweep else None)
+
+
+def test_torchrun_in_an_allocation_of_slurm_numbers_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "7"}.items():
+        monkeypatch.setenv(name, value)
+    assert [one.auto_requeue for one in trainers._under_slurm()] == [False]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    assert trainers._under_slurm() == []
+
+
 @pytest.mark.usefixtures("requeued")
 def test_a_cut_that_was_killed_and_is_started_again_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cli._do(config("train", tmp_path / "dense", "tagging.every_n_epochs=0"), lambda _: True)

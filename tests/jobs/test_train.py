@@ -388,6 +388,19 @@ def test_further_arguments_of_an_optimizer_are_given_like_any_setting(tmp_path: 
     assert plus.optimizer.further == {"betas": [0.8, 0.9]}
 
 
+def test_every_setting_of_the_tags_reaches_the_callback(tmp_path: Path) -> None:
+    words = {
+        "layers": "layer1*",
+        "where": "norm",
+        "spatial": "map",
+        "noise_std": 0.03,
+        "average": "power",
+        "half": "bfloat16",
+    }
+    settings = read(config("train", tmp_path, "seed=5", *(f"tagging.{key}={value}" for key, value in words.items())))
+    assert _tagging(settings, assembly.load_data(assembly.data_settings(settings))).tag_settings == {**words, "seed": 5}
+
+
 def test_the_loss_from_the_tags_shows_the_tags_that_are_set(tmp_path: Path) -> None:
     settings = read(config("train", tmp_path, "tag_loss=silence", "tagging.tag_freqs=[4.0,10.0]"))
     assert list(settings.tag_loss.stimulus.tag_freqs) == [4.0, 10.0]

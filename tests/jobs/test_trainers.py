@@ -234,7 +234,7 @@ def test_how_an_interrupted_fine_tuning_goes_on_depends_on_where_the_dense_netwo
 
 
 class Killed(Classifier):
-    """Gets SIGTERM in a batch of its test."""
+    """Gets SIGTERM in a batch of its test, or of its validation."""
 
     at = 0
 
@@ -242,6 +242,21 @@ class Killed(Classifier):
         if batch_idx == self.at:
             os.kill(os.getpid(), signal.SIGTERM)
         super().test_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_last_validation_that_is_killed_ends_with_the_usual_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that comes after the training, which had none in its last epoch."""
+    monkeypatch.setattr("freqprune.jobs.train.Classifier", Killed)
+    with pytest.raises(SystemExit) as ended:
+        train(config("train", tmp_path, "+trainer.check_val_every_n_epoch=2", "tagging.every_n_epochs=0"))
+    assert ended.value.code == 128 + signal.SIGTERM
 
 
 @pytest.mark.filterwarnings("ignore")
