@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from importlib.util import find_spec
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -46,12 +47,17 @@ def reasons_of(error: Exception, name: str) -> str:
         " ".join(line for line in reason.splitlines() if not line.strip().startswith(("object_type", "full_key")))
         for reason in reasons
     )
-    launcher = re.search(r"Could not find 'hydra/launcher/(joblib|submitit|ray)", message)
-    if launcher is not None:
-        extra = "slurm" if launcher[1] == "submitit" else launcher[1]
-        return f"hydra/launcher={launcher[1]} needs a package that is not there: pip install 'freqprune[{extra}]'"
-    hint = _near_key(str(error), name)
+    hint = _lacking_launcher(message) or _near_key(str(error), name)
     return message + (f"\n{hint}" if hint else "")
+
+
+def _lacking_launcher(message: str) -> str:
+    """What to install for a launcher that is in none of the installed packages."""
+    asked = re.search(r"Could not find 'hydra/launcher/((joblib|submitit|ray)\w*)'", message)
+    if asked is None or find_spec(f"hydra_plugins.hydra_{asked[2]}_launcher") is not None:
+        return ""
+    extra = "slurm" if asked[2] == "submitit" else asked[2]
+    return f"hydra/launcher={asked[1]} needs a package that is not there: pip install 'freqprune[{extra}]'"
 
 
 def _near_key(message: str, name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,14 +18,16 @@ def copied(net: nn.Module) -> nn.Module:
     >>> copied(net).seen[0].requires_grad
     False
     """
-    made = (value for module in net.modules() for value in _of_a_graph(vars(module)))
+    seen: set[int] = set()
+    made = (value for module in net.modules() for value in _of_a_graph(vars(module), seen))
     return copy.deepcopy(net, {id(value): value.detach().clone() for value in made})
 
 
-def _of_a_graph(value: Any) -> Iterator[Tensor]:
+def _of_a_graph(value: Any, seen: set[int]) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         if not value.is_leaf:
             yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for one in value.values() if isinstance(value, Mapping) else value:
-            yield from _of_a_graph(one)
+    elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+        seen.add(id(value))
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _of_a_graph(one, seen)

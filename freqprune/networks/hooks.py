@@ -18,14 +18,15 @@ def modes_of(model: nn.Module) -> dict[str, bool]:
 def set_modes(model: nn.Module, modes: Mapping[str, bool]) -> None:
     """Put each module in its mode by its own `train`, which may do more: LeViT lets go of what it made in eval mode,
     layers with low-rank weights merge them or take them out."""
-    modules = dict(model.named_modules())
     model.train(modes[""])
-    for name, mode in modes.items():
-        if modules[name].training != mode:
-            modules[name].train(mode)
+    # Some put others in the place of their modules in eval mode.
+    modules = {name: module for name, module in model.named_modules() if name in modes}
+    for name, module in modules.items():
+        if module.training != modes[name]:
+            module.train(modes[name])
     # Those that set others than they are told, such as frozen norms, and of these what they hold.
-    for name, mode in modes.items():
-        modules[name].training = mode
+    for name, module in modules.items():
+        module.training = modes[name]
 
 
 @contextmanager

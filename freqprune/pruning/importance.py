@@ -79,12 +79,13 @@ class Evidence:
         return (layer,) if unit is None else unit.members
 
     def lengths(self, layer: str) -> set[int]:
-        """How many scores there may be of a layer: one a filter, or one a channel; any number if it has no weight."""
+        """How many scores there may be of a layer: one a filter, or one a channel; any number of what is neither a
+        convolution nor linear."""
         unit = self._unit(layer)
         if unit is not None:
             return {unit.n_filters, unit.n_filters * unit.width}
-        weight = getattr(dict(self.model.named_modules()).get(layer), "weight", None)
-        return set() if weight is None else {len(self.weight(layer))}
+        module = dict(self.model.named_modules()).get(layer)
+        return {len(self.weight(layer))} if isinstance(module, nn.modules.conv._ConvNd | nn.Linear) else set()
 
     def by_filter(self, layer: str, values: Tensor) -> Tensor:
         """Values of the channels of a unit, last dimension, as those of its filters: the mean over the channels that

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from freqprune.errors import InputError, closest
+from freqprune.errors import InputError, closest, first_line
 from freqprune.networks import Trace, drop_blocks, dropped_blocks, modes_of, set_modes
 from freqprune.pruning.blocks import Block, find_blocks
 from freqprune.pruning.graph import ChannelGraph, Unit
@@ -240,7 +240,14 @@ class Plan:
         parameters = dict(twin.named_parameters())
         for key, old in self.model.named_parameters():
             parameters[key].requires_grad_(old.requires_grad)
-        set_modes(twin, modes_of(self.model))
+        try:
+            set_modes(twin, modes_of(self.model))
+        except RuntimeError as error:
+            raise InputError(
+                f"the smaller network does not go into training mode ({first_line(error)}), as where layers merge "
+                "low-rank weights in eval mode, which cannot be taken out once filters are gone: merge them for good, or "
+                "call eval() on the network before"
+            ) from error
         drop_blocks(twin, {name: self.blocks[name].left for name in shrunk})
         if check:
             blocks = [self.blocks[name] for name in shrunk]

@@ -195,7 +195,7 @@ def _hooks(module: nn.Module) -> bool:
 
 
 def _follow(name: str, layer: nn.Module, tensor: Tensor, start: int, calls: list[Call], where: str) -> Site:
-    channel_dim = _channel_dim(_last_layer(layer, calls[:start]), tensor)
+    channel_dim = _channel_dim(layer, tensor, calls[:start])
     n_filters = tensor.shape[channel_dim]
     site = Site(name, name, calls[start].index, "convolution", n_filters, channel_dim)
     if where == "convolution":
@@ -236,12 +236,6 @@ def _follow(name: str, layer: nn.Module, tensor: Tensor, start: int, calls: list
     return Site(site.layer, site.module, site.call, site.stage, n_filters, channel_dim, note, site.then)
 
 
-def _last_layer(layer: nn.Module, before: Sequence[Call]) -> nn.Module | None:
-    """The last layer in a module that has filters, or else the last that ran before it."""
-    ran = [call.what for call in before if call.kind == "module"]
-    return next((module for module in reversed([*ran, *layer.modules()]) if _width(module) is not None), None)
-
-
 def _width(module: Any) -> int | None:
     """Filters of a layer; None of others. A layer norm of several dimensions does not say which of them they are."""
     if isinstance(module, nn.modules.conv._ConvNd):
@@ -259,16 +253,27 @@ def _width(module: Any) -> int | None:
     return None
 
 
-def _channel_dim(last: nn.Module | None, output: Tensor) -> int:
-    """The dimension of an output that counts filters: the first after the images of maps, the last of tokens. The one
-    that is as wide as the last layer; where both are or neither is, by its kind."""
+def _channel_dim(layer: nn.Module, output: Tensor, before: Sequence[Call]) -> int:
+    """The dimension of a module's output that counts filters: the first after the images of maps, the last of tokens.
+
+    Four dimensions that layers of maps have made are maps, whatever became of their channels. Else it is the dimension
+    that is as wide as the last layer in the module, or before it if there is none in it; where both are or neither is,
+    the kind of that layer says it.
+    """
+    inside = [module for module in layer.modules() if _width(module) is not None]
+    ran = [call.what for call in before if call.kind == "module" and _width(call.what) is not None]
+    last = ([*ran, *inside] or [None])[-1]
+    in_maps = isinstance(last, IN_MAPS)
     if output.dim() < 3:
         return output.dim() - 1
+    if output.dim() == 4 and (last is None or in_maps):
+        return 1
     first, final = (output.shape[dim] == _width(last) for dim in (1, -1))
     if first == final:
-        first = output.dim() == 4 if last is None else isinstance(last, IN_MAPS)
-        if isinstance(last, nn.modules.conv._ConvNd):
-            first = output.dim() == 2 + len(last.kernel_size)
+        # Of layers that say how many dimensions their maps have.
+        said = 2 + len(last.kernel_size) if isinstance(last, nn.modules.conv._ConvNd) else None
+        said = 4 if isinstance(last, nn.BatchNorm2d) else said
+        first = (in_maps and said in (None, output.dim())) or (not inside and output.dim() == 4)
     return 1 if first else output.dim() - 1
 
 

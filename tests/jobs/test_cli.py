@@ -50,6 +50,7 @@ EXPLAIN = "freqprune/jobs/as_explain.py"
             ["-m", "hydra/launcher=ray"],
             "hydra/launcher=ray needs a package that is not there: pip install 'freqprune[ray]'",
         ),
+        (["-m", "hydra/launcher=submitit"], "submitit_local"),
     ],
 )
 def test_errors_are_messages(arguments: list[str], message: str, tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """Modes that networks come back to, and copies of what they hold."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from freqprune.errors import InputError
 from freqprune.networks.copies import copied
 from freqprune.networks.hooks import evaluating
 from freqprune.pruning.surgery import Plan
@@ -52,6 +55,46 @@ def test_modes_are_as_they_were_whatever_a_module_does() -> None:
     with evaluating(net):
         assert not any(module.training for module in net.modules())
     assert [module.training for module in net.modules()] == before
+
+
+class Fused(nn.Module):
+    """Is one layer in eval mode and two to train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch: nn.Module | None = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1))
+        self.fused: nn.Module | None = None
+        self.other = {True: self.branch, False: nn.Conv2d(3, 4, 1)}
+
+    def train(self, mode: bool = True) -> "Fused":
+        self.branch, self.fused = (self.other[True], None) if mode else (None, self.other[False])
+        return super().train(mode)
+
+
+def test_modules_that_put_others_in_their_place_come_back() -> None:
+    net = nn.Sequential(Fused(), nn.ReLU())
+    before = [name for name, _ in net.named_modules()]
+    with evaluating(net):
+        assert "0.fused" in dict(net.named_modules())
+    assert [name for name, _ in net.named_modules()] == before
+    assert all(module.training for module in net.modules())
+
+
+def test_low_rank_layers_are_cut_in_eval_mode_only() -> None:
+    net = nn.Sequential(LowRank(3, 4), nn.ReLU(), LowRank(4, 2))
+    with pytest.raises(InputError, match=r"does not go into training mode .* call eval\(\) on the network before"):
+        Plan(net, X).apply({"0": torch.arange(3)})
+    assert Plan(net.eval(), X).apply({"0": torch.arange(3)})[0].out_channels == 3
+
+
+def test_settings_that_are_not_set_and_lists_that_hold_themselves_are_copied() -> None:
+    net, round_and_round = nn.Linear(2, 1), list[Any]()
+    round_and_round.append(round_and_round)
+    net.cfg, net.kept = OmegaConf.create({"width": 8, "weights": "???"}), round_and_round
+    twin = copied(net)
+    assert twin.cfg.width == 8
+    assert OmegaConf.is_missing(twin.cfg, "weights")
+    assert twin.kept[0] is twin.kept
 
 
 class Remembers(nn.Module):

@@ -119,6 +119,12 @@ def test_a_filter_of_a_stream_scores_the_largest_of_the_layers_that_write_it() -
     torch.testing.assert_close(found, torch.maximum(*(weight.abs().sum(1) for weight in writers)))
 
 
+def test_norms_and_activations_with_weights_have_scores() -> None:
+    net, layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.PReLU()), ["1", "2"]
+    found = scores("snr", Evidence(net, tag(net, torch.rand(2, 3, 8, 8), layers=layers)), layers)
+    assert [len(values) for values in found.values()] == [4, 4]
+
+
 def test_an_own_criterion() -> None:
     @criterion("bias")
     def bias(evidence: Evidence, layer: str) -> Tensor:

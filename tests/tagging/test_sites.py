@@ -247,6 +247,26 @@ class Weighed(nn.Module):
         return x * self.gate(x.mean((2, 3)))[..., None, None]  # type: ignore[no-any-return]
 
 
+class Twice(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.layer(x), self.layer(x)], 1)
+
+
+class Eca(nn.Module):
+    """Weighs channels by what their neighbours are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(1, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.conv(x.mean((2, 3))[:, None]).mT[..., None]  # type: ignore[no-any-return]
+
+
 class Recurrent(nn.Module):
     def __init__(self, n_inputs: int, n_units: int) -> None:
         super().__init__()
@@ -279,6 +299,9 @@ class Recurrent(nn.Module):
         (nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.LayerNorm([16, 8, 9])), (2, 3, 8, 9), 1),
         (nn.Sequential(nn.Conv2d(3, 9, 3, padding=1), nn.LayerNorm([9, 8, 9])), (2, 3, 8, 9), 1),
         (nn.LayerNorm([3, 8, 9]), (2, 3, 8, 9), 1),
+        (Twice(nn.Conv2d(3, 9, 3, padding=1)), (2, 3, 8, 9), 1),
+        (nn.Sequential(nn.Conv2d(3, 16, 1), nn.PixelShuffle(2)), (2, 3, 8, 8), 1),
+        (nn.Sequential(nn.Conv2d(3, 5, 1), Eca(), nn.ReLU()), (2, 3, 8, 9), 1),
         (nn.Linear(3, 4), (2, 8, 9, 3), 3),
         (nn.Linear(3, 4), (2, 3), 1),
     ],
@@ -297,6 +320,8 @@ def test_filters_are_counted_where_the_channels_are(block: nn.Module, shape: tup
         (nn.Sequential(nn.Conv1d(3, 5, 3), nn.MaxPool1d(2), nn.Dropout()), (1, 3, 20), [1, 1, 1]),
         (nn.Sequential(nn.Linear(3, 5), nn.GELU(), Turned(), nn.Identity()), (1, 20, 3), [2, 2, 1, 1]),
         (nn.Sequential(nn.Identity(), nn.Conv1d(3, 5, 3)), (1, 3, 20), [2, 1]),
+        (nn.Sequential(nn.Conv2d(3, 9, 1), Eca(), nn.ReLU()), (1, 3, 8, 9), [1, 1, 1]),
+        (nn.Sequential(Twice(nn.Conv2d(3, 9, 1)), nn.ReLU()), (1, 3, 8, 9), [1, 1]),
     ],
 )
 def test_modules_without_weights_are_read_as_the_layer_before_them(
