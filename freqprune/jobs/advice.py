@@ -69,6 +69,13 @@ def _show(following: Callable[[Sequence[str]], list[str]]) -> None:
         show(f"  {command}")
 
 
+def same_folder(out: Path) -> str:
+    """What sends the same command into the same folder, where a job, or its sweep, goes on."""
+    if record.in_sweep():
+        return shlex.quote(override("hydra.sweep.dir", HydraConfig.get().sweep.dir))
+    return shlex.quote(override("hydra.run.dir", out))
+
+
 def typed_out(of_weights: Mapping[str, Any]) -> list[str]:
     """Settings of the data as they are typed."""
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in of_weights.items()}

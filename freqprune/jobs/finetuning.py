@@ -13,11 +13,12 @@ from torch import nn
 
 from freqprune.errors import InputError
 from freqprune.jobs import assembly, trainers
-from freqprune.jobs.advice import typed_out
+from freqprune.jobs.advice import same_folder, typed_out
 from freqprune.jobs.config import FOLDERS, FROM_SCRATCH
 from freqprune.jobs.settings import Settings
 from freqprune.jobs.values import override
 from freqprune.networks import config_of, device_of, dropped_blocks, epochs_done, trained
+from freqprune.reports import record
 from freqprune.tagging import untrained
 from freqprune.training import Classifier, ImageData, epochs_of
 
@@ -102,7 +103,8 @@ def finetune(
     if not anew:
         classifier.net.load_state_dict(small.state_dict())
     trainer = trainers.make_trainer(settings, settings.out / name, [], epochs)
-    resumable = f"; to go on: {how_to_go_on(settings)}" if name in FOLDERS.values() else ""
+    how = f"the same command with {same_folder(settings.out)}" if record.in_sweep() else how_to_go_on(settings)
+    resumable = f"; to go on: {how}" if name in FOLDERS.values() else ""
     start = None if ckpt_path is None else str(ckpt_path)
     doing = "training from scratch" if anew else "fine-tuning"
     # Only weights drawn at random may see small images first.

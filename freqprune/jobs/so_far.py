@@ -4,7 +4,6 @@ goes on."""
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -14,13 +13,12 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from hydra.core.hydra_config import HydraConfig
 from torch import nn
 
 from freqprune.attribution import OfParts, key_of
+from freqprune.jobs.advice import same_folder
 from freqprune.jobs.explain_settings import Explaining
-from freqprune.jobs.values import override
-from freqprune.reports import record, show
+from freqprune.reports import show
 
 FOLDER = "so_far"
 
@@ -73,11 +71,5 @@ def kept(out: Path, asked: Explaining, net: nn.Module, is_first: bool) -> Iterat
         yield cache
     except BaseException:
         if is_first and len(cache):
-            show(f"what was found so far is kept; to go on: the same command with {_same_folder(out)}")
+            show(f"what was found so far is kept; to go on: the same command with {same_folder(out)}")
         raise
-
-
-def _same_folder(out: Path) -> str:
-    if record.in_sweep():
-        return shlex.quote(override("hydra.sweep.dir", HydraConfig.get().sweep.dir))
-    return shlex.quote(override("hydra.run.dir", out))

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from freqprune.errors import InputError
 from freqprune.jobs import assembly, trainers
-from freqprune.jobs.advice import advise
+from freqprune.jobs.advice import advise, same_folder
 from freqprune.jobs.announce import announce_training
 from freqprune.jobs.config import check_training
 from freqprune.jobs.csv_log import ResumedCSVLogger
@@ -151,7 +151,9 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     if trainer.is_global_zero:
         announce_training(settings, classifier.net, data, trainer, cut, done)
     start = time.perf_counter()
-    advice = f"interrupted; to go on, if an epoch was complete: {shlex.quote(override('ckpt_path', last))}"
+    how = f"if an epoch was complete: {shlex.quote(override('ckpt_path', last))}"
+    # Of a sweep each job knows what it has left.
+    advice = f"interrupted; to go on, {f'the same command with {same_folder(out)}' if record.in_sweep() else how}"
     trainers.fit(trainer, classifier, data, common.ckpt_path, advice, common.compile)
     trained = began
     if not trained:

@@ -245,8 +245,8 @@ class Plan:
         except RuntimeError as error:
             raise InputError(
                 f"the smaller network does not go into training mode ({first_line(error)}), as where layers merge "
-                "low-rank weights in eval mode, which cannot be taken out once filters are gone: merge them for good, or "
-                "call eval() on the network before"
+                "low-rank weights in eval mode, which cannot be taken out once filters are gone: merge them for good, "
+                "or call eval() on the network before"
             ) from error
         drop_blocks(twin, {name: self.blocks[name].left for name in shrunk})
         if check:

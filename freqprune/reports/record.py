@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -133,9 +133,41 @@ def write(out: Path, cfg: DictConfig, results: Sequence[str] = ()) -> None:
     if HydraConfig.initialized():
         job = HydraConfig.get()
         program = os.environ.get("FREQPRUNE_COMMAND", f"freqprune {job.job.name}")
-        command = f"{program} {shlex.join([*config_words(), *job.overrides.task])}".strip()
+        # As typed: what follows other settings, such as ckpt=runs/${seed}/last.ckpt, would be another in each.
+        typed = cast(list[str], OmegaConf.to_container(job.overrides.task, resolve=False))
+        command = f"{program} {shlex.join([*config_words(), *typed])}".strip()
     machine = {"system": platform.platform(terse=True), "processor": platform.machine(), "cores": os.cpu_count()}
-    write_json(out / RUN, {"command": command, "settings": settings, "versions": _versions(), "machine": machine})
+    content: dict[str, Any] = {"command": command, "settings": settings, "versions": _versions(), "machine": machine}
+    if follows := _following_seed(OmegaConf.to_container(cfg, resolve=False)):
+        content["follows_seed"] = follows
+    write_json(out / RUN, content)
+
+
+def _following_seed(settings: Any, before: str = "") -> list[str]:
+    """Keys of settings that hang on the seed, such as a checkpoint of each: they tell no jobs apart.
+
+    >>> _following_seed({"ckpt": "runs/${seed}/last.ckpt", "logger": {"name": "r${seed}", "id": "a"}})
+    ['ckpt', 'logger.name']
+    """
+    if isinstance(settings, dict):
+        return [key for name, one in settings.items() for key in _following_seed(one, f"{before}.{name}")]
+    return [before[1:]] if isinstance(settings, str) and "${seed}" in settings else []
+
+
+def without(settings: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """Settings but for some dotted keys.
+
+    >>> without({"ckpt": "a", "logger": {"name": "r0", "id": "a"}}, ["ckpt", "logger.name"])
+    {'logger': {'id': 'a'}}
+    """
+    found = dict(settings)
+    for key in keys:
+        first, _, rest = key.partition(".")
+        if not rest:
+            found.pop(first, None)
+        elif isinstance(found.get(first), Mapping):
+            found[first] = without(found[first], [rest])
+    return found
 
 
 def config_words(named: bool = True) -> list[str]:

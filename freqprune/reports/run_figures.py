@@ -82,7 +82,7 @@ def _over_epochs(
 ) -> Figure:
     """Layers downwards, epochs to the right, the value as colour; nothing where an epoch lacks a layer."""
     epochs = sorted(values)
-    layers = list(dict.fromkeys(layer for epoch in epochs for layer in values[epoch]))
+    layers = in_order([list(values[epoch]) for epoch in epochs])
     grid = np.array([[values[epoch].get(layer, np.nan) for epoch in epochs] for layer in layers])
     figure = Figure(
         figsize=(min(12.0, max(4.5, 0.3 * len(epochs) + 3)), max(3.0, 0.18 * len(layers) + 1.2)), layout="constrained"
@@ -92,6 +92,24 @@ def _over_epochs(
     axis.set_xticks(range(0, len(epochs), step), [str(epochs[i] + 1) for i in range(0, len(epochs), step)], fontsize=8)
     axis.set_xlabel("epoch", fontsize=9)
     return figure
+
+
+def in_order(lists: Sequence[Sequence[str]]) -> list[str]:
+    """The layers of several networks, each in its place after the one that it follows in its network.
+
+    >>> in_order([["1.0", "2.0"], ["1.0", "1.1", "2.0", "2.1"]])
+    ['1.0', '1.1', '2.0', '2.1']
+    """
+    found: list[str] = []
+    for names in lists:
+        place = 0
+        for name in names:
+            if name in found:
+                place = found.index(name) + 1
+            else:
+                found.insert(place, name)
+                place += 1
+    return found
 
 
 def _coloured(
@@ -114,7 +132,7 @@ def kept_over_depth(shares: Mapping[str, Mapping[str, float]]) -> Figure:
     Args:
         shares: for each way the share kept, 0 to 1, a layer; layers that a way left alone are left out.
     """
-    layers = list(dict.fromkeys(layer for by_layer in shares.values() for layer in by_layer))
+    layers = in_order([list(by_layer) for by_layer in shares.values()])
     grid = np.array([[100 * by_layer.get(layer, math.nan) for layer in layers] for by_layer in shares.values()])
     figure = Figure(
         figsize=(max(5.0, 0.3 * len(layers) + 3.5), max(2.6, 0.2 * len(shares) + 1.8)), layout="constrained"
@@ -134,7 +152,7 @@ def medians_over_depth(medians: Mapping[str, Mapping[str, float]], label: str) -
         medians: for each line its values, a layer; NaN where no filter answers.
         label: what it is the median of.
     """
-    layers = list(dict.fromkeys(layer for by_layer in medians.values() for layer in by_layer))
+    layers = in_order([list(by_layer) for by_layer in medians.values()])
     n_rows = math.ceil(len(medians) / 2) if len(medians) > 1 else 0
     figure = Figure(figsize=(max(5.0, 0.27 * len(layers) + 1.5), 3.8 + 0.2 * n_rows), layout="constrained")
     axis = figure.subplots()

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from freqprune.errors import InputError
-from freqprune.reports.record import FAILED, GOES_ON, METRICS, RUN, TRAINING, is_finished, options, read_json
+from freqprune.reports.record import FAILED, GOES_ON, METRICS, RUN, TRAINING, is_finished, options, read_json, without
 from freqprune.reports.tables import percentages
 
 REPEATED = "seed"
@@ -37,7 +37,7 @@ class Job:
         metrics: figures by name: accuracies in per cent, ``cut`` and ``params_cut`` in per cent of the dense network.
         error: why it failed, or what is damaged.
         folder: where it ran.
-        settings: all settings, from ``run.json``.
+        settings: all settings, from ``run.json``, but those that follow the seed.
     """
 
     name: str
@@ -109,7 +109,8 @@ def _read_job(path: Path, sweep: Path) -> Job:
             )
         if not is_finished(path):
             return job
-        return replace(job, state="finished", metrics=_figures(path), settings=record.get("settings", {}))
+        settings = without(record.get("settings", {}), record.get("follows_seed", ()))
+        return replace(job, state="finished", metrics=_figures(path), settings=settings)
     except (ValueError, LookupError, TypeError, AttributeError, OSError, YAMLError, HydraException) as error:
         return replace(job, state="damaged", error=f"{type(error).__name__}: {error}")
 

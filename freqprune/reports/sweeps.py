@@ -46,9 +46,9 @@ class Group:
         """Number of jobs."""
         return len(self.jobs)
 
-    def label(self, without: Sequence[str] = ()) -> str:
-        """The settings in words for a figure, but for some."""
-        return in_words(self.settings, without)
+    def label(self, alone: str, without: Sequence[str] = ()) -> str:
+        """The settings in words for a figure, but for some; `alone` where nothing else tells groups apart."""
+        return in_words(self.settings, without) or (DEFAULT if set(self.settings) - set(without) else alone)
 
 
 def _differing(jobs: Sequence[Job]) -> list[str]:
@@ -149,7 +149,7 @@ def _lines(groups: Sequence[Group]) -> dict[str, list[Mapping[str, tuple[float, 
     """Groups that differ in the amount removed only, as one line of the figure each."""
     found: dict[str, list[Mapping[str, tuple[float, float]]]] = {}
     for group in groups:
-        found.setdefault(group.label(AMOUNTS) or "pruned", []).append(
+        found.setdefault(group.label("pruned", AMOUNTS), []).append(
             {name: (group.mean[name], group.sd[name]) for name in group.mean}
         )
     return found
@@ -170,7 +170,7 @@ def _draw(groups: Sequence[Group], folder: Path) -> None:
     timed = [group for group in drawn if "time_cut" in group.mean]
     if timed:
         save(accuracy_over_cut(_lines(timed), "time_cut"), folder / "accuracy_over_time.png")
-    kept = {group.label() or "all jobs": shares for group in drawn if (shares := _shares_kept(group))}
+    kept = {group.label("all jobs"): shares for group in drawn if (shares := _shares_kept(group))}
     if kept:
         save(kept_over_depth(kept), folder / "kept_over_depth.png")
     labels = {"part_preference": "(A first - A second part) / sum", "integration": "intermodulation / fundamentals"}
@@ -178,7 +178,7 @@ def _draw(groups: Sequence[Group], folder: Path) -> None:
         lines: dict[str, Mapping[str, float]] = {}
         for group in groups:
             if found := _medians(group):
-                lines.setdefault(group.label(AMOUNTS) or "all jobs", found[name])
+                lines.setdefault(group.label("all jobs", AMOUNTS), found[name])
         if lines:
             save(medians_over_depth(_merged(lines), label), folder / f"{name}.png")
 
@@ -211,8 +211,18 @@ def _merged(lines: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, 
     }
 
 
-def _named(job: Job, path: Path, paths: Sequence[Path]) -> Job:
-    return job if len(paths) == 1 else replace(job, name=f"{path.resolve().name}/{job.name}")
+def _names(paths: Sequence[Path]) -> list[str]:
+    """What tells folders apart; by their own names if that does."""
+    names = [path.resolve().name for path in paths]
+    return (
+        names
+        if len(set(names)) == len(names)
+        else without_shared_folders([path.resolve().as_posix() for path in paths])
+    )
+
+
+def _in_folder(job: Job, folder: str) -> Job:
+    return replace(job, name=folder if job.name == "." else f"{folder}/{job.name}")
 
 
 def gather(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -234,7 +244,13 @@ def gather(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
         raise InputError(
             f"{out} is the folder of a single run, whose report would be overwritten; give another with --out"
         )
-    jobs = counted_once(told_apart([_named(job, path, paths) for path in paths for job in read_sweep(path)]))
+    names = _names(paths)
+    read = [
+        _in_folder(job, name) if len(paths) > 1 else job
+        for path, name in zip(paths, names, strict=True)
+        for job in read_sweep(path)
+    ]
+    jobs = counted_once(told_apart(read))
     groups = grouped(jobs)
     lost = [job for job in jobs if job.state != "finished"]
     out.mkdir(parents=True, exist_ok=True)
@@ -265,9 +281,7 @@ def gather(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
         for job in jobs
         if job.state == "finished" and job.folder
     ]
-    write_page(
-        out, SweepPage([path.resolve().name for path in paths], len(jobs), header, rows, missing, commands, runs)
-    )
+    write_page(out, SweepPage(names, len(jobs), header, rows, missing, commands, runs))
     show(text.rstrip("\n"), f"written to {out}: sweep.csv, sweep.md, report.html")
     if is_quiet():
         show_folder(out)

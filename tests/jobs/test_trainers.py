@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from freqprune.jobs.prune import prune
 from freqprune.jobs.settings import read
 from freqprune.jobs.train import train
 from freqprune.networks import build_model, device_of
+from freqprune.reports import record
 from freqprune.training import Classifier, DigitsData
 from tests.jobs.small import config
 
@@ -231,6 +233,32 @@ def test_how_an_interrupted_fine_tuning_goes_on_depends_on_where_the_dense_netwo
     # prune.py has its own default again.
     monkeypatch.setenv("FREQPRUNE_COMMAND", "python prune.py")
     assert how_to_go_on(trained) == found.removesuffix(how)
+
+
+@pytest.mark.parametrize("in_sweep", [True, False])
+def test_a_job_of_a_sweep_goes_on_with_its_sweep(
+    in_sweep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def fit(*given: Any) -> None:
+        told.append(given[4])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainers, "fit", fit)
+    monkeypatch.setattr(record, "in_sweep", lambda: in_sweep)
+    monkeypatch.setattr(record, "done_before", lambda *_: False)
+    sweep = SimpleNamespace(sweep=SimpleNamespace(dir="multirun/x"))
+    monkeypatch.setattr("freqprune.jobs.advice.HydraConfig", SimpleNamespace(get=lambda: sweep))
+    with pytest.raises(KeyboardInterrupt):
+        train(config("train", tmp_path / "0", "tagging.every_n_epochs=0"))
+    torch.save(build_model({"name": "resnet8"}).state_dict(), tmp_path / "w.pt")
+    with pytest.raises(KeyboardInterrupt):
+        prune(config("prune", tmp_path / "1", f"ckpt={tmp_path / 'w.pt'}", "importance=l2"))
+    assert [("the same command with hydra.sweep.dir=multirun/x" in one) for one in told] == [in_sweep] * 2
+    assert [("ckpt_path=" in one, "resume=" in one) for one in told] == (
+        [(False, False)] * 2 if in_sweep else [(True, False), (False, True)]
+    )
 
 
 class Killed(Classifier):

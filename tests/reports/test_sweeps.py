@@ -6,10 +6,12 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
@@ -17,6 +19,7 @@ from freqprune.errors import InputError
 from freqprune.jobs import cli
 from freqprune.reports import record, sweeps
 from freqprune.reports.record import failures_kept, is_finished
+from freqprune.reports.run_figures import kept_over_depth, medians_over_depth
 from freqprune.reports.sweep_jobs import Job, check_goes_on, commands_of, counted_once, planned, read_sweep, told_apart
 from freqprune.reports.sweeps import Group, gather, grouped, table
 from freqprune.reports.tables import layer_medians
@@ -278,6 +281,55 @@ def test_planned_jobs_are_those_that_hydra_starts(given: list[str], tmp_path: Pa
     assert len(planned(given)) == len(started)
 
 
+def test_a_checkpoint_of_each_seed_makes_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Typed, and in a config of one's own."""
+    given = ["ckpt=runs/d${seed}/last.ckpt", "seed=0,1"]
+    for folder, words in (("typed", given), ("mine", ["experiment=mine", "seed=0,1"])):
+        for seed in (0, 1):
+            out = tmp_path / folder / str(seed)
+            task = [words[0], f"seed={seed}"]
+            job(out, task, 0.8)
+            settings = OmegaConf.create({"seed": seed, "ckpt": "runs/d${seed}/last.ckpt", "output_dir": str(out)})
+            # As Hydra has them: they follow the settings of the job.
+            overrides = OmegaConf.create({"task": task})
+            overrides._set_parent(settings)
+            hydra = SimpleNamespace(
+                overrides=overrides,
+                job=SimpleNamespace(name="prune", config_name="prune"),
+                runtime=SimpleNamespace(config_sources=[]),
+                mode=RunMode.RUN,
+            )
+            monkeypatch.setattr(record.HydraConfig, "initialized", lambda: True)
+            monkeypatch.setattr(record.HydraConfig, "get", lambda hydra=hydra: hydra)
+            record.write(out, settings)
+        multirun(tmp_path / folder, words)
+        jobs = read_sweep(tmp_path / folder)
+        assert [one.state for one in jobs] == ["finished"] * 2
+        assert [group.seeds for group in grouped(told_apart(jobs))] == [2]
+        check_goes_on(tmp_path / folder, words)
+
+
+def test_layers_of_networks_of_different_depth_are_in_the_order_of_each() -> None:
+    shallow = {f"layer{stage}.{block}": 1.0 for stage in (1, 2, 3) for block in range(3)}
+    deep = {f"layer{stage}.{block}": 1.0 for stage in (1, 2, 3) for block in range(5)}
+    for figure in (medians_over_depth({"20": shallow, "32": deep}, "x"), kept_over_depth({"20": shallow, "32": deep})):
+        labels = [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
+        assert labels == list(deep)
+
+
+def test_sweeps_of_one_name_and_jobs_without_a_setting_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr(sweeps, "kept_over_depth", lambda shares: drawn.extend(shares) or Figure())
+    job(tmp_path / "m1" / "sweep" / "0", ["seed=0"], 0.8)
+    job(tmp_path / "m2" / "sweep" / "0", ["importance=snr", "seed=0"], 0.7)
+    job(tmp_path / "m2" / "sweep" / "1", ["importance=snr", "seed=1"], failed="no room")
+    gather([tmp_path / "m1" / "sweep", tmp_path / "m2" / "sweep"], tmp_path / "all")
+    assert drawn == ["default", "snr"]
+    assert "| m2/1 | failed |" in (tmp_path / "all" / "sweep.md").read_text()
+
+
 def test_jobs_of_a_glob_are_those_that_began(sweep: Path, tmp_path: Path) -> None:
     multirun(sweep, ["importance=glob(*)"])
     assert len(read_sweep(sweep)) == 5
@@ -384,7 +436,7 @@ def test_labels_stay_apart_and_short(tmp_path: Path) -> None:
             job(tmp_path / f"{key}{number}", [f"{key}=0.1", f"seed={number}", "ckpt='a$_$b^'"], 0.8)
     job(tmp_path / "plain", ["seed=0", "ckpt=" + "x" * 300], 0.8)
     groups = grouped(read_sweep(tmp_path))
-    assert len({group.label() for group in groups}) == len(groups) == 3
+    assert len({group.label("") for group in groups}) == len(groups) == 3
     gather([tmp_path], tmp_path / "out")
 
 
