@@ -21,7 +21,8 @@ from freqprune.networks import build_model, drop_blocks, first, rebuilt_from
 from freqprune.tagging import TagLoss
 from freqprune.training.averaging import MovingAverage
 from freqprune.training.distillation import Distillation
-from freqprune.training.optimization import Optimization, check_same_optimizer, go_on_by_epochs, take_settings
+from freqprune.training.optimization import Optimization, check_same_optimizer
+from freqprune.training.restored import go_on, go_on_after_an_epoch
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +123,12 @@ class Classifier(pl.LightningModule):
         self.net.to(memory_format=torch.channels_last)
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        ema = self.optimization.ema
+        ema, precision = self.optimization.ema, str(self.trainer.precision)
+        if ema and precision.endswith("-true") and not precision.startswith("32"):
+            raise InputError(
+                f"ema = {ema:g} averages weights in float32, and the precision {precision} has none: train in "
+                f"{'float32' if precision.startswith('64') else precision.replace('true', 'mixed')}, or with ema = 0"
+            )
         return [MovingAverage(ema, self.trainer.strategy.root_device)] if ema else []
 
     def on_fit_start(self) -> None:
@@ -203,19 +209,12 @@ class Classifier(pl.LightningModule):
                 )
 
     def on_train_start(self) -> None:
-        trainer, done = self.trainer, self.trainer.current_epoch
+        go_on_after_an_epoch(self.trainer.fit_loop)
         # Not kept: a module with it could not be pickled.
         made, self._schedule = self._schedule, None
         # Those of a subclass are its own business.
-        if made is None or made is not self.lr_schedulers() or not done:
-            return
-        take_settings(made, self.optimization, self.net)
-        # What is constant from the first step on goes on as it is.
-        constant = self.optimization.schedule == "constant" and not self.optimization.warmup_epochs
-        if constant or not made.last_epoch or trainer.max_steps >= 0 or trainer.fit_loop.restarted_mid_epoch:
-            return
-        # Steps of an epoch are others with batches of another size, or in another number of processes.
-        go_on_by_epochs(made, done, self._steps_an_epoch())
+        if made is not None and made is self.lr_schedulers() and made.last_epoch:
+            go_on(self.trainer, made, self.optimization, self.net, self._steps_an_epoch)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         # What follows an epoch, such as tagging, is of one network.

@@ -272,4 +272,5 @@ def take_settings(schedule: LambdaLR, asked: Optimization, net: nn.Module) -> No
                 "the checkpoint was trained with a rate of %g: it goes on with %g", schedule.base_lrs[number], base
             )
             schedule.base_lrs[number] = group["initial_lr"] = base
-            schedule._last_lr[number] = group["lr"] = base * schedule.lr_lambdas[number](schedule.last_epoch)
+        # Also where the schedule is another, such as that of a longer training.
+        schedule._last_lr[number] = group["lr"] = base * schedule.lr_lambdas[number](schedule.last_epoch)

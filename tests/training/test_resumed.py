@@ -34,12 +34,68 @@ class Seen(pl.Callback):
             trainer.should_stop = True
 
 
-def trained(seen: Seen, folder: Path, batch_size: int = 16, ckpt: Path | None = None, **data: Any) -> None:
+def trained(
+    seen: pl.Callback,
+    folder: Path,
+    batch_size: int = 16,
+    ckpt: Path | None = None,
+    runs: dict[str, Any] | None = None,
+    **data: Any,
+) -> pl.Trainer:
     pl.seed_everything(0, verbose=False)
     module = Classifier({"name": "resnet8", "stage_widths": [4, 4, 8]}, lr=0.1)
     digits = DigitsData(limit_train=128, limit_test=50, flip=False, batch_size=batch_size, **data)
-    run = trainer(folder, seen, max_epochs=4)
+    run = trainer(folder, seen, **{"max_epochs": 4, **(runs or {})})
     run.fit(module, datamodule=digits, ckpt_path=ckpt, weights_only=True)
+    return run
+
+
+@pytest.mark.parametrize("val_fraction", [0.1, 0])
+@pytest.mark.parametrize("max_epochs", [-1, 4])
+def test_a_training_by_steps_goes_on_with_the_epoch_after(max_epochs: int, val_fraction: float, tmp_path: Path) -> None:
+    whole, first, resumed = Seen(tmp_path), Seen(tmp_path, stop=1), Seen(tmp_path)
+    by_steps = {"max_epochs": max_epochs, "max_steps": 32 if max_epochs < 0 else 1000}
+    ended = trained(whole, tmp_path, runs=by_steps, val_fraction=val_fraction)
+    trained(first, tmp_path, runs=by_steps, val_fraction=val_fraction)
+    again = trained(resumed, tmp_path, ckpt=first.file, runs=by_steps, val_fraction=val_fraction)
+    assert (again.global_step, again.current_epoch) == (ended.global_step, ended.current_epoch)
+    assert resumed.labels.keys() == whole.labels.keys() - {0}
+    for epoch, labels in resumed.labels.items():
+        assert torch.equal(torch.cat(labels), torch.cat(whole.labels[epoch])), epoch
+
+
+class Validated(Seen):
+    """Leaves a checkpoint at the end of the validation of the second epoch."""
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch == 1 and not trainer.sanity_checking:
+            trainer.save_checkpoint(self.file)
+
+
+def test_a_checkpoint_of_a_validation_goes_on_with_epochs_of_as_many_steps(tmp_path: Path) -> None:
+    whole, resumed = Validated(tmp_path), Seen(tmp_path)
+    trained(whole, tmp_path)
+    trained(resumed, tmp_path, ckpt=whole.file)
+    for epoch in (2, 3):
+        assert resumed.rates[epoch] == pytest.approx(whole.rates[epoch])
+    with pytest.raises(InputError, match=r"an epoch has 2 steps here and had 8: go on .*last\.ckpt"):
+        trained(Seen(tmp_path), tmp_path, 48, whole.file)
+
+
+def test_a_longer_training_begins_with_the_rate_of_its_own_schedule(tmp_path: Path) -> None:
+    short, long, whole = Seen(tmp_path, stop=2), Seen(tmp_path), Seen(tmp_path)
+    trained(short, tmp_path, runs={"max_epochs": 2})
+    trained(long, tmp_path, ckpt=short.file)
+    trained(whole, tmp_path)
+    assert long.rates[2] == pytest.approx(whole.rates[2])
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_an_average_of_weights_in_other_numbers_is_refused(precision: str, tmp_path: Path) -> None:
+    module = Classifier({"name": "resnet8", "stage_widths": [4, 4, 8]}, ema=0.9)
+    digits = DigitsData(limit_train=32, limit_test=50, batch_size=16)
+    with pytest.raises(InputError, match=f"averages weights in float32, and the precision {precision}"):
+        trainer(tmp_path, max_epochs=1, precision=precision).fit(module, datamodule=digits)
 
 
 @pytest.mark.parametrize(("batch_size", "stop"), [(32, 2), (32, 1), (8, 2)])
@@ -62,10 +118,12 @@ def test_the_learning_rate_is_that_of_the_epoch_with_batches_of_another_size(
 
 
 class Within(Seen):
-    """Leaves a checkpoint within the second epoch, and goes on."""
+    """Leaves a checkpoint within the second epoch, or another, and goes on."""
+
+    at = 6
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step == 6:
+        if trainer.global_step == self.at:
             trainer.save_checkpoint(self.file)
 
 
@@ -79,6 +137,18 @@ def test_a_training_that_ended_within_an_epoch_goes_on_with_the_rate_of_its_step
     assert resumed.rates[1] == pytest.approx(whole.rates[1][2:])
     for epoch in (2, 3):
         assert resumed.rates[epoch] == pytest.approx(whole.rates[epoch])
+
+
+def test_the_rate_that_is_asked_for_holds_within_the_first_epoch_too(tmp_path: Path) -> None:
+    first, rates = Within(tmp_path), Seen(tmp_path)
+    first.at = 2
+    trained(first, tmp_path, 32)
+    pl.seed_everything(0, verbose=False)
+    module = Classifier({"name": "resnet8", "stage_widths": [4, 4, 8]}, lr=0.001)
+    digits = DigitsData(limit_train=128, limit_test=50, flip=False, batch_size=32)
+    with pytest.warns(UserWarning, match="a checkpoint that ended before the epoch ended"):
+        trainer(tmp_path, rates, max_epochs=4).fit(module, datamodule=digits, ckpt_path=first.file, weights_only=True)
+    assert rates.rates[0] == pytest.approx([rate / 100 for rate in first.rates[0][2:]])
 
 
 def test_workers_read_the_images_of_the_epoch_that_a_training_goes_on_with(tmp_path: Path) -> None:
