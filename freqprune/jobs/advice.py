@@ -155,6 +155,9 @@ def commands(
     def call(*more: str, sweep: bool = False) -> str:
         return f"{prune} {'-m ' if sweep else ''}{shlex.join([*again, *more])}"
 
+    if job == "train" and began_from is None and not last.is_file():
+        # A training of no epoch, or one that keeps no checkpoint: nothing goes on from it.
+        return [look]
     if job == "train":
         return [look, call("pruning=none"), call("pruning.macs_cut=0.5")]
     if job == "look":

@@ -19,6 +19,8 @@ from freqprune.pruning import OF_TAGS, Amount, Kept, Plan, Verdict, needs
 from freqprune.reports import (
     filters_of,
     filters_over_epochs,
+    important_shares,
+    rank_agreement,
     response_figures,
     run_figures,
     save,
@@ -173,13 +175,13 @@ def figures_of_training(tagging: FrequencyTagging, out: Path) -> None:
         if not (out / "importance.csv").is_file():
             # Tagged before the training went on in another folder, and not since.
             return
-        shares = tables.important_shares(out / "importance.csv")
+        shares = important_shares(out / "importance.csv")
         save(
             run_figures.important_over_epochs(shares, f"Important filters over training, {noise}"),
             out / "figures" / "important_over_epochs.png",
         )
         if len(shares) > 1:
-            agreement = tables.rank_agreement(out / "importance.csv")
+            agreement = rank_agreement(out / "importance.csv")
             save(
                 run_figures.agreement_over_epochs(agreement, f"Ranking of the filters over training, {noise}"),
                 out / "figures" / "ranking_over_epochs.png",

@@ -89,8 +89,9 @@ def counted_moments(
         # Float32 products of a batch, also where the network runs in half precision, summed over batches in float64.
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-        total = (rows.T @ rows).double().cpu()
-        sums[name] = sums[name] + total if name in sums else total
+        # Half as many bytes to move as of float64.
+        total = (rows.T @ rows).cpu()
+        sums[name] = sums[name].add_(total) if name in sums else total.double()
         counts[name] = counts.get(name, 0) + len(rows)
 
     with evaluating(model), torch.no_grad(), multiplications(model, layers, seen):
@@ -178,8 +179,8 @@ def output_gradients(
                 # Channels of a convolution come second, features of a linear layer last.
                 g = (gradient.movedim(1, -1) if isinstance(modules[name], nn.Conv2d) else gradient).flatten(0, -2)
                 g = g.to(torch.promote_types(g.dtype, torch.float32))
-                total = (g.T @ g).double().cpu()
-                sums[name] = sums[name] + total if name in sums else total
+                total = (g.T @ g).cpu()
+                sums[name] = sums[name].add_(total) if name in sums else total.double()
     if not n_inputs:
         raise InputError("no batch was given to take gradients of")
     return {name: added_up(sums[name]) / n_inputs for name in layers}

@@ -11,6 +11,9 @@ from .filters import Filters as Filters
 from .filters import filters_of as filters_of
 from .filters import filters_over_epochs as filters_over_epochs
 from .filters import with_cut as with_cut
+from .importance_table import important_shares as important_shares
+from .importance_table import rank_agreement as rank_agreement
+from .importance_table import write_importance as write_importance
 from .page import drawn as drawn
 from .page import write_page as write_page
 from .sweep_command import sweep_arguments as sweep_arguments
@@ -18,7 +21,6 @@ from .sweep_jobs import asked as asked
 from .sweep_jobs import check_goes_on as check_goes_on
 from .sweeps import gather as gather
 from .sweeps import markdown as markdown
-from .tables import write_importance as write_importance
 from .terminal import is_quiet as is_quiet
 from .terminal import show as show
 from .terminal import show_folder as show_folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from freqprune.pruning import Kept, Plan, Verdict
+from freqprune.reports.importance_table import whole_rows
 from freqprune.reports.shown import alike, described, shown_of, what_was_shown
 from freqprune.tagging import Stimulus, TagResponse
 
@@ -139,9 +139,8 @@ def filters_over_epochs(
 
 def _by_epoch(path: Path) -> Iterator[tuple[int, list[dict[str, str]]]]:
     """Rows of an ``importance.csv`` an epoch at a time: those of all may be more than memory holds."""
-    with path.open(newline="", encoding="utf-8") as file:
-        for epoch, rows in groupby(csv.DictReader(file), key=lambda row: int(row["epoch"])):
-            yield epoch, list(rows)
+    for epoch, rows in groupby(whole_rows(path), key=lambda row: int(row["epoch"])):
+        yield epoch, list(rows)
 
 
 def _of_an_epoch(rows: Sequence[Mapping[str, str]], label: str, stimulus: Stimulus, criterion: str) -> Filters:

@@ -69,7 +69,7 @@ def agreement_over_epochs(agreement: Mapping[int, Mapping[str, float]], title: s
 
     Args:
         agreement: for each tagged epoch (from 0) the correlation, a layer, see
-            `freqprune.reports.tables.rank_agreement`.
+            `freqprune.reports.importance_table.rank_agreement`.
         title: line above the figure.
     """
     lowest = min((value for one in agreement.values() for value in one.values() if value == value), default=0.0)

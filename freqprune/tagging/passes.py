@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -13,6 +14,21 @@ from freqprune.tagging.recording import Recorder
 from freqprune.tagging.stimulus import Stimulus
 
 TOGETHER = ""
+
+
+def drawn(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
+    """Noise for frames of images, ``(n_images, *shape)``, frame by frame on the CPU: the same numbers for every size of
+    batches and device."""
+    noise = torch.empty(len(generators), *shape)
+
+    def draw(generator: torch.Generator, frames: Tensor) -> None:
+        for frame in frames:
+            torch.randn(frame.shape, generator=generator, out=frame)
+
+    # Each image has numbers of its own, and an accelerator would wait for one core.
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(draw, generators, noise))
+    return noise
 
 
 class Pass:
@@ -52,10 +68,7 @@ class Pass:
         for some in self.which.split(max(1, limit // len(images))):
             frames = self.stimulus.frames(images, some)
             if generators:
-                # Drawn frame by frame on the CPU: the same numbers for every batch size and device.
-                shape = frames.shape[2:]
-                noise = torch.stack([torch.stack([torch.randn(shape, generator=g) for _ in some]) for g in generators])
-                frames = frames + self.noise_std * noise.to(frames)
+                frames = frames + self.noise_std * drawn(generators, frames.shape[1:]).to(frames)
             for layer, response in recorder(prepare(frames.flatten(0, 1))).items():
                 pieces.setdefault(layer, []).append(response.unflatten(0, (len(images), len(some))))
         courses = {layer: torch.cat(pieces.pop(layer), dim=1) for layer in list(pieces)}

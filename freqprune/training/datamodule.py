@@ -222,7 +222,8 @@ class ImageData(pl.LightningDataModule, ABC):
         found = torch.empty(
             (n, height, width, n_channels), dtype=torch.float32 if bytes_ else pixels.dtype, device=pixels.device
         )
-        mean, std = (torch.tensor(v, device=pixels.device).repeat(width) for v in (self.mean, self.std))
+        # An accelerator does not wait for them.
+        mean, std = (torch.tensor(v).repeat(width).to(pixels.device, non_blocking=True) for v in (self.mean, self.std))
         # A CPU does all of it to a few images while they are in its cache.
         some = max(1, _IN_CACHE // (n_channels * height * width)) if pixels.device.type == "cpu" else max(1, n)
         for start in range(0, n, some):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from rich.progress import track
 from torch import Tensor
 
 from freqprune.errors import InputError, one_of
+from freqprune.reports import is_quiet
 from freqprune.training.image_files import ENDINGS, UNREADABLE, in_bytes, upright
 
+# Files that are asked about in a row, rows at once where one takes longer than so many seconds, and rows from which on
+# there is a bar.
+_ASKED, _AT_ONCE, _SLOW, _FEW = 512, 32, 1e-4, 100
 _INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -147,6 +154,19 @@ class FolderListing(Listing):
         return Image.open(self.name(number))
 
     def stamps(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        blocks = [numbers[i : i + _ASKED] for i in range(0, len(numbers), _ASKED)]
+        began = time.perf_counter()
+        found = [self._stamps(block) for block in blocks[:1]]
+        # A network disk answers many at once in the time of one; threads would make a fast one slower.
+        threads = _AT_ONCE if time.perf_counter() - began > _SLOW * _ASKED else 1
+        with ThreadPoolExecutor(threads) as pool:
+            asked = pool.map(self._stamps, blocks[1:])
+            what, total = f"looking for changes in {self.place}", len(blocks) - 1
+            quiet = is_quiet() or total < _FEW
+            found += track(asked, description=what, total=total, transient=True, disable=quiet)
+        return np.concatenate(found) if found else np.empty((0, 2), np.int64)
+
+    def _stamps(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         found = np.empty((len(numbers), 2), np.int64)
         for place, number in enumerate(numbers.tolist()):
             try:

@@ -163,7 +163,9 @@ def test_a_library_network_that_was_trained_further_is_not_that_of_the_library(j
 @pytest.mark.parametrize("name", ["lr=0.1,seed=0", "größe", "it's", "a b", "[1] {x}", "plain-1.2"])
 def test_commands_name_folders_of_any_name(name: str, tmp_path: Path) -> None:
     out = tmp_path / name
-    out.mkdir()
+    (out / "checkpoints").mkdir(parents=True)
+    assert len(commands("train", out, "python prune.py", ["data=digits"])) == 1
+    (out / "checkpoints" / "last.ckpt").touch()
     words = shlex.split(commands("train", out, "python prune.py", ["data=digits"])[2])[2:]
     with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
         assert compose("prune", words).ckpt == str(out / "checkpoints" / "last.ckpt")

@@ -19,7 +19,15 @@ from freqprune.networks.registry import build_model
 from freqprune.pruning.criteria import scores
 from freqprune.pruning.importance import Evidence
 from freqprune.pruning.verdict import judge
-from freqprune.reports import filters_over_epochs, record, response_figures, run_figures, stage_table, tables
+from freqprune.reports import (
+    filters_over_epochs,
+    importance_table,
+    record,
+    response_figures,
+    run_figures,
+    stage_table,
+    tables,
+)
 from freqprune.reports.drawing import save
 from freqprune.tagging.measurement import tag
 from freqprune.tagging.response import TagResponse
@@ -200,14 +208,13 @@ def test_rank_agreement_with_the_last_epoch(tmp_path: Path) -> None:
             f"{epoch},{layer},{i},{value},0" for layer, values in (("a", a), ("b", b)) for i, value in enumerate(values)
         ]
     (tmp_path / "importance.csv").write_text("\n".join(rows) + "\n")
-    found = tables.rank_agreement(tmp_path / "importance.csv")
+    found = importance_table.rank_agreement(tmp_path / "importance.csv")
     assert found[0]["a"] == pytest.approx(-1)
     assert found[4] == pytest.approx({"a": 0.5, "b": 1.0})
     assert found[9] == pytest.approx({"a": 1.0, "b": 1.0})
     assert found[0]["b"] != found[0]["b"]  # all equal: no ranking
-    assert all(
-        value != value for value in tables.rank_agreement(tmp_path / "importance.csv", "amplitude_f1")[9].values()
-    )
+    of_amplitudes = importance_table.rank_agreement(tmp_path / "importance.csv", "amplitude_f1")
+    assert all(value != value for value in of_amplitudes[9].values())
 
 
 def test_figures_of_runs_and_sweeps_draw_what_they_are_given() -> None:
@@ -251,21 +258,45 @@ def test_epochs_with_other_filters_are_kept_and_not_compared(tmp_path: Path) -> 
     for epoch, (width, layers) in enumerate(((8, ["conv1", "layer1.0.conv1"]), (8, ["conv1"]), (4, ["conv1"]))):
         net = build_model({"name": "resnet8", "stage_widths": [width, 8, 8]})
         response = tag(net, images, layers=layers)
-        tables.write_importance(
+        importance_table.write_importance(
             path, epoch, response, scores("amplitude", Evidence(net, response), layers), judge(response)
         )
-        shares = tables.important_shares(path)
+        shares = importance_table.important_shares(path)
         assert list(shares) == list(range(epoch + 1))
         assert shares[epoch] == {
             layer: float(flags.double().mean()) for layer, flags in judge(response).important.items()
         }
-        found = tables.rank_agreement(path)
+        found = importance_table.rank_agreement(path)
         assert found[epoch]["conv1"] == pytest.approx(1.0)
         assert [label.label for label in filters_over_epochs(path, Stimulus(tag_freqs=(6.0, 7.5)), "amplitude")] == [
             f"epoch {epoch + 1}"
         ]
-        run_figures.important_over_epochs(tables.important_shares(path))
+        run_figures.important_over_epochs(importance_table.important_shares(path))
     assert math.isnan(found[1]["conv1"])
+
+
+def test_epochs_are_appended_and_a_row_that_was_cut_off_is_none(tmp_path: Path) -> None:
+    net, path = build_model({"name": "resnet8", "stage_widths": [8, 8, 8]}), tmp_path / "importance.csv"
+    response = tag(net, torch.rand(2, 3, 16, 16), layers=["conv1"])
+    table, verdict = scores("amplitude", Evidence(net, response), ["conv1"]), judge(response)
+
+    def write(epoch: int, since: int | None = None) -> int:
+        importance_table.write_importance(path, epoch, response, table, verdict, since)
+        return path.stat().st_ino
+
+    first = write(0, since=0)
+    assert write(1) == write(2) == first
+    assert [row["epoch"] for row in importance_table.whole_rows(path)] == [str(e) for e in (0, 1, 2) for _ in range(8)]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    assert len(list(importance_table.whole_rows(path))) == 23
+    assert importance_table.rank_agreement(path).keys() == {0, 1, 2}
+    # One that goes on writes the epoch that was cut off anew.
+    write(2, since=2)
+    assert path.read_bytes() == whole
+    # As does one of an earlier epoch.
+    write(1)
+    assert path.read_bytes() == whole.split(b"\r\n2,")[0] + b"\r\n"
 
 
 def test_results_of_other_settings_do_not_stay(tmp_path: Path) -> None:

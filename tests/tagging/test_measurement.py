@@ -16,7 +16,7 @@ from freqprune.networks.registry import build_model
 from freqprune.tagging import measurement, recording
 from freqprune.tagging.loss import TagLoss
 from freqprune.tagging.measurement import tag
-from freqprune.tagging.passes import Pass
+from freqprune.tagging.passes import Pass, drawn
 from freqprune.tagging.recording import Recorder, map_mean
 from freqprune.tagging.response import TagResponse
 from freqprune.tagging.sites import find_sites
@@ -436,3 +436,18 @@ def test_layers_that_run_twice_are_told_once(images: Tensor, caplog: pytest.LogC
     for _ in range(2):
         tag(nn.Sequential(conv, nn.ReLU(), conv, nn.ReLU()), images)
     assert caplog.text.count("0: run more than once in a forward") == 1
+
+
+def test_noise_is_drawn_image_by_image_whatever_the_threads() -> None:
+    def generators() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed) for seed in range(5)]
+
+    shape = (3, 17, 18)
+    expected = torch.stack([torch.stack([torch.randn(shape, generator=g) for _ in range(4)]) for g in generators()])
+    before = torch.get_num_threads()
+    for threads in (1, 4):
+        torch.set_num_threads(threads)
+        try:
+            assert torch.equal(drawn(generators(), (4, *shape)), expected)
+        finally:
+            torch.set_num_threads(before)

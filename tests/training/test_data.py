@@ -1,5 +1,7 @@
 import io
+import os
 import struct
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from torchvision.transforms.v2 import functional
 
 from freqprune.errors import InputError
 from freqprune.jobs.photographs import read_images
-from freqprune.training import image_files
+from freqprune.training import image_files, listing
 from freqprune.training.augment import random_crop_flip
 from freqprune.training.classifier import Classifier
 from freqprune.training.datamodule import ImageData
@@ -542,3 +544,23 @@ def test_a_folder_whose_name_is_a_number(tmp_path: Path, monkeypatch: pytest.Mon
 def test_numbers_of_images_are_whole(value: object) -> None:
     with pytest.raises(InputError, match=r"data\.limit_train must be a whole number of at least 1, got"):
         DigitsData(limit_train=value)  # type: ignore[arg-type]
+
+
+def test_a_slow_disk_is_asked_about_many_files_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(40):
+        (tmp_path / "ab"[number // 20]).mkdir(exist_ok=True)
+        (tmp_path / "ab"[number // 20] / f"{number:02d}.png").write_bytes(b"x" * number)
+    found = listing.FolderListing(tmp_path)
+    asked, stat = set[int](), os.stat
+
+    def slow(path: Any, *given: Any, **more: Any) -> os.stat_result:
+        asked.add(threading.get_ident())
+        time.sleep(0.002)
+        return stat(path, *given, **more)
+
+    monkeypatch.setattr(listing, "_ASKED", 4)
+    expected = found.stamps(np.arange(40))
+    assert expected[:, 0].tolist() == list(range(40))
+    monkeypatch.setattr(listing.os, "stat", slow)
+    assert np.array_equal(found.stamps(np.arange(40)[::-1]), expected[::-1])
+    assert len(asked) > 2
