@@ -66,7 +66,7 @@ def block_scores(
                     change[name] = float(added_up(torch.tensor(moved, dtype=torch.float64)))
             gone.append(min(change, key=change.__getitem__))
             bare = change[gone[-1]] / sum(map(len, batches))
-            now = bare if how is None else error_without(model, gone, batches, how)
+            now = bare if how is None else error_without(model, gone, batches, how, trace)
             last = max(last, now - before)
             before = max(before, now)
             found[gone[-1]] = torch.tensor([last], dtype=torch.float64)

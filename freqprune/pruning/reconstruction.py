@@ -70,12 +70,17 @@ def reconstruct(
 
 
 def error_without(
-    model: nn.Module, without: Sequence[str], batches: Sequence[Tensor], how: Reconstruction | None = None
+    model: nn.Module,
+    without: Sequence[str],
+    batches: Sequence[Tensor],
+    how: Reconstruction | None = None,
+    trace: Trace | None = None,
 ) -> float:
     """Squared change of a network's answers, summed over the answers of an image, mean over images, without some
-    residual blocks and after making up for them; arguments as for `reconstruct`."""
+    residual blocks and after making up for them; arguments as for `reconstruct`, and the network's `trace` for such
+    batches, if it is at hand."""
     with torch.no_grad():
-        walk, _ = _walked(model, {}, batches, how or Reconstruction(), None, without)
+        walk, _ = _walked(model, {}, batches, how or Reconstruction(), None, without, trace)
         return walk.error() * walk.dense[walk.trace.exit][0][0].numel()
 
 
@@ -86,6 +91,7 @@ def _walked(
     how: Reconstruction,
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None,
     without: Sequence[str],
+    trace: Trace | None = None,
 ) -> tuple[Walk, nn.Module]:
     """The walk, done, and the network that nothing was made up for in."""
     if not batches:
@@ -93,11 +99,11 @@ def _walked(
     check_answers(model, batches[0])
     if _is_half(model):
         # Sums of squares of what half precision holds overflow in it.
-        model, batches = copied(model).float(), [batch.float() for batch in batches]
+        model, batches, trace = copied(model).float(), [batch.float() for batch in batches], None
     twin, muted = (copied(model).eval() for _ in range(2))
     mute(muted, silenced)
     with torch.no_grad():
-        trace = Trace(model, batches[0])
+        trace = trace or Trace(model, batches[0])
         blocks = find_blocks(model, trace) if without else {}
         n_processes = rank_and_size()[1]
         n_fit = max(1, int(min(how.memory_gb * 1e9 / _bytes_of(trace, model, batches[0]), len(batches))))

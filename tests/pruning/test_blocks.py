@@ -484,3 +484,18 @@ def test_what_is_made_up_for_is_what_is_cut() -> None:
     small = plan.apply(kept)
     moments = input_moments(net, [name for name, one in net.named_modules() if isinstance(one, nn.Conv2d)], [X])
     assert compensate(plan, small, kept, moments, "mean") == []
+
+
+def test_a_network_is_traced_once_for_all_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced, init = [0], Trace.__init__
+
+    def counted(self: Trace, *given: Any, **more: Any) -> None:
+        traced[0] += 1
+        init(self, *given, **more)
+
+    monkeypatch.setattr(Trace, "__init__", counted)
+    net = build_model({"name": "resnet14"}).eval()
+    images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    found = block_scores(net, [images])
+    assert traced == [1]
+    assert len(found) > 2
