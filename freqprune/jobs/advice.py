@@ -155,12 +155,14 @@ def commands(
     def call(*more: str, sweep: bool = False) -> str:
         return f"{prune} {'-m ' if sweep else ''}{shlex.join([*again, *more])}"
 
-    if job == "train" and began_from is None and not last.is_file():
-        # A training of no epoch, or one that keeps no checkpoint: nothing goes on from it.
+    # A training of no epoch, or one that keeps no checkpoint: nothing goes on from it.
+    lacks = trained_here and began_from is None and not last.is_file()
+    if lacks and job != "prune":
         return [look]
     if job == "train":
         return [look, call("pruning=none"), call("pruning.macs_cut=0.5")]
     if job == "look":
         return [look, call("pruning.macs_cut=0.5"), call(SHARES, sweep=True)]
     code = f"from freqprune import load_pruned; print(load_pruned({json.dumps(str(out / 'pruned.ckpt'))}))"
-    return [look, f"python -c {shlex.quote(code)}", call(SHARES, sweep=True)]
+    further = [] if lacks else [call(SHARES, sweep=True)]
+    return [look, f"python -c {shlex.quote(code)}", *further]

@@ -20,7 +20,7 @@ from freqprune.jobs.values import override
 from freqprune.networks import config_of, device_of, dropped_blocks, epochs_done, trained
 from freqprune.reports import record
 from freqprune.tagging import untrained
-from freqprune.training import Classifier, ImageData, epochs_of
+from freqprune.training import Classifier, ImageData, check_average, epochs_of
 
 
 def check_anew(net: nn.Module) -> None:
@@ -46,11 +46,13 @@ def check_finetuning(settings: Settings, data: ImageData) -> None:
     """Make a trainer as the one that trains a cut network, and compare its settings with the data, before the cut.
 
     Raises:
-        InputError: for weights of other classes, or images that are to grow over no given number of epochs.
+        InputError: for weights of other classes, an average in other numbers, or images that are to grow over no given
+            number of epochs.
     """
     if settings.finetune_epochs or settings.course.step_epochs:
         settings.finetune.check_classes(len(data.classes), "finetune.")
         trainer = trainers.make_trainer(settings, settings.out, [], max(1, settings.finetune_epochs), logged=False)
+        check_average(settings.finetune.ema, str(trainer.precision))
         if settings.from_scratch and data.progressive_resizing is not None:
             epochs_of(trainer)
 

@@ -54,10 +54,18 @@ def reasons_of(error: Exception, name: str) -> str:
 def _lacking_launcher(message: str) -> str:
     """What to install for a launcher that is in none of the installed packages."""
     asked = re.search(r"Could not find 'hydra/launcher/((joblib|submitit|ray)\w*)'", message)
-    if asked is None or find_spec(f"hydra_plugins.hydra_{asked[2]}_launcher") is not None:
+    if asked is None or _is_there(f"hydra_plugins.hydra_{asked[2]}_launcher"):
         return ""
     extra = "slurm" if asked[2] == "submitit" else asked[2]
     return f"hydra/launcher={asked[1]} needs a package that is not there: pip install 'freqprune[{extra}]'"
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        # Not even what it would lie in: there is no plugin at all.
+        return False
 
 
 def _near_key(message: str, name: str) -> str:

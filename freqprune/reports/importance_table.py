@@ -93,7 +93,7 @@ def _ends_before(path: Path, header: Sequence[str], epoch: int) -> bool:
 def whole_rows(path: Path) -> Iterator[dict[str, str]]:
     """Rows by column; without one that a training was killed over."""
     with path.open(newline="", encoding="utf-8") as file:
-        yield from (row for row in csv.DictReader(file) if None not in row.values())
+        yield from (row for row in csv.DictReader(file) if not {None, ""} & {*row.values()})
 
 
 def important_shares(path: Path) -> dict[int, dict[str, float]]:

@@ -143,30 +143,28 @@ def write(out: Path, cfg: DictConfig, results: Sequence[str] = ()) -> None:
     write_json(out / RUN, content)
 
 
-def _following_seed(settings: Any, before: str = "") -> list[str]:
-    """Keys of settings that hang on the seed, such as a checkpoint of each: they tell no jobs apart.
+def _following_seed(settings: Any, before: str = "") -> dict[str, str]:
+    """Settings that hang on the seed, such as a checkpoint of each, as they are written: the values tell no jobs apart.
 
     >>> _following_seed({"ckpt": "runs/${seed}/last.ckpt", "logger": {"name": "r${seed}", "id": "a"}})
-    ['ckpt', 'logger.name']
+    {'ckpt': 'runs/${seed}/last.ckpt', 'logger.name': 'r${seed}'}
     """
     if isinstance(settings, dict):
-        return [key for name, one in settings.items() for key in _following_seed(one, f"{before}.{name}")]
-    return [before[1:]] if isinstance(settings, str) and "${seed}" in settings else []
+        parts = (_following_seed(one, f"{before}.{name}") for name, one in settings.items())
+        return {key: value for part in parts for key, value in part.items()}
+    return {before[1:]: settings} if isinstance(settings, str) and "${seed}" in settings else {}
 
 
-def without(settings: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """Settings but for some dotted keys.
+def with_values(settings: Mapping[str, Any], values: Mapping[str, str]) -> dict[str, Any]:
+    """Settings with other values at some dotted keys.
 
-    >>> without({"ckpt": "a", "logger": {"name": "r0", "id": "a"}}, ["ckpt", "logger.name"])
-    {'logger': {'id': 'a'}}
+    >>> with_values({"ckpt": "a", "logger": {"name": "r0", "id": "a"}}, {"ckpt": "b", "logger.name": "r"})
+    {'ckpt': 'b', 'logger': {'name': 'r', 'id': 'a'}}
     """
     found = dict(settings)
-    for key in keys:
+    for key, value in values.items():
         first, _, rest = key.partition(".")
-        if not rest:
-            found.pop(first, None)
-        elif isinstance(found.get(first), Mapping):
-            found[first] = without(found[first], [rest])
+        found[first] = with_values(found.get(first) or {}, {rest: value}) if rest else value
     return found
 
 

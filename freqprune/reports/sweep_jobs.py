@@ -18,7 +18,17 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from freqprune.errors import InputError
-from freqprune.reports.record import FAILED, GOES_ON, METRICS, RUN, TRAINING, is_finished, options, read_json, without
+from freqprune.reports.record import (
+    FAILED,
+    GOES_ON,
+    METRICS,
+    RUN,
+    TRAINING,
+    is_finished,
+    options,
+    read_json,
+    with_values,
+)
 from freqprune.reports.tables import percentages
 
 REPEATED = "seed"
@@ -37,7 +47,7 @@ class Job:
         metrics: figures by name: accuracies in per cent, ``cut`` and ``params_cut`` in per cent of the dense network.
         error: why it failed, or what is damaged.
         folder: where it ran.
-        settings: all settings, from ``run.json``, but those that follow the seed.
+        settings: all settings, from ``run.json``; those that follow the seed as they are written.
     """
 
     name: str
@@ -109,7 +119,7 @@ def _read_job(path: Path, sweep: Path) -> Job:
             )
         if not is_finished(path):
             return job
-        settings = without(record.get("settings", {}), record.get("follows_seed", ()))
+        settings = with_values(record.get("settings", {}), record.get("follows_seed", {}))
         return replace(job, state="finished", metrics=_figures(path), settings=settings)
     except (ValueError, LookupError, TypeError, AttributeError, OSError, YAMLError, HydraException) as error:
         return replace(job, state="damaged", error=f"{type(error).__name__}: {error}")

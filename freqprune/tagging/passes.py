@@ -19,7 +19,9 @@ TOGETHER = ""
 def drawn(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
     """Noise for frames of images, ``(n_images, *shape)``, frame by frame on the CPU: the same numbers for every size of
     batches and device."""
-    noise = torch.empty(len(generators), *shape)
+    # Threads are in no inference mode, whatever this one is in.
+    with torch.inference_mode(False):
+        noise = torch.empty(len(generators), *shape)
 
     def draw(generator: torch.Generator, frames: Tensor) -> None:
         for frame in frames:

@@ -1,3 +1,4 @@
+from .averaging import check_average as check_average
 from .classifier import Classifier as Classifier
 from .datamodule import ImageData as ImageData
 from .datamodule import epochs_of as epochs_of

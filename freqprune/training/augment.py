@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from freqprune.training.pixels import sent
+
 _LARGE = 64  # pixels of a row
 
 
@@ -44,9 +46,9 @@ def _gathered(images: Tensor, padding: int, flipped: Tensor, offsets: Tensor | N
     columns = torch.arange(width, device=device).expand(n, width)
     rows = torch.arange(height, device=device).expand(n, height)
     if flipped.any():
-        columns = torch.where(flipped.to(device, non_blocking=True), columns.flip(1), columns)
+        columns = torch.where(sent(flipped, device), columns.flip(1), columns)
     if offsets is not None:
-        offsets = offsets.to(device, non_blocking=True)
+        offsets = sent(offsets, device)
         rows, columns = rows + offsets[0], columns + offsets[1]
         images = F.pad(images, (padding,) * 4)
     # Channels last while gathering: each pixel is one contiguous read.

@@ -9,6 +9,17 @@ from pytorch_lightning.callbacks import WeightAveraging
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from freqprune.errors import InputError
+
+
+def check_average(ema: float, precision: str) -> None:
+    """Raise InputError for an average of weights that are not in float32."""
+    if ema and precision.endswith("-true") and not precision.startswith("32"):
+        raise InputError(
+            f"ema = {ema:g} averages weights in float32, and the precision {precision} has none: train in "
+            f"{'32-true' if precision.startswith('64') else precision.replace('true', 'mixed')}, or with ema = 0"
+        )
+
 
 class MovingAverage(WeightAveraging):
     """Exponential moving average of weights and of the statistics of norms; other buffers, such as indices, are as the

@@ -19,7 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from freqprune.errors import InputError, check_fields
 from freqprune.networks import build_model, drop_blocks, first, rebuilt_from
 from freqprune.tagging import TagLoss
-from freqprune.training.averaging import MovingAverage
+from freqprune.training.averaging import MovingAverage, check_average
 from freqprune.training.distillation import Distillation
 from freqprune.training.optimization import Optimization, check_same_optimizer
 from freqprune.training.restored import go_on, go_on_after_an_epoch
@@ -123,12 +123,9 @@ class Classifier(pl.LightningModule):
         self.net.to(memory_format=torch.channels_last)
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        ema, precision = self.optimization.ema, str(self.trainer.precision)
-        if ema and precision.endswith("-true") and not precision.startswith("32"):
-            raise InputError(
-                f"ema = {ema:g} averages weights in float32, and the precision {precision} has none: train in "
-                f"{'float32' if precision.startswith('64') else precision.replace('true', 'mixed')}, or with ema = 0"
-            )
+        ema = self.optimization.ema
+        if self.trainer.state.fn == "fit":
+            check_average(ema, str(self.trainer.precision))
         return [MovingAverage(ema, self.trainer.strategy.root_device)] if ema else []
 
     def on_fit_start(self) -> None:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from freqprune.errors import InputError
 from freqprune.training.augment import random_crop_flip
 from freqprune.training.loading import make_loader
+from freqprune.training.pixels import sent
 from freqprune.training.resizing import ProgressiveResizing
 from freqprune.training.sources import (
     Images,
@@ -223,7 +224,7 @@ class ImageData(pl.LightningDataModule, ABC):
             (n, height, width, n_channels), dtype=torch.float32 if bytes_ else pixels.dtype, device=pixels.device
         )
         # An accelerator does not wait for them.
-        mean, std = (torch.tensor(v).repeat(width).to(pixels.device, non_blocking=True) for v in (self.mean, self.std))
+        mean, std = (sent(torch.tensor(v).repeat(width), pixels.device) for v in (self.mean, self.std))
         # A CPU does all of it to a few images while they are in its cache.
         some = max(1, _IN_CACHE // (n_channels * height * width)) if pixels.device.type == "cpu" else max(1, n)
         for start in range(0, n, some):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from freqprune.errors import InputError
-from freqprune.training.pixels import DecodedPixels, StoredPixels, cores
+from freqprune.training.pixels import DecodedPixels, StoredPixels, cores, sent
 from freqprune.training.sources import Images, picked
 from freqprune.training.transforms import Transforms
 
@@ -42,7 +42,7 @@ class _Batches(Dataset[Any]):
     def __getitems__(self, numbers: list[int]) -> tuple[Tensor, Tensor] | InputError:
         chosen = torch.tensor(numbers) % _EPOCH
         if isinstance(self.images.pixels, Tensor):
-            chosen = chosen.to(self.images.pixels.device, non_blocking=True)
+            chosen = sent(chosen, self.images.pixels.device)
         try:
             pixels = picked(self.images.pixels, chosen)
         except InputError as error:

@@ -24,6 +24,12 @@ from freqprune.training.listing import Reader
 _HAND_BACK, _AROUND = 64 * 2**20, 64 * 2**10
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device, which does not wait for it where that is safe: on a Mac's GPU a copy that nobody
+    waits for may read what has been let go of (pytorch/pytorch#189690)."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 class StoredPixels(ABC):
     """Indexed like a uint8 tensor ``(n_images, n_channels, height, width)``; an index along the images reads these. In
     memory channels come last, as they are decoded.

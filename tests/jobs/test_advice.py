@@ -165,6 +165,7 @@ def test_commands_name_folders_of_any_name(name: str, tmp_path: Path) -> None:
     out = tmp_path / name
     (out / "checkpoints").mkdir(parents=True)
     assert len(commands("train", out, "python prune.py", ["data=digits"])) == 1
+    assert not any("last.ckpt" in one for one in commands("prune", out, "python prune.py", ["data=digits"]))
     (out / "checkpoints" / "last.ckpt").touch()
     words = shlex.split(commands("train", out, "python prune.py", ["data=digits"])[2])[2:]
     with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):

@@ -16,7 +16,7 @@ import torch
 from hydra.types import RunMode
 
 from freqprune.errors import InputError
-from freqprune.jobs import cli
+from freqprune.jobs import cli, refusals
 from freqprune.jobs.config import names_trained
 from freqprune.jobs.failed import let_go
 from freqprune.jobs.settings import read
@@ -60,6 +60,15 @@ def test_errors_are_messages(arguments: list[str], message: str, tmp_path: Path)
     assert "Traceback" not in done.stderr
     assert "\nerror: " in "\n" + done.stderr
     assert "Error executing job" not in done.stderr
+
+
+def test_a_launcher_is_asked_for_where_there_is_no_plugin_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_namespace(_: str) -> None:
+        raise ModuleNotFoundError("No module named 'hydra_plugins'")
+
+    monkeypatch.setattr(refusals, "find_spec", no_namespace)
+    said = refusals.reasons_of(ValueError("Could not find 'hydra/launcher/joblib'"), "prune")
+    assert said.endswith("pip install 'freqprune[joblib]'")
 
 
 # What argparse does from Python 3.14 on.

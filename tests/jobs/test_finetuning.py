@@ -16,7 +16,7 @@ from freqprune import load_pruned
 from freqprune.errors import InputError
 from freqprune.jobs import assembly, trainers
 from freqprune.jobs.config import check_pruning
-from freqprune.jobs.finetuning import finetune
+from freqprune.jobs.finetuning import check_finetuning, finetune
 from freqprune.jobs.prune import prune
 from freqprune.jobs.resuming import _SAME, begin_anew, check_same_cut, forget_files, interrupted, undeployed
 from freqprune.jobs.settings import read
@@ -326,6 +326,12 @@ def test_a_run_that_was_cut_in_another_way_is_not_gone_on_with(other: str, tmp_p
     (tmp_path / "run.json").write_text(json.dumps({"settings": content}))
     with pytest.raises(InputError, match=f"was cut with {re.escape(other.split('=')[0])} = "):
         check_same_cut(config("prune", tmp_path, "importance=logit_error", other), tmp_path)
+
+
+def test_an_average_that_could_not_be_made_is_refused_before_the_cut(tmp_path: Path) -> None:
+    settings = read(config("prune", tmp_path, "importance=l2", "trainer.precision=bf16-true", "finetune.ema=0.9"))
+    with pytest.raises(InputError, match="averages weights in float32"):
+        check_finetuning(settings, assembly.load_data(assembly.data_settings(settings)))
 
 
 # Of each setting that says what was cut: what a run had, and what a command says instead.

@@ -309,6 +309,24 @@ def test_a_checkpoint_of_each_seed_makes_one_row(tmp_path: Path, monkeypatch: py
         check_goes_on(tmp_path / folder, words)
 
 
+def test_checkpoints_of_each_seed_of_two_trainings_make_two_rows(tmp_path: Path) -> None:
+    for name in ("plain", "tagloss"):
+        for seed in (0, 1):
+            out = tmp_path / name / str(seed)
+            job(out, [f"seed={seed}"], 0.8)
+            template = f"runs/{name}_${{seed}}/last.ckpt"
+            content = {
+                "settings": {"seed": seed, "ckpt": f"runs/{name}_{seed}/last.ckpt"},
+                "follows_seed": {"ckpt": template},
+            }
+            (out / "run.json").write_text(json.dumps(content))
+    groups = grouped(counted_once(told_apart(read_sweep(tmp_path))))
+    assert [group.seeds for group in groups] == [2, 2]
+    assert [group.settings["ckpt"] for group in groups] == [
+        f'"runs/{n}_${{seed}}/last.ckpt"' for n in ("plain", "tagloss")
+    ]
+
+
 def test_layers_of_networks_of_different_depth_are_in_the_order_of_each() -> None:
     shallow = {f"layer{stage}.{block}": 1.0 for stage in (1, 2, 3) for block in range(3)}
     deep = {f"layer{stage}.{block}": 1.0 for stage in (1, 2, 3) for block in range(5)}

@@ -449,5 +449,7 @@ def test_noise_is_drawn_image_by_image_whatever_the_threads() -> None:
         torch.set_num_threads(threads)
         try:
             assert torch.equal(drawn(generators(), (4, *shape)), expected)
+            with torch.inference_mode():
+                assert torch.equal(drawn(generators(), (4, *shape)), expected)
         finally:
             torch.set_num_threads(before)

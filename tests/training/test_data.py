@@ -25,6 +25,7 @@ from freqprune.training.image_files import in_bytes, upright
 from freqprune.training.listed import ImageFolderData
 from freqprune.training.listing import Fitting
 from freqprune.training.loading import _fits
+from freqprune.training.pixels import sent
 from freqprune.training.sources import Images, Source, as_folder, channel_statistics, stratified_split
 from freqprune.training.whole_sets import CIFAR10Data, DigitsData, digits
 from tests.forked import FORKED
@@ -544,6 +545,19 @@ def test_a_folder_whose_name_is_a_number(tmp_path: Path, monkeypatch: pytest.Mon
 def test_numbers_of_images_are_whole(value: object) -> None:
     with pytest.raises(InputError, match=r"data\.limit_train must be a whole number of at least 1, got"):
         DigitsData(limit_train=value)  # type: ignore[arg-type]
+
+
+def test_a_device_waits_for_what_it_is_sent_where_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, bool] = {}
+
+    def to(tensor: Tensor, device: torch.device, non_blocking: bool = False) -> Tensor:
+        asked[device.type] = non_blocking
+        return tensor
+
+    monkeypatch.setattr(Tensor, "to", to)
+    for kind in ("cpu", "mps", "cuda"):
+        sent(torch.zeros(1), torch.device(kind))
+    assert asked == {"cpu": False, "mps": False, "cuda": True}
 
 
 def test_a_slow_disk_is_asked_about_many_files_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

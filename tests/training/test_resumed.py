@@ -96,6 +96,8 @@ def test_an_average_of_weights_in_other_numbers_is_refused(precision: str, tmp_p
     digits = DigitsData(limit_train=32, limit_test=50, batch_size=16)
     with pytest.raises(InputError, match=f"averages weights in float32, and the precision {precision}"):
         trainer(tmp_path, max_epochs=1, precision=precision).fit(module, datamodule=digits)
+    # Nothing is averaged there.
+    assert trainer(tmp_path, precision=precision).test(module, datamodule=digits, verbose=False)
 
 
 @pytest.mark.parametrize(("batch_size", "stop"), [(32, 2), (32, 1), (8, 2)])
