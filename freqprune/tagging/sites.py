@@ -13,14 +13,13 @@ from torch.nn import functional as F
 
 from freqprune.errors import InputError, closest, one_of
 from freqprune.tagging.calls import Call, probe
+from freqprune.tagging.channels import channel_dim_of
 from freqprune.tagging.layers import default_layers
 
 WHERE = ("convolution", "norm", "activation")
 
 NORM_FUNCTIONS = {F.batch_norm, F.group_norm, F.instance_norm, F.layer_norm, torch.batch_norm}
 NORM_MODULES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-# Of maps, whose channels come first.
-IN_MAPS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 # Whatever the dimensions; Lightning leaves norms of none behind after trainer.sync_batchnorm.
 FOLDABLE = nn.modules.batchnorm._BatchNorm
 ACTIVATIONS: set[Any] = {
@@ -195,7 +194,7 @@ def _hooks(module: nn.Module) -> bool:
 
 
 def _follow(name: str, layer: nn.Module, tensor: Tensor, start: int, calls: list[Call], where: str) -> Site:
-    channel_dim = _channel_dim(layer, tensor, calls[:start])
+    channel_dim = channel_dim_of(layer, tensor, calls[:start])
     n_filters = tensor.shape[channel_dim]
     site = Site(name, name, calls[start].index, "convolution", n_filters, channel_dim)
     if where == "convolution":
@@ -234,47 +233,6 @@ def _follow(name: str, layer: nn.Module, tensor: Tensor, start: int, calls: list
     reason = ", ".join(sorted({_describe(call) for _, call in consumers})) or "nothing"
     note = f"no {where} of its own: its {site.stage} output goes to {passed}{reason}; read there"
     return Site(site.layer, site.module, site.call, site.stage, n_filters, channel_dim, note, site.then)
-
-
-def _width(module: Any) -> int | None:
-    """Filters of a layer; None of others. A layer norm of several dimensions does not say which of them they are."""
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return module.out_channels
-    if isinstance(module, nn.modules.batchnorm._NormBase):
-        return module.num_features
-    if isinstance(module, nn.GroupNorm):
-        return module.num_channels
-    if isinstance(module, nn.Linear):
-        return module.out_features
-    if isinstance(module, nn.RNNBase):
-        return (module.proj_size or module.hidden_size) * (1 + module.bidirectional)
-    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
-        return module.normalized_shape[0]
-    return None
-
-
-def _channel_dim(layer: nn.Module, output: Tensor, before: Sequence[Call]) -> int:
-    """The dimension of a module's output that counts filters: the first after the images of maps, the last of tokens.
-
-    Four dimensions that layers of maps have made are maps, whatever became of their channels. Else it is the dimension
-    that is as wide as the last layer in the module, or before it if there is none in it; where both are or neither is,
-    the kind of that layer says it.
-    """
-    inside = [module for module in layer.modules() if _width(module) is not None]
-    ran = [call.what for call in before if call.kind == "module" and _width(call.what) is not None]
-    last = ([*ran, *inside] or [None])[-1]
-    in_maps = isinstance(last, IN_MAPS)
-    if output.dim() < 3:
-        return output.dim() - 1
-    if output.dim() == 4 and (last is None or in_maps):
-        return 1
-    first, final = (output.shape[dim] == _width(last) for dim in (1, -1))
-    if first == final:
-        # Of layers that say how many dimensions their maps have.
-        said = 2 + len(last.kernel_size) if isinstance(last, nn.modules.conv._ConvNd) else None
-        said = 4 if isinstance(last, nn.BatchNorm2d) else said
-        first = (in_maps and said in (None, output.dim())) or (not inside and output.dim() == 4)
-    return 1 if first else output.dim() - 1
 
 
 def _consumers(
