@@ -251,7 +251,7 @@ def scores(
 
     Raises:
         InputError: for an unknown criterion, evidence that it lacks, layers that were not recorded, or scores that are
-            undefined (an SNR measured without noise).
+            not one a filter, or undefined (an SNR measured without noise).
     """
     wanted = needs(name)
     for what, there, way in (

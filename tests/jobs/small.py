@@ -33,6 +33,16 @@ SMALL = (
     "importance.labelled_images=8",
 )
 
+# How tags are read, each setting other than usual.
+READOUT = {
+    "layers": "layer1*",
+    "where": "norm",
+    "spatial": "map",
+    "noise_std": 0.03,
+    "average": "power",
+    "half": "bfloat16",
+}
+
 
 def config(name: str, out: Path, *overrides: str, base: Sequence[str] = SMALL) -> DictConfig:
     with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):

@@ -25,17 +25,9 @@ from freqprune.pruning import Amount, Plan, cut, tempo
 from freqprune.pruning.recipe import Recipe, Reconstruction
 from freqprune.reports import tables
 from freqprune.tagging import Readout, tag
-from tests.jobs.small import check_page, config
+from tests.jobs.small import READOUT, check_page, config
 from tests.pruning.test_tempo import ByMacs
 
-READOUT = {
-    "layers": "layer1*",
-    "where": "norm",
-    "spatial": "map",
-    "noise_std": 0.03,
-    "average": "power",
-    "half": "bfloat16",
-}
 RECONSTRUCTION = {"positions": 9, "ridge": 0.5, "resolve": "lost", "rounds": 5, "memory_gb": 2.0}
 RECIPE = {"layers": "layer2*", "exclude": "layer3*", "streams": True, "blocks": False, "compensation": "mean",
           "calibrate_on": "images", "frames_an_image": 3, "measured_images": 7}  # fmt: skip

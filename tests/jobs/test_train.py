@@ -22,7 +22,7 @@ from freqprune.networks.registry import build_model, register_model
 from freqprune.reports.record import OF_A_TRAINING
 from freqprune.reports.tables import training_history
 from freqprune.training.classifier import Classifier
-from tests.jobs.small import check_page, config
+from tests.jobs.small import READOUT, check_page, config
 
 
 def test_train_writes_what_it_says(trained: tuple[Path, dict[str, Any]]) -> None:
@@ -389,16 +389,11 @@ def test_further_arguments_of_an_optimizer_are_given_like_any_setting(tmp_path: 
 
 
 def test_every_setting_of_the_tags_reaches_the_callback(tmp_path: Path) -> None:
-    words = {
-        "layers": "layer1*",
-        "where": "norm",
-        "spatial": "map",
-        "noise_std": 0.03,
-        "average": "power",
-        "half": "bfloat16",
+    settings = read(config("train", tmp_path, "seed=5", *(f"tagging.{key}={value}" for key, value in READOUT.items())))
+    assert _tagging(settings, assembly.load_data(assembly.data_settings(settings))).tag_settings == {
+        **READOUT,
+        "seed": 5,
     }
-    settings = read(config("train", tmp_path, "seed=5", *(f"tagging.{key}={value}" for key, value in words.items())))
-    assert _tagging(settings, assembly.load_data(assembly.data_settings(settings))).tag_settings == {**words, "seed": 5}
 
 
 def test_the_loss_from_the_tags_shows_the_tags_that_are_set(tmp_path: Path) -> None:
